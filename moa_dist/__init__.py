@@ -1,0 +1,1 @@
+"""Distributed pretraining of Transformers with expert attention and expert feed-forward layers."""

@@ -1,0 +1,1 @@
+"""The moa-dist command."""

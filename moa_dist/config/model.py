@@ -1,0 +1,186 @@
+"""What a model is made of: attention kind x FFN kind x stack x norm placement.
+
+Every field's docstring is its documentation: `moa-dist config show --help-fields`
+prints them. No torch here, so that a configuration can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RopeConfig(Section):
+    """Rotary position embedding, rotate-half pairing."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of each head's dimensions that is rotated; the width is rounded down to even."""
+    base: PositiveFloat = 10000.0
+    """Wavelength base."""
+
+
+class CapacityConfig(Section):
+    """A limit on the assignments that one expert takes from one group of sequences.
+
+    The limit is `C = min(ceil(factor * top_k * tokens / num_experts), tokens)`, where `tokens`
+    counts the real tokens of the group, so it does not depend on how ranks share the batch.
+    """
+
+    factor: PositiveFloat
+    """Capacity relative to a perfectly even load."""
+    policy: Literal["probability", "position"] = "probability"
+    """Who is dropped: the lowest scores first, or the latest positions first."""
+
+
+class BalanceConfig(Section):
+    """Coefficients of the auxiliary losses; each is a mean over groups of sequences.
+
+    Statistics are summed over all repeats of a shared layer before the loss is taken, so
+    that repeats may specialise. Coefficients keep their meaning whatever the number of
+    ranks, micro-batches or padding tokens.
+    """
+
+    switch: NonNegativeFloat = 0.0
+    """Switch balance `E * sum_e f_e P_e` (f: share of assignments, P: mean probability)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Mean squared `logsumexp` of the router's logits."""
+    entropy: NonNegativeFloat = 0.0
+    """Negative entropy of the mean probability (MoEUT section 2.2)."""
+
+
+class RouterConfig(Section):
+    """Which experts a token takes, and with which weights."""
+
+    num_experts: PositiveInt
+    """Experts to choose from (SwitchHead: per head)."""
+    top_k: PositiveInt
+    """Experts chosen per token (SwitchHead: per head and token)."""
+    score: Literal["softmax", "sigmoid"]
+    """How logits become scores."""
+    gate: Literal["raw", "renormalized", "renormalized_detached"] = "raw"
+    """Weight of a chosen expert: its score as it is (the authors' released code and sigma-MoE);
+    divided by the sum of the chosen scores (the same as a softmax over the chosen logits); or
+    that with the sum detached from the gradient (MoA, equation 6). `raw` is the default since
+    the published numbers were made with it and it trains the router even at `top_k` 1."""
+    expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability that an expert is hidden from the router for one training forward."""
+    capacity: CapacityConfig | None = None
+    """Limit per expert and group of sequences; absent means dropless."""
+    group_sequences: PositiveInt = 1
+    """Sequences per group in which capacity and balance statistics are counted. It must
+    divide the micro-batch, and then neither drops nor losses depend on the layout."""
+    balance: BalanceConfig = BalanceConfig()
+    """Auxiliary losses on this router."""
+
+
+class DenseAttentionConfig(Section):
+    """Multi-head attention."""
+
+    kind: Literal["dense"] = "dense"
+    """Names this kind."""
+    num_heads: PositiveInt
+    """Heads."""
+    d_head: PositiveInt
+    """Width of a head."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary positions; null for none."""
+
+
+class MoAConfig(Section):
+    """Mixture of attention heads (Zhang et al. 2022): an expert is a query and output projection."""
+
+    kind: Literal["moa"] = "moa"
+    """Names this kind."""
+    d_head: PositiveInt
+    """Width of a head."""
+    heads_per_expert: PositiveInt = 1
+    """Heads in one expert (1 in the paper); keys and values are shared by all experts."""
+    router: RouterConfig
+    """Chooses the experts of each query token."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary positions; null for none."""
+
+
+class SwitchHeadConfig(Section):
+    """SwitchHead (Csordas et al. 2023): dense queries and keys, expert values and outputs."""
+
+    kind: Literal["switchhead"] = "switchhead"
+    """Names this kind."""
+    num_heads: PositiveInt
+    """Heads, each with one attention matrix and its own experts."""
+    d_head: PositiveInt
+    """Width of a head."""
+    router: RouterConfig
+    """Used twice: for values on the source token, for outputs on the destination token."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary positions; null for none."""
+
+
+class DenseFFNConfig(Section):
+    """Two-layer feed-forward network."""
+
+    kind: Literal["dense"] = "dense"
+    """Names this kind."""
+    d_ff: PositiveInt
+    """Hidden width."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Nonlinearity."""
+    gated: bool = False
+    """Multiply the activation by a second linear projection (GLU)."""
+
+
+class MoEFFNConfig(Section):
+    """Mixture of feed-forward experts: sigma-MoE with sigmoid scores, or softmax MoE."""
+
+    kind: Literal["moe"] = "moe"
+    """Names this kind."""
+    d_expert: PositiveInt
+    """Hidden width of one expert."""
+    router: RouterConfig
+    """Chooses the experts of each token."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Nonlinearity."""
+    gated: bool = False
+    """Multiply the activation by a second linear projection (GLU)."""
+
+
+AttentionConfig = Annotated[
+    DenseAttentionConfig | MoAConfig | SwitchHeadConfig, Field(discriminator="kind")
+]
+FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Section):
+    """A causal language model."""
+
+    vocab_size: PositiveInt
+    """Token ids run from 0 to this number, exclusive."""
+    d_model: PositiveInt
+    """Width of the residual stream (D)."""
+    num_layers: PositiveInt
+    """Layers applied, repeats counted."""
+    num_distinct_layers: PositiveInt | None = None
+    """Layers with their own parameters (MoEUT's group size G), applied in order ABAB...;
+    absent means all of `num_layers`. Must divide `num_layers`."""
+    norm_placement: Literal["pre", "post", "peri"] = "pre"
+    """`pre` and `post` as usual; `peri` (MoEUT section 2.3) normalises only what feeds a
+    softmax or a sigmoid: queries, keys and routers."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of normalisation."""
+    position: Literal["none", "sinusoidal"] = "none"
+    """Absolute positions added to the embedding, for models without rotary positions."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as output head."""
+    head_bias: bool = True
+    """Bias in the output head."""
+    attention: AttentionConfig
+    """Attention of every layer."""
+    ffn: FFNConfig
+    """Feed-forward part of every layer."""

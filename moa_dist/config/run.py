@@ -1,0 +1,144 @@
+"""Everything about a run but the model: data, layout, optimisation, what is written when."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from moa_dist.config.model import ModelConfig, Section
+
+
+class DataConfig(Section):
+    """Prepared shards to train and validate on (see `moa-dist prepare`)."""
+
+    train: str
+    """Folder with the training shards and their manifest."""
+    valid: str | None = None
+    """Folder with the validation shards; absent means no validation."""
+    sequence_length: PositiveInt
+    """Tokens per sequence; must be the block length that the shards were prepared with."""
+    readers: PositiveInt = 8
+    """Shards read side by side by all ranks together. The number of ranks must divide it; the
+    order of samples depends on it, and on nothing else of the layout."""
+    workers: NonNegativeInt = 1
+    """Background processes per rank that read ahead; 0 reads in the training process."""
+    seed: NonNegativeInt = 0
+    """Seed of the sample order."""
+
+
+class ParallelConfig(Section):
+    """How parameters are laid out over the W ranks."""
+
+    expert_parallel: PositiveInt = 1
+    """Ranks that share one set of experts (ep), attention and FFN experts alike; the
+    remaining factor W / ep holds copies (edp). Must divide W."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What ZeRO partitions: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
+    Dense state is partitioned over all W ranks, expert state over the edp ranks."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer and its constant hyper-parameters."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """Which optimizer."""
+    lr: PositiveFloat = 2.5e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's denominator offset."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay (AdamW) or L2 (SGD), on every parameter as in MoEUT."""
+    clip_norm: PositiveFloat | None = 0.25
+    """Global gradient norm limit over dense and expert parameters together; null for none."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps, relative to `optimizer.lr`."""
+
+    kind: Literal["constant", "cosine", "inverse_sqrt"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    warmup_start: NonNegativeFloat = 0.0
+    """Share of the peak at step 0 of the warm-up."""
+    final: NonNegativeFloat = 0.1
+    """Share of the peak that the cosine ends on."""
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    global_batch: PositiveInt
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: PositiveInt
+    """Sequences per rank in one forward and backward. Gradients are accumulated over
+    `global_batch / (W * micro_batch)` micro-batches."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass to save memory."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of expert dropout."""
+
+
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    every: PositiveInt = 500
+    """Steps between validations; the last step is always validated."""
+    sequences: PositiveInt | None = None
+    """Validation sequences to use, from the first; absent means all."""
+
+
+class LoggingConfig(Section):
+    """What is reported while training."""
+
+    every: PositiveInt = 10
+    """Steps between console lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run's folder."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: PositiveInt = 2
+    """Older checkpoints are deleted."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the run folder's newest checkpoint, if there is one."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str
+    """Name of the run."""
+    output: str = "runs"
+    """Folder in which the run's folder, named `name`, is made."""
+    model: ModelConfig
+    """The model."""
+    data: DataConfig
+    """The data."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate schedule."""
+    train: TrainConfig
+    """The loop."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation."""
+    logging: LoggingConfig = LoggingConfig()
+    """Reports."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""

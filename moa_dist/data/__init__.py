@@ -1,0 +1,1 @@
+"""Text to shards, sample order, streaming."""

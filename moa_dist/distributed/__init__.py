@@ -1,0 +1,1 @@
+"""Process group, mesh, collectives: no model knowledge."""

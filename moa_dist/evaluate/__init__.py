@@ -1,0 +1,1 @@
+"""Perplexity and samples of trained models."""

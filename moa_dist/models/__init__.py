@@ -1,0 +1,1 @@
+"""Models that run on one process and know no process groups."""

@@ -1,0 +1,1 @@
+"""Routing, dispatch and grouped experts, shared by attention and FFN."""

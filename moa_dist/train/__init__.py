@@ -1,0 +1,1 @@
+"""The training loop, the engine, checkpoints."""
