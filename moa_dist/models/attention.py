@@ -1,0 +1,114 @@
+"""What all attention kinds share: masks, rotary positions, the softmax product; dense attention.
+
+Shapes: B sequences, T queries, S keys and values, H heads, d head width, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_dist.config.model import DenseAttentionConfig, RopeConfig
+from moa_dist.models.linear import Linear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+class AttentionMask(NamedTuple):
+    """Which keys a query may see, and which tokens are padding."""
+
+    causal: bool
+    """Query t sees keys 0 ... t only."""
+    query_real: Tensor | None = None
+    """[B, T] bool, true for real tokens; None when there is no padding."""
+    key_real: Tensor | None = None
+    """[B, S] bool, true for real tokens; None when there is no padding."""
+
+
+class AttentionOutput(NamedTuple):
+    """Result of an attention layer."""
+
+    y: Tensor
+    """[B, T, D]."""
+    statistics: dict[str, RoutingStatistics]
+    """By the name of the router within the layer; empty for dense attention."""
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """softmax(q k^T / sqrt d) v for q [B, H, T, d] and k, v [B, H, S, d]; returns [B, H, T, d].
+
+    Without padding only `is_causal` is passed on: a mask tensor would rule out the fused kernels.
+    """
+    if mask.key_real is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal)
+    visible = mask.key_real[:, None, None, :]
+    if mask.causal:
+        visible = (
+            visible & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        )
+    # A query that sees no key (it can only be padding) would be 0 / 0: let it see all.
+    visible = visible | ~visible.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def apply_rope(x: Tensor, config: RopeConfig | None) -> Tensor:
+    """Rotate the first part of the last dimension of x [..., T, d] by position 0 ... T - 1."""
+    if config is None:
+        return x
+    width = rotated_width(x.shape[-1], config)
+    angle_dtype = torch.promote_types(x.dtype, torch.float32)
+    pair = torch.arange(width // 2, dtype=angle_dtype, device=x.device)
+    position = torch.arange(x.shape[-2], dtype=angle_dtype, device=x.device)
+    angle = torch.outer(position, config.base ** (-2 * pair / width))
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def rotated_width(d_head: int, config: RopeConfig) -> int:
+    """Dimensions that are rotated: rounded down to even, as they turn in pairs."""
+    return int(d_head * config.fraction) // 2 * 2
+
+
+def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
+    """Multiply-accumulates of both attention products over `width` dimensions, all keys seen.
+
+    The causal half is not subtracted, which is how the papers count.
+    """
+    return 2 * num_queries * num_keys * width
+
+
+class DenseAttention(nn.Module):
+    """Multi-head attention without biases (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: DenseAttentionConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        self.config = config
+        width = config.num_heads * config.d_head
+        to_heads = Normal(init_scale / math.sqrt(d_model))
+        self.q = Linear(d_model, width, to_heads)
+        self.k = Linear(d_model, width, to_heads)
+        self.v = Linear(d_model, width, to_heads)
+        self.o = Linear(width, d_model, Normal(init_scale / math.sqrt(width)))
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence, by part."""
+        width = self.config.num_heads * self.config.d_head
+        projections = sum(p.macs(length) for p in (self.q, self.k, self.v, self.o))
+        return {"projections": projections, "softmax": softmax_macs(length, length, width)}
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+    ) -> AttentionOutput:
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+            for project, x in ((self.q, query), (self.k, key), (self.v, value))
+        )
+        q, k = apply_rope(q, self.config.rope), apply_rope(k, self.config.rope)
+        heads = softmax_attention(q, k, v, mask)
+        return AttentionOutput(self.o(heads.transpose(1, 2).flatten(2)), {})

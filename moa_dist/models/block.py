@@ -1,0 +1,110 @@
+"""One Transformer layer: attention and feed-forward part, with the norm where asked.
+
+Shapes: B sequences of S tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from moa_dist.config.model import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    DenseFFNConfig,
+    FFNConfig,
+    MoAConfig,
+    ModelConfig,
+    MoEFFNConfig,
+    SwitchHeadConfig,
+)
+from moa_dist.models.attention import AttentionMask, DenseAttention
+from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
+from moa_dist.models.moa import MoAttention
+from moa_dist.models.switchhead import SwitchHeadAttention
+from moa_dist.moe.statistics import RoutingStatistics
+
+NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
+    "layernorm": nn.LayerNorm,
+    "rmsnorm": nn.RMSNorm,
+}
+"""By the name in the configuration."""
+
+
+def make_attention(
+    config: AttentionConfig, d_model: int, init_scale: float
+) -> DenseAttention | MoAttention | SwitchHeadAttention:
+    """The attention kinds: a new one is a file and a line here."""
+    match config:
+        case DenseAttentionConfig():
+            return DenseAttention(config, d_model, init_scale)
+        case MoAConfig():
+            return MoAttention(config, d_model, init_scale)
+        case SwitchHeadConfig():
+            return SwitchHeadAttention(config, d_model, init_scale)
+
+
+def make_feed_forward(
+    config: FFNConfig, d_model: int, init_scale: float
+) -> DenseFeedForward | MoEFeedForward:
+    """The feed-forward kinds: a new one is a file and a line here."""
+    match config:
+        case DenseFFNConfig():
+            return DenseFeedForward(config, d_model, init_scale)
+        case MoEFFNConfig():
+            return MoEFeedForward(config, d_model, init_scale)
+
+
+class BlockOutput(NamedTuple):
+    """Result of one layer."""
+
+    x: Tensor
+    """[B, S, D]."""
+    statistics: dict[str, RoutingStatistics]
+    """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`."""
+
+
+class Block(nn.Module):
+    """Self-attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.placement = config.norm_placement
+        init_scale = math.sqrt(2 / config.num_layers)
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.d_model)
+        self.attention = make_attention(config.attention, config.d_model, init_scale)
+        self.ffn_norm = norm(config.d_model)
+        self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates of one application to a sequence of `length`, by part."""
+        return dict(Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length)))
+
+    def forward(self, x: Tensor, mask: AttentionMask) -> BlockOutput:
+        """x [B, S, D] -> x [B, S, D]."""
+        match self.placement:
+            case "pre":
+                n = self.attention_norm(x)
+                attention = self.attention(n, n, n, mask)
+                x = x + attention.y
+                n = self.ffn_norm(x)
+                ffn = self.ffn(n, n, mask.query_real)
+                x = x + ffn.y
+            case "post":
+                attention = self.attention(x, x, x, mask)
+                x = self.attention_norm(x + attention.y)
+                ffn = self.ffn(x, x, mask.query_real)
+                x = self.ffn_norm(x + ffn.y)
+            case "peri":  # MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else
+                n = self.attention_norm(x)
+                attention = self.attention(n, n, x, mask)
+                x = x + attention.y
+                ffn = self.ffn(x, self.ffn_norm(x), mask.query_real)
+                x = x + ffn.y
+        named = {f"attention.{name}": value for name, value in attention.statistics.items()}
+        named |= {f"ffn.{name}".rstrip("."): value for name, value in ffn.statistics.items()}
+        return BlockOutput(x, named)

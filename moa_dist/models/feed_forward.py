@@ -1,0 +1,109 @@
+"""Feed-forward parts: dense, and a mixture of experts (sigma-MoE or softmax MoE).
+
+Shapes: B sequences of S tokens, D model width, F hidden width, A assignments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
+from moa_dist.models.linear import Linear
+from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.router import Router
+from moa_dist.moe.statistics import RoutingStatistics
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+"""By the name in the configuration."""
+
+
+class FeedForwardOutput(NamedTuple):
+    """Result of a feed-forward part."""
+
+    y: Tensor
+    """[B, S, D]."""
+    statistics: dict[str, RoutingStatistics]
+    """By the name of the router; empty for a dense one."""
+
+
+class DenseFeedForward(nn.Module):
+    """`W_down act(W_up x)`, optionally gated; no biases."""
+
+    def __init__(self, config: DenseFFNConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        up = Normal(init_scale / math.sqrt(d_model))
+        self.up = Linear(d_model, config.d_ff, up)
+        self.gate = Linear(d_model, config.d_ff, up) if config.gated else None
+        self.down = Linear(config.d_ff, d_model, Normal(init_scale / math.sqrt(config.d_ff)))
+        self.activation = ACTIVATIONS[config.activation]
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence, by part."""
+        return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
+
+    def forward(
+        self, x: Tensor, router_input: Tensor, token_real: Tensor | None
+    ) -> FeedForwardOutput:
+        """x [B, S, D] -> y [B, S, D]; the other arguments serve kinds with a router."""
+        hidden = self.activation(self.up(x))
+        if self.gate is not None:
+            hidden = hidden * self.gate(x)
+        return FeedForwardOutput(self.down(hidden), {})
+
+
+class MoEFeedForward(nn.Module):
+    """`y = sum over chosen e of w_e W_down^e act(W_up^e x)`, optionally gated; no biases.
+
+    sigma-MoE (Csordas et al. 2023, arXiv 2310.10837, equations 10-12) with sigmoid scores
+    and raw gates; the usual mixture of experts with softmax scores.
+    """
+
+    def __init__(self, config: MoEFFNConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        self.config = config
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        E, d_expert = config.router.num_experts, config.d_expert
+        std = init_scale / math.sqrt(d_model)
+        self.router = Router(config.router, d_model, init=Normal(std, equal_rows=True))
+        self.up = GroupedLinear(E, d_model, d_expert, Normal(std))
+        self.gate = GroupedLinear(E, d_model, d_expert, Normal(std)) if config.gated else None
+        # The fan-in counts all experts, not the chosen ones (MoEUT's released code).
+        self.down = GroupedLinear(
+            E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
+        )
+        self.activation = ACTIVATIONS[config.activation]
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence, by part."""
+        per_row = sum(p.macs_per_row() for p in (self.up, self.gate, self.down) if p)
+        return {
+            "experts": length * self.config.router.top_k * per_row,
+            "routers": self.router.macs(length),
+        }
+
+    def forward(
+        self, x: Tensor, router_input: Tensor, token_real: Tensor | None
+    ) -> FeedForwardOutput:
+        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D], zero at padding.
+
+        `token_real` [B, S] bool is true for real tokens; None when there is no padding.
+        """
+        routing = self.router(router_input, token_real)
+        plan = self.dispatcher.plan(routing, self.router.num_experts)
+        rows = plan.dispatch(x.flatten(0, 1), "token")
+        hidden = self.activation(self.up(rows, plan.counts))
+        if self.gate is not None:
+            hidden = hidden * self.gate(rows, plan.counts)
+        y = plan.combine(self.down(hidden, plan.counts), "token", weighted=True)
+        return FeedForwardOutput(y.view_as(x), {"": routing.statistics})

@@ -1,0 +1,146 @@
+"""Causal language model: embedding, stack, head, auxiliary losses as values.
+
+Shapes: B sequences of S tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_dist.config.model import BalanceConfig, ModelConfig
+from moa_dist.models.attention import AttentionMask
+from moa_dist.models.block import NORMS
+from moa_dist.models.linear import Linear
+from moa_dist.models.stack import LayerStack, Site
+from moa_dist.moe.initialize import Initializer, Normal, initialize
+from moa_dist.moe.losses import balance_losses
+from moa_dist.moe.statistics import RoutingStatistics, total
+
+
+class LanguageModelOutput(NamedTuple):
+    """Everything a forward says: nothing stays on the modules."""
+
+    logits: Tensor
+    """[B, S, V]."""
+    auxiliary: dict[str, Tensor]
+    """Scalar losses by name, such as `ffn/entropy`: coefficients applied, summed over distinct
+    layers. Training adds them all to the cross-entropy."""
+    statistics: dict[Site, RoutingStatistics]
+    """One entry per router application."""
+
+
+class TokenEmbedding(nn.Module):
+    """Token embedding, not scaled, that can also serve as output head."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How to draw each parameter."""
+        return {"weight": Normal(1 / math.sqrt(self.weight.shape[1]))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids [B, S] -> vectors [B, S, D]; or vectors [B, S, D] -> logits [B, S, V]."""
+        if x.is_floating_point():
+            return F.linear(x, self.weight)
+        return F.embedding(x, self.weight)
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of any attention, FFN, stack and norm placement."""
+
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
+        self.stack = LayerStack(config, recompute=recompute)
+        # After post-norm blocks the residual is normalised already.
+        needs_norm = config.norm_placement != "post"
+        self.final_norm = NORMS[config.norm](config.d_model) if needs_norm else nn.Identity()
+        init = Normal(1 / math.sqrt(config.d_model))
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Linear(config.d_model, config.vocab_size, init, bias=config.head_bias)
+        )
+
+    def forward(self, tokens: Tensor, token_real: Tensor | None = None) -> LanguageModelOutput:
+        """Logits of the next token at every position.
+
+        `tokens` [B, S] int64; `token_real` [B, S] bool is false at padding, None for none.
+        """
+        x = self.embedding(tokens)
+        if self.config.position == "sinusoidal":
+            x = x + sinusoidal_positions(*x.shape[1:], dtype=x.dtype, device=x.device)
+        mask = AttentionMask(causal=True, query_real=token_real, key_real=token_real)
+        x, statistics = self.stack(x, mask)
+        x = self.final_norm(x)
+        logits = self.embedding(x) if self.head is None else self.head(x)
+        return LanguageModelOutput(logits, self._auxiliary(statistics), statistics)
+
+    def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:
+        """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""
+        by_router = defaultdict(list)
+        for site, value in statistics.items():
+            by_router[site.layer, site.router].append(value)
+        sums: dict[str, Tensor] = {}
+        for (_, router), values in by_router.items():
+            part = router.split(".")[0]
+            for name, loss in balance_losses(total(values), self._balance(part)).items():
+                key = f"{part}/{name}"
+                sums[key] = sums[key] + loss if key in sums else loss
+        return sums
+
+    def _balance(self, part: str) -> BalanceConfig:
+        return getattr(self.config, part).router.balance
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates of one forward over a sequence of `length`, by part."""
+        parts: dict[str, int] = defaultdict(int)
+        for layer in self.stack.layers:
+            for part, count in layer.macs(length).items():
+                parts[part] += count * self.stack.num_repeats
+        parts["head"] = length * self.config.d_model * self.config.vocab_size
+        return dict(parts)
+
+
+def sinusoidal_positions(
+    length: int, d_model: int, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[length, d_model], sines then cosines (Vaswani et al. 2017, section 3.5)."""
+    half = d_model // 2
+    frequency = torch.exp(
+        torch.arange(half, device=device) * (-math.log(10000.0) / max(half - 1, 1))
+    )
+    angle = torch.arange(length, device=device)[:, None] * frequency
+    table = torch.cat([angle.sin(), angle.cos()], dim=1)
+    return F.pad(table, (0, d_model - 2 * half)).to(dtype)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    recompute: bool = False,
+    parallelize: Callable[[nn.Module], None] | None = None,
+) -> LanguageModel:
+    """A model with initial weights, in fp32 on the CPU, that runs on one process.
+
+    `parallelize` is called while parameters are on the meta device: what it removes is
+    never allocated. Weights depend on the seed alone, not on what it does.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config, recompute=recompute)
+    if parallelize is not None:
+        parallelize(model)
+    model.to_empty(device="cpu")
+    initialize(model, seed)
+    return model

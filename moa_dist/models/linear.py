@@ -1,0 +1,26 @@
+"""A linear map that knows how it is initialised and what it costs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from moa_dist.moe.initialize import Constant, Initializer
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with a declared initial distribution; a bias starts at zero."""
+
+    def __init__(self, d_in: int, d_out: int, init: Initializer, *, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+        self.init = init
+
+    def reset_parameters(self) -> None:
+        """Nothing: `moe.initialize` fills parameters once the whole model is built."""
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How to draw each parameter."""
+        return {"weight": self.init, "bias": Constant(0.0)}
+
+    def macs(self, num_rows: int) -> int:
+        """Multiply-accumulates for `num_rows` rows."""
+        return num_rows * self.in_features * self.out_features

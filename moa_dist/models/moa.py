@@ -1,0 +1,86 @@
+"""MoA: mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144, section 3).
+
+An expert is a query projection and an output projection. Each query token routes to K
+experts; keys and values are shared by all. Only projections travel between ranks: the
+softmax runs where the token's sequence is.
+
+Shapes: B sequences, T queries, S keys, K chosen experts, h heads per expert, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from moa_dist.config.model import MoAConfig
+from moa_dist.models.attention import (
+    AttentionMask,
+    AttentionOutput,
+    apply_rope,
+    softmax_attention,
+    softmax_macs,
+)
+from moa_dist.models.linear import Linear
+from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal, XavierUniform
+from moa_dist.moe.router import Router
+
+
+class MoAttention(nn.Module):
+    """`y_t = sum over chosen e of w_e W_o^e attention(W_q^e x_t, K, V)` (equations 5-8).
+
+    The two trips, to queries and to outputs, share one dispatch plan.
+    """
+
+    def __init__(self, config: MoAConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        self.config = config
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        width = config.heads_per_expert * config.d_head
+        num_experts = config.router.num_experts
+        shared = XavierUniform(gain=1 / math.sqrt(2))
+        # Small and random, not zero: with all logits tied every token takes the same experts.
+        self.router = Router(config.router, d_model, init=Normal(init_scale / math.sqrt(d_model)))
+        self.q = GroupedLinear(num_experts, d_model, width, XavierUniform())
+        self.k = Linear(d_model, width, shared)
+        self.v = Linear(d_model, width, shared)
+        self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence, by part."""
+        K = self.config.router.top_k
+        width = self.config.heads_per_expert * self.config.d_head
+        return {
+            "projections": self.k.macs(length) + self.v.macs(length),
+            "experts": length * K * (self.q.macs_per_row() + self.o.macs_per_row()),
+            "routers": self.router.macs(length),
+            "softmax": softmax_macs(length, length, K * width),
+        }
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+    ) -> AttentionOutput:
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding."""
+        B, T, D = query.shape
+        K, h = self.config.router.top_k, self.config.heads_per_expert
+        routing = self.router(query, mask.query_real)
+        plan = self.dispatcher.plan(routing, self.router.num_experts)
+
+        rows = self.q(plan.dispatch(query.reshape(B * T, D), "token"), plan.counts)
+        q = plan.combine(rows, "slot", weighted=False)
+        q = q.view(B, T, K * h, -1).transpose(1, 2)
+        k, v = (
+            project(x).unflatten(-1, (h, -1)).transpose(1, 2)
+            for project, x in ((self.k, key), (self.v, value))
+        )
+        q, k = apply_rope(q, self.config.rope), apply_rope(k, self.config.rope)
+        # Query heads are slot-major, (slot, head), so keys and values are tiled, not interleaved.
+        k, v = (x[:, None].expand(-1, K, -1, -1, -1).flatten(1, 2) for x in (k, v))
+        heads = softmax_attention(q, k, v, mask)
+
+        slots = heads.transpose(1, 2).reshape(B * T * K, -1)
+        rows = self.o(plan.dispatch(slots, "slot"), plan.counts)
+        y = plan.combine(rows, "token", weighted=True)
+        return AttentionOutput(y.view(B, T, D), {"query": routing.statistics})

@@ -1,0 +1,81 @@
+"""A stack of layers, distinct or shared: G layers applied R times in the order ABAB...
+
+MoEUT's layer grouping (Csordas et al. 2024, section 2.1); G = num_layers is the usual stack.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from moa_dist.config.model import ModelConfig
+from moa_dist.models.attention import AttentionMask
+from moa_dist.models.block import Block, BlockOutput
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+class Site(NamedTuple):
+    """Where a router was applied."""
+
+    layer: int
+    """Distinct layer, 0 ... G - 1."""
+    repeat: int
+    """Application of that layer, 0 ... R - 1."""
+    router: str
+    """Router within the layer, such as `ffn`."""
+
+
+class StackOutput(NamedTuple):
+    """Result of all layers."""
+
+    x: Tensor
+    """[B, S, D]."""
+    statistics: dict[Site, RoutingStatistics]
+    """One entry per router application."""
+
+
+def _keep_choices(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Recompute all but the choice of experts, which must not change between the passes."""
+    saved = op == torch.ops.aten.topk.default
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class LayerStack(nn.Module):
+    """`num_distinct_layers` blocks, applied in turn until `num_layers` have been."""
+
+    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+        super().__init__()
+        num_distinct = config.num_distinct_layers or config.num_layers
+        if config.num_layers % num_distinct:
+            raise ValueError(
+                f"{num_distinct} distinct layers do not divide {config.num_layers} layers"
+            )
+        self.num_repeats = config.num_layers // num_distinct
+        self.layers = nn.ModuleList([Block(config) for _ in range(num_distinct)])
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, mask: AttentionMask) -> StackOutput:
+        """x [B, S, D] -> x [B, S, D]."""
+        statistics = {}
+        for repeat in range(self.num_repeats):
+            for i, layer in enumerate(self.layers):
+                output = self._apply_layer(layer, x, mask)
+                x = output.x
+                for router, value in output.statistics.items():
+                    statistics[Site(i, repeat, router)] = value
+        return StackOutput(x, statistics)
+
+    def _apply_layer(self, layer: nn.Module, x: Tensor, mask: AttentionMask) -> BlockOutput:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return layer(x, mask)
+        # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.
+        context = partial(create_selective_checkpoint_contexts, _keep_choices)
+        return checkpoint(layer, x, mask, use_reentrant=False, context_fn=context)

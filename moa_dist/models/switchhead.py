@@ -1,0 +1,85 @@
+"""SwitchHead (Csordas et al. 2023, arXiv 2312.07987), as MoEUT uses it.
+
+Queries and keys are dense. Each head has experts of its own for values, chosen by the
+source token, and for outputs, chosen by the destination token.
+
+Shapes: B sequences, T queries, S keys, H heads, E experts per head, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from moa_dist.config.model import SwitchHeadConfig
+from moa_dist.models.attention import (
+    AttentionMask,
+    AttentionOutput,
+    apply_rope,
+    softmax_attention,
+    softmax_macs,
+)
+from moa_dist.models.linear import Linear
+from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.router import Router
+
+
+class SwitchHeadAttention(nn.Module):
+    """One softmax per head between mixtures of value and of output experts (equations 7-10).
+
+    With one expert per head, values and outputs are dense with a gate per head.
+    """
+
+    def __init__(self, config: SwitchHeadConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        self.config = config
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        H, d = config.num_heads, config.d_head
+        num_experts = H * config.router.num_experts
+        from_model = Normal(init_scale / math.sqrt(d_model))
+        self.q = Linear(d_model, H * d, from_model)
+        self.k = Linear(d_model, H * d, from_model)
+        self.value_router = Router(config.router, d_model, num_groups=H, init=from_model)
+        self.v = GroupedLinear(num_experts, d_model, d, from_model)
+        self.output_router = Router(config.router, d_model, num_groups=H, init=from_model)
+        self.o = GroupedLinear(num_experts, d, d_model, Normal(init_scale / math.sqrt(H * d)))
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence, by part."""
+        H, K = self.config.num_heads, self.config.router.top_k
+        return {
+            "projections": self.q.macs(length) + self.k.macs(length),
+            "experts": length * H * K * (self.v.macs_per_row() + self.o.macs_per_row()),
+            "routers": self.value_router.macs(length) + self.output_router.macs(length),
+            "softmax": softmax_macs(length, length, H * self.config.d_head),
+        }
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+    ) -> AttentionOutput:
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
+
+        The value router reads `key`, the output router `query`: under peri-norm these are
+        normalised, while the value experts read the raw residual in `value`.
+        """
+        (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
+        value_routing = self.value_router(key, mask.key_real)
+        plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
+        rows = self.v(plan.dispatch(value.reshape(B * S, D), "token"), plan.counts)
+        v = plan.combine(rows, "group", weighted=True).view(B, S, H, -1).transpose(1, 2)
+
+        q, k = (
+            apply_rope(project(x).unflatten(-1, (H, -1)).transpose(1, 2), self.config.rope)
+            for project, x in ((self.q, query), (self.k, key))
+        )
+        heads = softmax_attention(q, k, v, mask).transpose(1, 2).reshape(B * T * H, -1)
+
+        output_routing = self.output_router(query, mask.query_real)
+        plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
+        rows = self.o(plan.dispatch(heads, "group"), plan.counts)
+        y = plan.combine(rows, "token", weighted=True).view(B, T, D)
+        statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
+        return AttentionOutput(y, statistics)

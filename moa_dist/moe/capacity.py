@@ -1,0 +1,64 @@
+"""Capacity: how many assignments an expert takes from one group of sequences, and which.
+
+Counted per group of sequences (GShard's groups), so the same tokens are dropped whatever
+the number of ranks, the micro-batch or the accumulation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moa_dist.config.model import CapacityConfig
+
+
+def expert_capacity(num_tokens: Tensor, factor: float, top_k: int, num_experts: int) -> Tensor:
+    """`min(ceil(factor * K * tokens / E), tokens)`, elementwise over [N] token counts, int64.
+
+    At most `tokens`, since a token takes an expert once.
+    """
+    # In fp64: fp32 would round ceil() up or down once counts pass 2**24.
+    limit = torch.ceil(factor * top_k * num_tokens.double() / num_experts).long()
+    return torch.minimum(limit, num_tokens)
+
+
+def keep_within_capacity(
+    chosen_ids: Tensor,
+    scores: Tensor,
+    real: Tensor | None,
+    *,
+    num_experts: int,
+    num_sequence_groups: int,
+    capacity: CapacityConfig,
+) -> Tensor:
+    """Which assignments fit.
+
+    `chosen_ids` [T, G, K] experts within each router group, `scores` [T, G, K] their scores,
+    `real` [T, G, K] bool or None for all. Returns [T, G, K] bool, false for padding.
+    """
+    T, G, K = chosen_ids.shape
+    N, device = num_sequence_groups, chosen_ids.device
+    sequence_group = torch.arange(N, device=device).repeat_interleave(T // N)
+    router_group = torch.arange(G, device=device)
+    queue = (sequence_group[:, None] * G + router_group)[:, :, None] * num_experts + chosen_ids
+    num_queues = N * G * num_experts
+    if real is not None:  # padding waits in a queue of its own, behind all others
+        queue = queue.masked_fill(~real, num_queues)
+    queue = queue.flatten()
+
+    if capacity.policy == "probability":
+        order = scores.flatten().argsort(descending=True, stable=True)
+        order = order[queue[order].argsort(stable=True)]
+    else:
+        order = queue.argsort(stable=True)
+    lengths = queue.bincount(minlength=num_queues + 1)
+    starts = lengths.cumsum(0) - lengths
+    place = torch.empty_like(queue)
+    place[order] = torch.arange(len(queue), device=device) - starts[queue[order]]
+
+    tokens = torch.full((T,), 1, device=device) if real is None else real[:, 0, 0].long()
+    tokens = tokens.view(N, -1).sum(1)
+    limit = expert_capacity(tokens, capacity.factor, K, num_experts)
+    limit = limit.repeat_interleave(G * num_experts)
+    limit = torch.cat([limit, limit.new_zeros(1)])
+    return (place < limit[queue]).view(T, G, K)

@@ -1,0 +1,173 @@
+"""Dispatch over an expert-parallel group by all-to-all.
+
+A row travels **once per destination rank**, however many of that rank's experts it goes to:
+it is expanded there, and the rank returns the weighted sum of its experts' outputs, one row
+per output row. Per plan there is one exchange of counts and one of indices and weights; all
+trips of the plan then exchange rows alone.
+
+Shapes: P ranks in the group, A assignments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
+from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
+from moa_dist.moe.router import Routing
+
+_TRAVELLING: tuple[Level, ...] = ("token", "group")
+"""Levels in which one row may serve several assignments; a slot is an assignment itself."""
+
+
+def first_expert(num_experts: int, rank: int, num_ranks: int) -> int:
+    """First expert of `rank`: contiguous shards whose sizes differ by one at most."""
+    return num_experts * rank // num_ranks
+
+
+@dataclass(frozen=True)
+class _Trips:
+    """Which rows of one level go to each rank, and how many come from each."""
+
+    rows: Tensor
+    """int64 local rows to send, in the order of destination ranks."""
+    sent: list[int]
+    """[P] rows to each rank."""
+    received: list[int]
+    """[P] rows from each rank."""
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """Send rows to the ranks of their experts, run a local plan there, send sums back."""
+
+    group: dist.ProcessGroup
+    """The expert-parallel group."""
+    trips: dict[Level, _Trips]
+    """What travels, by level."""
+    num_rows: dict[Level, int]
+    """Rows that each level has on this rank."""
+    local: LocalPlan
+    """Plan over the received rows and the experts of this rank."""
+
+    @property
+    def counts(self) -> list[int]:
+        """See `DispatchPlan.counts`."""
+        return self.local.counts
+
+    def dispatch(self, x: Tensor, read: Level) -> Tensor:
+        """See `DispatchPlan.dispatch`."""
+        trips = self.trips[read]
+        sent = x.index_select(0, trips.rows)
+        received = all_to_all_rows(sent, trips.sent, trips.received, self.group)
+        return self.local.dispatch(received, read)
+
+    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
+        """See `DispatchPlan.combine`."""
+        trips = self.trips[write]
+        sums = self.local.combine(rows, write, weighted=weighted)
+        returned = all_to_all_rows(sums, trips.received, trips.sent, self.group)
+        wide = returned.to(self.local.weight.dtype)
+        return sum_rows(wide, trips.rows, self.num_rows[write]).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class ExchangeDispatcher:
+    """Experts are spread over the ranks of `group` in contiguous shards."""
+
+    group: dist.ProcessGroup
+
+    def plan(self, routing: Routing, num_experts: int) -> ExchangePlan:
+        """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
+        num_ranks, rank = self.group.size(), self.group.rank()
+        home = assignments_of(routing)
+        starts = torch.tensor(
+            [first_expert(num_experts, r, num_ranks) for r in range(num_ranks + 1)],
+            device=home.expert.device,
+        )
+        home, owner = _sort_by_owner(home, starts)
+
+        # Indices are relative to the block of rows that goes to one rank, so that the
+        # receiver only adds where the block starts.
+        unique = {level: _unique_rows(home, owner, level, num_ranks) for level in _TRAVELLING}
+        sent_counts = torch.stack(
+            [owner.bincount(minlength=num_ranks), *(unique[lv].counts for lv in _TRAVELLING)], 1
+        )
+        received_counts = all_to_all_counts(sent_counts, self.group)
+        (sent, *sent_rows), (received, *received_rows) = (
+            counts.T.tolist() for counts in (sent_counts, received_counts)
+        )
+        indices = torch.stack(
+            [home.expert - starts[owner], *(unique[lv].place for lv in _TRAVELLING)], 1
+        )
+        indices = all_to_all_rows(indices, sent, received, self.group)
+        weight = all_to_all_rows(home.weight, sent, received, self.group)
+
+        trips = {
+            level: _Trips(unique[level].rows, sent_rows[i], received_rows[i])
+            for i, level in enumerate(_TRAVELLING)
+        }
+        trips["slot"] = _Trips(home.rows["slot"], sent, received)
+        source = torch.arange(num_ranks, device=weight.device).repeat_interleave(
+            torch.tensor(received, device=weight.device)
+        )
+        block_starts = received_counts.cumsum(0) - received_counts
+        arrived = Assignments(
+            expert=indices[:, 0],
+            weight=weight,
+            rows={
+                "token": indices[:, 1] + block_starts[source, 1],
+                "group": indices[:, 2] + block_starts[source, 2],
+                "slot": torch.arange(len(indices), device=weight.device),
+            },
+            num_rows={level: sum(trips[level].received) for level in trips},
+        )
+        num_local = first_expert(num_experts, rank + 1, num_ranks) - first_expert(
+            num_experts, rank, num_ranks
+        )
+        return ExchangePlan(
+            group=self.group,
+            trips=trips,
+            num_rows=home.num_rows,
+            local=LocalPlan.of(arrived, num_local),
+        )
+
+
+def _sort_by_owner(home: Assignments, starts: Tensor) -> tuple[Assignments, Tensor]:
+    """Assignments in the order of the ranks that own their experts, and those ranks [A]."""
+    owner = torch.searchsorted(starts, home.expert, right=True) - 1
+    order = owner.argsort(stable=True)
+    sorted_home = replace(
+        home,
+        expert=home.expert[order],
+        weight=home.weight[order],
+        rows={level: rows[order] for level, rows in home.rows.items()},
+    )
+    return sorted_home, owner[order]
+
+
+@dataclass(frozen=True)
+class _UniqueRows:
+    """Distinct (rank, row) pairs of one level."""
+
+    rows: Tensor
+    """Rows to send, rank by rank."""
+    counts: Tensor
+    """[P] rows per rank."""
+    place: Tensor
+    """[A] place of each assignment's row within its rank's block."""
+
+
+def _unique_rows(home: Assignments, owner: Tensor, level: Level, num_ranks: int) -> _UniqueRows:
+    """Assignments must be sorted by owner, and by row within one."""
+    num_rows = max(home.num_rows[level], 1)
+    pairs, inverse = torch.unique_consecutive(
+        owner * num_rows + home.rows[level], return_inverse=True
+    )
+    counts = (pairs // num_rows).bincount(minlength=num_ranks)
+    starts = counts.cumsum(0) - counts
+    return _UniqueRows(rows=pairs % num_rows, counts=counts, place=inverse - starts[owner])

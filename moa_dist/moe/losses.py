@@ -1,0 +1,59 @@
+"""Auxiliary losses on routers: one function each, and one line in `BALANCE_LOSSES`.
+
+Each maps statistics to a mean over groups of sequences and router groups. A group without
+real tokens contributes zero, and the mean always runs over all groups: hence averaging over
+equal micro-batches and ranks gives the value of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moa_dist.config.model import BalanceConfig
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+def _mean_probability(statistics: RoutingStatistics) -> Tensor:
+    """[N, G, E], zero where a group has no tokens."""
+    return statistics.probability / statistics.num_tokens.clamp(min=1)[:, None, None]
+
+
+def switch_loss(statistics: RoutingStatistics) -> Tensor:
+    """`E * sum_e f_e P_e` (Fedus et al. 2021, equation 4): 1 when even, E when collapsed."""
+    num_experts = statistics.load.shape[-1]
+    assignments = statistics.load.sum(-1, keepdim=True).clamp(min=1)
+    probability = _mean_probability(statistics)
+    share = statistics.load.to(probability.dtype) / assignments
+    return num_experts * (share * probability).sum(-1).mean()
+
+
+def z_loss(statistics: RoutingStatistics) -> Tensor:
+    """Mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
+    return (statistics.z / statistics.num_tokens.clamp(min=1)[:, None]).mean()
+
+
+def entropy_loss(statistics: RoutingStatistics) -> Tensor:
+    """Negative entropy of the mean probability (Csordas et al. 2024, equation 7), nats."""
+    probability = _mean_probability(statistics)
+    return torch.special.entr(probability).sum(-1).mean().neg()
+
+
+BALANCE_LOSSES: dict[str, Callable[[RoutingStatistics], Tensor]] = {
+    "switch": switch_loss,
+    "z_loss": z_loss,
+    "entropy": entropy_loss,
+}
+"""Loss by the name of its coefficient in `BalanceConfig`."""
+
+
+def balance_losses(statistics: RoutingStatistics, config: BalanceConfig) -> dict[str, Tensor]:
+    """Losses with a non-zero coefficient, multiplied by it; each a scalar."""
+    coefficients = {name: getattr(config, name) for name in BALANCE_LOSSES}
+    return {
+        name: coefficient * BALANCE_LOSSES[name](statistics)
+        for name, coefficient in coefficients.items()
+        if coefficient
+    }

@@ -1,0 +1,199 @@
+"""The router: which experts a token takes, with which weights. One family for all uses.
+
+Shapes: B sequences of S tokens, T = B * S tokens, D width of the router's input, G router
+groups (SwitchHead routes each head separately, all others have G = 1), E experts per group,
+K experts chosen per token and group, N groups of sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_dist.config.model import RouterConfig
+from moa_dist.moe.capacity import keep_within_capacity
+from moa_dist.moe.initialize import Initializer, Normal
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+class Routing(NamedTuple):
+    """A router's decision for T tokens; the input of a dispatcher."""
+
+    expert_ids: Tensor
+    """[T, G, K] int64; flat id `group * E + expert`."""
+    weights: Tensor
+    """[T, G, K] in fp32 or wider; carries the gradient to the router."""
+    kept: Tensor | None
+    """[T, G, K] bool, false for padding tokens and dropped assignments; None keeps all."""
+    statistics: RoutingStatistics
+    """Sums for losses and reports."""
+
+
+def _renormalize(chosen: Tensor) -> Tensor:
+    return chosen / chosen.sum(-1, keepdim=True)
+
+
+def _renormalize_detached(chosen: Tensor) -> Tensor:
+    return chosen / chosen.sum(-1, keepdim=True).detach()
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+}
+"""Logits [T, G, E] to scores [T, G, E], by `RouterConfig.score`."""
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "raw": lambda chosen: chosen,
+    "renormalized": _renormalize,
+    "renormalized_detached": _renormalize_detached,
+}
+"""Chosen scores [T, G, K] to weights [T, G, K], by `RouterConfig.gate`."""
+
+
+class RouterLogits(nn.Module):
+    """Linear logits without bias, in fp32 or wider whatever the model computes in.
+
+    bfloat16 logits tie often, and a tie broken differently changes the experts.
+    """
+
+    def __init__(self, d_model: int, num_outputs: int, init: Initializer) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, d_model))
+        self.init = init
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How to draw each parameter."""
+        return {"weight": self.init}
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, outputs]."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+
+
+class Router(nn.Module):
+    """Scores all experts of each group, chooses K, weighs them, drops what exceeds capacity."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        d_model: int,
+        *,
+        num_groups: int = 1,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_groups = num_groups
+        self.logits = RouterLogits(
+            d_model, num_groups * config.num_experts, init or Normal(1 / math.sqrt(d_model))
+        )
+
+    @property
+    def num_experts(self) -> int:
+        """Flat experts: groups times experts per group."""
+        return self.num_groups * self.config.num_experts
+
+    def macs(self, num_tokens: int) -> int:
+        """Multiply-accumulates of one application."""
+        return num_tokens * self.logits.weight.numel()
+
+    def forward(self, x_BSD: Tensor, token_mask: Tensor | None = None) -> Routing:
+        """Route each token.
+
+        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
+        """
+        B, S, _ = x_BSD.shape
+        E, K = self.config.num_experts, self.config.top_k
+        logits = self.logits(x_BSD.flatten(0, 1)).unflatten(-1, (self.num_groups, E))
+        scores = SCORES[self.config.score](logits)
+        chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
+        chosen = scores.gather(-1, chosen_ids)
+        real = None if token_mask is None else token_mask.reshape(B * S)
+        kept = self._keep(chosen_ids, chosen, real, B)
+        group_offset = torch.arange(self.num_groups, device=logits.device) * E
+        return Routing(
+            expert_ids=chosen_ids + group_offset[:, None],
+            weights=GATES[self.config.gate](chosen),
+            kept=kept,
+            statistics=self._statistics(logits, chosen_ids, kept, real, B),
+        )
+
+    def _selectable(self, scores: Tensor) -> Tensor:
+        """Scores to choose by: without gradient, some experts hidden while training."""
+        scores = scores.detach()
+        if self.training and self.config.expert_dropout:
+            hidden = torch.rand_like(scores) < self.config.expert_dropout
+            scores = scores.masked_fill(hidden, -math.inf)
+        return scores
+
+    def _keep(
+        self, chosen_ids: Tensor, chosen: Tensor, real: Tensor | None, num_sequences: int
+    ) -> Tensor | None:
+        """[T, G, K] bool, or None when nothing is excluded."""
+        padded = None if real is None else real[:, None, None].expand_as(chosen_ids)
+        if self.config.capacity is None:
+            return padded
+        return keep_within_capacity(
+            chosen_ids,
+            chosen.detach(),
+            padded,
+            num_experts=self.config.num_experts,
+            num_sequence_groups=num_sequences // self.config.group_sequences,
+            capacity=self.config.capacity,
+        )
+
+    def _statistics(
+        self,
+        logits: Tensor,
+        chosen_ids: Tensor,
+        kept: Tensor | None,
+        real: Tensor | None,
+        num_sequences: int,
+    ) -> RoutingStatistics:
+        if num_sequences % self.config.group_sequences:
+            raise ValueError(
+                f"a batch of {num_sequences} sequences does not split into groups of "
+                f"{self.config.group_sequences} (router.group_sequences)"
+            )
+        N = num_sequences // self.config.group_sequences
+        probability = logits.softmax(-1)
+        z = logits.logsumexp(-1).square()
+        entropy = torch.special.entr(probability.detach()).sum(-1)
+        chosen_by = torch.ones_like(chosen_ids)
+        dropped_by = chosen_by - 1 if kept is None else (~kept).long()
+        if real is None:
+            num_tokens = torch.full((len(logits),), 1, device=logits.device)
+        else:
+            num_tokens = real.long()
+            probability = probability * real[:, None, None]
+            z = z * real[:, None]
+            entropy = entropy * real[:, None]
+            chosen_by = chosen_by * num_tokens[:, None, None]
+            dropped_by = dropped_by * num_tokens[:, None, None]
+
+        def per_group(x_T: Tensor) -> Tensor:
+            return x_T.unflatten(0, (N, -1)).sum(1)
+
+        def per_expert(x_TGK: Tensor) -> Tensor:
+            counts = torch.zeros(N, *logits.shape[1:], dtype=torch.int64, device=logits.device)
+            per_NG = (
+                t.unflatten(0, (N, -1)).transpose(1, 2).flatten(2) for t in (chosen_ids, x_TGK)
+            )
+            return counts.scatter_add(-1, *per_NG)
+
+        return RoutingStatistics(
+            num_tokens=per_group(num_tokens),
+            load=per_expert(chosen_by),
+            dropped=per_expert(dropped_by),
+            probability=per_group(probability),
+            z=per_group(z),
+            entropy=per_group(entropy),
+        )

@@ -1,0 +1,64 @@
+"""What a router did, as values: sums that add up over the repeats of a shared layer.
+
+Shapes: N groups of sequences, G router groups (heads in SwitchHead, else 1), E experts per
+router group. All sums run over the real tokens of one group of sequences, so they do not
+depend on how ranks and micro-batches share the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RoutingStatistics(NamedTuple):
+    """Sums over one application of a router (or, added up, over several)."""
+
+    num_tokens: Tensor
+    """[N] int64, real tokens."""
+    load: Tensor
+    """[N, G, E] int64, assignments per expert before dropping."""
+    dropped: Tensor
+    """[N, G, E] int64, assignments dropped for lack of capacity."""
+    probability: Tensor
+    """[N, G, E], sum of softmax(logits); carries a gradient."""
+    z: Tensor
+    """[N, G], sum of squared logsumexp(logits); carries a gradient."""
+    entropy: Tensor
+    """[N, G], sum of the entropy of softmax(logits) in nats; no gradient, for reports."""
+
+    def plus(self, other: RoutingStatistics) -> RoutingStatistics:
+        """Sums of both; the groups of sequences must be the same."""
+        return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
+    """Sum over applications, such as the repeats of a shared layer."""
+    return reduce(RoutingStatistics.plus, statistics)
+
+
+class RoutingReport(NamedTuple):
+    """The part of the statistics worth keeping between steps: additive, without gradient."""
+
+    load: Tensor
+    """[G, E] int64."""
+    dropped: Tensor
+    """[G, E] int64."""
+    entropy: Tensor
+    """[2]: sum of entropies, and the number of (token, router group) pairs it runs over."""
+
+
+def report(statistics: RoutingStatistics) -> RoutingReport:
+    """Sum over groups of sequences, detached."""
+    num_router_groups = statistics.load.shape[1]
+    pairs = statistics.num_tokens.sum() * num_router_groups
+    entropy = statistics.entropy.detach().sum()
+    return RoutingReport(
+        load=statistics.load.sum(0),
+        dropped=statistics.dropped.sum(0),
+        entropy=torch.stack([entropy.double(), pairs.double()]),
+    )
