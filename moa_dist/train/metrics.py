@@ -1,0 +1,94 @@
+"""What the training loop reports, as values, and who may listen.
+
+The loop never prints: it hands these to observers (see `moa_dist.observe`), on rank 0 only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from moa_dist.config.run import Config
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingReport
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Said once, before the first step."""
+
+    config: Config
+    """The resolved configuration."""
+    folder: str
+    """The run's folder."""
+    world_size: int
+    """Ranks (W)."""
+    device: str
+    """What every rank computes on, such as `cpu` or `cuda (NVIDIA H100)`."""
+    backend: str
+    """Communication backend: `nccl` or `gloo`."""
+    num_parameters: int
+    """Of the whole model."""
+    num_active_parameters: int
+    """Of those, how many one token uses."""
+    flops_per_token: float
+    """Model FLOPs of one token, forward and backward, without recomputation."""
+    first_step: int
+    """0, or the step that training resumes after."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step; sums and means run over all ranks and micro-batches."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean cross-entropy per target token, nats."""
+    auxiliary: dict[str, float]
+    """Auxiliary losses by name, coefficients applied."""
+    grad_norm: float
+    """Global norm before clipping."""
+    lr: float
+    """Learning rate of this step."""
+    tokens: int
+    """Target tokens of this step."""
+    tokens_per_second: float
+    """Over the steps since the last report, all ranks together."""
+    routing: dict[Site, RoutingReport]
+    """One entry per router application; on the CPU. Empty for dense models."""
+
+
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """One validation."""
+
+    step: int
+    """Steps taken so far."""
+    loss: float
+    """Mean cross-entropy per target token, nats."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float
+    """Cross-entropy in bits per byte of the source text."""
+    tokens: int
+    """Target tokens it runs over."""
+
+
+class Observer(Protocol):
+    """Listens to a training run."""
+
+    def start(self, run: RunStart) -> None:
+        """Before the first step."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Every `logging.every` steps."""
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """After a validation."""
+
+    def note(self, message: str) -> None:
+        """Something a person should know, such as a saved checkpoint; one line."""
+
+    def close(self) -> None:
+        """After the last step, also when training fails."""
