@@ -1,0 +1,130 @@
+"""`moa-dist prepare`: text to shards. Arguments and printing only; see `moa_dist.data.prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from moa_dist.data.prepare import DEFAULT_SAMPLES_PER_SHARD, Prepared, prepare
+from moa_dist.data.text import TextOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text or JSON Lines files (also .gz, .bz2, .xz), folders of them, or - for stdin",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--sequence-length", type=int, default=1024, metavar="L", help="tokens per sequence (1024)"
+    )
+    parser.add_argument(
+        "--valid-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="hold out this share of the documents; writes DIR/train and DIR/valid (0: all in DIR)",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=8000, help="size of the tokenizer to train (8000)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="use this tokenizer.json instead of training one",
+    )
+    parser.add_argument(
+        "--documents",
+        choices=["file", "blank-line"],
+        default="file",
+        help="what a document of plain text is: a whole file, or lines up to a blank one (file)",
+    )
+    parser.add_argument(
+        "--json-field", default="text", metavar="NAME", help="field of JSON Lines to read (text)"
+    )
+    parser.add_argument(
+        "--errors",
+        choices=["strict", "replace"],
+        default="strict",
+        help="text that is not UTF-8: stop, or replace and count (strict)",
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, metavar="N", help="use only the first N bytes of text"
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=DEFAULT_SAMPLES_PER_SHARD,
+        metavar="N",
+        help=f"the most samples in a shard ({DEFAULT_SAMPLES_PER_SHARD})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
+    parser.add_argument("--force", action="store_true", help="replace data prepared earlier")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the data and print a summary; returns the exit status."""
+    prepared = prepare(
+        args.input,
+        args.output,
+        block_length=args.sequence_length,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        samples_per_shard=args.samples_per_shard,
+        valid_share=args.valid_share,
+        seed=args.seed,
+        text=TextOptions(args.documents, args.json_field, args.errors, args.max_bytes),
+        force=args.force,
+        progress=_ProgressLine(),
+    )
+    _print_summary(prepared)
+    return 0
+
+
+class _ProgressLine:
+    """One line per stage: rewritten on a terminal, printed now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._started = 0.0
+        self._next = 0.0
+        self._finished = False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._started, self._next, self._finished = what, now, now, False
+        if self._finished or (now < self._next and done < total):
+            return
+        self._finished = finished = done >= total
+        terminal = sys.stderr.isatty()
+        self._next = now + (0.2 if terminal else 10.0)
+        elapsed = now - self._started
+        eta = f"ETA {elapsed * (total - done) / done:.0f} s" if done else "ETA ?"
+        line = f"{what}: {100 * done / max(total, 1):5.1f} %, "
+        line += f"{elapsed:.1f} s" if finished else eta
+        start, end = ("\r\033[K", "\n" if finished else "") if terminal else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+
+
+def _print_summary(prepared: Prepared) -> None:
+    counts = prepared.counts
+    print(
+        f"text: {counts.documents:,} documents, {counts.text_bytes:,} bytes; skipped "
+        f"{counts.empty:,} empty documents; replaced text in {counts.replaced:,} lines"
+    )
+    for folder, manifest in prepared.manifests.items():
+        print(
+            f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "
+            f"({manifest.bytes_per_token:.2f} bytes per token, vocabulary "
+            f"{manifest.vocab_size:,}), {len(manifest.shards):,} shards of "
+            f"{manifest.samples_per_shard:,} samples of {manifest.block_length:,} tokens; "
+            f"dropped {manifest.dropped_tokens:,} tokens at the end"
+        )

@@ -1,0 +1,72 @@
+"""Cheap checks of a run's data before anything expensive starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moa_dist.config.run import DataConfig
+from moa_dist.data.manifest import Manifest, load_manifest
+from moa_dist.data.shards import shard_file_problem
+from moa_dist.data.stream import readers_problem
+from moa_dist.errors import DataError
+
+_MOST_SHARDS_NAMED = 5
+
+
+def check_data(
+    data: DataConfig, *, vocab_size: int, world_size: int
+) -> tuple[Manifest, Manifest | None]:
+    """Check that the prepared data fits the run; sizes only, checksums are checked when read.
+
+    Args:
+        data: the run's data section.
+        vocab_size: of the model.
+        world_size: number of ranks.
+
+    Returns:
+        The manifests of the training and the validation data.
+
+    Raises:
+        DataError: with every problem found.
+    """
+    problems: list[str] = []
+    uneven = readers_problem(data.readers, world_size)
+    if uneven:
+        problems.append(uneven)
+    train = _checked_manifest(data.train, data, vocab_size, problems)
+    valid = _checked_manifest(data.valid, data, vocab_size, problems) if data.valid else None
+    if train and valid and train.tokenizer_sha256 != valid.tokenizer_sha256:
+        problems.append(
+            f"{data.valid}: prepared with another tokenizer than {data.train}; prepare it again "
+            f"with --tokenizer {data.train}"
+        )
+    if problems or train is None:
+        raise DataError("\n".join(problems))
+    return train, valid
+
+
+def _checked_manifest(
+    name: str, data: DataConfig, vocab_size: int, problems: list[str]
+) -> Manifest | None:
+    folder = Path(name)
+    try:
+        manifest = load_manifest(folder)
+    except DataError as error:
+        problems.append(str(error))
+        return None
+    if manifest.block_length != data.sequence_length:
+        problems.append(
+            f"{folder}: prepared for sequences of {manifest.block_length} tokens, but "
+            f"data.sequence_length is {data.sequence_length}; make them equal, or run moa-dist "
+            f"prepare again with --sequence-length {data.sequence_length}"
+        )
+    if manifest.vocab_size > vocab_size:
+        problems.append(
+            f"{folder}: its tokenizer has {manifest.vocab_size} tokens, but model.vocab_size is "
+            f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size}"
+        )
+    damaged = [p for s in manifest.shards if (p := shard_file_problem(folder, s))]
+    problems.extend(damaged[:_MOST_SHARDS_NAMED])
+    if len(damaged) > _MOST_SHARDS_NAMED:
+        problems.append(f"{folder}: {len(damaged) - _MOST_SHARDS_NAMED} more shards are damaged")
+    return manifest

@@ -1,0 +1,158 @@
+"""What a folder of shards holds: `manifest.json`, written by `moa-dist prepare`.
+
+The manifest is trusted for nothing that can be checked: names cannot leave the folder, and
+each shard must match its checksum before it is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from moa_dist.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ShardEntry(BaseModel):
+    """One shard file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.tar$")]
+    """Name in the manifest's folder: no path separator, no `..`, no URL scheme can match."""
+    sha256: Sha256
+    """Checksum of the file."""
+    bytes: PositiveInt
+    """Size of the file."""
+
+
+class Manifest(BaseModel):
+    """Everything that a reader of the shards must know or check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    format_version: Literal[1]
+    """Version of this format."""
+    tokenizer_sha256: Sha256
+    """Checksum of the `tokenizer.json` beside the manifest."""
+    vocab_size: PositiveInt
+    """Token ids run from 0 to this number, exclusive."""
+    end_of_document: NonNegativeInt
+    """Id of the token after each document."""
+    block_length: PositiveInt
+    """Tokens per sequence (L). A sample stores L + 1 tokens, of which the last is the first of
+    the next sample, so inputs are `[:-1]` and targets `[1:]`."""
+    dtype: Literal["uint16", "uint32"]
+    """Type of the stored tokens, little-endian."""
+    samples_per_shard: PositiveInt
+    """The same for every shard, so that ranks can never get different numbers of samples."""
+    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
+    """The shards, in file order."""
+    documents: PositiveInt
+    """Documents in the text."""
+    tokens: PositiveInt
+    """Tokens of the text, with an end-of-document token for each document."""
+    text_bytes: PositiveInt
+    """UTF-8 bytes of the text, for bits per byte."""
+    dropped_tokens: NonNegativeInt
+    """Tokens at the end that no sample holds, because they do not fill equal shards."""
+    seed: NonNegativeInt
+    """Seed of the order of documents."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return len(self.shards) * self.samples_per_shard
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token; bits per byte = nats per token / ln 2 / this."""
+        return self.text_bytes / self.tokens
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """`dtype` with its byte order."""
+        return token_dtype(self.dtype)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.end_of_document >= self.vocab_size:
+            raise ValueError("end_of_document is not below vocab_size")
+        if self.vocab_size - 1 > np.iinfo(self.numpy_dtype).max:
+            raise ValueError(f"vocab_size does not fit {self.dtype}")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards have the same file name")
+        return self
+
+
+def sha256_of(data: bytes) -> str:
+    """Checksum as the manifest stores it: lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def token_dtype(name: Literal["uint16", "uint32"]) -> np.dtype[np.unsignedinteger]:
+    """Little-endian numpy type of stored tokens."""
+    return np.dtype("<u2") if name == "uint16" else np.dtype("<u4")
+
+
+def smallest_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """Type that holds all ids below `vocab_size`."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder of shards.
+
+    Raises:
+        DataError: the folder or the manifest is missing, damaged, or of another version.
+    """
+    file = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; make it with moa-dist prepare --output")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        parts = [part for part in ("train", "valid") if (folder / part / MANIFEST_FILE).is_file()]
+        remedy = f"; use {folder / parts[0]} instead" if parts else "; run moa-dist prepare"
+        raise DataError(f"{file}: missing, so this is no folder of shards{remedy}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file}: cannot be read ({error}); copy it again or run moa-dist prepare again"
+        ) from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{file}: format version {version!r}, but this moa-dist reads version "
+            f"{FORMAT_VERSION}; run moa-dist prepare again"
+        )
+    try:
+        return Manifest.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()
+        )
+        raise DataError(
+            f"{file}: invalid ({problems}); copy it again or run moa-dist prepare again"
+        ) from error
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write `manifest.json` into the folder."""
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

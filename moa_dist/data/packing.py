@@ -1,0 +1,170 @@
+"""From documents to shards: a flat file of tokens, then packed samples.
+
+The flat file lets documents be shuffled without holding the corpus in memory: it is written
+in the order of the text and read back, memory-mapped, in the shuffled order.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from moa_dist.data.manifest import ShardEntry, smallest_dtype, token_dtype
+from moa_dist.data.order import seeded_permutation
+from moa_dist.data.shards import Tokens, write_shard
+from moa_dist.data.tokenizer import Tokenizer, split_pieces
+from moa_dist.errors import DataError
+
+_BATCH_CHARACTERS = 1 << 22
+_DOCUMENTS = 2  # tag that keeps this permutation apart from those of `order`
+_MIN_SHARDS = 16
+_MIN_SAMPLES_PER_SHARD = 64
+
+
+class TokenFile:
+    """Tokens of all documents of one split, each document ended by its token, on disk.
+
+    Use as a context manager; after it is closed, `path`, `ends` and `text_bytes` remain.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.path = path
+        self.dtype = token_dtype(smallest_dtype(tokenizer.vocab_size))
+        self.ends = array("q")
+        """Where each document ends in the file, in tokens."""
+        self.text_bytes = 0
+        self._tokenizer = tokenizer
+        self._file = path.open("wb")
+        self._waiting: list[tuple[str, bool]] = []  # piece, whether it ends its document
+        self._waiting_characters = 0
+        self._written = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._encode_waiting()
+        self._file.close()
+
+    def add(self, text: str, text_bytes: int) -> None:
+        """Append a document of `text_bytes` UTF-8 bytes."""
+        self.text_bytes += text_bytes
+        pieces = list(split_pieces(text))
+        for number, piece in enumerate(pieces, start=1):
+            self._waiting.append((piece, number == len(pieces)))
+            self._waiting_characters += len(piece)
+            if self._waiting_characters >= _BATCH_CHARACTERS:
+                self._encode_waiting()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents, with their ends; final once the file is closed."""
+        return self.ends[-1] if self.ends else 0
+
+    def documents(self, seed: int) -> Iterator[Tokens]:
+        """Tokens of each document, in the order that `seed` shuffles them to."""
+        tokens = np.memmap(self.path, self.dtype, mode="r")
+        for index in seeded_permutation(len(self.ends), seed, _DOCUMENTS):
+            start = self.ends[index - 1] if index else 0
+            yield tokens[start : self.ends[index]]
+
+    def _encode_waiting(self) -> None:
+        encoded = self._tokenizer.encode_batch([piece for piece, _ in self._waiting])
+        for ids, (_, is_last) in zip(encoded, self._waiting, strict=True):
+            if is_last:
+                ids.append(self._tokenizer.end_of_document)
+            self._file.write(np.asarray(ids, self.dtype).tobytes())
+            self._written += len(ids)
+            if is_last:
+                self.ends.append(self._written)
+        self._waiting = []
+        self._waiting_characters = 0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The shards that `write_shards` wrote."""
+
+    shards: tuple[ShardEntry, ...]
+    """One entry per file."""
+    samples_per_shard: int
+    """The same for all."""
+    dropped_tokens: int
+    """Tokens after the last sample."""
+
+
+def write_shards(
+    tokens: TokenFile,
+    folder: Path,
+    *,
+    block_length: int,
+    target: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> Packed:
+    """Shuffle the documents, pack them end to end, and write equal shards.
+
+    Args:
+        tokens: the documents, closed.
+        folder: where the shards go.
+        block_length: L; samples have L + 1 tokens and overlap by one.
+        target: the most samples per shard. A small text gets smaller shards, so that there are
+            enough of them for several readers.
+        seed: of the order of documents.
+        progress: called with (shards written, shards in all).
+
+    Raises:
+        DataError: the text does not fill one sample.
+    """
+    num_samples = (tokens.num_tokens - 1) // block_length
+    if num_samples < 1:
+        raise DataError(
+            f"too little text: {tokens.num_tokens} tokens in {len(tokens.ends)} documents, and one "
+            f"sample of sequence length {block_length} takes {block_length + 1}; give more text "
+            "or a smaller --sequence-length"
+        )
+    num_shards = max(
+        math.ceil(num_samples / target), min(_MIN_SHARDS, num_samples // _MIN_SAMPLES_PER_SHARD)
+    )
+    samples_per_shard = num_samples // num_shards
+    runs = _overlapping_runs(tokens.documents(seed), samples_per_shard * block_length, tokens.dtype)
+    shards = []
+    for index, run in zip(range(num_shards), runs, strict=False):
+        samples_SL = sliding_window_view(run, block_length + 1)[::block_length]
+        shards.append(write_shard(folder, index, samples_SL))
+        progress(index + 1, num_shards)
+    used = num_shards * samples_per_shard * block_length + 1
+    return Packed(tuple(shards), samples_per_shard, tokens.num_tokens - used)
+
+
+def _overlapping_runs(
+    documents: Iterator[Tokens], step: int, dtype: np.dtype[np.unsignedinteger]
+) -> Iterator[Tokens]:
+    """Runs of `step + 1` tokens, each starting with the last token of the run before it."""
+    run = np.empty(step + 1, dtype)
+    filled = 0
+    for document in documents:
+        rest = document
+        while len(rest):
+            taken = min(len(rest), len(run) - filled)
+            run[filled : filled + taken] = rest[:taken]
+            filled += taken
+            rest = rest[taken:]
+            if filled == len(run):
+                yield run
+                run[0] = run[-1]
+                filled = 1

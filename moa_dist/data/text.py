@@ -1,0 +1,257 @@
+"""Documents from files, folders and stdin, one at a time.
+
+Plain text and JSON Lines, either of them compressed with gzip, bzip2 or xz. Text is read
+line by line, so a file of any size can be read as long as each document fits in memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from moa_dist.errors import DataError
+
+DocumentRule = Literal["file", "blank-line"]
+ErrorRule = Literal["strict", "replace"]
+
+# fmt: off
+PLAIN_SUFFIXES = frozenset({
+    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json",
+    ".yaml", ".yml", ".toml", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go",
+    ".java", ".js", ".ts", ".sh", ".sql",
+})
+# fmt: on
+JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+COMPRESSED_SUFFIXES = frozenset({".gz", ".bz2", ".xz"})
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How files become documents."""
+
+    documents: DocumentRule = "file"
+    """Plain text: a document is a whole file, or a run of lines ended by a blank one."""
+    json_field: str = "text"
+    """JSON Lines: the field that holds the text. Every line is a document."""
+    errors: ErrorRule = "strict"
+    """Text that is not UTF-8: an error, or replaced and counted."""
+    max_bytes: int | None = None
+    """Stop after this many UTF-8 bytes of text; the last document is cut to fit."""
+
+
+@dataclass
+class TextCounts:
+    """What `read_documents` has met so far; updated while its documents are consumed."""
+
+    documents: int = 0
+    """Documents yielded."""
+    text_bytes: int = 0
+    """Their UTF-8 bytes."""
+    empty: int = 0
+    """Documents skipped because they hold nothing but white space."""
+    replaced: int = 0
+    """Lines of which something was not UTF-8 and was replaced."""
+    input_bytes: int = 0
+    """Bytes of the input files read so far, as they are on disk."""
+
+
+def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> list[Path]:
+    """Resolve files, folders (recursively, sorted, known suffixes) and `-` (stdin).
+
+    Args:
+        inputs: paths, or `-`.
+        stdin: where `-` reads from; None for the process's own.
+        spool: file that stdin is copied to, because text is read more than once.
+
+    Raises:
+        DataError: an input does not exist, or a folder holds no text file.
+    """
+    files: list[Path] = []
+    for name in inputs:
+        path = Path(name)
+        if name == "-" and spool not in files:
+            with spool.open("wb") as out:
+                shutil.copyfileobj(stdin or sys.stdin.buffer, out)
+            files.append(spool)
+        elif path.is_dir():
+            files.extend(_files_in(path))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder; check --input")
+    return files
+
+
+def read_documents(
+    files: Sequence[Path], options: TextOptions, counts: TextCounts
+) -> Iterator[tuple[str, int]]:
+    """Yield every document that is not empty, with its number of UTF-8 bytes.
+
+    Args:
+        files: what `find_files` returned.
+        options: how they are cut and decoded.
+        counts: updated as documents are yielded.
+
+    Raises:
+        DataError: a file cannot be read or decoded, or there is no text at all.
+    """
+    for text in _all_documents(files, options, counts):
+        if not text.strip():
+            counts.empty += 1
+            continue
+        encoded = text.encode()
+        if options.max_bytes is not None:
+            encoded = encoded[: options.max_bytes - counts.text_bytes]
+            text = encoded.decode(errors="ignore")
+            encoded = text.encode()
+        if text:
+            counts.documents += 1
+            counts.text_bytes += len(encoded)
+            yield text, len(encoded)
+        if options.max_bytes is not None and counts.text_bytes > options.max_bytes - 4:
+            break  # less room than the longest character takes
+    if counts.documents == 0:
+        raise DataError(
+            f"the input holds no text ({len(files)} files, {counts.empty} empty documents); "
+            "give --input files that hold text"
+        )
+
+
+def _all_documents(
+    files: Sequence[Path], options: TextOptions, counts: TextCounts
+) -> Iterator[str]:
+    finished_bytes = 0
+    for path in files:
+        with _read_errors_named(path), path.open("rb") as raw:
+            for text in _documents_of(path, _decompressed(path, raw), options, counts):
+                counts.input_bytes = finished_bytes + raw.tell()
+                yield text
+        finished_bytes += path.stat().st_size
+        counts.input_bytes = finished_bytes
+
+
+def _files_in(folder: Path) -> list[Path]:
+    known = PLAIN_SUFFIXES | JSONL_SUFFIXES
+    found = sorted(f for f in folder.rglob("*") if _content_suffix(f) in known and f.is_file())
+    if not found:
+        raise DataError(
+            f"{folder}: no text files in this folder; known suffixes are "
+            f"{' '.join(sorted(known))}, also followed by one of "
+            f"{' '.join(sorted(COMPRESSED_SUFFIXES))}. "
+            "A file given by its own name may have any suffix"
+        )
+    return found
+
+
+def _content_suffix(path: Path) -> str:
+    """Suffix that says what the file holds once decompressed."""
+    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
+    return inner.suffix.lower()
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+    """Lines of the file, each with its newline."""
+    match path.suffix.lower():
+        case ".gz":
+            return iter(gzip.GzipFile(fileobj=raw))
+        case ".bz2":
+            return iter(bz2.BZ2File(raw))
+        case ".xz":
+            return iter(lzma.LZMAFile(raw))
+        case _:
+            return iter(raw)
+
+
+@contextmanager
+def _read_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}); it may be cut off or damaged, copy it again"
+        ) from error
+
+
+def _documents_of(
+    path: Path, raw_lines: Iterator[bytes], options: TextOptions, counts: TextCounts
+) -> Iterator[str]:
+    lines = _decoded(path, raw_lines, options.errors, counts)
+    if _content_suffix(path) in JSONL_SUFFIXES:
+        return _json_documents(path, lines, options, counts)
+    if options.documents == "file":
+        return iter(["".join(lines)])
+    return _blank_line_documents(lines)
+
+
+def _decoded(
+    path: Path, raw_lines: Iterator[bytes], errors: ErrorRule, counts: TextCounts
+) -> Iterator[str]:
+    offset = 0
+    for raw in raw_lines:
+        # Cutting at newlines first is safe: no other UTF-8 character contains that byte.
+        line = raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            if errors == "strict":
+                at = offset + len(raw) - len(line) + error.start
+                raise DataError(
+                    f"{path}: not UTF-8 at byte {at} of the text ({error.reason}); convert the "
+                    "file, or use --errors replace"
+                ) from error
+            counts.replaced += 1
+            yield line.decode(errors="replace")
+        offset += len(raw)
+
+
+def _blank_line_documents(lines: Iterator[str]) -> Iterator[str]:
+    document: list[str] = []
+    for line in lines:
+        if line.strip():
+            document.append(line)
+        elif document:
+            yield "".join(document).rstrip("\r\n")
+            document = []
+    if document:
+        yield "".join(document).rstrip("\r\n")
+
+
+def _json_documents(
+    path: Path, lines: Iterator[str], options: TextOptions, counts: TextCounts
+) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); mend the line") from error
+        text = record.get(options.json_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            fields = ", ".join(record) if isinstance(record, dict) else "not an object"
+            raise DataError(
+                f"{path}, line {number}: no text in field '{options.json_field}' (the line has: "
+                f"{fields}); name the right field with --json-field"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            if options.errors == "strict":
+                raise DataError(
+                    f"{path}, line {number}: character {error.start} of the text is not valid "
+                    "Unicode; mend the line, or use --errors replace"
+                ) from error
+            counts.replaced += 1
+            text = text.encode(errors="replace").decode()
+        yield text

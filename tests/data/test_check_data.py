@@ -1,0 +1,63 @@
+"""Everything that does not fit is found before training, all at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moa_dist.config.run import DataConfig
+from moa_dist.data.check import check_data
+from moa_dist.data.manifest import Manifest, save_manifest
+from moa_dist.errors import DataError
+
+
+def config(folder: Path, sequence_length: int = 3, readers: int = 4) -> DataConfig:
+    return DataConfig(
+        train=str(folder / "train"),
+        valid=str(folder / "valid"),
+        sequence_length=sequence_length,
+        readers=readers,
+    )
+
+
+def test_good_data_gives_its_manifests(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    made = make_shards(tmp_path / "train"), make_shards(tmp_path / "valid")
+    assert check_data(config(tmp_path), vocab_size=48, world_size=2) == made
+    without = config(tmp_path).model_copy(update={"valid": None})
+    assert check_data(without, vocab_size=48, world_size=2) == (made[0], None)
+
+
+def test_all_problems_are_named_at_once(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    make_shards(tmp_path / "train")
+    (tmp_path / "train" / "shard-000003.tar").unlink()
+    os.truncate(tmp_path / "train" / "shard-000004.tar", 7)
+    with pytest.raises(DataError) as caught:
+        check_data(config(tmp_path, sequence_length=9), vocab_size=40, world_size=3)
+    message = str(caught.value)
+    for part in [
+        "data.readers 4 is not a multiple of the 3 ranks",
+        "sequences of 3 tokens, but data.sequence_length is 9",
+        "48 tokens, but model.vocab_size is 40",
+        "shard-000003.tar: missing",
+        "shard-000004.tar: 7 bytes instead of",
+        "valid: no such folder",
+    ]:
+        assert part in message
+    assert len(message.splitlines()) == 6
+
+
+def test_validation_data_of_another_tokenizer(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    make_shards(tmp_path / "train")
+    other = make_shards(tmp_path / "valid").model_copy(update={"tokenizer_sha256": "1" * 64})
+    save_manifest(other, tmp_path / "valid")
+    with pytest.raises(DataError, match="prepared with another tokenizer"):
+        check_data(config(tmp_path), vocab_size=48, world_size=1)

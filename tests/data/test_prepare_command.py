@@ -1,0 +1,31 @@
+"""The prepare command: its arguments reach the data, progress and summary are printed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from moa_dist.cli import prepare as command
+from moa_dist.data.manifest import load_manifest
+
+
+def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    output = tmp_path / "out"
+    arguments = f"--input {text_file} --output {output} --vocab-size 300 --sequence-length 8"
+    arguments += " --documents blank-line --valid-share 0.3 --samples-per-shard 20 --seed 4"
+    arguments += " --max-bytes 20000 --errors replace"
+    assert command.run(parser.parse_args(arguments.split())) == 0
+
+    train, valid = load_manifest(output / "train"), load_manifest(output / "valid")
+    assert (train.block_length, train.vocab_size, train.seed) == (8, 300, 4)
+    assert train.samples_per_shard <= 20
+    assert 19_997 <= train.text_bytes + valid.text_bytes <= 20_000
+    printed = capsys.readouterr()
+    assert f"{train.documents + valid.documents:,} documents" in printed.out
+    assert f"{valid.tokens:,} tokens ({valid.bytes_per_token:.2f} bytes per token" in printed.out
+    for stage in ("training the tokenizer", "tokenizing", "writing valid shards"):
+        assert printed.err.count(f"{stage}: 100.0 %") == 1

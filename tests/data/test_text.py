@@ -1,0 +1,117 @@
+"""Documents come out as they were written, and every problem names its file."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+
+from moa_dist.data.text import TextCounts, TextOptions, find_files, read_documents
+from moa_dist.errors import DataError
+
+
+def read(*files: Path, options: TextOptions | None = None) -> tuple[list[str], TextCounts]:
+    counts = TextCounts()
+    documents = read_documents(files, options or TextOptions(), counts)
+    return [text for text, _ in documents], counts
+
+
+def test_a_file_is_a_document_unless_blank_lines_end_them(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n \t\n\n\nthree\n")
+    assert read(file)[0] == ["one\r\ntwo\n \t\n\n\nthree\n"]
+    assert read(file, options=TextOptions("blank-line"))[0] == ["one\r\ntwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)],
+)
+def test_compressed_files_and_cut_off_ones(tmp_path: Path, suffix: str, compress: object) -> None:
+    assert callable(compress)
+    text = "Grüße, 世界\n" * 1000
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes(compress(text.encode()))
+    documents, counts = read(file)
+    assert documents == [text]
+    assert (counts.text_bytes, counts.input_bytes) == (len(text.encode()), file.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-12])
+    with pytest.raises(DataError, match=rf"a\.txt\{suffix}: cannot be read"):
+        read(file)
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    records = [{"text": "one\n\nstill one"}, {"text": "  "}, {"text": "two", "url": "x"}]
+    file.write_text("\n".join(json.dumps(record) for record in records))
+    documents, counts = read(file, options=TextOptions("blank-line"))
+    assert documents == ["one\n\nstill one", "two"]
+    assert (counts.documents, counts.empty, counts.text_bytes) == (2, 1, 17)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no text in field 'url' .*text"):
+        read(file, options=TextOptions(json_field="url"))
+    file.write_text('{"text": "one"}\n{"text": "tw')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: not JSON"):
+        read(file)
+
+
+def test_text_that_is_not_utf8_is_an_error_with_its_place_or_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes("fine é\n".encode() + b"caf\xe9 au lait\nok\n")
+    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8 at byte 11 .*--errors replace"):
+        read(file)
+    documents, counts = read(file, options=TextOptions(errors="replace"))
+    assert documents == ["fine é\ncaf\ufffd au lait\nok\n"]
+    assert counts.replaced == 1
+
+
+def test_half_a_surrogate_pair_in_json(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a\\ud83dz"}')
+    with pytest.raises(DataError, match=r"line 1: character 1 .* not valid Unicode"):
+        read(file)
+    assert read(file, options=TextOptions(errors="replace"))[0] == ["a?z"]
+
+
+def test_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
+    for name in ["b/z.md", "b/a.py", "a.txt.gz", "c.bin", "b/d.jsonl"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_files([str(tmp_path)], io.BytesIO(), tmp_path / "spool")
+    assert [f.relative_to(tmp_path).as_posix() for f in found] == [
+        "a.txt.gz",
+        "b/a.py",
+        "b/d.jsonl",
+        "b/z.md",
+    ]
+
+
+def test_stdin_can_be_read_twice(tmp_path: Path) -> None:
+    files = find_files(["-"], io.BytesIO(b"one\n\ntwo"), tmp_path / "spool")
+    options = TextOptions("blank-line")
+    assert read(*files, options=options)[0] == read(*files, options=options)[0] == ["one", "two"]
+
+
+def test_missing_and_empty_inputs_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder; check --input"):
+        find_files([str(tmp_path / "nowhere")], io.BytesIO(), tmp_path / "spool")
+    with pytest.raises(DataError, match=r"no text files in this folder"):
+        find_files([str(tmp_path)], io.BytesIO(), tmp_path / "spool")
+    (tmp_path / "a.txt").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"holds no text \(1 files, 1 empty documents\)"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("limit", range(4, 14))
+def test_limit_cuts_the_last_document_between_characters(tmp_path: Path, limit: int) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("aéb\n\n🚢c\n\nend", encoding="utf-8")
+    documents, counts = read(file, options=TextOptions("blank-line", max_bytes=limit))
+    whole = "aéb🚢cend"
+    assert whole.startswith("".join(documents))
+    assert counts.text_bytes == len("".join(documents).encode())
+    assert min(limit, len(whole.encode())) - 4 < counts.text_bytes <= limit
