@@ -1,7 +1,7 @@
 """What a model is made of: attention kind x FFN kind x stack x norm placement.
 
-Every field's docstring is its documentation: `moa-dist config show --help-fields`
-prints them. No torch here, so that a configuration can be checked anywhere.
+Every field's docstring is its documentation: `moa-dist config fields` prints
+them. No torch here, so that a configuration can be checked anywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 class Section(BaseModel):
     """A part of the configuration: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RopeConfig(Section):
@@ -94,7 +96,7 @@ class DenseAttentionConfig(Section):
 
 
 class MoAConfig(Section):
-    """Mixture of attention heads (Zhang et al. 2022): an expert is a query and output projection."""
+    """Mixture of attention heads (Zhang et al. 2022): experts are query and output projections."""
 
     kind: Literal["moa"] = "moa"
     """Names this kind."""

@@ -1,0 +1,65 @@
+"""`moa-dist config`: show what a configuration resolves to, check it, explain its fields."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import textwrap
+
+from moa_dist.config import find_layout_problems, load_config, to_yaml
+from moa_dist.config.schema import SchemaField, describe, section_types, walk
+from moa_dist.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `show`, `check` and `fields`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="print the whole configuration, defaults included")
+    check = actions.add_parser("check", help="print ok, or every problem")
+    actions.add_parser("fields", help="print every field with its type, default and meaning")
+    for action in (show, check):
+        action.add_argument("path", help="YAML file")
+        action.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    check.add_argument(
+        "--world-size", type=_rank_count, metavar="W", help="also check that it fits W ranks"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was asked for; a wrong configuration raises `ConfigError`."""
+    if args.action == "fields":
+        print("\n".join(_field_lines(field) for field in walk()))
+        return 0
+    config = load_config(args.path, args.overrides)
+    if args.action == "show":
+        print(to_yaml(config), end="")
+        return 0
+    problems = find_layout_problems(config, args.world_size) if args.world_size else []
+    if problems:
+        raise ConfigError(problems, f"{args.path} on {args.world_size} ranks")
+    print(f"{args.path}: ok")
+    return 0
+
+
+def _rank_count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
+def _field_lines(field: SchemaField) -> str:
+    where = f" (kind {' and '.join(field.kinds)})" if field.kinds else ""
+    head = f"{field.path}{where}: {describe(field.info)}; {_default(field)}"
+    body = " ".join(inspect.cleandoc(field.info.description or "").split())
+    return head + "\n" + textwrap.indent(textwrap.fill(body, 92), "    ")
+
+
+def _default(field: SchemaField) -> str:
+    if field.info.is_required():
+        return "required"
+    default = field.info.get_default()
+    if section_types(field.info) and default is not None:
+        return "may be left out"
+    return f"default {default if isinstance(default, str) else json.dumps(default)}"

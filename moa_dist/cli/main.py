@@ -1,0 +1,65 @@
+"""`moa-dist`: one command, its parts loaded only when chosen."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from moa_dist.errors import MoaDistError
+
+COMMANDS = {
+    "prepare": ("moa_dist.cli.prepare", "turn text into shards of tokens"),
+    "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
+    "plan": ("moa_dist.cli.plan", "count parameters, memory and traffic before training"),
+    "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
+    "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
+}
+"""Name -> module with `add_arguments(parser)` and `run(args)`, and its line in the help."""
+
+
+class Command(Protocol):
+    """What the module of a subcommand offers."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare its arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it; returns the exit status."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (2 for what the user can mend)."""
+    try:
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except MoaDistError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="moa-dist",
+        description="Train Transformers whose attention and feed-forward layers are experts. "
+        "Training itself is started with launcher/train.py.",
+    )
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    command: Command | None = None
+    for name, (module, help_line) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help_line, description=help_line)
+        # The parser itself takes no values, so the first argument is the subcommand. The others
+        # stay unloaded: checking a configuration should not wait for torch.
+        if argv[:1] == [name]:
+            command = cast(Command, importlib.import_module(module))
+            command.add_arguments(subparser)
+    args = parser.parse_args(argv)
+    assert command is not None, "argparse refuses an unknown or missing subcommand"
+    return command.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

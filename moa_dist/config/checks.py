@@ -1,0 +1,276 @@
+"""Checks that need more than one field: what cannot work together, and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from moa_dist.config.model import ModelConfig, RouterConfig, SwitchHeadConfig
+from moa_dist.config.problem import Problem
+from moa_dist.config.run import Config
+
+
+def find_problems(config: Config) -> list[str]:
+    """Impossible combinations that can be seen without knowing the number of ranks."""
+    return [problem.text for problem in check_fields(config)]
+
+
+def check_fields(config: Config, partial: bool = False) -> list[Problem]:
+    """As `find_problems`, with the fields that each problem is about.
+
+    `partial` is for a configuration from which unusable fields were left out: a check that
+    needs one of them is skipped.
+    """
+    problems = []
+    for check in CHECKS:
+        try:
+            problems += list(check(config))
+        except AttributeError:
+            if not partial:
+                raise
+    return problems
+
+
+def _name(config: Config) -> Iterator[Problem]:
+    if not config.name or config.name in (".", "..") or set(config.name) & set("/\\\0"):
+        yield Problem(
+            f'`name` is "{config.name}", but it names the run\'s folder inside `output`; '
+            "use a plain name without slashes",
+            ("name",),
+        )
+
+
+def _layers(config: Config) -> Iterator[Problem]:
+    layers, distinct = config.model.num_layers, config.model.num_distinct_layers
+    if distinct is not None and layers % distinct:
+        yield Problem(
+            f"`model.num_distinct_layers` is {distinct}, which does not divide "
+            f"`model.num_layers` = {layers}; use {_one_of(_divisors(layers))}",
+            ("model.num_distinct_layers", "model.num_layers"),
+        )
+
+
+def _rope(config: Config) -> Iterator[Problem]:
+    attention = config.model.attention
+    rope = attention.rope
+    if rope is not None and int(attention.d_head * rope.fraction) < 2:
+        yield Problem(
+            f"`model.attention.rope.fraction` = {rope.fraction:g} of `model.attention.d_head` = "
+            f"{attention.d_head} rotates no dimension; it must come to at least 2, "
+            "or set `model.attention.rope` to null",
+            ("model.attention.rope.fraction", "model.attention.d_head"),
+        )
+
+
+def _batches(config: Config) -> Iterator[Problem]:
+    total, micro = config.train.global_batch, config.train.micro_batch
+    if total % micro:
+        yield Problem(
+            f"`train.global_batch` is {total}, which `train.micro_batch` = {micro} does not "
+            f"divide; use a global batch of {_one_of(_multiples_near(total, micro))}, or a "
+            f"micro-batch of {_one_of(_nearest(micro, _divisors(total)))}",
+            ("train.global_batch", "train.micro_batch"),
+        )
+
+
+def _warmup(config: Config) -> Iterator[Problem]:
+    warmup, steps = config.schedule.warmup_steps, config.train.steps
+    if warmup > steps:
+        yield Problem(
+            f"`schedule.warmup_steps` is {warmup}, more than `train.steps` = {steps}: the peak "
+            "would never be reached; warm up for fewer steps or train longer",
+            ("schedule.warmup_steps", "train.steps"),
+        )
+    if config.schedule.kind == "inverse_sqrt" and warmup == 0:
+        yield Problem(
+            "`schedule.kind` inverse_sqrt decays relative to the end of the warm-up, but "
+            "`schedule.warmup_steps` is 0; use at least 1",
+            ("schedule.kind", "schedule.warmup_steps"),
+        )
+
+
+def _shares_of_the_peak(config: Config) -> Iterator[Problem]:
+    for name in ("final", "warmup_start"):
+        share = getattr(config.schedule, name)
+        if share > 1:
+            yield Problem(
+                f"`schedule.{name}` is {share:g}, but it is a share of the peak "
+                "`optimizer.lr`; use 0 to 1",
+                (f"schedule.{name}",),
+            )
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield Problem(
+            f"`optimizer.betas` is {list(optimizer.betas)}; each must be at least 0 and below 1",
+            ("optimizer.betas",),
+        )
+    if optimizer.kind == "adamw" and optimizer.momentum:
+        yield Problem(
+            f"`optimizer.momentum` is {optimizer.momentum:g}, which adamw does not use; "
+            "remove it, or set `optimizer.kind` to sgd",
+            ("optimizer.momentum", "optimizer.kind"),
+        )
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    if config.train.precision == "bf16" and config.parallel.zero_stage == 0:
+        yield Problem(
+            "`train.precision` bf16 does not work with `parallel.zero_stage` 0, where DeepSpeed "
+            "leaves the experts out of the gradient norm; use stage 1",
+            ("train.precision", "parallel.zero_stage"),
+        )
+    if config.train.precision == "fp64" and config.parallel.zero_stage > 0:
+        yield Problem(
+            f"`train.precision` fp64 does not work with `parallel.zero_stage` "
+            f"{config.parallel.zero_stage}, where DeepSpeed keeps weights in fp32; use stage 0",
+            ("train.precision", "parallel.zero_stage"),
+        )
+
+
+def _enough_experts(config: Config) -> Iterator[Problem]:
+    ep = config.parallel.expert_parallel
+    if ep == 1:
+        return
+    counts = dict(_expert_counts(config.model))
+    if not counts:
+        yield Problem(
+            f"`parallel.expert_parallel` is {ep}, but the model has no experts: `model.attention` "
+            "and `model.ffn` are both dense; set it to 1",
+            ("parallel.expert_parallel",),
+        )
+    for path, count in counts.items():
+        if ep > count:
+            yield Problem(
+                f"`parallel.expert_parallel` is {ep}, but each layer's `{path}` has {count} "
+                f"experts, so some ranks would hold none; use at most {count}",
+                ("parallel.expert_parallel", f"{path}.router.num_experts"),
+            )
+
+
+def _expert_counts(model: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Experts of each part of a layer, all heads of SwitchHead together."""
+    if model.attention.kind != "dense":
+        heads = model.attention.num_heads if isinstance(model.attention, SwitchHeadConfig) else 1
+        yield "model.attention", heads * model.attention.router.num_experts
+    if model.ffn.kind != "dense":
+        yield "model.ffn", model.ffn.router.num_experts
+
+
+def _top_k(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    if router.top_k > router.num_experts:
+        yield Problem(
+            f"`{path}.top_k` is {router.top_k}, more than `{path}.num_experts` = "
+            f"{router.num_experts}; choose at most {router.num_experts} of them",
+            (f"{path}.top_k", f"{path}.num_experts"),
+        )
+    if router.expert_dropout and router.top_k == router.num_experts:
+        yield Problem(
+            f"`{path}.expert_dropout` is {router.expert_dropout:g}, but `{path}.top_k` takes all "
+            f"{router.num_experts} experts, hidden ones too; use a smaller top_k or no dropout",
+            (f"{path}.expert_dropout", f"{path}.top_k", f"{path}.num_experts"),
+        )
+
+
+def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    if router.gate == "renormalized" and router.top_k == 1 < router.num_experts:
+        yield Problem(
+            f"`{path}.gate` renormalized with `{path}.top_k` 1 makes every weight 1, so the "
+            "task would never train the router; use raw or renormalized_detached",
+            (f"{path}.gate", f"{path}.top_k"),
+        )
+
+
+def _sequence_groups(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    group, micro = router.group_sequences, config.train.micro_batch
+    if micro % group:
+        yield Problem(
+            f"`{path}.group_sequences` is {group}, which does not divide `train.micro_batch` = "
+            f"{micro}; use {_one_of(_divisors(micro))}",
+            (f"{path}.group_sequences", "train.micro_batch"),
+        )
+
+
+RouterCheck = Callable[[Config, RouterConfig, str], Iterable[Problem]]
+
+
+def _for_router(part: str, check: RouterCheck) -> Callable[[Config], Iterator[Problem]]:
+    def run(config: Config) -> Iterator[Problem]:
+        section = getattr(config.model, part)
+        if section.kind != "dense":
+            yield from check(config, section.router, f"model.{part}.router")
+
+    return run
+
+
+CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
+    _name,
+    _layers,
+    _rope,
+    *(
+        _for_router(part, check)
+        for part in ("attention", "ffn")
+        for check in (_top_k, _gate, _sequence_groups)
+    ),
+    _batches,
+    _warmup,
+    _shares_of_the_peak,
+    _optimizer,
+    _precision,
+    _enough_experts,
+)
+"""Each stands alone, so that a field left out of a partial configuration silences only its own."""
+
+
+def find_layout_problems(config: Config, world_size: int) -> list[str]:
+    """Why this configuration cannot run on `world_size` ranks, with the nearest values that can."""
+    problems = []
+    ep, readers = config.parallel.expert_parallel, config.data.readers
+    total, micro = config.train.global_batch, config.train.micro_batch
+    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
+    if world_size % ep:
+        problems.append(
+            f"`parallel.expert_parallel` is {ep}, which does not divide {ranks}; use "
+            f"{_one_of(_nearest(ep, _divisors(world_size)))}, or start "
+            f"{_one_of(_multiples_near(world_size, ep))} ranks"
+        )
+    if readers % world_size:
+        problems.append(
+            f"`data.readers` is {readers}, which {ranks} do not divide; use "
+            f"{_one_of(_multiples_near(readers, world_size))} (the order of samples depends on "
+            f"it), or start {_one_of(_nearest(world_size, _divisors(readers)))} ranks"
+        )
+    if total % (world_size * micro):
+        step = world_size * micro
+        advice = f"use a global batch of {_one_of(_multiples_near(total, step))}"
+        if total % world_size == 0:
+            fitting = _nearest(micro, _divisors(total // world_size))
+            advice += f", or a micro-batch of {_one_of(fitting)}"
+        problems.append(
+            f"`train.global_batch` is {total}, not a multiple of {ranks} x `train.micro_batch` "
+            f"{micro} = {step}; {advice}"
+        )
+    return problems
+
+
+def _divisors(number: int) -> list[int]:
+    """Divisors worth suggesting: searching beyond 4096 would take long and help nobody."""
+    return [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
+
+
+def _nearest(number: int, candidates: Iterable[int]) -> list[int]:
+    """The closest candidate on either side."""
+    ordered = sorted(candidates)
+    below = [c for c in ordered if c <= number][-1:]
+    return below + [c for c in ordered if c > number][:1]
+
+
+def _multiples_near(number: int, step: int) -> list[int]:
+    below = number // step * step
+    return [m for m in (below, below + step) if m > 0]
+
+
+def _one_of(values: list[int]) -> str:
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} or {last}" if rest else last

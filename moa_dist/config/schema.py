@@ -1,0 +1,136 @@
+"""The schema seen as data: its sections, kinds and fields, described in plain words."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Collection, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from moa_dist.config.model import Section
+from moa_dist.config.run import Config
+
+
+class SchemaField(NamedTuple):
+    """A place in the configuration where something can be written."""
+
+    path: str
+    """Dotted path."""
+    kinds: tuple[str, ...]
+    """Kinds of the enclosing section that have this field; empty when it is always there."""
+    info: FieldInfo
+    """Pydantic's view of it."""
+
+
+def section_types(info: FieldInfo) -> tuple[type[Section], ...]:
+    """Sections that the field may hold, one per kind; empty for a plain value."""
+    return tuple(
+        t for t in _alternatives(info.annotation) if isinstance(t, type) and issubclass(t, Section)
+    )
+
+
+def kind_name(section: type[Section]) -> str:
+    """The value of `kind` that chooses this section."""
+    return str(section.model_fields["kind"].default)
+
+
+def allows_null(info: FieldInfo) -> bool:
+    """Whether null may be written there."""
+    return type(None) in _alternatives(info.annotation)
+
+
+def kinds_at(path: str) -> list[str]:
+    """Kinds among which the section at a dotted path is chosen; empty if it is no such section."""
+    choices = [section_types(f.info) for f in walk() if f.path == path]
+    return [kind_name(c) for sections in choices if len(sections) > 1 for c in sections]
+
+
+def closest(name: str, candidates: Collection[str]) -> str | None:
+    """The candidate that a misspelt name most resembles; None if none comes near."""
+    return next(iter(difflib.get_close_matches(name.lower(), candidates, n=1)), None)
+
+
+def walk(
+    section: type[Section] = Config, path: str = "", kinds: tuple[str, ...] = ()
+) -> Iterator[SchemaField]:
+    """Every section and field, parents first; one that several kinds document alike comes once.
+
+    A section chosen by `kind` has no entry for `kind` itself: its own entry lists the kinds.
+    """
+    for name, info in section.model_fields.items():
+        here = f"{path}.{name}" if path else name
+        choices = section_types(info)
+        yield SchemaField(here, kinds, info)
+        if len(choices) == 1:
+            yield from walk(choices[0], here, kinds)
+        elif choices:
+            yield from _walk_kinds(choices, here)
+
+
+def _walk_kinds(choices: tuple[type[Section], ...], path: str) -> Iterator[SchemaField]:
+    found: dict[tuple[str, str | None], SchemaField] = {}
+    for choice in choices:
+        for field in walk(choice, path, (kind_name(choice),)):
+            if field.path == f"{path}.kind":
+                continue
+            key = (field.path, field.info.description)
+            earlier = found.setdefault(key, field)
+            if earlier is not field:
+                found[key] = earlier._replace(kinds=earlier.kinds + field.kinds)
+    for field in found.values():
+        everywhere = len(field.kinds) == len(choices)
+        yield field._replace(kinds=() if everywhere else field.kinds)
+
+
+def describe(info: FieldInfo) -> str:
+    """What may be written there, such as `a whole number of at least 1, or null`."""
+    choices = section_types(info)
+    if len(choices) > 1:
+        text = "a section, its kind one of " + ", ".join(kind_name(c) for c in choices)
+    elif choices:
+        text = "a section"
+    else:
+        text = _describe_value(info.annotation, tuple(info.metadata))
+    return f"{text}, or null" if allows_null(info) else text
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Members of a union; the annotation itself when it is none."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(a for member in get_args(annotation) for a in _alternatives(member))
+    return (annotation,)
+
+
+def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
+    members = [a for a in _alternatives(annotation) if a is not type(None)]
+    (value,) = members  # the schema has no union of plain values
+    if get_origin(value) is Annotated:
+        value, *inner = get_args(value)
+        constraints += tuple(inner)
+    if get_origin(value) is Literal:
+        return "one of " + ", ".join(map(str, get_args(value)))
+    if get_origin(value) is tuple:
+        return f"a list of {len(get_args(value))} numbers"
+    if value is bool:
+        return "true or false"
+    if value is str:
+        return "text"
+    return _describe_number("a whole number" if value is int else "a number", value, constraints)
+
+
+def _describe_number(noun: str, value: type, constraints: tuple[Any, ...]) -> str:
+    bounds = []
+    for c in constraints:
+        if isinstance(c, annotated_types.Gt):
+            bounds.append("at least 1" if value is int and c.gt == 0 else f"above {c.gt}")
+        if isinstance(c, annotated_types.Ge):
+            bounds.append(f"at least {c.ge}")
+        if isinstance(c, annotated_types.Lt):
+            bounds.append(f"below {c.lt}")
+        if isinstance(c, annotated_types.Le):
+            bounds.append(f"at most {c.le}")
+    text = " and ".join(bounds)
+    return f"{noun} {'of ' if text.startswith('at ') else ''}{text}".strip()

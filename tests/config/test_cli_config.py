@@ -1,0 +1,75 @@
+"""The `moa-dist` command: what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from moa_dist.cli.main import COMMANDS, main
+from moa_dist.config import load_config
+
+
+def test_help_lists_every_command_without_importing_torch():
+    check = (
+        "import sys, moa_dist.cli.main as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", check], check=True, capture_output=True, text=True, timeout=60
+    )
+    for name, (_, line) in COMMANDS.items():
+        assert name in result.stdout
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["confg"], ["config"], ["config", "explain"]])
+def test_unknown_or_missing_command_is_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: moa-dist" in capsys.readouterr().err
+
+
+def test_show_prints_yaml_that_loads_to_the_same(base, write, capsys):
+    assert main(["config", "show", base, "optimizer.lr=1e-4"]) == 0
+    again = write(capsys.readouterr().out, "again.yaml")
+    assert load_config(again) == load_config(base, ["optimizer.lr=1e-4"])
+
+
+def test_check_prints_ok(base, capsys):
+    assert main(["config", "check", base, "train.micro_batch=2", "--world-size", "2"]) == 0
+    assert capsys.readouterr().out == "base.yaml: ok\n"
+
+
+def test_check_prints_problems_without_a_traceback(base, capsys):
+    assert main(["config", "check", base, "train.stepss=3", "train.micro_batch=3"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("base.yaml: 2 problems\n  - unknown key `train.stepss`")
+
+
+def test_check_knows_the_number_of_ranks(base, capsys):
+    assert main(["config", "check", "--world-size", "3", base]) == 2
+    assert capsys.readouterr().err.startswith("base.yaml on 3 ranks: 3 problems\n")
+    with pytest.raises(SystemExit):
+        main(["config", "check", "--world-size", "0", base])
+
+
+def test_interrupt_is_130(base, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moa_dist.cli.config.load_config", interrupt)
+    assert main(["config", "check", base]) == 130
+
+
+def test_fields_explains_every_kind(capsys):
+    assert main(["config", "fields"]) == 0
+    printed = capsys.readouterr().out
+    assert "optimizer.lr: a number above 0; default 0.00025\n    Peak learning rate." in printed
+    assert "model.ffn: a section, its kind one of dense, moe; required" in printed
+    assert "model.ffn.d_expert (kind moe): a whole number of at least 1; required" in printed

@@ -1,0 +1,260 @@
+"""YAML, `extends` and overrides become one configuration; every mistake is named at once."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_dist.config import load_config, to_yaml
+from moa_dist.errors import ConfigError
+
+
+def test_two_typos_and_an_impossible_combination_are_three_messages(write, base, problems):
+    path = write(
+        "extends: base.yaml\ntrain:\n  prescision: bf16\nlr: 1e-3\nmodel: {num_layers: 7}\n"
+    )
+    found = problems(path)
+    assert len(found) == 3
+    assert "`train.prescision`; did you mean `precision`?" in found[1]
+    assert "`lr`; it belongs at `optimizer.lr`" in found[0]
+    assert "`model.num_distinct_layers` is 2, which does not divide" in found[2]
+
+
+def test_misspelt_required_key_is_one_message_and_still_checked(write, base, problems):
+    path = write(Path(base).read_text().replace("num_layers: 4", "num_layer: 5"))
+    found = problems(path)
+    assert [p.split(";")[0] for p in found] == [
+        "unknown key `model.num_layer`",
+        "`model.num_distinct_layers` is 2, which does not divide `model.num_layers` = 5",
+    ]
+
+
+def test_each_problem_names_its_source(write, base, problems):
+    write("extends: base.yaml\ntrain:\n  micro_batch: 3\n", "middle.yaml")
+    path = write("extends: middle.yaml\nnaem: x\nmodel:\n  d_model: wide\n")
+    found = problems(path, "train.steps=soon")
+    assert [p.rpartition(" (")[2] for p in found] == [
+        "run.yaml:2)",
+        "run.yaml:4)",
+        "override `train.steps=soon`)",
+        "base.yaml:23, middle.yaml:3)",
+    ]
+
+
+def test_missing_fields_are_all_named(write, problems):
+    found = problems(write("model: {d_model: 3}\n"))
+    for path in ("name", "model.vocab_size", "model.attention", "data", "train"):
+        assert any(f"`{path}` is missing" in p for p in found), path
+    assert not any("d_model" in p for p in found)
+
+
+def test_other_checks_run_beside_an_unusable_value(base, problems):
+    stage, batch = problems(base, "parallel.zero_stage=none", "train.micro_batch=3")
+    assert '`parallel.zero_stage` is "none"' in stage
+    assert "`train.micro_batch` = 3" in batch
+
+
+def test_check_on_an_unusable_field_is_left_out(base, problems):
+    # With the default kind, adamw, the momentum would be a second problem.
+    (found,) = problems(base, "optimizer.kind=lion", "optimizer.momentum=0.9")
+    assert "`optimizer.kind`" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.attention.router.topk=1", "did you mean `top_k`?"),
+        ("model.attention.kind=swichhead", "did you mean switchhead?"),
+        ("model.attention.kind=banana", "one of dense, moa, switchhead"),
+        ("top_k=1", "`model.attention.router.top_k` or `model.ffn.router.top_k`"),
+        ("model.ffn.d_ff=64", "kind moe has none, only kind dense"),
+        ("zzz=1", "known here: name, output, model"),
+        ("train.steps=true", "is true; it must be a whole number of at least 1"),
+        ("train.steps='5'", 'is "5"; it must be a whole number'),
+        ("train.steps=0", "is 0; it must be a whole number of at least 1"),
+        ("train.steps=2.5", "is 2.5; it must be a whole number"),
+        ("optimizer.lr=.inf", "is Infinity; it must be a number above 0"),
+        ("optimizer.lr=.nan", "is NaN; it must be a number above 0"),
+        ("optimizer.betas=[0.9]", "must be a list of 2 numbers"),
+        ("logging.tensorboard=yes", 'is "yes"; it must be true or false'),
+        ("name=3", "is 3; it must be text"),
+        ("train=3", "it must be a section"),
+        ("train.seed={a: 1}", "`train.seed` has keys below it"),
+        ("model.attention.rope.fraction=2", "a number above 0 and at most 1"),
+    ],
+)
+def test_one_mistake_is_one_message_in_plain_words(base, problems, override, expected):
+    found = problems(base, override)
+    assert len(found) == 1
+    assert expected in found[0]
+    assert override in found[0]
+
+
+def test_numbers_in_exponent_form(base):
+    config = load_config(base, ["optimizer.lr=1e-4", "train.steps=1e5", "optimizer.eps=1E-8"])
+    assert config.optimizer.lr == 0.0001
+    assert config.train.steps == 100_000
+    assert config.optimizer.eps == 1e-8
+
+
+def test_later_files_and_overrides_win(write, base):
+    write("train: {steps: 5, seed: 5}\nname: fragment\n", "fragment.yaml")
+    path = write("extends: [base.yaml, fragment.yaml]\ntrain: {seed: 6}\n")
+    config = load_config(path, ["train.micro_batch=2"])
+    assert (config.name, config.train.steps, config.train.seed) == ("fragment", 5, 6)
+    assert (config.train.micro_batch, config.train.global_batch) == (2, 8)
+
+
+def test_extends_is_relative_to_the_file_it_stands_in(write, base, tmp_path):
+    (tmp_path / "deep").mkdir()
+    write("extends: ../base.yaml\nname: deep\n", "deep/run.yaml")
+    assert load_config("deep/run.yaml").name == "deep"
+    assert load_config(tmp_path / "deep" / "run.yaml").model.d_model == 32
+
+
+def test_another_kind_replaces_the_section_and_the_same_kind_merges(write, base):
+    path = write(
+        "extends: base.yaml\nmodel:\n"
+        "  attention: {kind: dense, num_heads: 3, d_head: 8}\n"
+        "  ffn: {kind: moe, router: {top_k: 3}}\n"
+    )
+    model = load_config(path).model
+    assert (model.attention.kind, model.attention.num_heads) == ("dense", 3)
+    assert (model.ffn.router.top_k, model.ffn.router.num_experts) == (3, 8)
+
+
+def test_misspelt_kind_of_a_replaced_section_is_one_message(write, base, problems):
+    path = write("extends: base.yaml\nmodel: {ffn: {kind: dence, d_ff: 3}}\n")
+    (found,) = problems(path)
+    assert found.startswith('`model.ffn.kind` is "dence"')
+
+
+def test_another_optimizer_keeps_the_learning_rate(base):
+    optimizer = load_config(base, ["optimizer={kind: adamw, lr: 0.5}", "optimizer.kind=sgd"])
+    assert optimizer.optimizer.lr == 0.5
+
+
+def test_order_of_overrides_does_not_matter_for_a_kind_switch(base):
+    overrides = ["model.ffn.d_ff=64", "model.ffn.kind=dense"]
+    assert load_config(base, overrides) == load_config(base, overrides[::-1])
+
+
+def test_null_removes_and_reopens_a_section(write, base):
+    path = write("extends: base.yaml\nmodel: {attention: {rope: null}}\n")
+    assert load_config(path).model.attention.rope is None
+    assert load_config(path, ["model.attention.rope.base=5"]).model.attention.rope.base == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps", "write it as `key.path=value`"),
+        ("=3", "write it as `key.path=value`"),
+        ("train..steps=3", "write it as `key.path=value`"),
+        ("train.steps.more=3", "`train.steps` is a single value"),
+        ("train.steps=[1", "not valid YAML"),
+        ("train={seed: 1, seed: 2}", "`seed` stands twice"),
+    ],
+)
+def test_malformed_override(base, problems, override, expected):
+    found = problems(base, override)
+    assert len(found) == 1
+    assert expected in found[0]
+    assert f"override `{override}`" in found[0]
+
+
+def test_circle_of_extends(write, problems):
+    write("extends: b.yaml\n", "a.yaml")
+    write("extends: a.yaml\n", "b.yaml")
+    (found,) = problems("a.yaml")
+    assert "goes in a circle: a.yaml -> b.yaml -> a.yaml" in found
+
+
+def test_duplicate_keys_name_both_lines(write, base, problems):
+    path = write(Path(base).read_text() + "name: again\n")
+    (found,) = problems(path)
+    assert found.startswith("run.yaml:25: `name` stands twice, first on line 1")
+
+
+def test_syntax_error_names_file_and_line(write, problems):
+    write("name: x\ntrain: [1\ndata: 3\n", "broken.yaml")
+    (found,) = problems(write("extends: broken.yaml\n"))
+    assert found.startswith("broken.yaml:3: not valid YAML")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "just text",
+        "- a\n- b\n",
+        "extends: {a: b}\n",
+        "extends: [1]\n",
+        "extends: missing.yaml\n",
+        "extends: .\n",
+        'extends: "nul\\0.yaml"\n',
+        "extends: run.yaml\n",
+        "1: x\n",
+        "null: x\n",
+        "? [a]\n: x\n",
+        "? {a: b}\n: x\n",
+        "a: &a [*a]\n",
+        "a: &a {b: *a}\n",
+        "a: *nowhere\n",
+        "<<: {a: b}\n",
+        "a: !!python/object:os.system x\n",
+        "a: !!set {x}\n",
+        "a: !!binary aGk=\n",
+        "a: 1\n---\nb: 2\n",
+        "a: \x07\n",
+        'name: "\\uD800"\n',
+        "\tname: x\n",
+        "name: 2024-01-01\n",
+        f"train: {{steps: {'9' * 5000}}}\n",
+        f"train: {{steps: {'9' * 400}}}\n",
+        "train: {steps: 1e400}\n",
+        "train: {steps: 1e300}\n",
+        "optimizer: {lr: 1e300, betas: [[], {}]}\n",
+        "model: []\n",
+        "model: {attention: {kind: [moa]}}\n",
+        "model: {attention: {kind: null}}\n",
+        "model: {attention: {}, ffn: {kind: moe, router: 3}}\n",
+        "model: {attention: {kind: moa, router: null}}\n",
+        "'': 1\n",
+        "a.b: 1\n",
+        "model: {'num_layers.x': 1}\n",
+        "[" * 5000,
+    ],
+)
+def test_bad_files_are_configuration_errors_and_nothing_else(write, base, text):
+    path = write(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+    # Likewise over a complete configuration, where such text may happen to be right.
+    with contextlib.suppress(ConfigError):
+        load_config(write(f"extends: base.yaml\n{text}"))
+
+
+def test_files_that_are_no_text(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
+    for path in (tmp_path / "bytes.yaml", tmp_path, tmp_path / "absent.yaml", "nul\0", ""):
+        with pytest.raises(ConfigError):
+            load_config(path)
+
+
+def test_yaml_round_trip(write, base):
+    config = load_config(base, ["optimizer.eps=1e-8", "model.attention.rope=null"])
+    assert load_config(write(to_yaml(config), "again.yaml")) == config
+
+
+def test_configuration_and_its_command_do_not_import_torch(base):
+    check = (
+        "import sys, moa_dist.config, moa_dist.cli.main as m\n"
+        f"assert m.main(['config', 'check', {base!r}]) == 0\n"
+        "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)

@@ -1,0 +1,66 @@
+"""Every shipped YAML is right, and the families differ in what they should differ in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moa_dist.config import find_layout_problems, find_problems, load_config
+from moa_dist.config.model import Section
+from moa_dist.config.schema import describe, walk
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "recipes")
+NAMES = [str(p.relative_to(CONFIGS).with_suffix("")) for p in SHIPPED]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
+def test_shipped_config_has_no_problems(path):
+    config = load_config(path)
+    assert find_problems(config) == []
+    assert not config.data.train.startswith("/"), "no machine paths"
+    assert path.read_text().startswith("# "), "the first line says what it is"
+
+
+def test_names_of_runs_are_distinct():
+    names = [load_config(path).name for path in SHIPPED]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("size", ["44m", "126m", "244m", "318m", "727m", "1b"])
+def test_dense_baseline_trains_like_its_moeut(size):
+    """A comparison is fair only if nothing but the model (and its layout) differs."""
+    moeut, dense = (load_config(CONFIGS / kind / f"{size}.yaml") for kind in ("moeut", "dense"))
+    for part in ("data", "optimizer", "schedule", "train", "evaluation"):
+        assert getattr(moeut, part) == getattr(dense, part), part
+    assert moeut.model.vocab_size == dense.model.vocab_size
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "small").glob("*.yaml")), ids=lambda p: p.stem)
+def test_small_configs_train_alike_and_fit_two_ranks(path):
+    config, moeut = load_config(path), load_config(CONFIGS / "small" / "moeut.yaml")
+    assert find_layout_problems(config, 2) == []
+    for part in ("data", "optimizer", "schedule", "train", "evaluation"):
+        assert getattr(config, part) == getattr(moeut, part), part
+
+
+def test_quickstart_fits_two_ranks():
+    assert find_layout_problems(load_config(CONFIGS / "quickstart.yaml"), 2) == []
+
+
+def test_every_field_has_a_docstring_and_a_description():
+    for field in walk():
+        assert field.info.description, f"{field.path} has no docstring"
+        assert describe(field.info), field.path
+
+
+def test_walk_visits_every_field_of_every_section():
+    """A field that `walk` misses would have neither suggestions nor documentation."""
+    visited = {(f.path.rpartition(".")[2], f.info.description) for f in walk()}
+    sections = Section.__subclasses__()
+    assert len(sections) > 10
+    for section in sections:
+        for name, info in section.model_fields.items():
+            kind_of_union = name == "kind" and info.description == "Names this kind."
+            assert kind_of_union or (name, info.description) in visited, f"{section}.{name}"
