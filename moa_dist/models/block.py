@@ -77,7 +77,9 @@ class Block(nn.Module):
         norm = NORMS[config.norm]
         self.attention_norm = norm(config.d_model)
         self.attention = make_attention(config.attention, config.d_model, init_scale)
-        self.ffn_norm = norm(config.d_model)
+        # A dense FFN under peri-norm reads the raw residual and has no router to normalise for.
+        unused = config.norm_placement == "peri" and isinstance(config.ffn, DenseFFNConfig)
+        self.ffn_norm = nn.Identity() if unused else norm(config.d_model)
         self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)
 
     def macs(self, length: int) -> dict[str, int]:

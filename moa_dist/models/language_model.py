@@ -104,12 +104,8 @@ class LanguageModel(nn.Module):
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of one forward over a sequence of `length`, by part."""
-        parts: dict[str, int] = defaultdict(int)
-        for layer in self.stack.layers:
-            for part, count in layer.macs(length).items():
-                parts[part] += count * self.stack.num_repeats
-        parts["head"] = length * self.config.d_model * self.config.vocab_size
-        return dict(parts)
+        head = length * self.config.d_model * self.config.vocab_size
+        return {**self.stack.macs(length), "head": head}
 
 
 def sinusoidal_positions(

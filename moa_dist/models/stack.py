@@ -5,8 +5,10 @@ MoEUT's layer grouping (Csordas et al. 2024, section 2.1); G = num_layers is the
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,13 @@ class LayerStack(nn.Module):
         self.num_repeats = config.num_layers // num_distinct
         self.layers = nn.ModuleList([Block(config) for _ in range(num_distinct)])
         self.recompute = recompute
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates of all layers over a sequence of `length`, by part."""
+        parts: Counter[str] = Counter()
+        for layer in cast(Iterable[Block], self.layers):
+            parts += Counter(layer.macs(length))
+        return {part: count * self.num_repeats for part, count in parts.items()}
 
     def forward(self, x: Tensor, mask: AttentionMask) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]."""

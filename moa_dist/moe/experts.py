@@ -20,6 +20,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.first_expert = 0
+        self.d_in, self.d_out = d_in, d_out  # kept, since ZeRO 3 empties `weight` between uses
         self.init = init
         self.weight = nn.Parameter(torch.empty(num_experts, d_in, d_out))
 
@@ -34,7 +35,7 @@ class GroupedLinear(nn.Module):
 
     def macs_per_row(self) -> int:
         """Multiply-accumulates for one row."""
-        return self.weight.shape[1] * self.weight.shape[2]
+        return self.d_in * self.d_out
 
     def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """Rows [A, d_in] in expert-major order, `counts` per local expert -> [A, d_out]."""

@@ -1,0 +1,55 @@
+"""Entry point of a rank: `deepspeed launcher/train.py --config FILE [key.path=value ...]`.
+
+`torchrun` and plain `python` (one rank) work as well. Thin on purpose: reads the
+configuration, checks what can be checked alone, calls the trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def share_cores() -> None:
+    """Give each rank of this node its share of cores; must run before torch is imported.
+
+    The deepspeed launcher leaves it to chance, and then each rank starts a thread per core.
+    """
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    threads = max(1, (os.cpu_count() or 1) // int(local_ranks))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def main() -> int:
+    """Train; returns the process's exit status: 0 done, 2 for an error a user can mend."""
+    parser = argparse.ArgumentParser(description="Train a model as configured.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = parser.parse_args()
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    share_cores()
+
+    from moa_dist.config import load_config
+    from moa_dist.errors import MoaDistError
+    from moa_dist.observe import Observers
+    from moa_dist.train.trainer import check_run, train
+
+    try:
+        config = load_config(args.config, args.overrides)
+        check_run(config, world_size)
+    except MoaDistError as error:
+        if rank == 0:  # every rank found the same
+            print(error, file=sys.stderr)
+        return 2
+    try:
+        train(config, Observers(config))
+    except MoaDistError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Starting and ending a rank's part in a job, whichever launcher started the process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moa_dist.errors import ClusterError
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest wait for other ranks in one collective before the job fails."""
+
+_ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
+"""Environment of a job of one rank; port 0 lets the system pick a free one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What this rank is and computes on."""
+
+    rank: int
+    """0 ... world_size - 1."""
+    world_size: int
+    """Ranks (W)."""
+    device: torch.device
+    """This rank's device."""
+    backend: str
+    """`nccl` or `gloo`."""
+
+
+@contextmanager
+def job() -> Iterator[Job]:
+    """Join the job that `deepspeed`, `torchrun` or plain `python` started this process in.
+
+    On GPUs each rank takes the device of its LOCAL_RANK and talks through NCCL; without
+    GPUs it computes on the CPU and talks through gloo. Leaves the job at the end.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(_ALONE)
+    rank, local_rank, world_size = (
+        int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ClusterError(
+                f"rank {rank} is process {local_rank + 1} of its node, which has "
+                f"{torch.cuda.device_count()} GPUs: start fewer processes per node"
+            )
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=TIMEOUT,
+            device_id=device if backend == "nccl" else None,
+        )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ClusterError(
+            f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "
+            "every rank was started, that the address is reachable and that the port is free"
+        ) from error
+    try:
+        yield Job(rank, world_size, device, backend)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,121 @@
+"""What DeepSpeed needs to be told about expert parameters; for deepspeed 0.19.
+
+DeepSpeed offers no public way to say "this parameter differs over the expert-parallel
+ranks". Its engine looks for instances of its own layer classes, for groups in dictionaries of
+`deepspeed.utils.groups`, and for attributes on parameters. This file provides the three, and
+nothing else in the project touches them. With them, gradients of experts are summed over
+the ranks that hold copies and divided by W, the norm counts every expert once, and ZeRO
+partitions expert state over those ranks: `tests/distributed/test_engine.py` compares each
+stage with one process, and fails should a later version read something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import nn
+
+from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
+
+_MARKER = "_deepspeed_expert_marker"
+
+
+def avoid_compilation() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives on CPUs at start.
+
+    That takes a minute, needs a compiler, and a process killed meanwhile leaves a lock file
+    on which every later run hangs.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _group_name(mesh: Mesh) -> str:
+    return f"ep_size_{mesh.expert_parallel}"
+
+
+def register_groups(mesh: Mesh) -> None:
+    """Make DeepSpeed use the mesh's groups, so that no second set of communicators exists."""
+    name = _group_name(mesh)
+    for of_group, of_ranks, group, ranks in (
+        (
+            groups._EXPERT_PARALLEL_GROUP,
+            groups._EXPERT_PARALLEL_GROUP_RANKS,
+            mesh.ep_group,
+            expert_parallel_ranks,
+        ),
+        (
+            groups._EXPERT_DATA_PARALLEL_GROUP,
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+            mesh.edp_group,
+            expert_data_parallel_ranks,
+        ),
+    ):
+        of_group[name] = group
+        of_ranks[name] = next(
+            r for r in ranks(mesh.world_size, mesh.expert_parallel) if dist.get_rank() in r
+        )
+
+
+def unregister_groups() -> None:
+    """Forget them, so that another engine can be built in this process."""
+    for of_group in (
+        groups._EXPERT_PARALLEL_GROUP,
+        groups._EXPERT_PARALLEL_GROUP_RANKS,
+        groups._EXPERT_DATA_PARALLEL_GROUP,
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+    ):
+        of_group.clear()
+
+
+def tag_expert_parameters(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """Attributes that DeepSpeed reads from every expert parameter."""
+    for parameter in parameters:
+        tags: dict[str, Any] = {
+            "allreduce": False,
+            "group_name": _group_name(mesh),
+            "ds_zero_placement_family": "autoep_expert",  # this and the next: ZeRO 3
+            "ds_zero_partition_group_name": _group_name(mesh),
+        }
+        for key, value in tags.items():
+            setattr(parameter, key, value)
+
+
+def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> list[dict[str, Any]]:
+    """Optimizer groups: dense, then experts under the name that ZeRO 1 and 2 look for."""
+    dense = [p for name, p in model.named_parameters() if name not in expert_names]
+    experts = [p for name, p in model.named_parameters() if name in expert_names]
+    result: list[dict[str, Any]] = [{"params": dense}]
+    if experts:
+        result.append({"params": experts, "moe": True, "name": _group_name(mesh)})
+    return result
+
+
+class _ExpertMarker(AutoEPMoELayer):
+    """A layer without parameters by which the engine learns that there are experts."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        nn.Module.__init__(self)  # not the parent's: it would build DeepSpeed's own layer
+        self.ep_size = mesh.expert_parallel
+        self.num_experts = mesh.expert_parallel
+        self._mesh = mesh
+
+    def set_deepspeed_parallelism(
+        self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
+    ) -> None:
+        register_groups(self._mesh)
+
+
+@contextmanager
+def expert_marker(model: nn.Module, mesh: Mesh) -> Iterator[None]:
+    """While open, `deepspeed.initialize(model=model)` sees a model with expert layers."""
+    model.add_module(_MARKER, _ExpertMarker(mesh))
+    try:
+        yield
+    finally:
+        delattr(model, _MARKER)

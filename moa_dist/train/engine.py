@@ -1,0 +1,242 @@
+"""The engine: DeepSpeed around a model whose experts are sharded. Optimizer steps as values.
+
+The only file that calls `deepspeed.initialize`. Shapes: W ranks, M micro-batches per rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from moa_dist.config.run import Config
+from moa_dist.distributed.mesh import Mesh
+from moa_dist.errors import TrainingError
+from moa_dist.models.stack import Site
+from moa_dist.moe.sharding import expert_layers
+from moa_dist.moe.statistics import RoutingReport, report
+from moa_dist.train import deepspeed_hooks
+from moa_dist.train.objective import Batch, Objective, objective
+from moa_dist.train.optimizer import make_optimizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: global values, equal on every rank, but for `routing`."""
+
+    loss: float
+    """Mean cross-entropy per target, nats."""
+    auxiliary: dict[str, float]
+    """Mean auxiliary losses over micro-batches and ranks."""
+    grad_norm: float
+    """Global norm before clipping."""
+    tokens: int
+    """Targets of all ranks."""
+    routing: dict[Site, RoutingReport]
+    """Sums over this rank's micro-batches."""
+
+
+class Engine:
+    """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
+
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> None:
+        """Wrap `model`, whose experts `shard_experts` has sharded over `mesh`.
+
+        Collective over all ranks.
+        """
+        self.mesh = mesh
+        self.zero_stage = config.parallel.zero_stage
+        self.clip_norm = config.optimizer.clip_norm
+        self.device = device
+        self.dtype = _DTYPES[config.train.precision]
+        self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
+        if config.train.precision == "fp64":
+            model = model.double()
+
+        deepspeed_hooks.avoid_compilation()
+        deepspeed_logger.setLevel(logging.WARNING)
+        experts = [p for name, p in model.named_parameters() if name in self.expert_names]
+        deepspeed_hooks.tag_expert_parameters(experts, mesh)
+        self.optimizer = make_optimizer(
+            config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
+        )
+        with deepspeed_hooks.expert_marker(model, mesh):
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, mesh.world_size),
+                dist_init_required=False,
+            )
+        if self.zero_stage == 0:
+            self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model."""
+        module: nn.Module = self.deepspeed.module
+        return module
+
+    def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Collective; every rank brings the same number of micro-batches of the same size.
+        Raises TrainingError, with the parameters untouched, if the loss is not finite.
+        """
+        batches = [batch.to(self.device) for batch in batches]
+        num_targets = self._sum_over_ranks(
+            torch.tensor(float(sum(batch.num_targets() for batch in batches)))
+        ).item()
+        per_micro_batch = num_targets / (self.mesh.world_size * len(batches))
+        self.deepspeed.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        routing: dict[Site, RoutingReport] = {}
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            result = objective(self.deepspeed, batch)
+            # DeepSpeed divides by the number of micro-batches and averages over ranks.
+            self.deepspeed.backward(result.loss(per_micro_batch))
+            _add(sums, _values(result))
+            _add_reports(routing, result.output.statistics)
+            if i < len(batches) - 1:
+                self.deepspeed.step()
+        values = self._finite_values(sums, batches)
+        grad_norm = self._update()
+        loss = values.pop("cross_entropy") / num_targets
+        scale = 1 / (self.mesh.world_size * len(batches))
+        auxiliary = {name: value * scale for name, value in values.items()}
+        return StepResult(loss, auxiliary, grad_norm, int(num_targets), routing)
+
+    def _update(self) -> float:
+        """Reduce, clip and take the step; returns the global gradient norm."""
+        if self.zero_stage > 0:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
+        norm = self._reduce_and_clip()
+        self.deepspeed.step()
+        return float(norm)
+
+    def _reduce_and_clip(self) -> Tensor:
+        """Average gradients over ranks, clip them by their global norm, return that norm.
+
+        For stage 0, where DeepSpeed averages the norms of the ranks, though each holds other
+        experts, and refuses fp64. An expert's gradient already sums over its ep group, by way
+        of the all-to-all: sum over its copies, then divide by W like all others.
+        """
+        dense, experts = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is None:  # the same on every rank: no parameter depends on data
+                continue
+            (experts if name in self.expert_names else dense).append(parameter.grad)
+        squares = []
+        for gradients, group in ((dense, None), (experts, self.mesh.edp_group)):
+            flat = torch.cat([g.flatten() for g in gradients] or [torch.zeros(0)])
+            dist.all_reduce(flat, group=group)
+            flat /= self.mesh.world_size
+            squares.append(flat.double().square().sum())
+            parts = flat.split([g.numel() for g in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        dist.all_reduce(squares[1], group=self.mesh.ep_group)
+        norm = (squares[0] + squares[1]).sqrt()
+        if self.clip_norm is not None:
+            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+            for gradient in (*dense, *experts):
+                gradient.mul_(factor)
+        return norm
+
+    def _finite_values(self, sums: dict[str, Tensor], batches: list[Batch]) -> dict[str, float]:
+        """Sums over all ranks; one collective. Every rank raises if one value is not finite."""
+        total = self._sum_over_ranks(torch.stack([v.double() for v in sums.values()]))
+        values = dict(zip(sums, total.tolist(), strict=True))
+        if bool(total.isfinite().all()):
+            return values
+        broken = ", ".join(f"{k} = {v}" for k, v in values.items() if v - v != 0)
+        first = self._first_not_finite(batches)
+        raise TrainingError(f"the loss is not finite ({broken}); first seen in {first}")
+
+    def _first_not_finite(self, batches: list[Batch]) -> str:
+        """Name the first module, and its rank, whose output is not finite. Collective."""
+        found: list[str] = []
+
+        def check(name: str, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            floats = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+            if not found and not all(bool(t.isfinite().all()) for t in floats):
+                found.append(name or "the model's output")
+
+        handles = [
+            module.register_forward_hook(lambda _m, _i, output, name=name: check(name, output))
+            for name, module in self.model.named_modules()
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                objective(self.deepspeed, batch)
+        for handle in handles:
+            handle.remove()
+        everywhere: list[str | None] = [None] * self.mesh.world_size
+        dist.all_gather_object(everywhere, found[0] if found else None)
+        named = [f"{name} on rank {rank}" for rank, name in enumerate(everywhere) if name]
+        return "; ".join(named) or "the loss itself"
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        value = value.to(self.device)
+        dist.all_reduce(value)
+        return value
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and groups."""
+        self.deepspeed.destroy()
+        deepspeed_hooks.unregister_groups()
+
+
+def _values(result: Objective) -> dict[str, Tensor]:
+    values = {"cross_entropy": result.cross_entropy, **result.output.auxiliary}
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _add_reports(routing: dict[Site, RoutingReport], statistics: dict[Site, Any]) -> None:
+    for site, value in statistics.items():
+        new = report(value)
+        if site in routing:
+            new = RoutingReport(*(a + b for a, b in zip(routing[site], new, strict=True)))
+        routing[site] = new
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none."""
+    stage = config.parallel.zero_stage
+    accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        zero |= {
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": torch.cuda.is_available(),
+        }
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._clip.
+        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,134 @@
+"""Which parts of the model and of the optimizer state this rank owns; for deepspeed 0.19.
+
+Under every ZeRO stage a rank owns flat ranges of parameters: `Fragment` names such a range
+in coordinates of the whole, unsharded parameter and views its values, to be read or
+overwritten in place. Together the fragments of all ranks are the whole state, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moa_dist.moe.sharding import expert_layers
+from moa_dist.train.engine import Engine
+
+MASTER = "master"
+"""Name of the parameter's own values, in the optimizer's precision."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous range of one tensor."""
+
+    parameter: str
+    """Name of the parameter in the model."""
+    state: str
+    """`master`, or a moment of the optimizer such as `exp_avg`."""
+    start: int
+    """First element, in the flattened global parameter."""
+    view: Tensor
+    """1-D view of the live values."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    name: str
+    flat: Tensor
+    """The tensor that the optimizer knows."""
+    offset: int
+    """Where the piece begins in it."""
+    numel: int
+    start: int
+    """Where the piece begins in this rank's parameter."""
+    replicated: bool
+    """Other ranks hold the same piece, and one of them owns it."""
+
+
+def _pieces(engine: Engine) -> Iterator[_Piece]:
+    optimizer = engine.deepspeed.optimizer
+    names = {parameter: name for name, parameter in engine.model.named_parameters()}
+    match engine.zero_stage:
+        case 0:
+            for parameter, name in names.items():
+                group = engine.mesh.edp_group if name in engine.expert_names else None
+                replicated = dist.get_rank(group) != 0
+                yield _Piece(name, parameter, 0, parameter.numel(), 0, replicated)
+        case 1 | 2:
+            for parameters, flat in zip(
+                optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
+            ):
+                for parameter in parameters:
+                    mapping = parameter._hp_mapping
+                    if mapping is not None:  # None: this rank owns nothing of it
+                        high, low = mapping.hp_fragment_address, mapping.lp_fragment_address
+                        yield _Piece(
+                            names[parameter], flat, high.start, high.numel, low.start, False
+                        )
+        case _:
+            for parameters, flat in zip(
+                optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True
+            ):
+                offset = 0
+                for parameter in parameters:
+                    size = parameter.partition_numel()  # equal over ranks, the last one padded
+                    start = size * dist.get_rank(parameter.ds_process_group)
+                    numel = min(size, parameter.ds_numel - start)
+                    if numel > 0:
+                        yield _Piece(names[parameter], flat, offset, numel, start, False)
+                    offset += size
+
+
+def fragments(engine: Engine, *, owned_only: bool) -> Iterator[Fragment]:
+    """All fragments on this rank; with `owned_only`, each one on exactly one rank."""
+    offsets = {
+        f"{name}.weight": layer.first_expert * layer.d_in * layer.d_out
+        for name, layer in expert_layers(engine.model)
+    }
+    for piece in _pieces(engine):
+        if owned_only and piece.replicated:
+            continue
+        states = {MASTER: piece.flat.detach()}
+        states |= {
+            key: value
+            for key, value in engine.optimizer.state.get(piece.flat, {}).items()
+            if isinstance(value, Tensor) and value.shape == piece.flat.shape
+        }
+        start = piece.start + offsets.get(piece.name, 0)
+        for state, values in states.items():
+            view = values.view(-1).narrow(0, piece.offset, piece.numel)
+            yield Fragment(piece.name, state, start, view)
+
+
+def make_optimizer_state(engine: Engine, num_steps: int) -> None:
+    """Create the moments that torch creates in the first step, as after `num_steps` steps."""
+    for piece in _pieces(engine):
+        state: dict[str, Any] = engine.optimizer.state[piece.flat]
+        if isinstance(engine.optimizer, torch.optim.AdamW):
+            state["step"] = torch.tensor(float(num_steps))
+            keys = ["exp_avg", "exp_avg_sq"]
+        else:
+            keys = ["momentum_buffer"] if engine.optimizer.defaults["momentum"] else []
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(piece.flat.detach())
+
+
+def publish_masters(engine: Engine) -> None:
+    """Bring the model's parameters in line with overwritten masters. Collective."""
+    optimizer = engine.deepspeed.optimizer
+    match engine.zero_stage:
+        case 0:
+            pass  # the optimizer holds the parameters themselves
+        case 1 | 2:
+            optimizer.update_lp_params()
+        case _:
+            for i in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            if optimizer.persistent_parameters:  # small ones stay gathered between steps
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

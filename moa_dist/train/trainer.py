@@ -1,0 +1,237 @@
+"""The training loop, to be read from top to bottom.
+
+    configuration -> mesh -> sharded model -> engine -> stream -> step, step, step
+
+All state of a run is its parameters, its optimizer moments, and how many steps and samples it
+has consumed: data order, learning rate and random numbers are functions of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moa_dist.config import find_layout_problems, to_yaml
+from moa_dist.config.run import Config
+from moa_dist.data.check import check_data
+from moa_dist.data.manifest import Manifest
+from moa_dist.data.stream import SampleStream, build_loader
+from moa_dist.data.tokenizer import TOKENIZER_FILE
+from moa_dist.data.validation import validation_batches
+from moa_dist.distributed.mesh import Mesh, make_mesh
+from moa_dist.distributed.start import Job, job
+from moa_dist.errors import ConfigError
+from moa_dist.evaluate.perplexity import perplexity
+from moa_dist.models.counts import count
+from moa_dist.models.language_model import build_model
+from moa_dist.models.stack import Site
+from moa_dist.moe.sharding import shard_experts
+from moa_dist.moe.statistics import RoutingReport
+from moa_dist.train import checkpoint
+from moa_dist.train.engine import Engine
+from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.train.objective import Batch
+from moa_dist.train.optimizer import learning_rate
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Everything that can be known to fail before ranks meet; raises ConfigError or DataError."""
+    problems = find_layout_problems(config, world_size)
+    if problems:
+        raise ConfigError(problems, f"{config.name} on {world_size} ranks")
+    check_data(config.data, vocab_size=config.model.vocab_size, world_size=world_size)
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run keeps its checkpoints, curves and configuration."""
+    return Path(config.output) / config.name
+
+
+def train(config: Config, observer: Observer) -> None:
+    """Train as configured, from the newest checkpoint if there is one.
+
+    Every rank of the job calls this; `observer` listens on rank 0.
+    """
+    with job() as this_job:
+        train_manifest, valid_manifest = check_data(
+            config.data, vocab_size=config.model.vocab_size, world_size=this_job.world_size
+        )
+        mesh = make_mesh(config.parallel.expert_parallel)
+        model = build_model(
+            config.model,
+            seed=config.train.seed,
+            recompute=config.train.recompute,
+            parallelize=partial(shard_experts, mesh=mesh),
+        )
+        engine = Engine(model, config, mesh, this_job.device)
+        folder = run_folder(config)
+        step, samples = _resume(engine, config, folder)
+        listener = observer if mesh.rank == 0 else None
+        if listener:
+            _describe_run(config, folder)
+            listener.start(_run_start(config, this_job, folder, step))
+        try:
+            micro_batches = _micro_batches(config, train_manifest, mesh, samples)
+            accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
+            clock = _Clock(step)
+            while step < config.train.steps:
+                step += 1
+                samples += config.train.global_batch
+                _seed_random_numbers(config.train.seed, step, mesh.rank)
+                lr = learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
+                batches = [next(micro_batches) for _ in range(accumulation)]
+                result = engine.step(batches, lr)
+
+                if _due(step, config.logging.every, config):
+                    routing = _over_all_ranks(result.routing, this_job.device)
+                    if listener:
+                        listener.step(
+                            StepMetrics(
+                                step=step,
+                                loss=result.loss,
+                                auxiliary=result.auxiliary,
+                                grad_norm=result.grad_norm,
+                                lr=lr,
+                                tokens=result.tokens,
+                                tokens_per_second=clock.rate(step) * result.tokens,
+                                routing=routing,
+                            )
+                        )
+                if valid_manifest and _due(step, config.evaluation.every, config):
+                    with clock.paused():
+                        metrics = _validate(engine, config, valid_manifest, step)
+                    if listener:
+                        listener.validation(metrics)
+                if _due(step, config.checkpoint.every, config):
+                    with clock.paused():
+                        saved = checkpoint.save(
+                            engine, folder, config, step, samples, config.checkpoint.keep_last
+                        )
+                    if listener:
+                        listener.note(f"saved {saved}")
+        finally:
+            if listener:
+                listener.close()
+            engine.close()
+
+
+def _due(step: int, every: int, config: Config) -> bool:
+    return step % every == 0 or step == config.train.steps
+
+
+def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int]:
+    """Steps taken and samples consumed so far."""
+    saved = checkpoint.checkpoints(folder)
+    if config.checkpoint.resume == "never" or not saved:
+        return 0, 0
+    index = checkpoint.load(engine, saved[-1])
+    return index.step, index.samples
+
+
+def _describe_run(config: Config, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    shutil.copyfile(Path(config.data.train) / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+
+
+def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunStart:
+    counts = count(config.model, config.data.sequence_length)
+    device = str(this_job.device.type)
+    if this_job.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(this_job.device)})"
+    return RunStart(
+        config=config,
+        folder=str(folder),
+        world_size=this_job.world_size,
+        device=device,
+        backend=this_job.backend,
+        num_parameters=counts.total,
+        num_active_parameters=counts.active,
+        flops_per_token=counts.flops_per_token,
+        first_step=step,
+    )
+
+
+def _micro_batches(config: Config, manifest: Manifest, mesh: Mesh, samples: int) -> Iterator[Batch]:
+    stream = SampleStream(
+        Path(config.data.train),
+        manifest,
+        readers=config.data.readers,
+        seed=config.data.seed,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        consumed=samples,
+        micro_batch=config.train.micro_batch,
+    )
+    return map(Batch, build_loader(stream, workers=config.data.workers))
+
+
+def _seed_random_numbers(seed: int, step: int, rank: int) -> None:
+    """Expert dropout of a step does not depend on how training came to it."""
+    digest = hashlib.blake2b(repr((seed, step, rank)).encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> ValidationMetrics:
+    assert config.data.valid is not None
+    batches = validation_batches(
+        Path(config.data.valid),
+        manifest,
+        rank=engine.mesh.rank,
+        world_size=engine.mesh.world_size,
+        micro_batch=config.train.micro_batch,
+        sequences=config.evaluation.sequences,
+    )
+    result = perplexity(engine.deepspeed, batches, engine.device)
+    return ValidationMetrics(
+        step=step,
+        loss=result.loss,
+        perplexity=result.perplexity,
+        bits_per_byte=result.bits_per_byte(manifest.text_bytes / manifest.tokens),
+        tokens=result.tokens,
+    )
+
+
+def _over_all_ranks(
+    routing: dict[Site, RoutingReport], device: torch.device
+) -> dict[Site, RoutingReport]:
+    """Sums over ranks, on the CPU; one collective."""
+    if not routing:
+        return {}
+    parts = [part for value in routing.values() for part in value]
+    flat = torch.cat([part.to(device).double().flatten() for part in parts])  # exact to 2^53
+    dist.all_reduce(flat)
+    summed = iter(flat.cpu().split([part.numel() for part in parts]))
+    return {
+        site: RoutingReport(*(next(summed).view(part.shape).to(part.dtype) for part in value))
+        for site, value in routing.items()
+    }
+
+
+class _Clock:
+    """Steps per second since the last reading, without validation and checkpoints."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._since = step, time.monotonic()
+
+    def rate(self, step: int) -> float:
+        """Steps per second since the last call."""
+        now = time.monotonic()
+        rate = (step - self._step) / max(now - self._since, 1e-9)
+        self._step, self._since = step, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time inside."""
+        before = time.monotonic()
+        yield
+        self._since += time.monotonic() - before

@@ -1,0 +1,185 @@
+"""One optimizer step of one model in any layout, and the same on one process.
+
+The reference shares nothing with the engine but the model: plain torch, the whole batch at once.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moa_dist.config.run import Config
+from moa_dist.distributed.mesh import make_mesh
+from moa_dist.models.language_model import build_model
+from moa_dist.moe.sharding import shard_experts
+from moa_dist.train.engine import Engine
+from moa_dist.train.fragments import MASTER, fragments
+from moa_dist.train.objective import Batch
+
+VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
+
+
+def router(num_experts: int, top_k: int, score: str = "sigmoid", **more: Any) -> dict[str, Any]:
+    return {"num_experts": num_experts, "top_k": top_k, "score": score, **more}
+
+
+SWITCHHEAD = {"kind": "switchhead", "num_heads": 2, "d_head": 8}
+MOA = {"kind": "moa", "d_head": 8}
+CAPACITY = {"factor": 1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a layout."""
+
+    world_size: int = 2
+    expert_parallel: int = 2
+    zero_stage: int = 0
+    micro_batch: int = 2
+    precision: str = "fp64"
+    optimizer: str = "sgd"
+    clip_norm: float | None = None
+    recompute: bool = False
+    padded: bool = True
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> Config:
+        model = {
+            "vocab_size": VOCABULARY,
+            "d_model": D_MODEL,
+            "num_layers": 4,
+            "num_distinct_layers": 2,
+            "norm_placement": "peri",
+            # 2 x 3 flat experts and 5 experts: shards of unequal size.
+            "attention": SWITCHHEAD | {"router": router(3, 2, balance={"entropy": 0.1})},
+            "ffn": {"kind": "moe", "d_expert": 8, "router": router(5, 2, capacity=CAPACITY)},
+            **self.model,
+        }
+        return Config.model_validate(
+            {
+                "name": "test",
+                "model": model,
+                "data": {"train": "none", "sequence_length": LENGTH},
+                "parallel": {
+                    "expert_parallel": self.expert_parallel,
+                    "zero_stage": self.zero_stage,
+                },
+                # SGD with rate 1: the step is the gradient.
+                "optimizer": {
+                    "kind": self.optimizer,
+                    "lr": 1.0 if self.optimizer == "sgd" else 1e-2,
+                    "weight_decay": 0.0 if self.optimizer == "sgd" else 0.1,
+                    "clip_norm": self.clip_norm,
+                },
+                "train": {
+                    "steps": 1,
+                    "global_batch": SEQUENCES,
+                    "micro_batch": self.micro_batch,
+                    "precision": self.precision,
+                    "recompute": self.recompute,
+                },
+            }
+        )
+
+    def batch(self) -> Batch:
+        """The global batch: other tokens in every sequence, some padded at the end."""
+        generator = torch.Generator().manual_seed(1)
+        tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+        if not self.padded:
+            return Batch(tokens)
+        lengths = torch.tensor([13, 13, 9, 13, 4, 13, 11, 2])
+        real = torch.arange(LENGTH + 1) < lengths[:, None]
+        return Batch(tokens, real)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whole-model values after one step."""
+
+    loss: float
+    auxiliary: dict[str, float]
+    grad_norm: float
+    parameters: dict[str, torch.Tensor]
+    dropped: int
+    unused_experts: int
+
+
+def one_process(case: Case) -> Outcome:
+    config, batch = case.config(), case.batch()
+    model = build_model(config.model).double()
+    real = batch.real if batch.real is not None else torch.ones_like(batch.tokens, dtype=torch.bool)
+    output = model(batch.tokens[:, :-1], None if batch.real is None else real[:, :-1])
+    targets = batch.tokens[:, 1:][real[:, 1:]]
+    loss = F.cross_entropy(output.logits[real[:, 1:]], targets)
+    auxiliary = sum(output.auxiliary.values())
+    (loss + auxiliary).backward()
+    gradients = [p.grad for p in model.parameters()]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    if case.clip_norm:
+        for gradient in gradients:
+            gradient.mul_(min(1.0, case.clip_norm / (norm.item() + 1e-6)))
+    rate, decay = config.optimizer.lr, config.optimizer.weight_decay
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer]
+    kind(model.parameters(), lr=rate, weight_decay=decay).step()
+    return Outcome(
+        loss=loss.item(),
+        auxiliary={name: value.item() for name, value in output.auxiliary.items()},
+        grad_norm=norm.item(),
+        parameters={name: p.detach() for name, p in model.named_parameters()},
+        dropped=sum(int(s.dropped.sum()) for s in output.statistics.values()),
+        unused_experts=sum(int((s.load.sum(0) == 0).sum()) for s in output.statistics.values()),
+    )
+
+
+def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]:
+    """Runs on every rank of a pool: one engine step, and the fragments this rank owns."""
+    config, batch = case.config(), case.batch()
+    mesh = make_mesh(case.expert_parallel)
+    model = build_model(
+        config.model, recompute=case.recompute, parallelize=partial(shard_experts, mesh=mesh)
+    )
+    engine = Engine(model, config, mesh, torch.device("cpu"))
+
+    def micro_batch(rows: torch.Tensor) -> Batch:
+        return Batch(batch.tokens[rows], None if batch.real is None else batch.real[rows])
+
+    mine = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
+    result = engine.step([micro_batch(rows) for rows in mine], config.optimizer.lr)
+    owned = [
+        (f.parameter, f.start, f.view.clone())
+        for f in fragments(engine, owned_only=True)
+        if f.state == MASTER
+    ]
+    engine.close()
+    dropped = sum(int(r.dropped.sum()) for r in result.routing.values())
+    return result.loss, result.auxiliary, result.grad_norm, owned, dropped
+
+
+def distributed(pools, case: Case) -> Outcome:
+    results = pools(case.world_size).run(on_rank, case)
+    losses, auxiliaries, norms, owned, dropped = zip(*results, strict=True)
+    assert len(set(losses)) == 1
+    assert len(set(norms)) == 1, "ranks disagree on the gradient norm"
+    parameters = {}
+    for name, parameter in build_model(case.config().model).double().named_parameters():
+        flat = torch.full((parameter.numel(),), float("nan"), dtype=torch.float64)
+        for piece_name, start, values in sum(owned, []):
+            if piece_name == name:
+                assert flat[start : start + len(values)].isnan().all(), f"{name}: owned twice"
+                flat[start : start + len(values)] = values
+        parameters[name] = flat.view(parameter.shape)
+    return Outcome(losses[0], auxiliaries[0], norms[0], parameters, sum(dropped), 0)
+
+
+def assert_equal(ours: Outcome, reference: Outcome, bound: float) -> None:
+    assert abs(ours.loss - reference.loss) < bound * abs(reference.loss)
+    assert ours.auxiliary.keys() == reference.auxiliary.keys()
+    for name, value in reference.auxiliary.items():
+        assert abs(ours.auxiliary[name] - value) < bound * abs(value), name
+    assert abs(ours.grad_norm - reference.grad_norm) < bound * reference.grad_norm
+    assert ours.dropped == reference.dropped
+    for name, value in reference.parameters.items():
+        error = (ours.parameters[name] - value).abs().max().item()
+        assert error < bound, f"{name} is off by {error:.1e}"

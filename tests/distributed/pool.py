@@ -1,0 +1,79 @@
+"""A pool of gloo ranks that outlives a test: starting ranks costs seconds, a case milliseconds."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 120
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    import torch
+
+    from moa_dist.distributed.start import job
+
+    torch.set_num_threads(1)
+    with job():
+        while (task := pipe.recv()) is not None:
+            function, args = task
+            try:
+                pipe.send((True, function(*args)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
+
+
+class Pool:
+    """`world_size` ranks on this machine."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "deepspeed"])
+        port = _free_port()
+        self.world_size = world_size
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_rank_main, args=(rank, world_size, port, theirs), daemon=True
+            )
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` on every rank at once; results in rank order."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} gave no answer within {TIMEOUT_S} s")
+            results.append(pipe.recv())
+        failures = [f"rank {r}:\n{value}" for r, (ok, value) in enumerate(results) if not ok]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,107 @@
+"""Any layout takes the same step as one process: loss, norm, every gradient, parameters.
+
+Every rank has data of its own, sequences are padded, routing is uneven, assignments are dropped,
+and some experts get no token. Stage 0 runs in fp64; DeepSpeed keeps fp32 masters at 1 to 3.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed.layouts import (
+    CAPACITY,
+    MOA,
+    Case,
+    assert_equal,
+    distributed,
+    one_process,
+    router,
+)
+
+FP64, FP32 = 1e-9, 1e-5
+
+
+def check(pools, case: Case) -> None:
+    reference = one_process(case)
+    assert_equal(distributed(pools, case), reference, FP64 if case.precision == "fp64" else FP32)
+
+
+def stage(number: int) -> dict:
+    return {"zero_stage": number, "precision": "fp64" if number == 0 else "fp32"}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("clip_norm", [None, 0.1], ids=["gradients", "clipped"])
+def test_sgd_step_with_drops(pools, zero_stage, clip_norm):
+    case = Case(**stage(zero_stage), clip_norm=clip_norm)
+    reference = one_process(case)
+    assert reference.dropped > 0
+    check(pools, case)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_adamw_step(pools, zero_stage):
+    check(pools, Case(**stage(zero_stage), optimizer="adamw", clip_norm=0.1))
+
+
+MODELS = {
+    "moa, softmax moe with gates": {
+        "num_distinct_layers": None,
+        "norm_placement": "pre",
+        "norm": "rmsnorm",
+        "attention": MOA | {"router": router(5, 2, "softmax", gate="renormalized_detached")},
+        "ffn": {
+            "kind": "moe",
+            "d_expert": 8,
+            "gated": True,
+            "activation": "silu",
+            "router": router(64, 2, "softmax", balance={"switch": 0.1, "z_loss": 0.01}),
+        },
+    },
+    "moa of two heads, dense ffn": {
+        "attention": MOA
+        | {"heads_per_expert": 2, "router": router(6, 3, "softmax", capacity=CAPACITY)},
+        "ffn": {"kind": "dense", "d_ff": 24},
+    },
+    "dense attention, drops by position in groups of two sequences": {
+        "norm_placement": "post",
+        "attention": {"kind": "dense", "num_heads": 2, "d_head": 8},
+        "ffn": {
+            "kind": "moe",
+            "d_expert": 8,
+            "router": router(
+                7, 3, capacity={"factor": 0.8, "policy": "position"}, balance={"entropy": 0.1}
+            ),
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_other_models(pools, model, zero_stage):
+    check(pools, Case(**stage(zero_stage), model=model))
+
+
+def test_some_expert_gets_no_token():
+    """The cases above would prove less without one."""
+    case = Case(model=MODELS["moa, softmax moe with gates"])
+    assert one_process(case).unused_experts > 0
+
+
+LAYOUTS = {
+    "one rank": Case(world_size=1, expert_parallel=1, micro_batch=8),
+    "data parallel only": Case(expert_parallel=1),
+    "one micro-batch": Case(micro_batch=4),
+    "recomputed": Case(recompute=True),
+    "no padding": Case(padded=False),
+    "ep 2 x edp 2": Case(world_size=4),
+    "ep 2 x edp 2, ZeRO 2": Case(world_size=4, **stage(2)),
+    "ep 2 x edp 2, ZeRO 3, recomputed": Case(world_size=4, recompute=True, **stage(3)),
+    "ep 4, ZeRO 1": Case(world_size=4, expert_parallel=4, **stage(1)),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts(pools, case):
+    check(pools, replace(case, clip_norm=0.1))
