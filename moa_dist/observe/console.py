@@ -1,0 +1,140 @@
+"""Training as lines of text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from moa_dist.config.run import Config
+from moa_dist.observe.routing import overall_drop_share
+from moa_dist.observe.units import duration, short
+from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
+
+_PARTITIONED = (
+    "nothing partitioned",
+    "optimizer state partitioned",
+    "optimizer state and gradients partitioned",
+    "optimizer state, gradients and parameters partitioned",
+)
+"""By ZeRO stage."""
+
+
+class Console:
+    """Prints what was chosen because of what, then a line per report."""
+
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`stream` defaults to the standard output; `clock` counts seconds."""
+        self._stream = stream or sys.stdout
+        self._clock = clock
+        self._started = 0.0
+        self._first_step = 0
+        self._num_steps = 1
+
+    def start(self, run: RunStart) -> None:
+        """Print the start-up block."""
+        self._started = self._clock()
+        self._first_step, self._num_steps = run.first_step, run.config.train.steps
+        for name, text in _describe(run):
+            self._print(f"{name:<10}{text}")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Print one line with what is done and how long the rest takes."""
+        total = self._num_steps
+        fields = [
+            f"step {metrics.step:>{len(str(total))}}/{total}",
+            f"{100 * metrics.step // total:3d}%",
+            f"loss {metrics.loss:6.3f}",
+        ]
+        if metrics.auxiliary:
+            fields.append(f"aux {sum(metrics.auxiliary.values()):6.3f}")
+        fields += [
+            f"lr {metrics.lr:.1e}",
+            f"norm {metrics.grad_norm:5.2f}",
+            f"{short(metrics.tokens_per_second):>5} tok/s",
+        ]
+        if metrics.routing:
+            fields.append(f"drop {overall_drop_share(metrics.routing):4.1%}")
+        self._print("  ".join([*fields, f"ETA {self._eta(metrics.step)}"]))
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Print one line."""
+        width = len(str(self._num_steps))
+        self._print(
+            f"valid {metrics.step:>{width - 1}}/{self._num_steps}        "
+            f"loss {metrics.loss:6.3f}  perplexity {metrics.perplexity:.2f}  "
+            f"{metrics.bits_per_byte:.3f} bits per byte  over {short(metrics.tokens)} tokens"
+        )
+
+    def note(self, message: str) -> None:
+        """Print the message."""
+        self._print(message)
+
+    def close(self) -> None:
+        """Nothing: every line was flushed, and the stream is not ours."""
+
+    def _eta(self, step: int) -> str:
+        # By the clock, not by the last tokens per second: validation and checkpoints take
+        # their share of the remaining time too.
+        elapsed = self._clock() - self._started
+        remaining = self._num_steps - step
+        return duration(elapsed / max(step - self._first_step, 1) * remaining)
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
+    config = run.config
+    yield "run", f"{config.name}, in {run.folder}"
+    yield "device", _device(run)
+    yield "layout", _layout(config, run.world_size)
+    yield "", _partition(config, run.world_size)
+    yield "batch", _batch(config, run.world_size)
+    active = f"{short(run.num_active_parameters)} active per token"
+    flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"
+    yield "model", f"{short(run.num_parameters)} parameters, {active}, {flops}"
+    tokens = config.train.steps * config.train.global_batch * config.data.sequence_length
+    begin = f"resumed after step {run.first_step}" if run.first_step else "from the beginning"
+    yield "steps", f"{config.train.steps} ({short(tokens)} tokens), {begin}"
+
+
+def _device(run: RunStart) -> str:
+    why = "no CUDA device found" if run.device == "cpu" else "CUDA is available"
+    return f"{run.device}: {why}, so {run.backend}; {run.config.train.precision} by train.precision"
+
+
+def _layout(config: Config, world_size: int) -> str:
+    ep = config.parallel.expert_parallel
+    edp = world_size // ep
+    layout = f"W {world_size} = ep {ep} x edp {edp}, ZeRO {config.parallel.zero_stage}"
+    named = {"attention": config.model.attention, "FFN": config.model.ffn}
+    parts = " and ".join(name for name, part in named.items() if part.kind != "dense")
+    if not parts:
+        return f"{layout}: no experts, the same parameters on every rank"
+    if ep == 1:
+        return f"{layout}: {parts} experts whole on every rank"
+    copies = f", {edp} copies of each shard" if edp > 1 else ""
+    return f"{layout}: {parts} experts sharded over {ep} ranks{copies}"
+
+
+def _partition(config: Config, world_size: int) -> str:
+    stage, ep = config.parallel.zero_stage, config.parallel.expert_parallel
+    if stage == 0 or world_size == 1:
+        return _PARTITIONED[0]
+    over = f"over {world_size} ranks"
+    if ep > 1:
+        over = f"dense over {world_size} ranks, experts over {world_size // ep}"
+    return f"{_PARTITIONED[stage]}: {over}"
+
+
+def _batch(config: Config, world_size: int) -> str:
+    total, micro = config.train.global_batch, config.train.micro_batch
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    return (
+        f"{total} sequences a step = {ranks} x {micro} per micro-batch x "
+        f"{total // (world_size * micro)} accumulated; {config.data.sequence_length} tokens each"
+    )

@@ -1,0 +1,87 @@
+"""What the GPU of this rank is doing, through NVML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pynvml
+import torch
+
+_GIB = 2**30
+
+
+class GpuTelemetry:
+    """Readings of one device; of a CPU, or where NVML does not answer, none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle: Any = None
+        self.reason: str | None = None
+        """Why nothing is read, or None."""
+        if device.type != "cuda":
+            self.reason = f"no GPU telemetry: this rank computes on the {device.type.upper()}"
+            return
+        try:
+            pynvml.nvmlInit()
+            self._handle = _handle(device)
+        except pynvml.NVMLError as error:
+            self.reason = f"no GPU telemetry: {error}; curves lack gpu/*, training goes on"
+
+    def read(self) -> dict[str, float]:
+        """Values by name with unit; what the device does not offer is left out."""
+        if self._handle is None:
+            return {}
+        values: dict[str, float] = {}
+        for read in _READERS:
+            # One by one: a MIG slice has no utilisation of its own, some cards no power sensor,
+            # and a card that has fallen off the bus will stop training in its own words.
+            try:
+                values |= read(self._handle)
+            except pynvml.NVMLError:
+                continue
+        return values
+
+    def close(self) -> None:
+        """Let go of NVML."""
+        if self._handle is not None:
+            pynvml.nvmlShutdown()
+            self._handle = None
+
+
+def _handle(device: torch.device) -> Any:
+    """NVML's handle of a torch device, by UUID.
+
+    Not by index: torch counts the devices that CUDA_VISIBLE_DEVICES leaves, in its order or
+    fastest first, while NVML counts all of the machine by PCI bus; cuda:0 can be any of them.
+    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError_NotFound:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
+
+
+def _memory(handle: Any) -> dict[str, float]:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return {"memory_used_gib": memory.used / _GIB, "memory_total_gib": memory.total / _GIB}
+
+
+def _utilization(handle: Any) -> dict[str, float]:
+    return {"utilization_percent": float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)}
+
+
+def _temperature(handle: Any) -> dict[str, float]:
+    celsius = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+    return {"temperature_celsius": float(celsius)}
+
+
+def _power(handle: Any) -> dict[str, float]:
+    return {"power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000}
+
+
+_READERS: tuple[Callable[[Any], dict[str, float]], ...] = (
+    _memory,
+    _utilization,
+    _temperature,
+    _power,
+)

@@ -1,0 +1,104 @@
+"""Training as one JSON object per line: the record that plots and comparisons read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from moa_dist.observe.routing import routing_summary, site_name
+from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
+
+FILE_NAME = "metrics.jsonl"
+"""In the run's folder."""
+
+
+class MetricsFile:
+    """Writes `metrics.jsonl`: objects of kind `start`, `step`, `validation` and `note`.
+
+    Each has a `step`: of a start that which training resumes after, of a note the last one
+    written. A float is written with as many digits as its value needs, so reading it back gives
+    the same bits. A resumed run cuts off what lies after its first step, and the file then
+    reads as that of one uninterrupted run.
+    """
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._step = 0
+
+    def start(self, run: RunStart) -> None:
+        """Open the file, cut it back, and write the configuration and sizes."""
+        path = Path(run.folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut(path, run.first_step)
+        self._file = path.open("a", encoding="utf-8")
+        values = _shallow(run)
+        values["config"] = run.config.model_dump(mode="json")
+        self._write("start", run.first_step, values)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Write all values, and of each router a summary."""
+        values = _shallow(metrics)
+        values["routing"] = {
+            site_name(site): routing_summary(report) for site, report in metrics.routing.items()
+        }
+        self._write("step", metrics.step, values)
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Write all values."""
+        self._write("validation", metrics.step, asdict(metrics))
+
+    def note(self, message: str) -> None:
+        """Write the message."""
+        self._write("note", self._step, {"message": message})
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        assert self._file is not None, "start comes first"
+        self._step = step
+        line = json.dumps({"kind": kind, "step": step} | values)
+        # Whole lines, at once: whoever reads along or after a crash misses one line at most.
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file, without a last line that a crash cut short."""
+    return [record for record, _ in _records(Path(path))]
+
+
+def _cut(path: Path, first_step: int) -> None:
+    """Keep the lines before the first that belongs to a later step or a repeated start."""
+    if not path.exists():
+        return
+    length = 0
+    for record, end in _records(path):
+        is_start = record["kind"] == "start"
+        if record["step"] > first_step or (is_start and record["step"] == first_step):
+            break
+        length = end
+    with path.open("r+b") as file:
+        file.truncate(length)
+
+
+def _records(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Objects, each with the offset at which its line ends."""
+    records = []
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            end += len(line)
+            # A crash can cut the last line short only, and then its end is missing.
+            if line.endswith(b"\n"):
+                records.append((json.loads(line), end))
+    return records
+
+
+def _shallow(value: RunStart | StepMetrics) -> dict[str, Any]:
+    """Fields by name; unlike `asdict` it copies no tensors."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}

@@ -1,0 +1,66 @@
+"""All that listens to a run, as one observer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from moa_dist.config.run import Config
+from moa_dist.observe.console import Console
+from moa_dist.observe.gpu import GpuTelemetry
+from moa_dist.observe.jsonl import MetricsFile
+from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+
+
+class Observers:
+    """Passes everything on to the console, the metrics file and, if configured, TensorBoard.
+
+    Every rank may make one, for nothing is opened before `start`; rank 0 alone uses it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._tensorboard = config.logging.tensorboard
+        self._listeners: list[Observer] = [Console(), MetricsFile()]
+        self._closing = ExitStack()
+
+    def start(self, run: RunStart) -> None:
+        """See `Observer.start`. The rank's device must be torch's current one."""
+        reason = self._add_tensorboard(run) if self._tensorboard else None
+        for listener in self._listeners:
+            self._closing.callback(listener.close)
+            listener.start(run)
+        if reason:
+            self.note(reason)
+
+    def _add_tensorboard(self, run: RunStart) -> str | None:
+        """Returns why there are no GPU curves, if so."""
+        # Imported here: it takes a second, and a run without TensorBoard need not wait.
+        from moa_dist.observe.tensorboard import TensorBoard
+
+        on_gpu = run.device.startswith("cuda")
+        gpu = GpuTelemetry(
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        )
+        self._closing.callback(gpu.close)
+        self._listeners.append(TensorBoard(gpu))
+        return gpu.reason
+
+    def step(self, metrics: StepMetrics) -> None:
+        """See `Observer.step`."""
+        for listener in self._listeners:
+            listener.step(metrics)
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """See `Observer.validation`."""
+        for listener in self._listeners:
+            listener.validation(metrics)
+
+    def note(self, message: str) -> None:
+        """See `Observer.note`."""
+        for listener in self._listeners:
+            listener.note(message)
+
+    def close(self) -> None:
+        """See `Observer.close`. Closes all, also if one of them fails to."""
+        self._closing.close()

@@ -1,0 +1,27 @@
+"""How many FLOPs a second a GPU could do at best, to say what share of them a model gets."""
+
+from __future__ import annotations
+
+import re
+
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    (r"H200 NVL", 835e12, 60e12),
+    (r"H200", 989e12, 67e12),
+    (r"H100 PCIe", 756e12, 51e12),
+    (r"H100 NVL", 835e12, 60e12),
+    (r"H100", 989e12, 67e12),
+    (r"A100", 312e12, 19.5e12),
+    (r"L40S", 362e12, 91.6e12),
+    (r"RTX 4090", 165.2e12, 82.6e12),
+)
+"""Name, dense bf16 on tensor cores, fp32 without TF32; from NVIDIA's data sheets."""
+
+
+def peak_flops(device: str, precision: str) -> float | None:
+    """Of one device such as `cuda (NVIDIA H100 PCIe)`, or None where it is not known."""
+    if precision not in ("bf16", "fp32"):
+        return None
+    for name, bf16, fp32 in _PEAKS:
+        if re.search(rf"\b{name}\b", device):
+            return bf16 if precision == "bf16" else fp32
+    return None

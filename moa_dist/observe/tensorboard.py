@@ -1,0 +1,95 @@
+"""Training as TensorBoard curves and pictures; x is the step."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from moa_dist.config import to_yaml
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingReport
+from moa_dist.observe.gpu import GpuTelemetry
+from moa_dist.observe.peak import peak_flops
+from moa_dist.observe.routing import load_heatmaps, routing_summary, site_name
+from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
+
+FOLDER_NAME = "tensorboard"
+"""In the run's folder."""
+
+
+class TensorBoard:
+    """Writes events. `gpu` reads this rank's device."""
+
+    def __init__(self, gpu: GpuTelemetry) -> None:
+        self._gpu = gpu
+        self._writer: SummaryWriter | None = None
+        self._run: RunStart | None = None
+        self._routing: dict[Site, RoutingReport] = {}
+
+    def start(self, run: RunStart) -> None:
+        """Open the event file and write the configuration."""
+        self._run = run
+        self._writer = SummaryWriter(
+            str(Path(run.folder) / FOLDER_NAME),
+            # Hides what an earlier run wrote for the steps that are now taken again.
+            purge_step=run.first_step + 1,
+            flush_secs=30,
+        )
+        yaml = "    " + to_yaml(run.config).replace("\n", "\n    ")  # a Markdown code block
+        self._writer.add_text("config", yaml, run.first_step)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Write one point of every curve."""
+        self._routing = metrics.routing
+        values = {
+            "train/loss": metrics.loss,
+            "train/perplexity": math.exp(min(metrics.loss, 700.0)),  # beyond, exp overflows
+            "train/lr": metrics.lr,
+            "train/grad_norm": metrics.grad_norm,
+        }
+        values |= {f"auxiliary/{name}": value for name, value in metrics.auxiliary.items()}
+        values |= self._speed(metrics.tokens_per_second)
+        for site, report in metrics.routing.items():
+            summary = routing_summary(report)
+            values |= {f"routing/{site_name(site)}/{k}": v for k, v in summary.items()}
+        values |= {f"gpu/{name}": value for name, value in self._gpu.read().items()}
+        self._scalars(values, metrics.step)
+
+    def validation(self, metrics: ValidationMetrics) -> None:
+        """Write its points, and each router's load as last reported."""
+        values = {
+            "validation/loss": metrics.loss,
+            "validation/perplexity": metrics.perplexity,
+            "validation/bits_per_byte": metrics.bits_per_byte,
+        }
+        self._scalars(values, metrics.step)
+        for router, picture in load_heatmaps(self._routing).items():
+            self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")
+
+    def note(self, message: str) -> None:
+        """Nothing: notes have no place among curves."""
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @property
+    def _events(self) -> SummaryWriter:
+        assert self._writer is not None, "start comes first"
+        return self._writer
+
+    def _speed(self, tokens_per_second: float) -> dict[str, float]:
+        assert self._run is not None, "start comes first"
+        flops = self._run.flops_per_token * tokens_per_second
+        peak = peak_flops(self._run.device, self._run.config.train.precision)
+        values = {"speed/tokens_per_second": tokens_per_second}
+        if peak is None:
+            return values | {"speed/flops_per_second": flops}
+        return values | {"speed/model_flops_utilization": flops / (self._run.world_size * peak)}
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)

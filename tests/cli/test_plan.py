@@ -1,0 +1,80 @@
+"""`moa-dist plan` prints what the counts say, for people and for programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moa_dist.cli.main import main
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "moeut" / "44m.yaml")
+
+
+def plan(capsys, *arguments):
+    assert main(["plan", CONFIG, *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_keys_are_stable(capsys):
+    result = plan(capsys, "train.precision=bf16", "--expert-parallel", "1", "--zero-stage", "2")
+    assert set(result) == {
+        "name",
+        "parameters",
+        "sequence_length",
+        "macs",
+        "flops_per_token",
+        "layout",
+        "bytes_per_rank",
+    }
+    assert set(result["parameters"]) == {"total", "active", "experts", "dense", "per_rank"}
+    assert set(result["macs"]) == {"by_part", "blocks", "head", "total"}
+    assert set(result["bytes_per_rank"]) == {
+        "parameters",
+        "gradients",
+        "optimizer",
+        "master",
+        "total",
+    }
+    assert result["parameters"]["total"] == 44_345_792
+    assert result["sequence_length"] == 1024
+    # bf16 on one rank: 2 + 2 + 8 + 4 bytes per parameter.
+    assert result["bytes_per_rank"]["total"] == 16 * 44_345_792
+
+
+def test_layout_options_win_over_the_configuration(capsys):
+    one = plan(capsys, "--expert-parallel", "1")
+    four = plan(capsys, "parallel.expert_parallel=1", "--expert-parallel", "4", "--zero-stage", "1")
+    assert one["layout"]["world_size"] == 1
+    layout = four["layout"]
+    assert (layout["world_size"], layout["expert_parallel"], layout["zero_stage"]) == (4, 4, 1)
+    assert four["macs"] == one["macs"]
+    # 155 FFN experts over 4 ranks: the fullest has 39.
+    dense, experts = one["parameters"]["dense"], one["parameters"]["experts"]
+    per_rank = four["parameters"]["per_rank"]
+    assert dense + experts / 4 < per_rank < dense + experts * 39 / 155 + 1
+
+
+def test_text(capsys):
+    assert main(["plan", CONFIG, "--world-size", "4", "--expert-parallel", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "W 4 = ep 2 x edp 2" in text
+    assert "44,345,792" in text
+    assert "to start" not in text
+
+
+def test_ranks_that_could_not_start_are_planned_and_named(capsys):
+    assert main(["plan", CONFIG, "--world-size", "3", "--expert-parallel", "1"]) == 0
+    assert "`data.readers` is 8" in capsys.readouterr().out
+    assert plan(capsys, "--world-size", "3", "--expert-parallel", "1")["layout"]["problems"]
+
+
+def test_expert_parallelism_that_does_not_divide_the_ranks(capsys):
+    assert main(["plan", CONFIG, "--world-size", "3", "--expert-parallel", "2"]) == 2
+    assert "`parallel.expert_parallel` is 2, which does not divide 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--world-size", "--expert-parallel"])
+def test_there_is_no_layout_of_zero_ranks(capsys, option):
+    with pytest.raises(SystemExit):
+        main(["plan", CONFIG, option, "0"])
+    assert "must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Counts agree with the papers' tables and with what sharded models really hold."""
+
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_dist.config import Config, load_config
+from moa_dist.config.model import MoEFFNConfig, SwitchHeadConfig
+from moa_dist.models.counts import count, states
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.moe.exchange import first_expert
+from moa_dist.moe.sharding import expert_layers
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# MoEUT (arXiv 2405.16039): size -> parameters in millions, multiply-accumulates in billions
+# of one forward over 1024 tokens for MoEUT and for its dense baseline, without the head.
+PUBLISHED = {
+    "44m": (44.35, 46.2, 52.5),
+    "126m": (125.67, 94.5, 141.7),
+    "244m": (243.33, 162.3, 271.1),
+    "318m": (318.11, 215.2, 361.5),
+    "727m": (727.42, 494.5, 821.4),
+    "1b": (1040.32, 700.3, 1159.6),
+}
+LENGTH = 1024
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_moeut_sizes(size):
+    parameters, giga_macs, _ = PUBLISHED[size]
+    config = load_config(CONFIGS / "moeut" / f"{size}.yaml").model
+    counts = count(config, LENGTH)
+    assert counts.total / 1e6 == pytest.approx(parameters, rel=0.005)
+    # Ours are a little higher (next test), never lower.
+    assert giga_macs <= counts.block_macs / 1e9 <= 1.01 * giga_macs
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_moeut_macs_count_the_attention_routers_for_one_head(size):
+    """The whole difference: theirs has two selectors of one head and the gating of the FFN."""
+    config = load_config(CONFIGS / "moeut" / f"{size}.yaml").model
+    attention, ffn = config.attention, config.ffn
+    assert isinstance(attention, SwitchHeadConfig)
+    assert isinstance(ffn, MoEFFNConfig)
+    selector = 2 * config.d_model * attention.router.num_experts
+    gating = ffn.router.top_k * ffn.d_expert
+    per_layer = selector + gating - attention.num_heads * selector
+    theirs = count(config, LENGTH).block_macs + LENGTH * config.num_layers * per_layer
+    assert round(theirs / 1e9, 1) == PUBLISHED[size][1]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_dense_baselines(size):
+    counts = count(load_config(CONFIGS / "dense" / f"{size}.yaml").model, LENGTH)
+    assert round(counts.block_macs / 1e9, 1) == PUBLISHED[size][2]
+    # The baselines are as large as the MoEUT of the same name, and all of it is active.
+    assert counts.total / 1e6 == pytest.approx(PUBLISHED[size][0], rel=0.01)
+    assert counts.active == counts.total == counts.dense
+
+
+def small(attention: str = "switchhead", ffn: str = "moe", **other) -> Config:
+    """A configuration whose experts 2, 3 and 4 ranks share unevenly."""
+
+    def router(num_experts):
+        return {"num_experts": num_experts, "top_k": 2, "score": "sigmoid"}
+
+    kinds = {
+        "dense": {"kind": "dense", "num_heads": 2, "d_head": 8},
+        "moa": {"kind": "moa", "d_head": 8, "router": router(5)},
+        "switchhead": {"kind": "switchhead", "num_heads": 3, "d_head": 8, "router": router(3)},
+    }
+    ffns = {
+        "dense": {"kind": "dense", "d_ff": 32},
+        "moe": {"kind": "moe", "d_expert": 12, "gated": True, "router": router(7)},
+    }
+    model = {
+        "vocab_size": 50,
+        "d_model": 16,
+        "num_layers": 4,
+        "num_distinct_layers": 2,
+        "attention": kinds[attention],
+        "ffn": ffns[ffn],
+    }
+    return Config.model_validate(
+        {
+            "name": "small",
+            "model": model,
+            "data": {"train": "data", "sequence_length": 32},
+            "train": {"steps": 1, "global_batch": 8, "micro_batch": 1},
+            **other,
+        }
+    )
+
+
+@pytest.mark.parametrize("attention", ["dense", "moa", "switchhead"])
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+def test_parameters_are_those_of_the_model(attention, ffn):
+    config = small(attention, ffn).model
+    counts = count(config, 32)
+    model = LanguageModel(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.experts == sum(layer.weight.numel() for _, layer in expert_layers(model))
+    assert counts.dense + counts.experts == counts.total
+
+
+def test_active_parameters_by_hand():
+    counts = count(small().model, 32)
+    idle_heads = 3 * (3 - 2) * (16 * 8 + 8 * 16)
+    idle_ffn = (7 - 2) * 3 * 16 * 12
+    assert counts.active == counts.total - 2 * (idle_heads + idle_ffn)
+
+
+def test_work_by_hand():
+    config = small("moa", "dense").model
+    counts = count(config, 32)
+    tokens, layers = 32, 4
+    assert counts.macs == {
+        "projections": layers * tokens * (2 * 16 * 8 + 2 * 16 * 32),
+        "experts": layers * tokens * 2 * (16 * 8 + 8 * 16),
+        "routers": layers * tokens * 16 * 5,
+        "softmax": layers * 2 * tokens * tokens * 2 * 8,
+        "head": tokens * 16 * 50,
+    }
+    assert counts.block_macs + counts.head_macs == counts.total_macs == sum(counts.macs.values())
+    assert counts.flops_per_token == 6 * counts.total_macs / tokens
+
+
+def shard_of_rank(config: Config, rank: int, ep: int) -> tuple[int, int]:
+    """Dense and expert parameters of the model that a rank holds, sharded by hand."""
+    with torch.device("meta"):
+        model = LanguageModel(config.model)
+    for _, layer in expert_layers(model):
+        first, stop = (first_expert(layer.num_experts, r, ep) for r in (rank, rank + 1))
+        layer.shard(first, stop)
+    experts = sum(layer.weight.numel() for _, layer in expert_layers(model))
+    return sum(p.numel() for p in model.parameters()) - experts, experts
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "ep"), [(1, 1), (4, 1), (2, 2), (4, 2), (3, 3), (6, 3), (4, 4)]
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_states_are_those_of_the_fullest_rank(precision, world_size, ep, stage):
+    config = small(parallel={"expert_parallel": ep, "zero_stage": stage})
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"precision": precision})}
+    )
+    shards = [shard_of_rank(config, rank, ep) for rank in range(ep)]
+    assert ep not in (2, 4) or len(set(shards)) > 1, "these ranks should hold unequal shards"
+    whole = max(map(sum, shards))
+    part = max(ceil(d / world_size) + ceil(e / (world_size // ep)) for d, e in shards)
+    element = {"fp32": 4, "bf16": 2, "fp64": 8}[precision]
+
+    held = states(count(config.model, 32), config, world_size)
+    assert held.num_parameters == (part if stage == 3 else whole)
+    assert held.parameters == held.num_parameters * element
+    assert held.gradients == (part if stage >= 2 else whole) * element
+    assert held.optimizer == (2 * 4 * part if stage else 2 * element * whole)
+    assert held.master == (4 * part if stage else 0)
+    assert held.total == held.parameters + held.gradients + held.optimizer + held.master
+
+
+@pytest.mark.parametrize(("momentum", "num_moments"), [(0.0, 0), (0.9, 1)])
+def test_sgd_keeps_momentum_only_if_it_has_any(momentum, num_moments):
+    config = small(optimizer={"kind": "sgd", "momentum": momentum}, parallel={"zero_stage": 0})
+    counts = count(config.model, 32)
+    assert states(counts, config, 1).optimizer == num_moments * 4 * counts.total

@@ -1,0 +1,63 @@
+"""Reports of a small run, as the trainer would hand them out."""
+
+import math
+
+import torch
+
+from moa_dist.config import Config
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingReport
+from moa_dist.train.metrics import StepMetrics, ValidationMetrics
+
+
+def make_config(attention: str = "switchhead", **changes) -> Config:
+    router = {"num_experts": 4, "top_k": 2, "score": "sigmoid"}
+    kinds = {
+        "switchhead": {"kind": "switchhead", "num_heads": 2, "d_head": 8, "router": router},
+        "dense": {"kind": "dense", "num_heads": 2, "d_head": 8},
+    }
+    return Config.model_validate(
+        {
+            "name": "tiny",
+            "model": {
+                "vocab_size": 50,
+                "d_model": 16,
+                "num_layers": 2,
+                "num_distinct_layers": 1,
+                "attention": kinds[attention],
+                "ffn": {"kind": "moe", "d_expert": 8, "router": router},
+            },
+            "data": {"train": "data", "sequence_length": 64},
+            "parallel": {"expert_parallel": 2, "zero_stage": 2},
+            "train": {"steps": 650, "global_batch": 32, "micro_batch": 8},
+        }
+        | changes
+    )
+
+
+def routing() -> dict[Site, RoutingReport]:
+    """Two repeats of one FFN router: 10 assignments of 5 tokens each."""
+    load = torch.tensor([[[6, 4, 0, 0]], [[3, 3, 2, 2]]])
+    dropped = torch.tensor([[[3, 0, 0, 0]], [[0, 0, 0, 0]]])
+    entropy = torch.tensor([5 * math.log(2), 5.0], dtype=torch.float64)
+    return {Site(0, r, "ffn"): RoutingReport(load[r], dropped[r], entropy) for r in (0, 1)}
+
+
+def step_metrics(step: int, **changes) -> StepMetrics:
+    values = {
+        "step": step,
+        "loss": 5.0 + 1 / (3 * step),
+        "auxiliary": {"ffn/entropy": -0.03, "attention/entropy": -0.001},
+        "grad_norm": 0.41,
+        "lr": 0.1 + 0.2,
+        "tokens": 2048,
+        "tokens_per_second": 12345.678,
+        "routing": routing(),
+    }
+    return StepMetrics(**(values | changes))
+
+
+def validation_metrics(step: int) -> ValidationMetrics:
+    return ValidationMetrics(
+        step=step, loss=4.5, perplexity=math.exp(4.5), bits_per_byte=1.98, tokens=65536
+    )

@@ -1,0 +1,100 @@
+"""The metrics file loses no bit, and after a resume reads as one uninterrupted run."""
+
+import json
+import math
+from pathlib import Path
+
+from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
+from tests.observe.reports import step_metrics, validation_metrics
+
+
+def write(run, *steps, validate=()):
+    file = MetricsFile()
+    file.start(run)
+    for step in steps:
+        file.step(step_metrics(step))
+        if step in validate:
+            file.validation(validation_metrics(step))
+            file.note(f"saved step {step}")
+    file.close()
+    return Path(run.folder) / FILE_NAME
+
+
+def outline(path):
+    return [(record["kind"], record["step"]) for record in read_metrics(path)]
+
+
+def test_round_trip_keeps_every_bit(run_start):
+    run = run_start()
+    start, step, validation, note = read_metrics(write(run, 7, validate=[7]))
+    assert start["kind"] == "start"
+    assert start["config"] == run.config.model_dump(mode="json")
+    assert start["num_parameters"] == run.num_parameters
+    wanted = step_metrics(7)
+    assert (step["loss"], step["lr"]) == (wanted.loss, wanted.lr)
+    assert step["auxiliary"] == wanted.auxiliary
+    assert step["tokens_per_second"] == wanted.tokens_per_second
+    assert step["routing"]["layer0.repeat0.ffn"] == {
+        "drop_share": 0.3,
+        "entropy": math.log(2),
+        "load_imbalance": 2.4,
+        "dead_experts": 2.0,
+    }
+    assert validation["perplexity"] == math.exp(4.5)
+    assert note == {"kind": "note", "step": 7, "message": "saved step 7"}
+
+
+def test_resume_drops_later_steps(run_start):
+    write(run_start(), 10, 20, 30, validate=[20])
+    path = write(run_start(first_step=20), 30, 40)
+    assert outline(path) == [
+        ("start", 0),
+        ("step", 10),
+        ("step", 20),
+        ("validation", 20),
+        ("note", 20),
+        ("start", 20),
+        ("step", 30),
+        ("step", 40),
+    ]
+
+
+def test_resuming_twice_from_one_checkpoint_counts_once(run_start):
+    write(run_start(), 10, 20)
+    write(run_start(first_step=20), 30)
+    path = write(run_start(first_step=20), 30)
+    assert outline(path) == [
+        ("start", 0),
+        ("step", 10),
+        ("step", 20),
+        ("start", 20),
+        ("step", 30),
+    ]
+
+
+def test_a_new_run_begins_a_new_file(run_start):
+    write(run_start(), 10, 20)
+    assert outline(write(run_start(), 10)) == [("start", 0), ("step", 10)]
+
+
+def test_a_last_line_cut_short_is_dropped(run_start):
+    path = write(run_start(), 10, 20)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines()[-1][:25])
+    assert outline(path) == [("start", 0), ("step", 10), ("step", 20)]
+    write(run_start(first_step=20), 30)
+    assert outline(path)[-2:] == [("start", 20), ("step", 30)]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_lines_can_be_read_while_training(run_start):
+    run = run_start()
+    file = MetricsFile()
+    file.start(run)
+    file.step(step_metrics(1))
+    assert outline(Path(run.folder) / FILE_NAME) == [("start", 0), ("step", 1)]
+    file.close()
+
+
+def test_closing_before_the_start_does_nothing():
+    MetricsFile().close()
