@@ -26,6 +26,8 @@ from moa_dist.train import deepspeed_hooks
 from moa_dist.train.objective import Batch, Objective, objective
 from moa_dist.train.optimizer import make_optimizer
 
+_BUCKET = 50_000_000
+"""Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -228,6 +230,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
         }
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,

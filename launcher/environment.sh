@@ -1,0 +1,16 @@
+# Sourced by quickstart.sh and tests/run.sh: `make_environment [EXTRAS]` makes .venv in the
+# repository and installs the package in it; nothing happens if both are up to date.
+
+make_environment() {
+    local extras="${1:-}" python="${PYTHON:-python3}" stamp
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "Python 3.11 or newer is needed; '$python' is not. Set PYTHON to one that is." >&2
+        return 1
+    fi
+    stamp=".venv/installed$extras-$(cksum <pyproject.toml | cut -d' ' -f1)"
+    [ -e "$stamp" ] && return
+    echo "Installing into .venv (once; needs the network and a few minutes) ..."
+    "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+    touch "$stamp"
+}

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: installs, prepares text, trains a small MoEUT with its
+# attention and FFN experts sharded over 2 ranks, evaluates it, prints a sample.
+#
+#     bash launcher/quickstart.sh                  the sources of this machine's own Python
+#     bash launcher/quickstart.sh --input FILES    any text files or folders
+#
+# Needs Python 3.11 and, once, the network. PYTHON=/path/to/python3 chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launcher/environment.sh
+make_environment
+export PATH="$PWD/.venv/bin:$PATH"
+
+say() { printf '\n== %s\n' "$*"; }
+
+name=quickstart
+overrides=()
+if [ "${1:-}" = --input ] && [ $# -gt 1 ]; then
+    shift
+    inputs=("$@")
+    name=quickstart-input
+    overrides=(checkpoint.resume=never)
+    rm -rf "data/$name"
+elif [ $# -gt 0 ]; then
+    echo "usage: bash launcher/quickstart.sh [--input FILES]" >&2
+    exit 2
+else
+    stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+    mapfile -t inputs < <(find "$stdlib" -name '*.py' \
+        -not -path '*/site-packages/*' -not -path '*/dist-packages/*' \
+        -not -path '*/test/*' -not -path '*/tests/*' | sort)
+fi
+
+say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
+if [ -e "data/$name/train/manifest.json" ]; then
+    echo "already there"
+else
+    moa-dist prepare --input "${inputs[@]}" --output "data/$name" --valid-share 0.05 \
+        --vocab-size 4000 --sequence-length 256 --max-bytes 12000000
+fi
+
+gpus=0
+if command -v nvidia-smi >/dev/null; then
+    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+fi
+ranks=2
+if [ "$gpus" -eq 1 ]; then
+    ranks=1
+    overrides+=(parallel.expert_parallel=1)
+    say "2/4 Train on the one GPU there is: experts are not sharded, that needs two"
+elif [ "$gpus" -ge 2 ]; then
+    say "2/4 Train on 2 of $gpus GPUs"
+else
+    say "2/4 Train on the CPU, since no GPU was found: 2 ranks that talk through gloo"
+fi
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+deepspeed --num_gpus "$ranks" --master_port "$port" --log_level error \
+    launcher/train.py --config configs/quickstart.yaml \
+    "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" "${overrides[@]}"
+
+say "3/4 Evaluate on all validation text, in one process"
+moa-dist eval "runs/$name"
+
+say "4/4 A sample"
+moa-dist generate "runs/$name" --prompt "def read(self, " --tokens 120
+
+say "Done. Where to look:"
+echo "curves       tensorboard --logdir runs/$name/tensorboard"
+echo "metrics      runs/$name/metrics.jsonl"
+echo "checkpoints  $(ls -d runs/$name/step-* | tail -n 1)"
+echo "next         moa-dist plan configs/moeut/244m.yaml; README.md, from \"Train your own\""

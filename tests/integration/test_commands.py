@@ -1,0 +1,192 @@
+"""The real commands, end to end, on a few KB of text: prepare, train, resume, eval, generate.
+
+One training run serves several tests; each launch of ranks costs about ten seconds.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+CONFIG = """
+name: tiny
+model:
+  vocab_size: 300
+  d_model: 16
+  num_layers: 4
+  num_distinct_layers: 2
+  norm_placement: peri
+  attention:
+    kind: switchhead
+    num_heads: 2
+    d_head: 8
+    router: {num_experts: 3, top_k: 2, score: sigmoid, balance: {entropy: 0.001}}
+  ffn:
+    kind: moe
+    d_expert: 8
+    # Dropout draws random numbers and capacity drops: resuming must reproduce both.
+    router: {num_experts: 5, top_k: 2, score: sigmoid, expert_dropout: 0.1,
+             capacity: {factor: 1.0}, balance: {entropy: 0.01}}
+data: {train: text/train, valid: text/valid, sequence_length: 32}
+parallel: {expert_parallel: 2, zero_stage: 2}
+optimizer: {lr: 1.0e-3}
+schedule: {warmup_steps: 2}
+train: {steps: 6, global_batch: 8, micro_batch: 2}
+logging: {every: 1}
+evaluation: {every: 3}
+checkpoint: {every: 3}
+"""
+
+
+def run(*command: str, cwd: Path, expect: int = 0) -> str:
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, f"exit {done.returncode}: {command}\n{output}"
+    return output
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def train(*overrides: str, cwd: Path, expect: int = 0) -> str:
+    return run(
+        "deepspeed", "--num_gpus", "2", "--master_port", free_port(),
+        str(ROOT / "launcher/train.py"), "--config", "tiny.yaml", *overrides,
+        cwd=cwd, expect=expect,
+    )  # fmt: skip
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in every if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with prepared text and a finished run in runs/tiny."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    run(
+        "moa-dist", "prepare", "--input", str(ROOT / "moa_dist"), "--output", "text",
+        "--valid-share", "0.1", "--vocab-size", "300", "--sequence-length", "32",
+        cwd=folder,
+    )  # fmt: skip
+    output = train(cwd=folder)
+    assert "100%" in output
+    assert "ETA" in output
+    return folder
+
+
+def test_training_reports_what_it_did(trained):
+    steps = lines(trained / "runs/tiny", "step")
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
+    assert [line["step"] for line in lines(trained / "runs/tiny", "validation")] == [3, 6]
+    assert list((trained / "runs/tiny/tensorboard").glob("events*"))
+
+
+def test_resumed_run_is_bit_identical(trained):
+    """From the checkpoint of step 3 the remaining losses, norms and validation are the same."""
+    folder = trained / "runs/again"
+    folder.mkdir()
+    shutil.copytree(trained / "runs/tiny/step-00000003", folder / "step-00000003")
+    train("name=again", cwd=trained)
+    resumed, whole = lines(folder, "step"), lines(trained / "runs/tiny", "step")[3:]
+    for ours, theirs in zip(resumed, whole, strict=True):
+        for key in ("step", "loss", "auxiliary", "grad_norm", "lr"):
+            assert ours[key] == theirs[key], key
+    ours, theirs = (lines(f, "validation")[-1] for f in (folder, trained / "runs/tiny"))
+    assert ours["loss"] == theirs["loss"]
+
+
+def test_other_layouts_resume_the_same_run(trained):
+    """One rank under plain python, and two data-parallel ranks under torchrun at ZeRO 3."""
+    whole = lines(trained / "runs/tiny", "step")[3:]
+    for name, command, layout in (
+        ("alone", [sys.executable], ["parallel.expert_parallel=1", "parallel.zero_stage=0"]),
+        (
+            "torchrun",
+            ["torchrun", "--nproc-per-node", "2", "--master-port", free_port()],
+            ["parallel.expert_parallel=1", "parallel.zero_stage=3"],
+        ),
+    ):
+        folder = trained / "runs" / name
+        folder.mkdir()
+        shutil.copytree(trained / "runs/tiny/step-00000003", folder / "step-00000003")
+        # Expert dropout is drawn per rank, so it must be off for layouts to agree.
+        script = [str(ROOT / "launcher/train.py"), "--config", "tiny.yaml", f"name={name}"]
+        run(*command, *script, *layout, "model.ffn.router.expert_dropout=0", cwd=trained)
+        steps = lines(folder, "step")
+        assert [line["step"] for line in steps] == [4, 5, 6]
+        if name == "alone":
+            reference = steps
+    for ours, theirs in zip(steps, reference, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert steps[0]["loss"] == pytest.approx(whole[0]["loss"], rel=0.05)
+
+
+def test_eval_and_generate(trained):
+    result = json.loads(run("moa-dist", "eval", "runs/tiny", "--json", cwd=trained))
+    validation = lines(trained / "runs/tiny", "validation")[-1]
+    assert result["loss"] == pytest.approx(validation["loss"], rel=1e-5)
+    sample = run(
+        "moa-dist", "generate", "runs/tiny", "--prompt", "def ", "--tokens", "8", cwd=trained
+    )
+    assert sample.startswith("def ")
+
+
+def test_loss_that_is_not_finite_stops_and_says_where(trained):
+    output = train(
+        "name=nan", "optimizer.lr=1e30", "schedule.warmup_steps=0", cwd=trained, expect=2
+    )
+    assert "the loss is not finite" in output
+    assert "first seen in" in output
+    assert "Traceback" not in output
+
+
+def test_layout_that_does_not_fit_is_refused_once_before_ranks_meet(trained):
+    output = train("parallel.expert_parallel=3", "data.readers=7", cwd=trained, expect=2)
+    assert output.count("parallel.expert_parallel") >= 1
+    assert output.count("data.readers") >= 1
+    assert "Traceback" not in output
+
+
+def test_dead_rank_ends_the_others(trained):
+    """Killed ranks are noticed by their peers, not waited for."""
+    process = subprocess.Popen(
+        [
+            "deepspeed", "--num_gpus", "2", "--master_port", free_port(),
+            str(ROOT / "launcher/train.py"), "--config", "tiny.yaml", "name=killed",
+            "train.steps=100000",
+        ],
+        cwd=trained, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    metrics = trained / "runs/killed/metrics.jsonl"
+    while not (metrics.exists() and lines(metrics.parent, "step")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = subprocess.run(
+        ["pgrep", "-f", "local_rank=1 .*name=killed"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
