@@ -30,6 +30,7 @@ from moa_dist.train.fragments import (
     MASTER,
     Fragment,
     fragments,
+    global_shapes,
     make_optimizer_state,
     publish_masters,
 )
@@ -64,6 +65,8 @@ class Index(BaseModel):
     """Sequences consumed: the only state of the data stream."""
     config: Config
     """Configuration of the run."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every parameter of the whole model."""
     tensors: dict[str, list[Piece]]
     """`parameter/state` -> its ranges, in order."""
 
@@ -98,6 +101,7 @@ def save(
             step=step,
             samples=samples,
             config=config,
+            shapes=global_shapes(engine),
             tensors=_by_tensor(piece for of_rank in gathered for piece in of_rank),
         )
         (partial / _INDEX).write_text(index.model_dump_json(indent=1))
@@ -139,6 +143,19 @@ class Reader:
         if self.index.format != FORMAT:
             raise DataError(f"{path}: format {self.index.format}, this version reads {FORMAT}")
 
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise DataError unless these are the saved model's parameters, name by name."""
+        saved = self.index.shapes
+        different = [n for n in sorted(saved.keys() | shapes) if saved.get(n) != shapes.get(n)]
+        if different:
+            name = different[0]
+            raise DataError(
+                f"{self.folder}: saved by another model: {len(different)} parameters differ, such "
+                f"as {name}, saved with shape {saved.get(name, 'none')} and now with "
+                f"{shapes.get(name, 'none')}. Use the configuration in its {_INDEX}, or start "
+                "a new run under another name"
+            )
+
     def read_into(self, name: str, start: int, view: Tensor) -> None:
         """Fill the 1-D `view` with elements from `start` on of tensor `name`."""
         stop, done = start + view.numel(), start
@@ -152,9 +169,8 @@ class Reader:
             done = last
         if done != stop:
             raise DataError(
-                f"{self.folder}: {name} lacks elements {done} to {stop}: it was saved by a model "
-                "of another shape, or is damaged. Start a new run under another name, or use the "
-                "configuration that it was saved with"
+                f"{self.folder}: damaged, or saved with another optimizer: {name} lacks elements "
+                f"{done} to {stop}. Use an older checkpoint, or start a new run under another name"
             )
 
     def _open(self, file: str) -> Any:
@@ -171,6 +187,7 @@ class Reader:
 def load(engine: Engine, folder: Path) -> Index:
     """Restore parameters and optimizer state, saved in any layout. Collective."""
     reader = Reader(folder)
+    reader.check_shapes(global_shapes(engine))
     make_optimizer_state(engine, reader.index.step)
     mine: list[Fragment] = list(fragments(engine, owned_only=False))
     for fragment in mine:
@@ -185,6 +202,7 @@ def load_model(folder: Path) -> tuple[LanguageModel, Index]:
     """The whole model of a checkpoint on one CPU process, in fp32, in evaluation mode."""
     reader = Reader(folder)
     model = build_model(reader.index.config.model)
+    reader.check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()})
     for name, parameter in model.named_parameters():
         reader.read_into(f"{name}/{MASTER}", 0, parameter.view(-1))
     return model.eval(), reader.index

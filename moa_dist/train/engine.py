@@ -5,6 +5,8 @@ The only file that calls `deepspeed.initialize`. Shapes: W ranks, M micro-batche
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +30,6 @@ from moa_dist.train.optimizer import make_optimizer
 
 _BUCKET = 50_000_000
 """Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ class Engine:
         self.zero_stage = config.parallel.zero_stage
         self.clip_norm = config.optimizer.clip_norm
         self.device = device
-        self.dtype = _DTYPES[config.train.precision]
         self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
         if config.train.precision == "fp64":
             model = model.double()
@@ -71,7 +71,9 @@ class Engine:
         self.optimizer = make_optimizer(
             config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
         )
-        with deepspeed_hooks.expert_marker(model, mesh):
+        # Some of DeepSpeed's optimizers print their memory while they are built.
+        silence = contextlib.redirect_stdout(io.StringIO())
+        with deepspeed_hooks.expert_marker(model, mesh), silence:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
@@ -135,7 +137,8 @@ class Engine:
         experts, and refuses fp64. An expert's gradient already sums over its ep group, by way
         of the all-to-all: sum over its copies, then divide by W like all others.
         """
-        dense, experts = [], []
+        dense: list[Tensor] = []
+        experts: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             if parameter.grad is None:  # the same on every rank: no parameter depends on data
                 continue
@@ -233,14 +236,19 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "reduce_bucket_size": _BUCKET,
             "allgather_bucket_size": _BUCKET,
         }
-    return {
+    result = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._clip.
+        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._reduce_and_clip.
         "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.train.precision == "bf16"},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if config.train.precision == "bf16":
+        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
+        result["bf16"] = {"enabled": True}
+        result["communication_data_type"] = "fp32"
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result

@@ -60,9 +60,11 @@ def _pieces(engine: Engine) -> Iterator[_Piece]:
                 replicated = dist.get_rank(group) != 0
                 yield _Piece(name, parameter, 0, parameter.numel(), 0, replicated)
         case 1 | 2:
-            for parameters, flat in zip(
-                optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
-            ):
+            if hasattr(optimizer, "bf16_groups"):  # DeepSpeed's own class for bf16 at stage 1
+                groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+            else:
+                groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+            for parameters, flat in zip(groups, flats, strict=True):
                 for parameter in parameters:
                     mapping = parameter._hp_mapping
                     if mapping is not None:  # None: this rank owns nothing of it
@@ -103,6 +105,18 @@ def fragments(engine: Engine, *, owned_only: bool) -> Iterator[Fragment]:
         for state, values in states.items():
             view = values.view(-1).narrow(0, piece.offset, piece.numel)
             yield Fragment(piece.name, state, start, view)
+
+
+def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of the whole, unsharded model."""
+    shapes = {
+        # ZeRO 3 empties a parameter between uses and keeps its shape aside.
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in engine.model.named_parameters()
+    }
+    for name, layer in expert_layers(engine.model):
+        shapes[f"{name}.weight"] = (layer.num_experts, layer.d_in, layer.d_out)
+    return shapes
 
 
 def make_optimizer_state(engine: Engine, num_steps: int) -> None:

@@ -5,6 +5,7 @@ The reference shares nothing with the engine but the model: plain torch, the who
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Case:
     precision: str = "fp64"
     optimizer: str = "sgd"
     clip_norm: float | None = None
+    momentum: float = 0.0
     recompute: bool = False
     padded: bool = True
     model: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +74,7 @@ class Case:
                     "lr": 1.0 if self.optimizer == "sgd" else 1e-2,
                     "weight_decay": 0.0 if self.optimizer == "sgd" else 0.1,
                     "clip_norm": self.clip_norm,
+                    "momentum": self.momentum,
                 },
                 "train": {
                     "steps": 1,
@@ -165,7 +168,7 @@ def distributed(pools, case: Case) -> Outcome:
     parameters = {}
     for name, parameter in build_model(case.config().model).double().named_parameters():
         flat = torch.full((parameter.numel(),), float("nan"), dtype=torch.float64)
-        for piece_name, start, values in sum(owned, []):
+        for piece_name, start, values in chain.from_iterable(owned):
             if piece_name == name:
                 assert flat[start : start + len(values)].isnan().all(), f"{name}: owned twice"
                 flat[start : start + len(values)] = values

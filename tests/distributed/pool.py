@@ -8,6 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 120
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imported at the first use of ZeRO
+    "moa_dist.train.checkpoint",
+]
 
 
 def _free_port() -> int:
@@ -31,9 +38,9 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
     torch.set_num_threads(1)
     with job():
         while (task := pipe.recv()) is not None:
-            function, args = task
+            function, args, keywords = task
             try:
-                pipe.send((True, function(*args)))
+                pipe.send((True, function(*args, **keywords)))
             except Exception:
                 pipe.send((False, traceback.format_exc()))
 
@@ -43,7 +50,9 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed"])
+        context.set_forkserver_preload(
+            ["torch", "torch._dynamo", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
+        )
         port = _free_port()
         self.world_size = world_size
         self._pipes, self._processes = [], []
@@ -56,10 +65,10 @@ class Pool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(*args)` on every rank at once; results in rank order."""
+    def run(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> list[Any]:
+        """`function(*args, **keywords)` on every rank at once; results in rank order."""
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, keywords))
         results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
