@@ -13,7 +13,7 @@ from moa_dist.errors import MoaDistError
 COMMANDS = {
     "prepare": ("moa_dist.cli.prepare", "turn text into shards of tokens"),
     "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
-    "plan": ("moa_dist.cli.plan", "count parameters, memory and traffic before training"),
+    "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }

@@ -132,14 +132,14 @@ def states(counts: Counts, config: Config, world_size: int) -> States:
     whole = counts.dense + shard
     partition = ceil(counts.dense / world_size) + ceil(shard / (world_size // ep))
     element = _ELEMENT_BYTES[config.train.precision]
-    # DeepSpeed 0.19 keeps master and moments in fp32 at stages 1 to 3 whatever the parameters'
-    # type is, and a master copy even of fp32 parameters. Stage 0 updates parameters in place.
+    # At stages 1 to 3 gradients are summed in fp32, and DeepSpeed 0.19 keeps master and moments
+    # in fp32, a master copy even of fp32 parameters. Stage 0 updates parameters in place.
     updated = _MASTER_BYTES if stage else element
     held = partition if stage == 3 else whole
     return States(
         num_parameters=held,
         parameters=held * element,
-        gradients=(partition if stage >= 2 else whole) * element,
+        gradients=(partition if stage >= 2 else whole) * updated,
         optimizer=(partition if stage else whole) * updated * _num_moments(config.optimizer),
         master=partition * _MASTER_BYTES if stage else 0,
     )

@@ -145,7 +145,7 @@ class Engine:
             (experts if name in self.expert_names else dense).append(parameter.grad)
         squares = []
         for gradients, group in ((dense, None), (experts, self.mesh.edp_group)):
-            flat = torch.cat([g.flatten() for g in gradients] or [torch.zeros(0)])
+            flat = torch.cat([g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)])
             dist.all_reduce(flat, group=group)
             flat /= self.mesh.world_size
             squares.append(flat.double().square().sum())

@@ -158,7 +158,7 @@ def test_states_are_those_of_the_fullest_rank(precision, world_size, ep, stage):
     held = states(count(config.model, 32), config, world_size)
     assert held.num_parameters == (part if stage == 3 else whole)
     assert held.parameters == held.num_parameters * element
-    assert held.gradients == (part if stage >= 2 else whole) * element
+    assert held.gradients == (part if stage >= 2 else whole) * (4 if stage else element)
     assert held.optimizer == (2 * 4 * part if stage else 2 * element * whole)
     assert held.master == (4 * part if stage else 0)
     assert held.total == held.parameters + held.gradients + held.optimizer + held.master
