@@ -52,6 +52,7 @@ if [ "$gpus" -eq 1 ]; then
 elif [ "$gpus" -ge 2 ]; then
     say "2/4 Train on 2 of $gpus GPUs"
 else
+    export DS_ACCELERATOR=cpu
     say "2/4 Train on the CPU, since no GPU was found: 2 ranks that talk through gloo"
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')

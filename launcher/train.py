@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 
 
 def share_cores() -> None:
@@ -30,6 +31,9 @@ def main() -> int:
     args = parser.parse_args()
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
+
+    # DeepSpeed 0.19 calls collectives by names that torch is renaming; nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     from moa_dist.config import load_config
     from moa_dist.errors import MoaDistError

@@ -72,7 +72,8 @@ class RouterConfig(Section):
     that with the sum detached from the gradient (MoA, equation 6). `raw` is the default since
     the published numbers were made with it and it trains the router even at `top_k` 1."""
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability that an expert is hidden from the router for one training forward."""
+    """Probability, while training, that an expert is hidden from a token (sigma-MoE's regulariser).
+    Drawn per rank, so with it runs of different layouts are not equal token by token."""
     capacity: CapacityConfig | None = None
     """Limit per expert and group of sequences; absent means dropless."""
     group_sequences: PositiveInt = 1
