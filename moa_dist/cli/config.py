@@ -7,6 +7,7 @@ import inspect
 import json
 import textwrap
 
+from moa_dist.cli.arguments import between
 from moa_dist.config import find_layout_problems, load_config, to_yaml
 from moa_dist.config.schema import SchemaField, describe, section_types, walk
 from moa_dist.errors import ConfigError
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("path", help="YAML file")
         action.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     check.add_argument(
-        "--world-size", type=_rank_count, metavar="W", help="also check that it fits W ranks"
+        "--world-size", type=between(int, 1), metavar="W", help="also check that it fits W ranks"
     )
 
 
@@ -40,13 +41,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(problems, f"{args.path} on {args.world_size} ranks")
     print(f"{args.path}: ok")
     return 0
-
-
-def _rank_count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
 
 
 def _field_lines(field: SchemaField) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from moa_dist.cli.arguments import between
 from moa_dist.config import Config, find_layout_problems, load_config
 from moa_dist.errors import ConfigError
 from moa_dist.models.counts import Counts, States, count, states
@@ -17,11 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     parser.add_argument(
-        "--world-size", type=_rank_count, metavar="W", help="number of ranks (expert_parallel)"
+        "--world-size", type=between(int, 1), metavar="W", help="number of ranks (expert_parallel)"
     )
     parser.add_argument(
         "--expert-parallel",
-        type=_rank_count,
+        type=between(int, 1),
         metavar="EP",
         help="instead of the configuration's parallel.expert_parallel",
     )
@@ -51,13 +52,6 @@ def run(args: argparse.Namespace) -> int:
     plan = _as_json(config, world_size, counts, states(counts, config, world_size), problems)
     print(json.dumps(plan, indent=2) if args.json else _as_text(plan))
     return 0
-
-
-def _rank_count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _as_json(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 
+from moa_dist.cli.progress import ProgressLine
 from moa_dist.data.prepare import DEFAULT_SAMPLES_PER_SHARD, Prepared, prepare
 from moa_dist.data.text import TextOptions
 
@@ -82,36 +81,10 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         text=TextOptions(args.documents, args.json_field, args.errors, args.max_bytes),
         force=args.force,
-        progress=_ProgressLine(),
+        progress=ProgressLine(),
     )
     _print_summary(prepared)
     return 0
-
-
-class _ProgressLine:
-    """One line per stage: rewritten on a terminal, printed now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._started = 0.0
-        self._next = 0.0
-        self._finished = False
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._started, self._next, self._finished = what, now, now, False
-        if self._finished or (now < self._next and done < total):
-            return
-        self._finished = finished = done >= total
-        terminal = sys.stderr.isatty()
-        self._next = now + (0.2 if terminal else 10.0)
-        elapsed = now - self._started
-        eta = f"ETA {elapsed * (total - done) / done:.0f} s" if done else "ETA ?"
-        line = f"{what}: {100 * done / max(total, 1):5.1f} %, "
-        line += f"{elapsed:.1f} s" if finished else eta
-        start, end = ("\r\033[K", "\n" if finished else "") if terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
 
 
 def _print_summary(prepared: Prepared) -> None:

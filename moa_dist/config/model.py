@@ -37,8 +37,9 @@ class CapacityConfig(Section):
 
     factor: PositiveFloat
     """Capacity relative to a perfectly even load."""
-    policy: Literal["probability", "position"] = "probability"
-    """Who is dropped: the lowest scores first, or the latest positions first."""
+    policy: Literal["position", "probability"] = "position"
+    """Who is dropped: the latest positions first, or the lowest scores first. The second looks at
+    the whole group, so in a causal model a later token may displace an earlier one."""
 
 
 class BalanceConfig(Section):

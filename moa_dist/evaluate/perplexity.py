@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moa_dist.train.objective import Batch, objective
+from moa_dist.models.objective import Batch, objective
 
 
 class Perplexity(NamedTuple):

@@ -54,7 +54,9 @@ def grouped_matmul(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
     `rows` [A, I] sorted by group, `weight` [E, I, O], `counts` E group sizes that sum to A.
     Returns [A, O]. Every group stays in the graph: an empty one gets a zero gradient.
     """
-    if rows.is_cuda and rows.dtype == torch.bfloat16:  # the only fast path of grouped_mm
+    aligned = all(width * rows.element_size() % 16 == 0 for width in weight.shape[1:])
+    # Otherwise grouped_mm is slow, or refuses.
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
         ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
         return F.grouped_mm(rows, weight, offs=ends)
     result: Tensor = _LoopGroupedMatmul.apply(rows, weight, counts)

@@ -108,5 +108,6 @@ class Block(nn.Module):
                 ffn = self.ffn(x, self.ffn_norm(x), mask.query_real)
                 x = x + ffn.y
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
-        named |= {f"ffn.{name}".rstrip("."): value for name, value in ffn.statistics.items()}
+        if ffn.statistics is not None:
+            named["ffn"] = ffn.statistics
         return BlockOutput(x, named)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.models.linear import Linear
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.router import Router
@@ -33,8 +33,8 @@ class FeedForwardOutput(NamedTuple):
 
     y: Tensor
     """[B, S, D]."""
-    statistics: dict[str, RoutingStatistics]
-    """By the name of the router; empty for a dense one."""
+    statistics: RoutingStatistics | None
+    """Of its router; None for a dense one."""
 
 
 class DenseFeedForward(nn.Module):
@@ -59,10 +59,10 @@ class DenseFeedForward(nn.Module):
         hidden = self.activation(self.up(x))
         if self.gate is not None:
             hidden = hidden * self.gate(x)
-        return FeedForwardOutput(self.down(hidden), {})
+        return FeedForwardOutput(self.down(hidden), None)
 
 
-class MoEFeedForward(nn.Module):
+class MoEFeedForward(RoutedModule):
     """`y = sum over chosen e of w_e W_down^e act(W_up^e x)`, optionally gated; no biases.
 
     sigma-MoE (Csordas et al. 2023, arXiv 2310.10837, equations 10-12) with sigmoid scores
@@ -72,7 +72,6 @@ class MoEFeedForward(nn.Module):
     def __init__(self, config: MoEFFNConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         self.config = config
-        self.dispatcher: Dispatcher = LocalDispatcher()
         E, d_expert = config.router.num_experts, config.d_expert
         std = init_scale / math.sqrt(d_model)
         self.router = Router(config.router, d_model, init=Normal(std, equal_rows=True))
@@ -106,4 +105,4 @@ class MoEFeedForward(nn.Module):
         if self.gate is not None:
             hidden = hidden * self.gate(rows, plan.counts)
         y = plan.combine(self.down(hidden, plan.counts), "token", weighted=True)
-        return FeedForwardOutput(y.view_as(x), {"": routing.statistics})
+        return FeedForwardOutput(y.view_as(x), routing.statistics)

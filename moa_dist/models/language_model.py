@@ -48,7 +48,10 @@ class TokenEmbedding(nn.Module):
         return {"weight": Normal(1 / math.sqrt(self.weight.shape[1]))}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ids [B, S] -> vectors [B, S, D]; or vectors [B, S, D] -> logits [B, S, V]."""
+        """Ids [B, S] -> vectors [B, S, D]; or vectors [B, S, D] -> logits [B, S, V].
+
+        Both uses are calls of this module, for ZeRO 3 gathers parameters call by call.
+        """
         if x.is_floating_point():
             return F.linear(x, self.weight)
         return F.embedding(x, self.weight)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
 from moa_dist.models.attention import (
@@ -22,13 +22,13 @@ from moa_dist.models.attention import (
     softmax_macs,
 )
 from moa_dist.models.linear import Linear
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
 from moa_dist.moe.router import Router
 
 
-class MoAttention(nn.Module):
+class MoAttention(RoutedModule):
     """`y_t = sum over chosen e of w_e W_o^e attention(W_q^e x_t, K, V)` (equations 5-8).
 
     The two trips, to queries and to outputs, share one dispatch plan.
@@ -37,7 +37,6 @@ class MoAttention(nn.Module):
     def __init__(self, config: MoAConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         self.config = config
-        self.dispatcher: Dispatcher = LocalDispatcher()
         width = config.heads_per_expert * config.d_head
         num_experts = config.router.num_experts
         shared = XavierUniform(gain=1 / math.sqrt(2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
 from moa_dist.models.attention import (
@@ -21,13 +21,13 @@ from moa_dist.models.attention import (
     softmax_macs,
 )
 from moa_dist.models.linear import Linear
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.router import Router
 
 
-class SwitchHeadAttention(nn.Module):
+class SwitchHeadAttention(RoutedModule):
     """One softmax per head between mixtures of value and of output experts (equations 7-10).
 
     With one expert per head, values and outputs are dense with a gate per head.
@@ -36,7 +36,6 @@ class SwitchHeadAttention(nn.Module):
     def __init__(self, config: SwitchHeadConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         self.config = config
-        self.dispatcher: Dispatcher = LocalDispatcher()
         H, d = config.num_heads, config.d_head
         num_experts = H * config.router.num_experts
         from_model = Normal(init_scale / math.sqrt(d_model))

@@ -34,7 +34,7 @@ def keep_within_capacity(
     """Which assignments fit.
 
     `chosen_ids` [T, G, K] experts within each router group, `scores` [T, G, K] their scores,
-    `real` [T, G, K] bool or None for all. Returns [T, G, K] bool, false for padding.
+    `real` [T] bool or None for all. Returns [T, G, K] bool, false for padding.
     """
     T, G, K = chosen_ids.shape
     N, device = num_sequence_groups, chosen_ids.device
@@ -43,7 +43,7 @@ def keep_within_capacity(
     queue = (sequence_group[:, None] * G + router_group)[:, :, None] * num_experts + chosen_ids
     num_queues = N * G * num_experts
     if real is not None:  # padding waits in a queue of its own, behind all others
-        queue = queue.masked_fill(~real, num_queues)
+        queue = queue.masked_fill(~real[:, None, None], num_queues)
     queue = queue.flatten()
 
     if capacity.policy == "probability":
@@ -56,7 +56,7 @@ def keep_within_capacity(
     place = torch.empty_like(queue)
     place[order] = torch.arange(len(queue), device=device) - starts[queue[order]]
 
-    tokens = torch.full((T,), 1, device=device) if real is None else real[:, 0, 0].long()
+    tokens = torch.ones(T, device=device).long() if real is None else real.long()
     tokens = tokens.view(N, -1).sum(1)
     limit = expert_capacity(tokens, capacity.factor, K, num_experts)
     limit = limit.repeat_interleave(G * num_experts)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.moe.router import Routing
 
@@ -45,7 +45,8 @@ class DispatchPlan(Protocol):
     def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
         """Expert outputs [A, D] -> [rows of `write`, D] of this rank.
 
-        Sums the rows of each output row in fp32 or wider, weighted by the router if asked.
+        Sums the rows of each output row in fp32 or wider, weighted by the router if asked; sums
+        that travel between ranks do so in the type of `rows`.
         Dropped assignments and padding contribute zero.
         """
         ...
@@ -139,3 +140,11 @@ class LocalDispatcher:
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:
         """See `Dispatcher.plan`."""
         return LocalPlan.of(assignments_of(routing), num_experts)
+
+
+class RoutedModule(nn.Module):
+    """A module whose experts may be on other ranks: it reaches them through `dispatcher`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dispatcher: Dispatcher = LocalDispatcher()

@@ -30,8 +30,8 @@ def first_expert(num_experts: int, rank: int, num_ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Trips:
-    """Which rows of one level go to each rank, and how many come from each."""
+class _Route:
+    """Which rows of one level go to each rank, and how many come back."""
 
     rows: Tensor
     """int64 local rows to send, in the order of destination ranks."""
@@ -47,7 +47,7 @@ class ExchangePlan:
 
     group: dist.ProcessGroup
     """The expert-parallel group."""
-    trips: dict[Level, _Trips]
+    routes: dict[Level, _Route]
     """What travels, by level."""
     num_rows: dict[Level, int]
     """Rows that each level has on this rank."""
@@ -61,18 +61,18 @@ class ExchangePlan:
 
     def dispatch(self, x: Tensor, read: Level) -> Tensor:
         """See `DispatchPlan.dispatch`."""
-        trips = self.trips[read]
-        sent = x.index_select(0, trips.rows)
-        received = all_to_all_rows(sent, trips.sent, trips.received, self.group)
+        route = self.routes[read]
+        sent = x.index_select(0, route.rows)
+        received = all_to_all_rows(sent, route.sent, route.received, self.group)
         return self.local.dispatch(received, read)
 
     def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
         """See `DispatchPlan.combine`."""
-        trips = self.trips[write]
+        route = self.routes[write]
         sums = self.local.combine(rows, write, weighted=weighted)
-        returned = all_to_all_rows(sums, trips.received, trips.sent, self.group)
+        returned = all_to_all_rows(sums, route.received, route.sent, self.group)
         wide = returned.to(self.local.weight.dtype)
-        return sum_rows(wide, trips.rows, self.num_rows[write]).to(rows.dtype)
+        return sum_rows(wide, route.rows, self.num_rows[write]).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class ExchangeDispatcher:
         indices = all_to_all_rows(indices, sent, received, self.group)
         weight = all_to_all_rows(home.weight, sent, received, self.group)
 
-        trips = {
-            level: _Trips(unique[level].rows, sent_rows[i], received_rows[i])
+        routes = {
+            level: _Route(unique[level].rows, sent_rows[i], received_rows[i])
             for i, level in enumerate(_TRAVELLING)
         }
-        trips["slot"] = _Trips(home.rows["slot"], sent, received)
+        routes["slot"] = _Route(home.rows["slot"], sent, received)
         source = torch.arange(num_ranks, device=weight.device).repeat_interleave(
             torch.tensor(received, device=weight.device)
         )
@@ -124,14 +124,14 @@ class ExchangeDispatcher:
                 "group": indices[:, 2] + block_starts[source, 2],
                 "slot": torch.arange(len(indices), device=weight.device),
             },
-            num_rows={level: sum(trips[level].received) for level in trips},
+            num_rows={level: sum(route.received) for level, route in routes.items()},
         )
         num_local = first_expert(num_experts, rank + 1, num_ranks) - first_expert(
             num_experts, rank, num_ranks
         )
         return ExchangePlan(
             group=self.group,
-            trips=trips,
+            routes=routes,
             num_rows=home.num_rows,
             local=LocalPlan.of(arrived, num_local),
         )

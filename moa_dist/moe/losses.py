@@ -38,7 +38,10 @@ def z_loss(statistics: RoutingStatistics) -> Tensor:
 def entropy_loss(statistics: RoutingStatistics) -> Tensor:
     """Negative entropy of the mean probability (Csordas et al. 2024, equation 7), nats."""
     probability = _mean_probability(statistics)
-    return torch.special.entr(probability).sum(-1).mean().neg()
+    # Clamped, since the slope of p log p at 0 is infinite: an expert that a sequence never
+    # considers, or a sequence that is all padding, would make every gradient NaN.
+    log = probability.clamp(min=torch.finfo(probability.dtype).tiny).log()
+    return (probability * log).sum(-1).mean()
 
 
 BALANCE_LOSSES: dict[str, Callable[[RoutingStatistics], Tensor]] = {

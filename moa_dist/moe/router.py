@@ -105,25 +105,31 @@ class Router(nn.Module):
         """Multiply-accumulates of one application."""
         return num_tokens * self.logits.weight.numel()
 
-    def forward(self, x_BSD: Tensor, token_mask: Tensor | None = None) -> Routing:
+    def forward(self, x_BSD: Tensor, token_real: Tensor | None = None) -> Routing:
         """Route each token.
 
-        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
+        `token_real` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
         B, S, _ = x_BSD.shape
         E, K = self.config.num_experts, self.config.top_k
+        N, rest = divmod(B, self.config.group_sequences)
+        if rest:
+            raise ValueError(
+                f"a batch of {B} sequences does not split into groups of "
+                f"{self.config.group_sequences} (router.group_sequences)"
+            )
         logits = self.logits(x_BSD.flatten(0, 1)).unflatten(-1, (self.num_groups, E))
         scores = SCORES[self.config.score](logits)
         chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
         chosen = scores.gather(-1, chosen_ids)
-        real = None if token_mask is None else token_mask.reshape(B * S)
-        kept = self._keep(chosen_ids, chosen, real, B)
+        real = None if token_real is None else token_real.reshape(B * S)
+        kept = self._keep(chosen_ids, chosen, real, N)
         group_offset = torch.arange(self.num_groups, device=logits.device) * E
         return Routing(
             expert_ids=chosen_ids + group_offset[:, None],
             weights=GATES[self.config.gate](chosen),
             kept=kept,
-            statistics=self._statistics(logits, chosen_ids, kept, real, B),
+            statistics=_statistics(logits, chosen_ids, kept, real, N),
         )
 
     def _selectable(self, scores: Tensor) -> Tensor:
@@ -135,65 +141,62 @@ class Router(nn.Module):
         return scores
 
     def _keep(
-        self, chosen_ids: Tensor, chosen: Tensor, real: Tensor | None, num_sequences: int
+        self, chosen_ids: Tensor, chosen: Tensor, real: Tensor | None, num_sequence_groups: int
     ) -> Tensor | None:
         """[T, G, K] bool, or None when nothing is excluded."""
-        padded = None if real is None else real[:, None, None].expand_as(chosen_ids)
         if self.config.capacity is None:
-            return padded
+            return None if real is None else real[:, None, None].expand_as(chosen_ids)
         return keep_within_capacity(
             chosen_ids,
             chosen.detach(),
-            padded,
+            real,
             num_experts=self.config.num_experts,
-            num_sequence_groups=num_sequences // self.config.group_sequences,
+            num_sequence_groups=num_sequence_groups,
             capacity=self.config.capacity,
         )
 
-    def _statistics(
-        self,
-        logits: Tensor,
-        chosen_ids: Tensor,
-        kept: Tensor | None,
-        real: Tensor | None,
-        num_sequences: int,
-    ) -> RoutingStatistics:
-        if num_sequences % self.config.group_sequences:
-            raise ValueError(
-                f"a batch of {num_sequences} sequences does not split into groups of "
-                f"{self.config.group_sequences} (router.group_sequences)"
-            )
-        N = num_sequences // self.config.group_sequences
-        probability = logits.softmax(-1)
-        z = logits.logsumexp(-1).square()
-        entropy = torch.special.entr(probability.detach()).sum(-1)
-        chosen_by = torch.ones_like(chosen_ids)
-        dropped_by = chosen_by - 1 if kept is None else (~kept).long()
-        if real is None:
-            num_tokens = torch.full((len(logits),), 1, device=logits.device)
-        else:
-            num_tokens = real.long()
-            probability = probability * real[:, None, None]
-            z = z * real[:, None]
-            entropy = entropy * real[:, None]
-            chosen_by = chosen_by * num_tokens[:, None, None]
-            dropped_by = dropped_by * num_tokens[:, None, None]
 
-        def per_group(x_T: Tensor) -> Tensor:
-            return x_T.unflatten(0, (N, -1)).sum(1)
+def _statistics(
+    logits: Tensor,
+    chosen_ids: Tensor,
+    kept: Tensor | None,
+    real: Tensor | None,
+    num_sequence_groups: int,
+) -> RoutingStatistics:
+    """Sums per group of sequences, of `logits` [T, G, E] and `chosen_ids`, `kept` [T, G, K].
 
-        def per_expert(x_TGK: Tensor) -> Tensor:
-            counts = torch.zeros(N, *logits.shape[1:], dtype=torch.int64, device=logits.device)
-            per_NG = (
-                t.unflatten(0, (N, -1)).transpose(1, 2).flatten(2) for t in (chosen_ids, x_TGK)
-            )
-            return counts.scatter_add(-1, *per_NG)
+    `real` [T] bool excludes padding; None for none.
+    """
+    T, G, E = logits.shape
+    N = num_sequence_groups
+    probability = logits.softmax(-1)
+    z = logits.logsumexp(-1).square()
+    entropy = torch.special.entr(probability.detach()).sum(-1)
+    counted = torch.ones(T, dtype=torch.int64, device=logits.device)
+    if real is not None:
+        counted = real.long()
+        probability = probability * real[:, None, None]
+        z, entropy = z * real[:, None], entropy * real[:, None]
+    chosen = counted[:, None, None].expand_as(chosen_ids)
+    dropped = torch.zeros_like(chosen) if kept is None else chosen * ~kept
 
-        return RoutingStatistics(
-            num_tokens=per_group(num_tokens),
-            load=per_expert(chosen_by),
-            dropped=per_expert(dropped_by),
-            probability=per_group(probability),
-            z=per_group(z),
-            entropy=per_group(entropy),
-        )
+    def per_group(x_T: Tensor) -> Tensor:
+        return x_T.unflatten(0, (N, -1)).sum(1)
+
+    def per_expert(x_TGK: Tensor) -> Tensor:
+        """[T, G, K] -> [N, G, E]: sum by chosen expert."""
+
+        def by_group(x: Tensor) -> Tensor:  # [T, G, K] -> [N, G, T / N * K]
+            return x.unflatten(0, (N, -1)).transpose(1, 2).flatten(2)
+
+        sums = torch.zeros(N, G, E, dtype=torch.int64, device=logits.device)
+        return sums.scatter_add_(-1, by_group(chosen_ids), by_group(x_TGK))
+
+    return RoutingStatistics(
+        num_tokens=per_group(counted),
+        load=per_expert(chosen),
+        dropped=per_expert(dropped),
+        probability=per_group(probability),
+        z=per_group(z),
+        entropy=per_group(entropy),
+    )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from moa_dist.distributed.mesh import Mesh
+from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.exchange import ExchangeDispatcher, first_expert
 from moa_dist.moe.experts import GroupedLinear
 
@@ -14,7 +15,7 @@ from moa_dist.moe.experts import GroupedLinear
 def shard_experts(model: nn.Module, mesh: Mesh) -> None:
     """Keep this rank's experts of every layer, and dispatch over the ep group.
 
-    Attention and FFN experts alike: whatever holds a `GroupedLinear` or a `dispatcher`.
+    Attention and FFN experts alike: whatever is a `GroupedLinear` or a `RoutedModule`.
     Best called while parameters are on the meta device, so that no rank ever holds all.
     """
     if mesh.expert_parallel == 1:
@@ -26,8 +27,8 @@ def shard_experts(model: nn.Module, mesh: Mesh) -> None:
                 first_expert(module.num_experts, r, mesh.expert_parallel) for r in (rank, rank + 1)
             )
             module.shard(first, stop)
-        if hasattr(module, "dispatcher"):
-            setattr(module, "dispatcher", ExchangeDispatcher(mesh.ep_group))  # noqa: B010
+        if isinstance(module, RoutedModule):
+            module.dispatcher = ExchangeDispatcher(mesh.ep_group)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, GroupedLinear]]:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
+from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import expert_layers
 from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
-from moa_dist.train.objective import Batch, Objective, objective
 from moa_dist.train.optimizer import make_optimizer
 
 _BUCKET = 50_000_000
@@ -97,7 +97,7 @@ class Engine:
         """
         batches = [batch.to(self.device) for batch in batches]
         num_targets = self._sum_over_ranks(
-            torch.tensor(float(sum(batch.num_targets() for batch in batches)))
+            torch.tensor(sum(batch.num_targets() for batch in batches))
         ).item()
         per_micro_batch = num_targets / (self.mesh.world_size * len(batches))
         self.deepspeed.train()
@@ -145,7 +145,9 @@ class Engine:
             (experts if name in self.expert_names else dense).append(parameter.grad)
         squares = []
         for gradients, group in ((dense, None), (experts, self.mesh.edp_group)):
-            flat = torch.cat([g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)])
+            flat = torch.cat(
+                [g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)]
+            )
             dist.all_reduce(flat, group=group)
             flat /= self.mesh.world_size
             squares.append(flat.double().square().sum())

@@ -16,10 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.moe.sharding import expert_layers
+from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.engine import Engine
-
-MASTER = "master"
-"""Name of the parameter's own values, in the optimizer's precision."""
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,18 @@ from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.start import Job, job
-from moa_dist.errors import ConfigError
+from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch
 from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train import checkpoint
+from moa_dist.train.checkpoint_files import checkpoints
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
-from moa_dist.train.objective import Batch
 from moa_dist.train.optimizer import learning_rate
 
 
@@ -129,11 +130,22 @@ def _due(step: int, every: int, config: Config) -> bool:
 
 def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int]:
     """Steps taken and samples consumed so far."""
-    saved = checkpoint.checkpoints(folder)
+    saved = checkpoints(folder)
     if config.checkpoint.resume == "never" or not saved:
         return 0, 0
+    _check_tokenizer(config, folder)
     index = checkpoint.load(engine, saved[-1])
     return index.step, index.samples
+
+
+def _check_tokenizer(config: Config, folder: Path) -> None:
+    """A resumed model must meet the token ids that it knows."""
+    used, now = (path / TOKENIZER_FILE for path in (folder, Path(config.data.train)))
+    if used.exists() and used.read_bytes() != now.read_bytes():
+        raise DataError(
+            f"{folder} was trained with another tokenizer than that of {config.data.train}; "
+            f"prepare the text again with --tokenizer {used}, or start a run under another name"
+        )
 
 
 def _describe_run(config: Config, folder: Path) -> None:
@@ -195,7 +207,7 @@ def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> 
         step=step,
         loss=result.loss,
         perplexity=result.perplexity,
-        bits_per_byte=result.bits_per_byte(manifest.text_bytes / manifest.tokens),
+        bits_per_byte=result.bits_per_byte(manifest.bytes_per_token),
         tokens=result.tokens,
     )
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
+from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import MASTER, fragments
-from moa_dist.train.objective import Batch
+from moa_dist.train.fragments import fragments
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
 
@@ -28,7 +29,7 @@ def router(num_experts: int, top_k: int, score: str = "sigmoid", **more: Any) ->
 
 SWITCHHEAD = {"kind": "switchhead", "num_heads": 2, "d_head": 8}
 MOA = {"kind": "moa", "d_head": 8}
-CAPACITY = {"factor": 1.0}
+CAPACITY = {"factor": 1.0, "policy": "probability"}
 
 
 @dataclass(frozen=True)

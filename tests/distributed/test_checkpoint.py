@@ -10,11 +10,12 @@ import torch
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train import checkpoint
+from moa_dist.train.checkpoint_files import checkpoints, load_model
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
-from moa_dist.train.objective import Batch
 from tests.distributed.layouts import SEQUENCES, Case
 
 
@@ -29,7 +30,7 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
     model = build_model(config.model, seed=seed, parallelize=shard)
     engine = Engine(model, config, mesh, torch.device("cpu"))
     if first > 1:
-        assert checkpoint.load(engine, checkpoint.checkpoints(folder)[-1]).step == first - 1
+        assert checkpoint.load(engine, checkpoints(folder)[-1]).step == first - 1
     state = {
         (f.parameter, f.state, f.start): f.view.clone() for f in fragments(engine, owned_only=True)
     }
@@ -106,7 +107,7 @@ def test_other_layouts_read_the_same_values(pools, tmp_path, target):
 
 def test_whole_model_on_one_process(pools, tmp_path):
     pools(2).run(run_steps, ADAM, tmp_path, seed=0, first=1, last=1, save=True)
-    model, index = checkpoint.load_model(checkpoint.checkpoints(tmp_path)[-1])
+    model, index = load_model(checkpoints(tmp_path)[-1])
     assert index.step == 1
     batch = ADAM.batch()
     inputs, real = batch.tokens[:, :-1], batch.real[:, :-1]
@@ -119,7 +120,7 @@ def test_whole_model_on_one_process(pools, tmp_path):
 @pytest.mark.parametrize("damage", ["missing file", "truncated file", "no index", "other shape"])
 def test_damage_is_named(pools, tmp_path, damage):
     pools(2).run(run_steps, ADAM, tmp_path, seed=0, first=1, last=1, save=True)
-    folder = checkpoint.checkpoints(tmp_path)[-1]
+    folder = checkpoints(tmp_path)[-1]
     file = folder / "rank-00001.safetensors"
     if damage == "missing file":
         file.unlink()
@@ -135,4 +136,4 @@ def test_damage_is_named(pools, tmp_path, damage):
         )
         file = folder
     with pytest.raises(DataError, match=file.name):
-        checkpoint.load_model(folder)
+        load_model(folder)

@@ -1,0 +1,111 @@
+"""`moa-dist eval` says what the model itself says, and refuses data that do not fit it."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moa_dist.cli.main import main
+from moa_dist.data.manifest import load_manifest
+from moa_dist.data.validation import validation_batches
+from moa_dist.models.language_model import build_model
+from tests.evaluate.runs import LENGTH, config, prepare_text
+
+
+@torch.no_grad()
+def direct_loss(made, seed, sequences=None):
+    """Plain torch, all sequences at once; step n was saved with the initial weights of seed n."""
+    folder = made / "data/valid"
+    manifest = load_manifest(folder)
+    count = min(sequences or manifest.num_samples, manifest.num_samples)
+    options = {"rank": 0, "world_size": 1, "micro_batch": count, "sequences": count}
+    ((tokens, _),) = validation_batches(folder, manifest, **options)
+    logits = build_model(config(made).model, seed=seed).eval()(tokens[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), count
+
+
+def test_loss_of_the_newest_checkpoint_as_json(made):
+    # A process of its own: its stdout is JSON and nothing else, whatever libraries log.
+    command = [sys.executable, "-m", "moa_dist.cli.main", "eval", str(made / "run")]
+    command += ["--micro-batch", "5", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "validating: 100.0 %" in done.stderr
+    report = json.loads(done.stdout)
+    expected, count = direct_loss(made, seed=2)
+    assert count % 5, "no micro-batch is filled up"
+    assert report["loss"] == pytest.approx(expected, rel=1e-6)
+    assert report["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    manifest = load_manifest(made / "data/valid")
+    bits = expected / math.log(2) * manifest.tokens / manifest.text_bytes
+    assert report["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert report["tokens"] == count * LENGTH
+    assert report["step"] == 2
+    assert report["checkpoint"] == str(made / "run/step-00000002")
+
+
+def test_one_checkpoint_and_few_sequences(made, capsys):
+    assert main(["eval", str(made / "run/step-00000001"), "--sequences", "3"]) == 0
+    text = capsys.readouterr().out
+    expected, _ = direct_loss(made, seed=1, sequences=3)
+    assert f"loss           {expected:.4f}" in text
+    assert f"tokens         {3 * LENGTH}" in text
+    assert "(step 1)" in text
+
+
+def refused(capsys, *arguments):
+    assert main(["eval", *map(str, arguments)]) == 2
+    return capsys.readouterr().err
+
+
+def test_data_of_another_tokenizer_and_length(made, tmp_path, capsys):
+    data = tmp_path / "data"
+    prepare_text(data, length=LENGTH + 1, tokenizer=None)
+    with (data / "manifest.json").open() as file:
+        manifest = json.load(file)
+    (data / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
+    message = refused(capsys, made / "run", "--data", data)
+    assert f"prepare it again with --tokenizer {made / 'run'}" in message
+    assert f"for sequences of {LENGTH + 1} tokens" in message
+    assert f"--sequence-length {LENGTH}" in message
+
+
+def test_the_remedy_works(made, tmp_path, capsys):
+    prepare_text(tmp_path / "data", tokenizer=made / "run")
+    assert main(["eval", str(made / "run"), "--data", str(tmp_path / "data")]) == 0
+    assert "loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("valid", "message"),
+    [(None, "name a folder of shards with --data"), ("gone", "gone: the run's validation data")],
+)
+def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, message):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    index = run / "step-00000002/checkpoint.json"
+    content = json.loads(index.read_text())
+    content["config"]["data"]["valid"] = valid
+    index.write_text(json.dumps(content))
+    assert message in refused(capsys, run)
+
+
+def test_a_checkpoint_without_its_tokenizer(made, tmp_path, capsys):
+    shutil.copytree(made / "run/step-00000002", tmp_path / "step-00000002")
+    assert "tokenizer.json: no tokenizer here" in refused(capsys, tmp_path)
+
+
+def test_no_checkpoint(tmp_path, capsys):
+    assert "holds no checkpoint" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("option", ["--sequences", "--micro-batch"])
+def test_there_are_no_zero_sequences(capsys, option):
+    with pytest.raises(SystemExit):
+        main(["eval", "run", option, "0"])
+    assert "must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""A run or a checkpoint is found by its folder, or the message says what to give instead."""
+
+import pytest
+
+from moa_dist.errors import DataError
+from moa_dist.evaluate.trained import find_checkpoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (3, 20, 100):
+        (tmp_path / f"runs/one/step-{step:08d}").mkdir(parents=True)
+    (tmp_path / "runs/one/step-00000200.partial").mkdir()
+    (tmp_path / "runs/empty").mkdir()
+    return tmp_path / "runs/one"
+
+
+def test_newest_of_a_run(run):
+    assert find_checkpoint(run) == run / "step-00000100"
+
+
+def test_a_checkpoint_itself(run, monkeypatch):
+    assert find_checkpoint(run / "step-00000003") == run / "step-00000003"
+    monkeypatch.chdir(run / "step-00000020")
+    assert find_checkpoint(run / "step-00000020" / ".") == run / "step-00000020"
+    (run / "best").symlink_to(run / "step-00000003")
+    assert find_checkpoint(run / "best") == run / "step-00000003"
+
+
+def test_folder_of_runs_names_one(run):
+    with pytest.raises(DataError, match=r"holds no checkpoint.*such as .*runs/one$"):
+        find_checkpoint(run.parent)
+
+
+def test_run_without_checkpoint_says_when_it_saves(run):
+    with pytest.raises(DataError, match=r"empty: holds no checkpoint.*`checkpoint\.every`"):
+        find_checkpoint(run.parent / "empty")
+
+
+def test_missing_folder(run):
+    with pytest.raises(DataError, match="two: no such folder"):
+        find_checkpoint(run.parent / "two")

@@ -1,0 +1,100 @@
+"""The local plan against one assignment at a time, in value and in gradient."""
+
+from itertools import chain, product
+
+import pytest
+import torch
+
+from moa_dist.moe.dispatch import LocalDispatcher
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal, initialize
+from tests.moe.routings import draw, random_routing
+
+LEVELS = ["token", "group", "slot"]
+T, G, E, K, D_IN, D_OUT = 7, 2, 5, 3, 4, 3
+
+
+def row(level: str, t: int, g: int, k: int) -> int:
+    return {"token": t, "group": t * G + g, "slot": (t * G + g) * K + k}[level]
+
+
+def num_rows(level: str) -> int:
+    return {"token": T, "group": T * G, "slot": T * G * K}[level]
+
+
+def one_assignment_at_a_time(routing, weight, x, read, write, weighted):
+    out = [torch.zeros(D_OUT, dtype=torch.float64) for _ in range(num_rows(write))]
+    for t, g, k in product(range(T), range(G), range(K)):
+        if routing.kept is None or routing.kept[t, g, k]:
+            y = x[row(read, t, g, k)] @ weight[routing.expert_ids[t, g, k]]
+            if weighted:
+                y = y * routing.weights[t, g, k]
+            out[row(write, t, g, k)] = out[row(write, t, g, k)] + y
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("read", LEVELS)
+@pytest.mark.parametrize("write", LEVELS)
+@pytest.mark.parametrize("drop", [0, 0.4])
+def test_routed_projection(read, write, drop):
+    """All level pairs, those of sigma-MoE, MoA and SwitchHead among them."""
+    routing = random_routing(T, G, E, K, drop=drop)
+    experts = GroupedLinear(G * E, D_IN, D_OUT, Normal(1.0)).double()
+    initialize(experts, seed=0)
+    x = draw(num_rows(read), D_IN, seed=1).requires_grad_()
+    plan = LocalDispatcher().plan(routing, G * E)
+    for weighted in (True, False):
+        rows = experts(plan.dispatch(x, read), plan.counts)
+        ours = plan.combine(rows, write, weighted=weighted)
+        theirs = one_assignment_at_a_time(routing, experts.weight, x, read, write, weighted)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        sources = (x, experts.weight, *([routing.weights] if weighted else []))
+        upstream = draw(num_rows(write), D_OUT, seed=2)
+        gradients = (torch.autograd.grad(y, sources, upstream) for y in (ours, theirs))
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_are_in_expert_major_order_and_tokens_stay_in_order():
+    routing = random_routing(T, 1, E, K, drop=0.3)
+    plan = LocalDispatcher().plan(routing, E)
+    tokens = plan.dispatch(torch.arange(T).double()[:, None], "token").flatten().tolist()
+    expected = [
+        [t for t in range(T) if (routing.kept & (routing.expert_ids == e))[t].any()]
+        for e in range(E)
+    ]
+    assert plan.counts == [len(takers) for takers in expected]
+    assert tokens == list(chain(*expected))
+
+
+@pytest.mark.parametrize("write", LEVELS)
+def test_everything_dropped_gives_zeros_and_zero_gradients(write):
+    routing = random_routing(T, G, E, K, drop=1.0)
+    assert not routing.kept.any()
+    x = draw(T, D_IN).requires_grad_()
+    plan = LocalDispatcher().plan(routing, G * E)
+    y = plan.combine(2 * plan.dispatch(x, "token"), write, weighted=True)
+    assert y.shape == (num_rows(write), D_IN)
+    assert not y.any()
+    for gradient in torch.autograd.grad(y.sum(), (x, routing.weights)):
+        assert not gradient.any()
+
+
+def test_no_tokens():
+    routing = random_routing(0, G, E, K)
+    plan = LocalDispatcher().plan(routing, G * E)
+    assert plan.counts == [0] * (G * E)
+    assert plan.combine(plan.dispatch(draw(0, D_IN), "token"), "token", weighted=True).shape == (
+        0,
+        D_IN,
+    )
+
+
+def test_bfloat16_rows_are_summed_in_fp32():
+    """300 ones: a bfloat16 sum stops at 256."""
+    routing = random_routing(1, 1, 300, 300)
+    routing = routing._replace(weights=torch.ones(1, 1, 300))
+    plan = LocalDispatcher().plan(routing, 300)
+    rows = plan.dispatch(torch.ones(1, 1, dtype=torch.bfloat16), "token")
+    y = plan.combine(rows, "token", weighted=True)
+    assert y.dtype == torch.bfloat16
+    assert y.item() == 300

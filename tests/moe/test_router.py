@@ -1,0 +1,193 @@
+"""Which experts a router chooses, how it weighs them, and what it counts."""
+
+import pytest
+import torch
+
+from tests.moe.routings import draw, identity_router, random_router
+
+GATES = ["raw", "renormalized", "renormalized_detached"]
+SCORES = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid}
+
+
+def test_flat_ids_of_several_router_groups():
+    """Group g has experts g * E ... g * E + E - 1, and chooses as a router of its own would."""
+    E, K, G = 4, 2, 3
+    x = draw(2, 5, 6)
+    grouped = random_router(E, K, 6, G)
+    routing = grouped(x)
+    assert routing.expert_ids.shape == (10, G, K)
+    assert routing.expert_ids.dtype == torch.int64
+    assert grouped.num_experts == G * E
+    for g in range(G):
+        alone = random_router(E, K, 6)
+        with torch.no_grad():
+            alone.logits.weight.copy_(grouped.logits.weight[g * E : (g + 1) * E])
+        expected = alone(x)
+        assert torch.equal(routing.expert_ids[:, g], expected.expert_ids[:, 0] + g * E)
+        torch.testing.assert_close(routing.weights[:, g], expected.weights[:, 0])
+        assert torch.equal(routing.statistics.load[:, g], expected.statistics.load[:, 0])
+
+
+def test_chooses_the_highest_logits():
+    logits = torch.tensor([[[0.1, 3.0, 2.0, -1.0], [5.0, 4.0, -3.0, 4.5]]], dtype=torch.float64)
+    assert identity_router(4, 2)(logits).expert_ids.tolist() == [[[1, 2]], [[0, 3]]]
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("gate", GATES)
+def test_weights_and_their_gradient(score, gate):
+    """Each gate against its definition, the gradient to the logits included."""
+    logits, upstream = draw(1, 6, 5).requires_grad_(), draw(6, 1, 3, seed=1)
+    routing = identity_router(5, 3, score=score, gate=gate)(logits)
+    gradient = torch.autograd.grad(routing.weights, logits, upstream)[0]
+
+    chosen = SCORES[score](logits)[0].gather(-1, routing.expert_ids[:, 0])
+    total = chosen.sum(-1, keepdim=True)
+    expected = chosen if gate == "raw" else chosen / total
+    torch.testing.assert_close(routing.weights[:, 0], expected)
+    if gate == "renormalized_detached":  # the total counts as a constant: scale what flows back
+        expected, upstream = chosen, upstream / total.detach()[:, None]
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected, logits, upstream[:, 0])[0], rtol=1e-9, atol=1e-12
+    )
+
+
+def test_renormalized_softmax_is_the_softmax_over_chosen_logits():
+    logits, upstream = draw(1, 6, 5).requires_grad_(), draw(6, 3, seed=1)
+    routing = identity_router(5, 3, gate="renormalized")(logits)
+    expected = logits[0].gather(-1, routing.expert_ids[:, 0]).softmax(-1)
+    torch.testing.assert_close(routing.weights[:, 0], expected)
+    ours, theirs = (
+        torch.autograd.grad(w, logits, upstream)[0] for w in (routing.weights[:, 0], expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("gate", GATES)
+def test_one_chosen_expert_trains_the_router_but_not_when_renormalized(score, gate):
+    """With K = 1 a renormalized weight is the constant 1."""
+    logits = draw(1, 6, 4).requires_grad_()
+    weights = identity_router(4, 1, score=score, gate=gate)(logits).weights
+    gradient = torch.autograd.grad(weights.sum(), logits)[0]
+    assert (gradient.abs().amax(-1) > 1e-3).all() == (gate != "renormalized")
+    assert (gradient.abs().max() < 1e-12) == (gate == "renormalized")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_input_is_routed_in_fp32(autocast):
+    router, x = random_router(8, 3, 16).bfloat16(), draw(2, 9, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        routing = router(x)
+    expected = router.float()(x.float())
+    assert routing.weights.dtype == torch.float32
+    assert torch.equal(routing.expert_ids, expected.expert_ids)
+    assert torch.equal(routing.weights, expected.weights)
+    for ours, theirs in zip(routing.statistics, expected.statistics, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def test_logits_closer_than_bfloat16_do_not_tie_under_autocast():
+    """In bfloat16 both would be 1, and the lower index would win."""
+    logits = torch.tensor([[[1.0, 1.001]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = identity_router(2, 1).float()(logits)
+    assert routing.expert_ids.item() == 1
+
+
+MASK = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [False] * 6])
+
+
+@pytest.mark.parametrize("capacity", [None, {"factor": 1.0}], ids=["dropless", "capacity"])
+def test_padding_is_neither_routed_nor_counted(capacity):
+    router, x = random_router(4, 2, 5, 2, capacity=capacity), draw(3, 6, 5)
+    routing = router(x, MASK)
+    assert not routing.kept[~MASK.flatten()].any()
+    if capacity is None:
+        assert routing.kept[MASK.flatten()].all()
+    statistics = routing.statistics
+    assert statistics.num_tokens.tolist() == [6, 2, 0]
+    assert (statistics.load.sum(-1) == 2 * statistics.num_tokens[:, None]).all()
+    for value in statistics:
+        assert not value[2].any()
+
+    other = router(torch.where(MASK[..., None], x, 100 * draw(3, 6, 5, seed=1)), MASK)
+    assert torch.equal(other.kept, routing.kept)
+    for ours, theirs in zip(other.statistics, statistics, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_padding_gets_no_gradient_from_the_statistics():
+    x = draw(3, 6, 5).requires_grad_()
+    statistics = random_router(4, 2, 5)(x, MASK).statistics
+    (statistics.probability * draw(3, 1, 4, seed=1)).sum().add(statistics.z.sum()).backward()
+    assert x.grad[MASK].any(-1).all()
+    assert not x.grad[~MASK].any()
+
+
+def test_statistics_equal_sums_over_tokens():
+    B, S, E, K = 3, 6, 4, 2
+    logits = draw(B, S, E)
+    routing = identity_router(E, K, capacity={"factor": 0.5})(logits, MASK)
+    ids, kept = (t.view(B, S, K) for t in (routing.expert_ids, routing.kept))
+    for b in range(B):
+        real = [s for s in range(S) if MASK[b, s]]
+        probability = [logits[b, s].softmax(-1) for s in real]
+        load, dropped = torch.zeros(2, E, dtype=torch.int64)
+        for s in real:
+            for k in range(K):
+                load[ids[b, s, k]] += 1
+                dropped[ids[b, s, k]] += not kept[b, s, k]
+        s = routing.statistics
+        assert torch.equal(s.load[b, 0], load)
+        assert torch.equal(s.dropped[b, 0], dropped)
+        zero = torch.zeros((), dtype=torch.float64)
+        torch.testing.assert_close(s.probability[b, 0], sum(probability, torch.zeros(E).double()))
+        entropies = sum((-(p * p.log()).sum() for p in probability), zero)
+        torch.testing.assert_close(s.entropy[b, 0], entropies)
+        z = sum((logits[b, t].exp().sum().log() ** 2 for t in real), zero)
+        torch.testing.assert_close(s.z[b, 0], z)
+    assert routing.statistics.dropped.sum() > 0
+
+
+def test_load_is_counted_before_dropping_and_exactly():
+    routing = random_router(4, 2, 5, 2, capacity={"factor": 0.5})(draw(3, 8, 5))
+    statistics = routing.statistics
+    assert statistics.load.dtype == statistics.dropped.dtype == torch.int64
+    assert statistics.num_tokens.dtype == torch.int64
+    assert (statistics.load.sum(-1) == 8 * 2).all()
+    assert statistics.dropped.sum() == (~routing.kept).sum() > 0
+    kept = torch.bincount(routing.expert_ids[routing.kept], minlength=8).view(2, 4)
+    assert torch.equal((statistics.load - statistics.dropped).sum(0), kept)
+
+
+def test_expert_dropout_hides_experts_in_training_only():
+    x = draw(4, 64, 8)
+    plain, router = random_router(8, 1, 8)(x), random_router(8, 1, 8, expert_dropout=0.5)
+    assert torch.equal(router.eval()(x).expert_ids, plain.expert_ids)
+    torch.manual_seed(0)
+    routing = router.train()(x)
+    # The best expert is hidden from half of the tokens.
+    assert (routing.expert_ids != plain.expert_ids).double().mean().item() == pytest.approx(
+        0.5, abs=0.1
+    )
+    # Dropout changes the choice; weights and probabilities stay those of all experts.
+    scores = router.logits(x.flatten(0, 1)).softmax(-1)
+    torch.testing.assert_close(routing.weights[:, 0], scores.gather(-1, routing.expert_ids[:, 0]))
+    assert torch.equal(routing.statistics.probability, plain.statistics.probability)
+
+
+def test_group_sequences_are_counted_together():
+    x = draw(4, 5, 6)
+    one, two = (random_router(4, 2, 6, group_sequences=n)(x).statistics for n in (1, 2))
+    for single, pair in zip(one, two, strict=True):
+        torch.testing.assert_close(pair, single.unflatten(0, (2, 2)).sum(1))
+
+
+@pytest.mark.parametrize("capacity", [None, {"factor": 1.0}], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("num_sequences", [1, 3, 5])
+def test_group_sequences_that_do_not_divide_the_batch_raise(capacity, num_sequences):
+    router = random_router(4, 2, 6, group_sequences=2, capacity=capacity)
+    with pytest.raises(ValueError, match="group_sequences"):
+        router(draw(num_sequences, 5, 6))
