@@ -112,8 +112,11 @@ class _ExpertMarker(AutoEPMoELayer):
 
 
 @contextmanager
-def expert_marker(model: nn.Module, mesh: Mesh) -> Iterator[None]:
-    """While open, `deepspeed.initialize(model=model)` sees a model with expert layers."""
+def expert_marker(model: nn.Module, mesh: Mesh, has_experts: bool) -> Iterator[None]:
+    """While open, `deepspeed.initialize(model=model)` sees a model with expert layers, if so."""
+    if not has_experts:  # it would look for an optimizer group of experts
+        yield
+        return
     model.add_module(_MARKER, _ExpertMarker(mesh))
     try:
         yield

@@ -73,7 +73,7 @@ class Engine:
         )
         # Some of DeepSpeed's optimizers print their memory while they are built.
         silence = contextlib.redirect_stdout(io.StringIO())
-        with deepspeed_hooks.expert_marker(model, mesh), silence:
+        with deepspeed_hooks.expert_marker(model, mesh, bool(experts)), silence:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,

@@ -77,6 +77,17 @@ MODELS = {
 }
 
 
+DENSE = {
+    "attention": {"kind": "dense", "num_heads": 2, "d_head": 8},
+    "ffn": {"kind": "dense", "d_ff": 24},
+}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_model_without_experts(pools, zero_stage):
+    check(pools, Case(**stage(zero_stage), expert_parallel=1, model=DENSE, clip_norm=0.1))
+
+
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_other_models(pools, model, zero_stage):
