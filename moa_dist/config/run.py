@@ -27,12 +27,29 @@ class DataConfig(Section):
     """Seed of the sample order."""
 
 
+class ExpertExchangeConfig(Section):
+    """What travels between the ranks that share one set of experts; results are the same.
+
+    `tokens` sends rows to the ranks of their experts and sums back, in every repeat of a layer.
+    `weights` gathers all experts' weights on every rank once per forward, for all repeats of a
+    shared layer, and reduces their gradients once. Stored shards, optimizer state and checkpoints
+    are the same for both.
+    """
+
+    attention: Literal["tokens", "weights"] = "tokens"
+    """For the experts of attention layers."""
+    ffn: Literal["tokens", "weights"] = "tokens"
+    """For the experts of feed-forward layers."""
+
+
 class ParallelConfig(Section):
     """How parameters are laid out over the W ranks."""
 
     expert_parallel: PositiveInt = 1
     """Ranks that share one set of experts (ep), attention and FFN experts alike; the
     remaining factor W / ep holds copies (edp). Must divide W."""
+    expert_exchange: ExpertExchangeConfig = ExpertExchangeConfig()
+    """What travels between them."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """What ZeRO partitions: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
     Dense state is partitioned over all W ranks, expert state over the edp ranks."""

@@ -52,3 +52,36 @@ def all_to_all_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = torch.empty_like(counts)
     dist.all_to_all_single(out, counts.contiguous(), group=group)
     return out
+
+
+class _AllGatherShards(torch.autograd.Function):
+    """Shards of all ranks; the gradient of a shard sums over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        padded = shard.new_zeros(max(sizes), *shard.shape[1:])
+        padded[: len(shard)] = shard
+        gathered = padded.new_empty(group.size() * len(padded), *shard.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+        return torch.cat([s[:n] for s, n in zip(gathered.split(max(sizes)), sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        sizes, group = ctx.sizes, ctx.group
+        padded = grads[0].new_zeros(len(sizes), max(sizes), *grads[0].shape[1:])
+        for rank, part in enumerate(grads[0].split(sizes)):
+            padded[rank, : len(part)] = part
+        mine = torch.empty_like(padded[0])
+        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=group)
+        return mine[: sizes[group.rank()]], None, None
+
+
+def all_gather_shards(shard: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """[sizes[rank], ...] on each rank -> [sum(sizes), ...] on all of them, in rank order.
+
+    The gradient is summed over the group and scattered back, in one collective. Shards of
+    unequal size travel padded to the largest.
+    """
+    result: Tensor = _AllGatherShards.apply(shard, sizes, group)
+    return result

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moa_dist.config.model import DenseAttentionConfig, RopeConfig
 from moa_dist.models.linear import Linear
 from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -102,9 +103,14 @@ class DenseAttention(nn.Module):
         return {"projections": projections, "softmax": softmax_macs(length, length, width)}
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]."""
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; there are no experts."""
         q, k, v = (
             project(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))

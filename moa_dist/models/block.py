@@ -25,6 +25,7 @@ from moa_dist.models.attention import AttentionMask, DenseAttention
 from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.moa import MoAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.statistics import RoutingStatistics
 
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
@@ -58,6 +59,18 @@ def make_feed_forward(
             return MoEFeedForward(config, d_model, init_scale)
 
 
+class GatheredExperts(NamedTuple):
+    """Expert weights that travelled to this rank, for one layer; see `RoutedModule`."""
+
+    attention: Gathered = NOTHING_GATHERED
+    """Of the attention's experts."""
+    ffn: Gathered = NOTHING_GATHERED
+    """Of the FFN's experts."""
+
+
+_ALL_EXPERTS_HERE = GatheredExperts()
+
+
 class BlockOutput(NamedTuple):
     """Result of one layer."""
 
@@ -86,26 +99,36 @@ class Block(nn.Module):
         """Multiply-accumulates of one application to a sequence of `length`, by part."""
         return dict(Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length)))
 
-    def forward(self, x: Tensor, mask: AttentionMask) -> BlockOutput:
+    def gather_experts(self) -> GatheredExperts:
+        """Weights that travel between ranks: once per forward, for all repeats of this layer."""
+        attention, ffn = (
+            part.gather_experts() if isinstance(part, RoutedModule) else {}
+            for part in (self.attention, self.ffn)
+        )
+        return GatheredExperts(attention, ffn)
+
+    def forward(
+        self, x: Tensor, mask: AttentionMask, gathered: GatheredExperts = _ALL_EXPERTS_HERE
+    ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]."""
         match self.placement:
             case "pre":
                 n = self.attention_norm(x)
-                attention = self.attention(n, n, n, mask)
+                attention = self.attention(n, n, n, mask, gathered.attention)
                 x = x + attention.y
                 n = self.ffn_norm(x)
-                ffn = self.ffn(n, n, mask.query_real)
+                ffn = self.ffn(n, n, mask.query_real, gathered.ffn)
                 x = x + ffn.y
             case "post":
-                attention = self.attention(x, x, x, mask)
+                attention = self.attention(x, x, x, mask, gathered.attention)
                 x = self.attention_norm(x + attention.y)
-                ffn = self.ffn(x, x, mask.query_real)
+                ffn = self.ffn(x, x, mask.query_real, gathered.ffn)
                 x = self.ffn_norm(x + ffn.y)
             case "peri":  # MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else
                 n = self.attention_norm(x)
-                attention = self.attention(n, n, x, mask)
+                attention = self.attention(n, n, x, mask, gathered.attention)
                 x = x + attention.y
-                ffn = self.ffn(x, self.ffn_norm(x), mask.query_real)
+                ffn = self.ffn(x, self.ffn_norm(x), mask.query_real, gathered.ffn)
                 x = x + ffn.y
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
         if ffn.statistics is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.exchange import first_expert
+from moa_dist.moe.exchange import shard_starts
 from moa_dist.moe.sharding import expert_layers
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
@@ -149,9 +150,8 @@ def _largest_shard(counts: Counts, num_ranks: int) -> int:
     """Expert parameters of the rank that has most; shards differ where ep does not divide."""
     sizes = [0] * num_ranks
     for num_experts, size in counts.expert_tensors:
-        for rank in range(num_ranks):
-            stop = first_expert(num_experts, rank + 1, num_ranks)
-            sizes[rank] += (stop - first_expert(num_experts, rank, num_ranks)) * size
+        for rank, (first, stop) in enumerate(pairwise(shard_starts(num_experts, num_ranks))):
+            sizes[rank] += (stop - first) * size
     return max(sizes)
 
 

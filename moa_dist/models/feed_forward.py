@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.models.linear import Linear
-from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -53,7 +53,11 @@ class DenseFeedForward(nn.Module):
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
     def forward(
-        self, x: Tensor, router_input: Tensor, token_real: Tensor | None
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_real: Tensor | None,
+        gathered: Gathered = NOTHING_GATHERED,
     ) -> FeedForwardOutput:
         """x [B, S, D] -> y [B, S, D]; the other arguments serve kinds with a router."""
         hidden = self.activation(self.up(x))
@@ -92,7 +96,11 @@ class MoEFeedForward(RoutedModule):
         }
 
     def forward(
-        self, x: Tensor, router_input: Tensor, token_real: Tensor | None
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_real: Tensor | None,
+        gathered: Gathered = NOTHING_GATHERED,
     ) -> FeedForwardOutput:
         """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D], zero at padding.
 
@@ -101,8 +109,9 @@ class MoEFeedForward(RoutedModule):
         routing = self.router(router_input, token_real)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         rows = plan.dispatch(x.flatten(0, 1), "token")
-        hidden = self.activation(self.up(rows, plan.counts))
+        hidden = self.activation(self.apply_experts("up", rows, plan.counts, gathered))
         if self.gate is not None:
-            hidden = hidden * self.gate(rows, plan.counts)
-        y = plan.combine(self.down(hidden, plan.counts), "token", weighted=True)
+            hidden = hidden * self.apply_experts("gate", rows, plan.counts, gathered)
+        rows = self.apply_experts("down", hidden, plan.counts, gathered)
+        y = plan.combine(rows, "token", weighted=True)
         return FeedForwardOutput(y.view_as(x), routing.statistics)

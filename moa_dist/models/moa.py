@@ -22,9 +22,9 @@ from moa_dist.models.attention import (
     softmax_macs,
 )
 from moa_dist.models.linear import Linear
-from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router
 
 
@@ -59,7 +59,12 @@ class MoAttention(RoutedModule):
         }
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding."""
         B, T, D = query.shape
@@ -67,7 +72,8 @@ class MoAttention(RoutedModule):
         routing = self.router(query, mask.query_real)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
-        rows = self.q(plan.dispatch(query.reshape(B * T, D), "token"), plan.counts)
+        rows = plan.dispatch(query.reshape(B * T, D), "token")
+        rows = self.apply_experts("q", rows, plan.counts, gathered)
         q = plan.combine(rows, "slot", weighted=False)
         q = q.view(B, T, K * h, -1).transpose(1, 2)
         k, v = (
@@ -80,6 +86,7 @@ class MoAttention(RoutedModule):
         heads = softmax_attention(q, k, v, mask)
 
         slots = heads.transpose(1, 2).reshape(B * T * K, -1)
-        rows = self.o(plan.dispatch(slots, "slot"), plan.counts)
+        rows = plan.dispatch(slots, "slot")
+        rows = self.apply_experts("o", rows, plan.counts, gathered)
         y = plan.combine(rows, "token", weighted=True)
         return AttentionOutput(y.view(B, T, D), {"query": routing.statistics})

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import Block, BlockOutput
+from moa_dist.models.block import Block, BlockOutput, GatheredExperts
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -67,24 +67,32 @@ class LayerStack(nn.Module):
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of all layers over a sequence of `length`, by part."""
         parts: Counter[str] = Counter()
-        for layer in cast(Iterable[Block], self.layers):
+        for layer in self._blocks():
             parts += Counter(layer.macs(length))
         return {part: count * self.num_repeats for part, count in parts.items()}
 
     def forward(self, x: Tensor, mask: AttentionMask) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]."""
         statistics = {}
+        gathered = [layer.gather_experts() for layer in self._blocks()]
         for repeat in range(self.num_repeats):
-            for i, layer in enumerate(self.layers):
-                output = self._apply_layer(layer, x, mask)
+            for i, layer in enumerate(self._blocks()):
+                output = self._apply_layer(layer, x, mask, gathered[i])
                 x = output.x
                 for router, value in output.statistics.items():
                     statistics[Site(i, repeat, router)] = value
         return StackOutput(x, statistics)
 
-    def _apply_layer(self, layer: nn.Module, x: Tensor, mask: AttentionMask) -> BlockOutput:
+    def _blocks(self) -> Iterable[Block]:
+        return cast(Iterable[Block], self.layers)
+
+    def _apply_layer(
+        self, layer: Block, x: Tensor, mask: AttentionMask, gathered: GatheredExperts
+    ) -> BlockOutput:
+        # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.
+        gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
-            return layer(x, mask)
+            return layer(x, mask, gathered)
         # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.
         context = partial(create_selective_checkpoint_contexts, _keep_choices)
-        return checkpoint(layer, x, mask, use_reentrant=False, context_fn=context)
+        return checkpoint(layer, x, mask, gathered, use_reentrant=False, context_fn=context)

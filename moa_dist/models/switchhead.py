@@ -21,9 +21,9 @@ from moa_dist.models.attention import (
     softmax_macs,
 )
 from moa_dist.models.linear import Linear
-from moa_dist.moe.dispatch import RoutedModule
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router
 
 
@@ -57,7 +57,12 @@ class SwitchHeadAttention(RoutedModule):
         }
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
 
@@ -67,7 +72,8 @@ class SwitchHeadAttention(RoutedModule):
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
         value_routing = self.value_router(key, mask.key_real)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
-        rows = self.v(plan.dispatch(value.reshape(B * S, D), "token"), plan.counts)
+        rows = plan.dispatch(value.reshape(B * S, D), "token")
+        rows = self.apply_experts("v", rows, plan.counts, gathered)
         v = plan.combine(rows, "group", weighted=True).view(B, S, H, -1).transpose(1, 2)
 
         q, k = (
@@ -78,7 +84,8 @@ class SwitchHeadAttention(RoutedModule):
 
         output_routing = self.output_router(query, mask.query_real)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        rows = self.o(plan.dispatch(heads, "group"), plan.counts)
+        rows = plan.dispatch(heads, "group")
+        rows = self.apply_experts("o", rows, plan.counts, gathered)
         y = plan.combine(rows, "token", weighted=True).view(B, T, D)
         statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
         return AttentionOutput(y, statistics)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_dist.moe.router import Routing
 
@@ -140,11 +140,3 @@ class LocalDispatcher:
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:
         """See `Dispatcher.plan`."""
         return LocalPlan.of(assignments_of(routing), num_experts)
-
-
-class RoutedModule(nn.Module):
-    """A module whose experts may be on other ranks: it reaches them through `dispatcher`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dispatcher: Dispatcher = LocalDispatcher()

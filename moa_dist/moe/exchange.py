@@ -24,9 +24,9 @@ _TRAVELLING: tuple[Level, ...] = ("token", "group")
 """Levels in which one row may serve several assignments; a slot is an assignment itself."""
 
 
-def first_expert(num_experts: int, rank: int, num_ranks: int) -> int:
-    """First expert of `rank`: contiguous shards whose sizes differ by one at most."""
-    return num_experts * rank // num_ranks
+def shard_starts(num_experts: int, num_ranks: int) -> list[int]:
+    """Rank r holds experts [starts[r], starts[r + 1]): shards differ by one expert at most."""
+    return [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,8 @@ class ExchangeDispatcher:
         """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
         num_ranks, rank = self.group.size(), self.group.rank()
         home = assignments_of(routing)
-        starts = torch.tensor(
-            [first_expert(num_experts, r, num_ranks) for r in range(num_ranks + 1)],
-            device=home.expert.device,
-        )
+        bounds = shard_starts(num_experts, num_ranks)
+        starts = torch.tensor(bounds, device=home.expert.device)
         home, owner = _sort_by_owner(home, starts)
 
         # Indices are relative to the block of rows that goes to one rank, so that the
@@ -126,9 +124,7 @@ class ExchangeDispatcher:
             },
             num_rows={level: sum(route.received) for level, route in routes.items()},
         )
-        num_local = first_expert(num_experts, rank + 1, num_ranks) - first_expert(
-            num_experts, rank, num_ranks
-        )
+        num_local = bounds[rank + 1] - bounds[rank]
         return ExchangePlan(
             group=self.group,
             routes=routes,

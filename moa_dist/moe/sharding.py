@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 
 from torch import nn
 
+from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.distributed.collectives import all_gather_shards
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.moe.dispatch import RoutedModule
-from moa_dist.moe.exchange import ExchangeDispatcher, first_expert
+from moa_dist.moe.exchange import ExchangeDispatcher, shard_starts
 from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.routed import RoutedModule
 
 
-def shard_experts(model: nn.Module, mesh: Mesh) -> None:
-    """Keep this rank's experts of every layer, and dispatch over the ep group.
+def shard_experts(
+    model: nn.Module, mesh: Mesh, exchange: ExpertExchangeConfig | None = None
+) -> None:
+    """Keep this rank's experts of every `RoutedModule`, attention and FFN alike.
 
-    Attention and FFN experts alike: whatever is a `GroupedLinear` or a `RoutedModule`.
+    `exchange` says by the module's name, `attention` or `ffn`, what travels: tokens if absent.
     Best called while parameters are on the meta device, so that no rank ever holds all.
     """
     if mesh.expert_parallel == 1:
         return
-    rank = mesh.ep_group.rank()
-    for module in model.modules():
-        if isinstance(module, GroupedLinear):
-            first, stop = (
-                first_expert(module.num_experts, r, mesh.expert_parallel) for r in (rank, rank + 1)
-            )
-            module.shard(first, stop)
-        if isinstance(module, RoutedModule):
+    exchange = exchange or ExpertExchangeConfig()
+    for name, module in model.named_modules():
+        if not isinstance(module, RoutedModule):
+            continue
+        weights_travel = getattr(exchange, name.rpartition(".")[2]) == "weights"
+        if not weights_travel:
             module.dispatcher = ExchangeDispatcher(mesh.ep_group)
+        for child in module.children():
+            if isinstance(child, GroupedLinear):
+                starts = shard_starts(child.num_experts, mesh.expert_parallel)
+                rank = mesh.ep_group.rank()
+                child.shard(starts[rank], starts[rank + 1])
+                if weights_travel:
+                    sizes = [stop - first for first, stop in pairwise(starts)]
+                    child.gather = partial(all_gather_shards, sizes=sizes, group=mesh.ep_group)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, GroupedLinear]]:

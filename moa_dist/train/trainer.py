@@ -70,7 +70,7 @@ def train(config: Config, observer: Observer) -> None:
             config.model,
             seed=config.train.seed,
             recompute=config.train.recompute,
-            parallelize=partial(shard_experts, mesh=mesh),
+            parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
         )
         engine = Engine(model, config, mesh, this_job.device)
         folder = run_folder(config)

@@ -44,6 +44,7 @@ class Case:
     optimizer: str = "sgd"
     clip_norm: float | None = None
     momentum: float = 0.0
+    exchange: str = "tokens"
     recompute: bool = False
     padded: bool = True
     model: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +69,7 @@ class Case:
                 "parallel": {
                     "expert_parallel": self.expert_parallel,
                     "zero_stage": self.zero_stage,
+                    "expert_exchange": {"attention": self.exchange, "ffn": self.exchange},
                 },
                 # SGD with rate 1: the step is the gradient.
                 "optimizer": {
@@ -142,7 +144,9 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
     config, batch = case.config(), case.batch()
     mesh = make_mesh(case.expert_parallel)
     model = build_model(
-        config.model, recompute=case.recompute, parallelize=partial(shard_experts, mesh=mesh)
+        config.model,
+        recompute=case.recompute,
+        parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
     )
     engine = Engine(model, config, mesh, torch.device("cpu"))
 

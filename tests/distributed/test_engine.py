@@ -100,7 +100,18 @@ def test_some_expert_gets_no_token():
     assert one_process(case).unused_experts > 0
 
 
+@pytest.mark.parametrize("model", [{}, *MODELS.values()], ids=["switchhead", *MODELS.keys()])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_weights_travel_instead_of_tokens(pools, model, zero_stage):
+    check(pools, Case(**stage(zero_stage), model=model, exchange="weights", clip_norm=0.1))
+
+
 LAYOUTS = {
+    "weights travel, recomputed": Case(exchange="weights", recompute=True),
+    "weights travel, ep 2 x edp 2": Case(exchange="weights", world_size=4),
+    "weights travel, ep 4, ZeRO 3": Case(
+        exchange="weights", world_size=4, expert_parallel=4, recompute=True, **stage(3)
+    ),
     "one rank": Case(world_size=1, expert_parallel=1, micro_batch=8),
     "data parallel only": Case(expert_parallel=1),
     "one micro-batch": Case(micro_batch=4),

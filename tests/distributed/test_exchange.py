@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
-from moa_dist.moe.exchange import ExchangeDispatcher, first_expert
+from moa_dist.moe.exchange import ExchangeDispatcher, shard_starts
 from moa_dist.moe.router import Routing
 from tests.moe.routings import draw, random_routing
 
@@ -55,14 +55,8 @@ class Case:
     def owners(self, rank: int) -> Tensor:
         """[T, G, K] rank of each assignment's expert."""
         num_ranks = len(self.tokens)
-        owner = [
-            r
-            for r in range(num_ranks)
-            for _ in range(
-                first_expert(self.num_experts, r, num_ranks),
-                first_expert(self.num_experts, r + 1, num_ranks),
-            )
-        ]
+        shards = pairwise(shard_starts(self.num_experts, num_ranks))
+        owner = [r for r, (first, stop) in enumerate(shards) for _ in range(first, stop)]
         return torch.tensor(owner)[self.routing(rank).expert_ids]
 
 
@@ -99,7 +93,7 @@ def all_experts(case: Case) -> Tensor:
 
 def my_experts(case: Case, rank: int) -> slice:
     num_ranks = len(case.tokens)
-    return slice(*(first_expert(case.num_experts, r, num_ranks) for r in (rank, rank + 1)))
+    return slice(*shard_starts(case.num_experts, num_ranks)[rank : rank + 2])
 
 
 def on_rank(case: Case) -> tuple[list[Outcome], list[int]]:
@@ -192,7 +186,7 @@ def test_travelling_once_saves_most_rows_of_many_choices(pools):
 
 def test_shards_are_contiguous_and_differ_by_one_at_most():
     for num_experts, num_ranks in product(range(1, 20), range(1, 7)):
-        starts = [first_expert(num_experts, r, num_ranks) for r in range(num_ranks + 1)]
+        starts = shard_starts(num_experts, num_ranks)
         sizes = [stop - start for start, stop in pairwise(starts)]
         assert (starts[0], starts[-1]) == (0, num_experts)
         assert max(sizes) - min(sizes) <= 1

@@ -10,7 +10,7 @@ from moa_dist.config import Config, load_config
 from moa_dist.config.model import MoEFFNConfig, SwitchHeadConfig
 from moa_dist.models.counts import count, states
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.exchange import first_expert
+from moa_dist.moe.exchange import shard_starts
 from moa_dist.moe.sharding import expert_layers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -133,7 +133,7 @@ def shard_of_rank(config: Config, rank: int, ep: int) -> tuple[int, int]:
     with torch.device("meta"):
         model = LanguageModel(config.model)
     for _, layer in expert_layers(model):
-        first, stop = (first_expert(layer.num_experts, r, ep) for r in (rank, rank + 1))
+        first, stop = shard_starts(layer.num_experts, ep)[rank : rank + 2]
         layer.shard(first, stop)
     experts = sum(layer.weight.numel() for _, layer in expert_layers(model))
     return sum(p.numel() for p in model.parameters()) - experts, experts

@@ -8,7 +8,7 @@ from torch import nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.language_model import build_model
-from moa_dist.moe.exchange import first_expert
+from moa_dist.moe.exchange import shard_starts
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Constant, Normal, XavierUniform, initialize
 from moa_dist.moe.sharding import expert_layers
@@ -32,7 +32,7 @@ def weights(seed: int = 0, **more) -> dict[str, torch.Tensor]:
 
 def keep_shard(model: nn.Module, rank: int, num_ranks: int) -> None:
     for _, layer in expert_layers(model):
-        first, stop = (first_expert(layer.num_experts, r, num_ranks) for r in (rank, rank + 1))
+        first, stop = shard_starts(layer.num_experts, num_ranks)[rank : rank + 2]
         layer.shard(first, stop)
 
 
