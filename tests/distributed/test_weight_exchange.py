@@ -1,4 +1,4 @@
-"""Where weights travel, they travel once per forward and back once, however often a layer repeats."""
+"""Travelling weights travel once per forward and back once, however often a layer repeats."""
 
 from functools import partial
 from unittest import mock

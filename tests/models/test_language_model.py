@@ -137,7 +137,7 @@ def test_peri_norm_values_and_ffn_read_the_raw_residual(attention):
         part.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).double()
     block(x, AttentionMask(causal=True))
-    (query, key, value, _), (ffn_input, router_input, _) = seen
+    (query, key, value, *_), (ffn_input, router_input, *_) = seen
     assert value is x
     for normalised, raw in ((query, x), (key, x), (router_input, ffn_input)):
         torch.testing.assert_close(normalised, F.layer_norm(raw, (8,)))
