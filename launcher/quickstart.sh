@@ -15,19 +15,18 @@ export PATH="$PWD/.venv/bin:$PATH"
 say() { printf '\n== %s\n' "$*"; }
 
 name=quickstart
-overrides=()
+layout=2 # ranks that share the experts
 if [ "${1:-}" = --input ] && [ $# -gt 1 ]; then
     shift
     inputs=("$@")
-    name=quickstart-input
-    overrides=(checkpoint.resume=never)
-    rm -rf "data/$name"
+    name=quickstart-$(date +%Y%m%d-%H%M%S)
 elif [ $# -gt 0 ]; then
     echo "usage: bash launcher/quickstart.sh [--input FILES]" >&2
     exit 2
 else
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    mapfile -t inputs < <(find "$stdlib" -name '*.py' \
+    inputs=()
+    while IFS= read -r file; do inputs+=("$file"); done < <(find "$stdlib" -name '*.py' \
         -not -path '*/site-packages/*' -not -path '*/dist-packages/*' \
         -not -path '*/test/*' -not -path '*/tests/*' | sort)
 fi
@@ -44,10 +43,8 @@ gpus=0
 if command -v nvidia-smi >/dev/null; then
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
 fi
-ranks=2
 if [ "$gpus" -eq 1 ]; then
-    ranks=1
-    overrides+=(parallel.expert_parallel=1)
+    layout=1
     say "2/4 Train on the one GPU there is: experts are not sharded, that needs two"
 elif [ "$gpus" -ge 2 ]; then
     say "2/4 Train on 2 of $gpus GPUs"
@@ -56,9 +53,10 @@ else
     say "2/4 Train on the CPU, since no GPU was found: 2 ranks that talk through gloo"
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --num_gpus "$ranks" --master_port "$port" --log_level error \
+deepspeed --num_gpus "$layout" --master_port "$port" --log_level error \
     launcher/train.py --config configs/quickstart.yaml \
-    "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" "${overrides[@]}"
+    "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" \
+    "parallel.expert_parallel=$layout"
 
 say "3/4 Evaluate on all validation text, in one process"
 moa-dist eval "runs/$name"

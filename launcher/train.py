@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
 
@@ -36,7 +36,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     from moa_dist.config import load_config
-    from moa_dist.errors import MoaDistError
+    from moa_dist.errors import MoaDistError, TrainingError
     from moa_dist.observe import Observers
     from moa_dist.train.trainer import check_run, train
 
@@ -50,7 +50,8 @@ def main() -> int:
     try:
         train(config, Observers(config))
     except MoaDistError as error:
-        print(f"rank {rank}: {error}", file=sys.stderr)
+        if rank == 0 or not isinstance(error, TrainingError):  # which every rank raises
+            print(f"rank {rank}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -78,8 +78,9 @@ class RouterConfig(Section):
     capacity: CapacityConfig | None = None
     """Limit per expert and group of sequences; absent means dropless."""
     group_sequences: PositiveInt = 1
-    """Sequences per group in which capacity and balance statistics are counted. It must
-    divide the micro-batch, and then neither drops nor losses depend on the layout."""
+    """Sequences per group in which capacity and balance statistics are counted; must divide the
+    micro-batch. With 1, neither drops nor losses depend on the layout. Larger groups are made of
+    the sequences of one micro-batch, so they do."""
     balance: BalanceConfig = BalanceConfig()
     """Auxiliary losses on this router."""
 

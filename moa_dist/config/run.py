@@ -28,7 +28,7 @@ class DataConfig(Section):
 
 
 class ExpertExchangeConfig(Section):
-    """What travels between the ranks that share one set of experts; results are the same.
+    """What travels between the ranks that share one set of experts; results agree to rounding.
 
     `tokens` sends rows to the ranks of their experts and sums back, in every repeat of a layer.
     `weights` gathers all experts' weights on every rank once per forward, for all repeats of a
@@ -131,7 +131,8 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` continues from the run folder's newest checkpoint, if there is one."""
+    """`auto` continues from the run folder's newest checkpoint, if there is one; `never` refuses
+    a folder that has any."""
 
 
 class Config(Section):

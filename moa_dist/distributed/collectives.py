@@ -60,11 +60,9 @@ class _AllGatherShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sizes, ctx.group = sizes, group
-        padded = shard.new_zeros(max(sizes), *shard.shape[1:])
-        padded[: len(shard)] = shard
-        gathered = padded.new_empty(group.size() * len(padded), *shard.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
-        return torch.cat([s[:n] for s, n in zip(gathered.split(max(sizes)), sizes, strict=True)])
+        gathered = shard.new_empty(len(sizes) * len(shard), *shard.shape[1:])
+        dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
+        return torch.cat([s[:n] for s, n in zip(gathered.split(len(shard)), sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -74,14 +72,14 @@ class _AllGatherShards(torch.autograd.Function):
             padded[rank, : len(part)] = part
         mine = torch.empty_like(padded[0])
         dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=group)
-        return mine[: sizes[group.rank()]], None, None
+        return mine, None, None
 
 
 def all_gather_shards(shard: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """[sizes[rank], ...] on each rank -> [sum(sizes), ...] on all of them, in rank order.
+    """The first `sizes[rank]` rows of each rank's shard -> [sum(sizes), ...], in rank order.
 
-    The gradient is summed over the group and scattered back, in one collective. Shards of
-    unequal size travel padded to the largest.
+    `shard` [max(sizes), ...] has one shape on all ranks. The gradient is summed over the group
+    and scattered back, in one collective.
     """
     result: Tensor = _AllGatherShards.apply(shard, sizes, group)
     return result

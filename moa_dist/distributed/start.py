@@ -48,7 +48,17 @@ def job() -> Iterator[Job]:
     GPUs it computes on the CPU and talks through gloo. Leaves the job at the end.
     """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            raise ClusterError(
+                "several tasks were started, but none was told its rank: start one task per node, "
+                "and in it `deepspeed` or `torchrun`"
+            )
         os.environ.update(_ALONE)
+    missing = [name for name in _ALONE if name not in os.environ]
+    if missing:
+        raise ClusterError(
+            f"RANK is set but {', '.join(missing)} is not: start with `deepspeed` or `torchrun`"
+        )
     rank, local_rank, world_size = (
         int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
@@ -74,7 +84,7 @@ def job() -> Iterator[Job]:
             f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "
             "every rank was started, that the address is reachable and that the port is free"
         ) from error
-    try:
-        yield Job(rank, world_size, device, backend)
-    finally:
-        dist.destroy_process_group()
+    yield Job(rank, world_size, device, backend)
+    # Not after an error: other ranks may be inside a collective, and waiting for them here would
+    # keep this process from ending, by which its launcher ends the others.
+    dist.destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil
 from typing import NamedTuple
 
@@ -12,8 +11,7 @@ import torch
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.exchange import shard_starts
-from moa_dist.moe.sharding import expert_layers
+from moa_dist.moe.experts import expert_layers
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 _MASTER_BYTES = 4
@@ -99,7 +97,7 @@ def count(config: ModelConfig, sequence_length: int) -> Counts:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes that the fullest rank holds from step to step.
+    """Bytes that each rank holds from step to step.
 
     Without activations, communication buffers, and the few elements with which partitions
     are padded.
@@ -129,7 +127,7 @@ def states(counts: Counts, config: Config, world_size: int) -> States:
     """
     ep, stage = config.parallel.expert_parallel, config.parallel.zero_stage
     # Dense state is partitioned over all ranks, expert state over those with the same experts.
-    shard = _largest_shard(counts, ep)
+    shard = sum(ceil(tensor.num_experts / ep) * tensor.size for tensor in counts.expert_tensors)
     whole = counts.dense + shard
     partition = ceil(counts.dense / world_size) + ceil(shard / (world_size // ep))
     element = _ELEMENT_BYTES[config.train.precision]
@@ -144,15 +142,6 @@ def states(counts: Counts, config: Config, world_size: int) -> States:
         optimizer=(partition if stage else whole) * updated * _num_moments(config.optimizer),
         master=partition * _MASTER_BYTES if stage else 0,
     )
-
-
-def _largest_shard(counts: Counts, num_ranks: int) -> int:
-    """Expert parameters of the rank that has most; shards differ where ep does not divide."""
-    sizes = [0] * num_ranks
-    for num_experts, size in counts.expert_tensors:
-        for rank, (first, stop) in enumerate(pairwise(shard_starts(num_experts, num_ranks))):
-            sizes[rank] += (stop - first) * size
-    return max(sizes)
 
 
 def _num_moments(optimizer: OptimizerConfig) -> int:

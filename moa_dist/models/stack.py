@@ -45,8 +45,11 @@ class StackOutput(NamedTuple):
 
 
 def _keep_choices(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Recompute all but the choice of experts, which must not change between the passes."""
-    saved = op == torch.ops.aten.topk.default
+    """Recompute all but the choice of experts, which must not change between the passes.
+
+    Sorting decides who is dropped for lack of capacity.
+    """
+    saved = op in (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
     return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -74,9 +77,11 @@ class LayerStack(nn.Module):
     def forward(self, x: Tensor, mask: AttentionMask) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]."""
         statistics = {}
-        gathered = [layer.gather_experts() for layer in self._blocks()]
+        gathered: list[GatheredExperts] = []
         for repeat in range(self.num_repeats):
             for i, layer in enumerate(self._blocks()):
+                if repeat == 0:
+                    gathered.append(layer.gather_experts())
                 output = self._apply_layer(layer, x, mask, gathered[i])
                 x = output.x
                 for router, value in output.statistics.items():

@@ -74,7 +74,7 @@ class SwitchHeadAttention(RoutedModule):
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         rows = plan.dispatch(value.reshape(B * S, D), "token")
         rows = self.apply_experts("v", rows, plan.counts, gathered)
-        v = plan.combine(rows, "group", weighted=True).view(B, S, H, -1).transpose(1, 2)
+        v = plan.combine(rows, "head", weighted=True).view(B, S, H, -1).transpose(1, 2)
 
         q, k = (
             apply_rope(project(x).unflatten(-1, (H, -1)).transpose(1, 2), self.config.rope)
@@ -84,7 +84,7 @@ class SwitchHeadAttention(RoutedModule):
 
         output_routing = self.output_router(query, mask.query_real)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        rows = plan.dispatch(heads, "group")
+        rows = plan.dispatch(heads, "head")
         rows = self.apply_experts("o", rows, plan.counts, gathered)
         y = plan.combine(rows, "token", weighted=True).view(B, T, D)
         statistics = {"value": value_routing.statistics, "output": output_routing.statistics}

@@ -7,11 +7,12 @@ only at which *level* rows are read and written:
     sigma-MoE, softmax MoE   token -> token      up and down together, weighted
     MoA queries              token -> slot       not weighted
     MoA outputs              slot  -> token      weighted
-    SwitchHead values        token -> group      weighted (a group is a head)
-    SwitchHead outputs       group -> token      weighted
+    SwitchHead values        token -> head       weighted
+    SwitchHead outputs       head  -> token      weighted
 
-Shapes: T tokens, G router groups, K slots per token and group, A assignments that an expert
-on this rank takes. Levels have T, T * G and T * G * K rows.
+Shapes: T tokens, G router groups (heads in SwitchHead, else 1), K slots per token and router
+group, A assignments that experts on this rank take. The levels token, head and slot have T, T * G
+and T * G * K rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from moa_dist.moe.router import Routing
 
-Level = Literal["token", "group", "slot"]
+Level = Literal["token", "head", "slot"]
 
 
 class DispatchPlan(Protocol):
@@ -87,8 +88,8 @@ def assignments_of(routing: Routing) -> Assignments:
     return Assignments(
         expert=expert,
         weight=weight,
-        rows={"token": slot // (G * K), "group": slot // K, "slot": slot},
-        num_rows={"token": T, "group": T * G, "slot": T * G * K},
+        rows={"token": slot // (G * K), "head": slot // K, "slot": slot},
+        num_rows={"token": T, "head": T * G, "slot": T * G * K},
     )
 
 

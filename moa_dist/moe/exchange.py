@@ -18,15 +18,11 @@ from torch import Tensor
 
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
+from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 
-_TRAVELLING: tuple[Level, ...] = ("token", "group")
+_TRAVELLING: tuple[Level, ...] = ("token", "head")
 """Levels in which one row may serve several assignments; a slot is an assignment itself."""
-
-
-def shard_starts(num_experts: int, num_ranks: int) -> list[int]:
-    """Rank r holds experts [starts[r], starts[r + 1]): shards differ by one expert at most."""
-    return [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class ExchangeDispatcher:
             weight=weight,
             rows={
                 "token": indices[:, 1] + block_starts[source, 1],
-                "group": indices[:, 2] + block_starts[source, 2],
+                "head": indices[:, 2] + block_starts[source, 2],
                 "slot": torch.arange(len(indices), device=weight.device),
             },
             num_rows={level: sum(route.received) for level, route in routes.items()},

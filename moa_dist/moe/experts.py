@@ -5,7 +5,7 @@ Shapes: A rows, E experts in all, E_local of them on this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,24 @@ from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.initialize import Initializer
 
 
+def shard_starts(num_experts: int, num_ranks: int) -> list[int]:
+    """Rank r holds experts [starts[r], starts[r + 1]): shards differ by one expert at most."""
+    return [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
+
+
 class GroupedLinear(nn.Module):
     """Expert e multiplies its rows by `weight[e - first_expert]`; no bias.
 
-    `num_experts` counts all experts, `weight` [E_local, d_in, d_out] holds the contiguous
-    range that starts at `first_expert`: all of them until `shard` is called. `gather`, if set,
-    turns the weights of this rank into those of all experts [E, d_in, d_out].
+    `num_experts` counts all experts; `num_local` of them, from `first_expert` on, are here: all
+    until `shard` is called. `gather`, if set, turns the weights of this rank's experts into
+    those of all experts [E, d_in, d_out].
     """
 
     def __init__(self, num_experts: int, d_in: int, d_out: int, init: Initializer) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.gather: Callable[[Tensor], Tensor] | None = None
+        self.num_experts = self.num_local = num_experts
         self.first_expert = 0
+        self.gather: Callable[[Tensor], Tensor] | None = None
         self.d_in, self.d_out = d_in, d_out  # kept, since ZeRO 3 empties `weight` between uses
         self.init = init
         self.weight = nn.Parameter(torch.empty(num_experts, d_in, d_out))
@@ -35,10 +40,19 @@ class GroupedLinear(nn.Module):
         """How to draw each parameter, expert by expert."""
         return {"weight": self.init}
 
-    def shard(self, first: int, stop: int) -> None:
-        """Keep experts [first, stop) only."""
-        self.first_expert = first
-        self.weight = nn.Parameter(self.weight.detach()[first:stop].clone())
+    def shard(self, rank: int, num_ranks: int) -> None:
+        """Keep the experts of `rank` only.
+
+        `weight` gets as many rows on every rank, the last of which may be an expert that no token
+        ever takes: DeepSpeed cuts gradients into buckets by local sizes, and ranks whose sizes
+        differ would reduce different buckets with each other.
+        """
+        starts = shard_starts(self.num_experts, num_ranks)
+        mine = self.weight.detach()[starts[rank] : starts[rank + 1]]
+        self.first_expert, self.num_local = starts[rank], len(mine)
+        weight = mine.new_zeros(-(-self.num_experts // num_ranks), self.d_in, self.d_out)
+        weight[: len(mine)] = mine
+        self.weight = nn.Parameter(weight)
 
     def macs_per_row(self) -> int:
         """Multiply-accumulates for one row."""
@@ -53,4 +67,12 @@ class GroupedLinear(nn.Module):
         if rows is None:
             assert self.gather is not None
             return self.gather(self.weight)
-        return grouped_matmul(rows, self.weight, counts)
+        unused = [0] * (len(self.weight) - self.num_local)
+        return grouped_matmul(rows, self.weight, counts + unused)
+
+
+def expert_layers(model: nn.Module) -> Iterator[tuple[str, GroupedLinear]]:
+    """Name and module of every expert tensor."""
+    for name, module in model.named_modules():
+        if isinstance(module, GroupedLinear):
+            yield name, module

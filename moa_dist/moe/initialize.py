@@ -81,8 +81,8 @@ def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def initialize(model: nn.Module, seed: int) -> None:
     """Fill all parameters of `model` in place.
 
-    A module declares its own in `initializers() -> {parameter name: Initializer}`, and an
-    expert tensor [E, ...] the global index of its first expert in `first_expert`.
+    A module declares its own in `initializers() -> {parameter name: Initializer}`; one of expert
+    tensors [E, ...] also which experts it holds, in `first_expert` and `num_local`.
     """
     for module_name, module in model.named_modules():
         initializers = _initializers(module)
@@ -92,6 +92,7 @@ def initialize(model: nn.Module, seed: int) -> None:
             if first_expert is None:
                 parameter.copy_(initializer.draw(parameter.shape, _generator(*key)))
                 continue
-            for i, expert in enumerate(parameter):
+            parameter.zero_()  # also rows that only pad a shard
+            for i, expert in enumerate(parameter[: module.num_local]):
                 generator = _generator(*key, first_expert + i)
                 expert.copy_(initializer.draw(expert.shape, generator))

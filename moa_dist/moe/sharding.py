@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -11,8 +10,8 @@ from torch import nn
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.collectives import all_gather_shards
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.moe.exchange import ExchangeDispatcher, shard_starts
-from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.exchange import ExchangeDispatcher
+from moa_dist.moe.experts import GroupedLinear, expert_layers, shard_starts
 from moa_dist.moe.routed import RoutedModule
 
 
@@ -27,24 +26,20 @@ def shard_experts(
     if mesh.expert_parallel == 1:
         return
     exchange = exchange or ExpertExchangeConfig()
+    unseen = dict(expert_layers(model))
     for name, module in model.named_modules():
         if not isinstance(module, RoutedModule):
             continue
         weights_travel = getattr(exchange, name.rpartition(".")[2]) == "weights"
         if not weights_travel:
             module.dispatcher = ExchangeDispatcher(mesh.ep_group)
-        for child in module.children():
+        for child_name, child in module.named_children():
             if isinstance(child, GroupedLinear):
-                starts = shard_starts(child.num_experts, mesh.expert_parallel)
-                rank = mesh.ep_group.rank()
-                child.shard(starts[rank], starts[rank + 1])
+                del unseen[f"{name}.{child_name}"]
+                child.shard(mesh.ep_group.rank(), mesh.expert_parallel)
                 if weights_travel:
+                    starts = shard_starts(child.num_experts, mesh.expert_parallel)
                     sizes = [stop - first for first, stop in pairwise(starts)]
                     child.gather = partial(all_gather_shards, sizes=sizes, group=mesh.ep_group)
-
-
-def expert_layers(model: nn.Module) -> Iterator[tuple[str, GroupedLinear]]:
-    """Name and module of every expert tensor."""
-    for name, module in model.named_modules():
-        if isinstance(module, GroupedLinear):
-            yield name, module
+    # Whole on every rank, such a layer would still be reduced as if it were a shard.
+    assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
-from moa_dist.moe.sharding import expert_layers
+from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.optimizer import make_optimizer
@@ -93,7 +94,8 @@ class Engine:
         """One optimizer step over this rank's micro-batches.
 
         Collective; every rank brings the same number of micro-batches of the same size.
-        Raises TrainingError, with the parameters untouched, if the loss is not finite.
+        Raises TrainingError, with the parameters untouched, if the loss or the gradient norm is
+        not finite.
         """
         batches = [batch.to(self.device) for batch in batches]
         num_targets = self._sum_over_ranks(
@@ -124,11 +126,11 @@ class Engine:
     def _update(self) -> float:
         """Reduce, clip and take the step; returns the global gradient norm."""
         if self.zero_stage > 0:
-            self.deepspeed.step()
-            return float(self.deepspeed.get_global_grad_norm())
-        norm = self._reduce_and_clip()
+            self.deepspeed.step()  # which leaves the parameters alone if the norm is not finite
+            return _finite(float(self.deepspeed.get_global_grad_norm()))
+        norm = _finite(float(self._reduce_and_clip()))
         self.deepspeed.step()
-        return float(norm)
+        return norm
 
     def _reduce_and_clip(self) -> Tensor:
         """Average gradients over ranks, clip them by their global norm, return that norm.
@@ -168,7 +170,7 @@ class Engine:
         values = dict(zip(sums, total.tolist(), strict=True))
         if bool(total.isfinite().all()):
             return values
-        broken = ", ".join(f"{k} = {v}" for k, v in values.items() if v - v != 0)
+        broken = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
         first = self._first_not_finite(batches)
         raise TrainingError(f"the loss is not finite ({broken}); first seen in {first}")
 
@@ -205,6 +207,16 @@ class Engine:
         """Release DeepSpeed's hooks and groups."""
         self.deepspeed.destroy()
         deepspeed_hooks.unregister_groups()
+
+
+def _finite(grad_norm: float) -> float:
+    """The norm, equal on every rank; raises TrainingError if it is not finite."""
+    if not math.isfinite(grad_norm):
+        raise TrainingError(
+            f"the loss is finite, but the gradient norm is {grad_norm}: lower optimizer.lr or the "
+            "auxiliary coefficients, warm up for longer, or train in fp32 to see where it starts"
+        )
+    return grad_norm
 
 
 def _values(result: Objective) -> dict[str, Tensor]:

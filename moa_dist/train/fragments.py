@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa_dist.moe.sharding import expert_layers
+from moa_dist.moe.experts import expert_layers
 from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.engine import Engine
 
@@ -86,12 +86,16 @@ def _pieces(engine: Engine) -> Iterator[_Piece]:
 
 def fragments(engine: Engine, *, owned_only: bool) -> Iterator[Fragment]:
     """All fragments on this rank; with `owned_only`, each one on exactly one rank."""
-    offsets = {
-        f"{name}.weight": layer.first_expert * layer.d_in * layer.d_out
-        for name, layer in expert_layers(engine.model)
-    }
+    experts = {f"{name}.weight": layer for name, layer in expert_layers(engine.model)}
     for piece in _pieces(engine):
         if owned_only and piece.replicated:
+            continue
+        start, numel = piece.start, piece.numel
+        if layer := experts.get(piece.name):
+            size = layer.d_in * layer.d_out
+            numel = min(numel, layer.num_local * size - start)  # without what pads the shard
+            start += layer.first_expert * size
+        if numel <= 0:
             continue
         states = {MASTER: piece.flat.detach()}
         states |= {
@@ -99,9 +103,8 @@ def fragments(engine: Engine, *, owned_only: bool) -> Iterator[Fragment]:
             for key, value in engine.optimizer.state.get(piece.flat, {}).items()
             if isinstance(value, Tensor) and value.shape == piece.flat.shape
         }
-        start = piece.start + offsets.get(piece.name, 0)
         for state, values in states.items():
-            view = values.view(-1).narrow(0, piece.offset, piece.numel)
+            view = values.view(-1).narrow(0, piece.offset, numel)
             yield Fragment(piece.name, state, start, view)
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from moa_dist.config import find_layout_problems, to_yaml
 from moa_dist.config.run import Config
 from moa_dist.data.check import check_data
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.manifest import MANIFEST_FILE, Manifest
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
@@ -37,10 +37,13 @@ from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train import checkpoint
-from moa_dist.train.checkpoint_files import checkpoints
+from moa_dist.train.checkpoint_files import Reader, checkpoints
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
+
+_KEPT_FILES = (TOKENIZER_FILE, MANIFEST_FILE)
+"""Copied from the training data into the run's folder: a resumed run must meet the same."""
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -49,6 +52,40 @@ def check_run(config: Config, world_size: int) -> None:
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
     check_data(config.data, vocab_size=config.model.vocab_size, world_size=world_size)
+    _check_earlier_run(config)
+
+
+def _check_earlier_run(config: Config) -> None:
+    """What the run's folder holds must be what this run goes on from."""
+    folder = run_folder(config)
+    saved = checkpoints(folder)
+    if not saved:
+        return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            [
+                f"{folder} holds checkpoints of an earlier run, and checkpoint.resume is never: "
+                "choose another `name`, or delete the folder"
+            ]
+        )
+    for file in _KEPT_FILES:
+        used, now = folder / file, Path(config.data.train) / file
+        if used.exists() and used.read_bytes() != now.read_bytes():
+            raise DataError(
+                f"{folder} was trained with another {file} than that of {config.data.train}, so it "
+                "cannot go on with this data: prepare it as before, or choose another `name`"
+            )
+    before = Reader(saved[-1]).index.config.data
+    changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
+    if changed:
+        raise ConfigError(
+            [
+                f"data.{f} was {getattr(before, f)} before: it decides the order of samples, and a "
+                "change would repeat some and skip others; set it back, or choose another `name`"
+                for f in changed
+            ],
+            f"{folder}",
+        )
 
 
 def run_folder(config: Config) -> Path:
@@ -76,10 +113,10 @@ def train(config: Config, observer: Observer) -> None:
         folder = run_folder(config)
         step, samples = _resume(engine, config, folder)
         listener = observer if mesh.rank == 0 else None
-        if listener:
-            _describe_run(config, folder)
-            listener.start(_run_start(config, this_job, folder, step))
         try:
+            if listener:
+                _describe_run(config, folder)
+                listener.start(_run_start(config, this_job, folder, step))
             micro_batches = _micro_batches(config, train_manifest, mesh, samples)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
@@ -130,28 +167,20 @@ def _due(step: int, every: int, config: Config) -> bool:
 
 def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int]:
     """Steps taken and samples consumed so far."""
-    saved = checkpoints(folder)
-    if config.checkpoint.resume == "never" or not saved:
+    # Rank 0 decides, as folders may not look the same from every node.
+    newest: list[Path | None] = [next(reversed(checkpoints(folder)), None)]
+    dist.broadcast_object_list(newest)
+    if newest[0] is None:
         return 0, 0
-    _check_tokenizer(config, folder)
-    index = checkpoint.load(engine, saved[-1])
+    index = checkpoint.load(engine, newest[0])
     return index.step, index.samples
-
-
-def _check_tokenizer(config: Config, folder: Path) -> None:
-    """A resumed model must meet the token ids that it knows."""
-    used, now = (path / TOKENIZER_FILE for path in (folder, Path(config.data.train)))
-    if used.exists() and used.read_bytes() != now.read_bytes():
-        raise DataError(
-            f"{folder} was trained with another tokenizer than that of {config.data.train}; "
-            f"prepare the text again with --tokenizer {used}, or start a run under another name"
-        )
 
 
 def _describe_run(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    shutil.copyfile(Path(config.data.train) / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+    for file in _KEPT_FILES:
+        shutil.copyfile(Path(config.data.train) / file, folder / file)
 
 
 def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunStart:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint_files import MASTER
-from moa_dist.train.engine import Engine
+from moa_dist.train.engine import Engine, deepspeed_config
 from moa_dist.train.fragments import fragments
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
@@ -139,6 +140,16 @@ def one_process(case: Case) -> Outcome:
     )
 
 
+def as_if_large(config: Config, world_size: int) -> dict[str, Any]:
+    """Tell DeepSpeed what large models meet: many buckets; no parameter whole at ZeRO 3."""
+    result = deepspeed_config(config, world_size)
+    if config.parallel.zero_stage > 0:
+        result["zero_optimization"] |= {"reduce_bucket_size": 300, "allgather_bucket_size": 300}
+    if config.parallel.zero_stage == 3:
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return result
+
+
 def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]:
     """Runs on every rank of a pool: one engine step, and the fragments this rank owns."""
     config, batch = case.config(), case.batch()
@@ -148,7 +159,8 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
         recompute=case.recompute,
         parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
     )
-    engine = Engine(model, config, mesh, torch.device("cpu"))
+    with mock.patch("moa_dist.train.engine.deepspeed_config", as_if_large):
+        engine = Engine(model, config, mesh, torch.device("cpu"))
 
     def micro_batch(rows: torch.Tensor) -> Batch:
         return Batch(batch.tokens[rows], None if batch.real is None else batch.real[rows])

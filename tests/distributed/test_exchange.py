@@ -16,11 +16,12 @@ from torch import Tensor
 
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
-from moa_dist.moe.exchange import ExchangeDispatcher, shard_starts
+from moa_dist.moe.exchange import ExchangeDispatcher
+from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 from tests.moe.routings import draw, random_routing
 
-LEVELS = ("token", "group", "slot")
+LEVELS = ("token", "head", "slot")
 PROJECTIONS = list(product(LEVELS, LEVELS, (True, False)))
 D_IN, D_OUT = 4, 3
 
@@ -44,7 +45,7 @@ class Case:
 
     def num_rows(self, level: str, rank: int) -> int:
         G, K = self.num_groups, self.top_k
-        return self.tokens[rank] * {"token": 1, "group": G, "slot": G * K}[level]
+        return self.tokens[rank] * {"token": 1, "head": G, "slot": G * K}[level]
 
     def routing(self, rank: int) -> Routing:
         choose_from = self.only_experts or self.experts_per_group
@@ -164,7 +165,7 @@ def test_a_row_travels_once_per_destination_rank(pools, case):
             if kept is None:
                 kept = torch.ones_like(owners, dtype=torch.bool)
             row = torch.arange(case.num_rows(level, rank))
-            row = row.view(*owners.shape[: {"token": 1, "group": 2, "slot": 3}[level]])
+            row = row.view(*owners.shape[: {"token": 1, "head": 2, "slot": 3}[level]])
             row = row.reshape(*row.shape, *[1] * (3 - row.dim())).expand_as(owners)
             pairs = set(zip(owners[kept].tolist(), row[kept].tolist(), strict=True))
             expected = [sum(owner == r for owner, _ in pairs) for r in range(num_ranks)]

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
-from moa_dist.moe.sharding import expert_layers, shard_experts
+from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.sharding import shard_experts
 from tests.distributed.layouts import SEQUENCES, Case
 
 REPEATED = Case(model={"num_layers": 6, "num_distinct_layers": 2})  # 3 repeats

@@ -10,8 +10,7 @@ from moa_dist.config import Config, load_config
 from moa_dist.config.model import MoEFFNConfig, SwitchHeadConfig
 from moa_dist.models.counts import count, states
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.exchange import shard_starts
-from moa_dist.moe.sharding import expert_layers
+from moa_dist.moe.experts import expert_layers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -133,8 +132,7 @@ def shard_of_rank(config: Config, rank: int, ep: int) -> tuple[int, int]:
     with torch.device("meta"):
         model = LanguageModel(config.model)
     for _, layer in expert_layers(model):
-        first, stop = shard_starts(layer.num_experts, ep)[rank : rank + 2]
-        layer.shard(first, stop)
+        layer.shard(rank, ep)
     experts = sum(layer.weight.numel() for _, layer in expert_layers(model))
     return sum(p.numel() for p in model.parameters()) - experts, experts
 
@@ -144,15 +142,16 @@ def shard_of_rank(config: Config, rank: int, ep: int) -> tuple[int, int]:
     ("world_size", "ep"), [(1, 1), (4, 1), (2, 2), (4, 2), (3, 3), (6, 3), (4, 4)]
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
-def test_states_are_those_of_the_fullest_rank(precision, world_size, ep, stage):
+def test_states_are_those_of_every_rank(precision, world_size, ep, stage):
     config = small(parallel={"expert_parallel": ep, "zero_stage": stage})
     config = config.model_copy(
         update={"train": config.train.model_copy(update={"precision": precision})}
     )
     shards = [shard_of_rank(config, rank, ep) for rank in range(ep)]
-    assert ep not in (2, 4) or len(set(shards)) > 1, "these ranks should hold unequal shards"
-    whole = max(map(sum, shards))
-    part = max(ceil(d / world_size) + ceil(e / (world_size // ep)) for d, e in shards)
+    assert len(set(shards)) == 1, "ranks must hold equally much, or their buckets differ"
+    dense, experts = shards[0]
+    whole = dense + experts
+    part = ceil(dense / world_size) + ceil(experts / (world_size // ep))
     element = {"fp32": 4, "bf16": 2, "fp64": 8}[precision]
 
     held = states(count(config.model, 32), config, world_size)

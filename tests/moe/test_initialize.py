@@ -1,6 +1,7 @@
 """Initial weights depend on seed, name and global expert index: never on the layout."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,10 +9,8 @@ from torch import nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.language_model import build_model
-from moa_dist.moe.exchange import shard_starts
-from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.experts import GroupedLinear, expert_layers, shard_starts
 from moa_dist.moe.initialize import Constant, Normal, XavierUniform, initialize
-from moa_dist.moe.sharding import expert_layers
 
 ROUTER = {"num_experts": 5, "top_k": 2, "score": "sigmoid"}
 CONFIG = ModelConfig.model_validate(
@@ -32,8 +31,7 @@ def weights(seed: int = 0, **more) -> dict[str, torch.Tensor]:
 
 def keep_shard(model: nn.Module, rank: int, num_ranks: int) -> None:
     for _, layer in expert_layers(model):
-        first, stop = shard_starts(layer.num_experts, num_ranks)[rank : rank + 2]
-        layer.shard(first, stop)
+        layer.shard(rank, num_ranks)
 
 
 def test_seed_decides():
@@ -55,7 +53,11 @@ def test_sharding_does_not_change_weights(num_ranks):
     for name, value in whole.items():
         pieces = [shard[name] for shard in shards]
         if name in experts:
-            assert torch.equal(torch.cat(pieces), value), name
+            sizes = [b - a for a, b in pairwise(shard_starts(len(value), num_ranks))]
+            assert len({piece.shape for piece in pieces}) == 1
+            assert not any(p[n:].any() for p, n in zip(pieces, sizes, strict=True)), "padding"
+            kept = [piece[:n] for piece, n in zip(pieces, sizes, strict=True)]
+            assert torch.equal(torch.cat(kept), value), name
         else:
             assert all(torch.equal(piece, value) for piece in pieces), name
     assert len(experts) == 2 * 5
@@ -65,8 +67,9 @@ def test_sharding_after_allocation_keeps_the_same_experts():
     whole, model = weights(), build_model(CONFIG)
     keep_shard(model, 1, 3)
     for name, layer in expert_layers(model):
-        stop = layer.first_expert + len(layer.weight)
-        assert torch.equal(layer.weight, whole[f"{name}.weight"][layer.first_expert : stop])
+        stop = layer.first_expert + layer.num_local
+        expected = whole[f"{name}.weight"][layer.first_expert : stop]
+        assert torch.equal(layer.weight[: layer.num_local], expected)
         assert isinstance(layer.weight, nn.Parameter)
 
 
