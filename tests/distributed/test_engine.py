@@ -5,12 +5,22 @@ and some experts get no token. Stage 0 runs in fp64; DeepSpeed keeps fp32 master
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
+from moa_dist.distributed.mesh import make_mesh
+from moa_dist.errors import TrainingError
+from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch
+from moa_dist.moe.sharding import shard_experts
+from moa_dist.train.engine import Engine
+from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import (
     CAPACITY,
     MOA,
+    SEQUENCES,
     Case,
     assert_equal,
     distributed,
@@ -63,7 +73,7 @@ MODELS = {
         | {"heads_per_expert": 2, "router": router(6, 3, "softmax", capacity=CAPACITY)},
         "ffn": {"kind": "dense", "d_ff": 24},
     },
-    "dense attention, drops by position in groups of two sequences": {
+    "dense attention, drops by position": {
         "norm_placement": "post",
         "attention": {"kind": "dense", "num_heads": 2, "d_head": 8},
         "ffn": {
@@ -75,6 +85,51 @@ MODELS = {
         },
     },
 }
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bf16_takes_the_fp32_step_to_bf16_accuracy(pools, zero_stage):
+    """A wrong factor on any gradient, of experts say, would be an error of a half or more."""
+    case = Case(zero_stage=zero_stage, precision="bf16")
+    ours, reference = distributed(pools, case), one_process(case)
+    initial = build_model(case.config().model).double().state_dict()
+    assert ours.loss == pytest.approx(reference.loss, rel=1e-2)
+    assert ours.grad_norm == pytest.approx(reference.grad_norm, rel=3e-2)
+    for part in ("embedding", "q.weight", "v.weight", "o.weight", "up.weight", "down.weight"):
+        names = [n for n in initial if n.endswith(part) or n.startswith(part)]
+        step, expected = (
+            torch.cat([(o.parameters[n] - initial[n]).flatten() for n in names])
+            for o in (ours, reference)
+        )
+        assert ((step - expected).norm() / expected.norm()).item() < 0.15, part
+
+
+def test_gradient_that_is_not_finite_stops_the_run(pools):
+    """Before the parameters change, at every stage."""
+    for zero_stage in range(4):
+        case = Case(**stage(zero_stage))
+        for message, changed in pools(2).run(poisoned_step, case):
+            assert "gradient norm is" in message
+            assert not changed
+
+
+def poisoned_step(case: Case) -> tuple[str, bool]:
+    """On every rank: a step whose loss is finite and whose gradient is not."""
+    config, batch = case.config(), case.batch()
+    mesh = make_mesh(case.expert_parallel)
+    model = build_model(config.model, parallelize=partial(shard_experts, mesh=mesh))
+    engine = Engine(model, config, mesh, torch.device("cpu"))
+    engine.model.final_norm.register_full_backward_hook(
+        lambda _module, grads, _outputs: tuple(g * float("inf") for g in grads)
+    )
+    before = [f.view.clone() for f in fragments(engine, owned_only=True)]
+    rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
+    with pytest.raises(TrainingError) as error:
+        engine.step([Batch(batch.tokens[r], batch.real[r]) for r in rows], lr=1.0)
+    after = [f.view for f in fragments(engine, owned_only=True)]
+    changed = not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    engine.close()
+    return str(error.value), changed
 
 
 DENSE = {
