@@ -28,7 +28,7 @@ else
     inputs=()
     while IFS= read -r file; do inputs+=("$file"); done < <(find "$stdlib" -name '*.py' \
         -not -path '*/site-packages/*' -not -path '*/dist-packages/*' \
-        -not -path '*/test/*' -not -path '*/tests/*' | sort)
+        -not -path '*/test/*' -not -path '*/tests/*' -not -path '*/encodings/*' | sort)
 fi
 
 say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
