@@ -39,7 +39,8 @@ class CapacityConfig(Section):
     """Capacity relative to a perfectly even load."""
     policy: Literal["position", "probability"] = "position"
     """Who is dropped: the latest positions first, or the lowest scores first. The second looks at
-    the whole group, so in a causal model a later token may displace an earlier one."""
+    the whole group, so in a causal model a later token may displace an earlier one; and where
+    scores differ by rounding only, as for equal tokens without positions, rounding decides."""
 
 
 class BalanceConfig(Section):
