@@ -9,13 +9,8 @@ from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
 
 
-def find_problems(config: Config) -> list[str]:
-    """Impossible combinations that can be seen without knowing the number of ranks."""
-    return [problem.text for problem in check_fields(config)]
-
-
 def check_fields(config: Config, partial: bool = False) -> list[Problem]:
-    """As `find_problems`, with the fields that each problem is about.
+    """Impossible combinations that can be seen without knowing the number of ranks.
 
     `partial` is for a configuration from which unusable fields were left out: a check that
     needs one of them is skipped.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moa_dist.config import find_layout_problems, find_problems, load_config
+from moa_dist.config import find_layout_problems, load_config
 
 DENSE = ["model.attention.kind=dense", "model.attention.num_heads=2", "model.attention.d_head=16"]
 DENSE_FFN = ["model.ffn.kind=dense", "model.ffn.d_ff=64"]
@@ -63,7 +63,7 @@ def test_impossible_combination(base, problems, overrides, expected):
     ],
 )
 def test_possible_combination(base, overrides):
-    assert find_problems(load_config(base, overrides)) == []
+    load_config(base, overrides)  # raises on any problem
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

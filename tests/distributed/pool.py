@@ -50,9 +50,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torch._dynamo", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
-        )
+        context.set_forkserver_preload(PRELOADED)
         port = _free_port()
         self.world_size = world_size
         self._pipes, self._processes = [], []
