@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 
 
@@ -20,6 +21,17 @@ def share_cores() -> None:
     local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     threads = max(1, (os.cpu_count() or 1) // int(local_ranks))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def say_once(rank: int, message: str) -> None:
+    """Print what every rank has found, on rank 0 alone.
+
+    The others wait: launchers kill all ranks at the first exit, rank 0 perhaps before it spoke.
+    """
+    if rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)
 
 
 def main() -> int:
@@ -44,14 +56,15 @@ def main() -> int:
         config = load_config(args.config, args.overrides)
         check_run(config, world_size)
     except MoaDistError as error:
-        if rank == 0:  # every rank found the same
-            print(error, file=sys.stderr)
+        say_once(rank, str(error))
         return 2
     try:
         train(config, Observers(config))
+    except TrainingError as error:
+        say_once(rank, str(error))
+        return 2
     except MoaDistError as error:
-        if rank == 0 or not isinstance(error, TrainingError):  # which every rank raises
-            print(f"rank {rank}: {error}", file=sys.stderr)
+        print(f"rank {rank}: {error}", file=sys.stderr)
         return 2
     return 0
 
