@@ -1,85 +1,142 @@
-"""Collectives that carry gradients.
+"""Collectives that carry gradients, and that computation may overlap.
 
-Every rank of a group must enter them in the same order, also with nothing to send.
+Every rank of a group must enter them in the same order, also with nothing to send. Each comes in
+two parts: what begins it returns at once, and `Arriving.wait` gives the result. Autograd runs the
+parts backwards: the gradient sets out where the result was waited for, and is waited for where
+the collective began, so whatever was computed between the two overlaps it in both passes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moa_dist.distributed.arriving import Arriving
+from moa_dist.distributed.traffic import Channel, Purpose
 
-class _AllToAllRows(torch.autograd.Function):
-    """Rows to every rank; gradients take the same way back."""
+_Begun = tuple[Tensor, dist.Work | None]
+"""The buffer that fills, and whom to wait for."""
+
+
+@dataclass
+class _Flight:
+    """One collective, and the one by which its gradient comes back."""
+
+    begin: Callable[[Tensor], _Begun]
+    """Starts the collective with what this rank sends."""
+    begin_backward: Callable[[Tensor], _Begun]
+    """The same for the gradient."""
+    under_way: _Begun | None = None
+    """Between its two parts, of either pass."""
+
+    def land(self) -> Tensor:
+        """Wait, unless the collective was a blocking one; the filled buffer."""
+        assert self.under_way is not None
+        (buffer, work), self.under_way = self.under_way, None
+        if work is not None:
+            work.wait()
+        return buffer
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.under_way = flight.begin(sent.contiguous())
+        return flight.under_way[0]
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(rows, sent, received, group)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.land(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.land()
+        return buffer.view_as(buffer)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.under_way = ctx.flight.begin_backward(grads[0].contiguous())
+        # Nobody reads what is returned, it only has the shape that autograd expects here: the
+        # gradient that _Begin.backward returns has the shape of what was sent.
+        return grads[0], None
 
 
-def _exchange(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    out = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
+def _depart(sent: Tensor, flight: _Flight) -> Arriving:
+    return Arriving(_Begin.apply(sent, flight), lambda buffer: _Wait.apply(buffer, flight))
 
 
 def all_to_all_rows(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
+    rows: Tensor, sent: list[int], received: list[int], channel: Channel, purpose: Purpose
+) -> Arriving:
     """Send `sent[p]` consecutive rows to each rank p, get `received[p]` from it.
 
     `rows` [sum(sent), ...] -> [sum(received), ...] in rank order. The gradient of a row is
     the gradient at the place where it arrived: nothing is summed or averaged here.
     """
-    result: Tensor = _AllToAllRows.apply(rows, sent, received, group)
-    return result
+    rank = channel.group.rank()
+
+    def exchange(x: Tensor, there: list[int], here: list[int], *, backward: bool) -> _Begun:
+        out = x.new_empty(sum(here), *x.shape[1:])
+        row_bytes = x.element_size() * x.shape[1:].numel()
+        channel.count(purpose, (sum(there) - there[rank]) * row_bytes, backward=backward)
+        return out, dist.all_to_all_single(
+            out, x, here, there, group=channel.group, async_op=channel.overlap
+        )
+
+    return _depart(
+        rows,
+        _Flight(
+            begin=lambda x: exchange(x, sent, received, backward=False),
+            begin_backward=lambda grad: exchange(grad, received, sent, backward=True),
+        ),
+    )
 
 
-def all_to_all_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_to_all_counts(counts: Tensor, channel: Channel) -> Tensor:
     """[P, ...] -> [P, ...]: entry p goes to rank p, entry q of the result came from rank q."""
     out = torch.empty_like(counts)
-    dist.all_to_all_single(out, counts.contiguous(), group=group)
+    channel.count("plan", counts[1:].nbytes)
+    dist.all_to_all_single(out, counts.contiguous(), group=channel.group)
     return out
 
 
-class _AllGatherShards(torch.autograd.Function):
-    """Shards of all ranks; the gradient of a shard sums over the ranks that used it."""
-
-    @staticmethod
-    def forward(ctx: Any, shard: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        gathered = shard.new_empty(len(sizes) * len(shard), *shard.shape[1:])
-        dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
-        return torch.cat([s[:n] for s, n in zip(gathered.split(len(shard)), sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        sizes, group = ctx.sizes, ctx.group
-        padded = grads[0].new_zeros(len(sizes), max(sizes), *grads[0].shape[1:])
-        for rank, part in enumerate(grads[0].split(sizes)):
-            padded[rank, : len(part)] = part
-        mine = torch.empty_like(padded[0])
-        dist.reduce_scatter_tensor(mine, padded.flatten(0, 1), group=group)
-        return mine, None, None
-
-
-def all_gather_shards(shard: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+def all_gather_shards(shard: Tensor, sizes: list[int], channel: Channel) -> Arriving:
     """The first `sizes[rank]` rows of each rank's shard -> [sum(sizes), ...], in rank order.
 
     `shard` [max(sizes), ...] has one shape on all ranks. The gradient is summed over the group
     and scattered back, in one collective.
     """
-    result: Tensor = _AllGatherShards.apply(shard, sizes, group)
-    return result
+    num_ranks = len(sizes)
+
+    def gather(x: Tensor) -> _Begun:
+        out = x.new_empty(num_ranks * len(x), *x.shape[1:])
+        channel.count("gather", (num_ranks - 1) * x.nbytes)
+        # Detached, an alias of its own: ZeRO 3 takes a parameter's memory away once its module
+        # has been called, and the collective may still read it.
+        return out, dist.all_gather_into_tensor(
+            out, x.detach(), group=channel.group, async_op=channel.overlap
+        )
+
+    def scatter(grad: Tensor) -> _Begun:
+        mine = grad.new_empty(len(grad) // num_ranks, *grad.shape[1:])
+        channel.count("gather", (num_ranks - 1) * mine.nbytes, backward=True)
+        return mine, dist.reduce_scatter_tensor(
+            mine, grad, group=channel.group, async_op=channel.overlap
+        )
+
+    def without_padding(gathered: Tensor) -> Tensor:
+        if len(set(sizes)) == 1:
+            return gathered
+        shards = gathered.split(max(sizes))
+        return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
+
+    return _depart(shard, _Flight(begin=gather, begin_backward=scatter)).then(without_padding)

@@ -6,10 +6,11 @@ inside a node; ranks that hold copies of the same experts (edp) are ep apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from moa_dist.distributed.traffic import Channel, Ledger
 from moa_dist.errors import ClusterError
 
 
@@ -27,6 +28,12 @@ class Mesh:
     """The ep ranks that share one set of experts with this one."""
     edp_group: dist.ProcessGroup
     """The W / ep ranks that hold the same experts as this one."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """What this rank sends to others for its experts, and at ZeRO 0 for gradients."""
+
+    def ep_channel(self, layer: str, *, overlap: bool = False) -> Channel:
+        """To the ranks that share this one's experts, for the module named `layer`."""
+        return Channel(self.ep_group, layer, self.ledger, overlap)
 
 
 def expert_parallel_ranks(world_size: int, expert_parallel: int) -> list[list[int]]:

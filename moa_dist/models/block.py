@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from moa_dist.config.model import (
     MoEFFNConfig,
     SwitchHeadConfig,
 )
+from moa_dist.distributed.arriving import Arriving
 from moa_dist.models.attention import AttentionMask, DenseAttention
 from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.moa import MoAttention
@@ -68,6 +70,19 @@ class GatheredExperts(NamedTuple):
     """Of the FFN's experts."""
 
 
+class ArrivingExperts(NamedTuple):
+    """The same on their way."""
+
+    attention: Mapping[str, Arriving]
+    """Of the attention's experts."""
+    ffn: Mapping[str, Arriving]
+    """Of the FFN's experts."""
+
+    def wait(self) -> GatheredExperts:
+        """What arrived."""
+        return GatheredExperts(*({name: w.wait() for name, w in part.items()} for part in self))
+
+
 _ALL_EXPERTS_HERE = GatheredExperts()
 
 
@@ -99,13 +114,13 @@ class Block(nn.Module):
         """Multiply-accumulates of one application to a sequence of `length`, by part."""
         return dict(Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length)))
 
-    def gather_experts(self) -> GatheredExperts:
+    def gather_experts(self) -> ArrivingExperts:
         """Weights that travel between ranks: once per forward, for all repeats of this layer."""
         attention, ffn = (
             part.gather_experts() if isinstance(part, RoutedModule) else {}
             for part in (self.attention, self.ffn)
         )
-        return GatheredExperts(attention, ffn)
+        return ArrivingExperts(attention, ffn)
 
     def forward(
         self, x: Tensor, mask: AttentionMask, gathered: GatheredExperts = _ALL_EXPERTS_HERE

@@ -16,7 +16,7 @@ from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Trip
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -95,6 +95,10 @@ class MoEFeedForward(RoutedModule):
             "routers": self.router.macs(length),
         }
 
+    def trips(self) -> list[Trip]:
+        """See `RoutedModule.trips`."""
+        return [Trip("router", "token", self.up.d_in, "token", self.down.d_out, weighted=True)]
+
     def forward(
         self,
         x: Tensor,
@@ -108,10 +112,10 @@ class MoEFeedForward(RoutedModule):
         """
         routing = self.router(router_input, token_real)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        rows = plan.dispatch(x.flatten(0, 1), "token")
+        rows = plan.dispatch(x.flatten(0, 1), "token").wait()
         hidden = self.activation(self.apply_experts("up", rows, plan.counts, gathered))
         if self.gate is not None:
             hidden = hidden * self.apply_experts("gate", rows, plan.counts, gathered)
         rows = self.apply_experts("down", hidden, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True)
+        y = plan.combine(rows, "token", weighted=True).wait()
         return FeedForwardOutput(y.view_as(x), routing.statistics)

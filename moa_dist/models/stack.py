@@ -77,11 +77,14 @@ class LayerStack(nn.Module):
     def forward(self, x: Tensor, mask: AttentionMask) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]."""
         statistics = {}
+        # Weights that travel set out for all layers at once, and are awaited at their first use:
+        # they arrive while the layers before compute.
+        arriving = [layer.gather_experts() for layer in self._blocks()]
         gathered: list[GatheredExperts] = []
         for repeat in range(self.num_repeats):
             for i, layer in enumerate(self._blocks()):
                 if repeat == 0:
-                    gathered.append(layer.gather_experts())
+                    gathered.append(arriving[i].wait())
                 output = self._apply_layer(layer, x, mask, gathered[i])
                 x = output.x
                 for router, value in output.statistics.items():

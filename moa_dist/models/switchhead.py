@@ -23,7 +23,7 @@ from moa_dist.models.attention import (
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Trip
 from moa_dist.moe.router import Router
 
 
@@ -56,6 +56,14 @@ class SwitchHeadAttention(RoutedModule):
             "softmax": softmax_macs(length, length, H * self.config.d_head),
         }
 
+    def trips(self) -> list[Trip]:
+        """See `RoutedModule.trips`."""
+        D, d = self.v.d_in, self.v.d_out
+        return [
+            Trip("value_router", "token", D, "head", d, weighted=True),
+            Trip("output_router", "head", d, "token", D, weighted=True),
+        ]
+
     def forward(
         self,
         query: Tensor,
@@ -70,22 +78,25 @@ class SwitchHeadAttention(RoutedModule):
         normalised, while the value experts read the raw residual in `value`.
         """
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
+
+        def heads_of(x: Tensor) -> Tensor:
+            return apply_rope(x.unflatten(-1, (H, -1)).transpose(1, 2), self.config.rope)
+
         value_routing = self.value_router(key, mask.key_real)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
-        rows = plan.dispatch(value.reshape(B * S, D), "token")
-        rows = self.apply_experts("v", rows, plan.counts, gathered)
-        v = plan.combine(rows, "head", weighted=True).view(B, S, H, -1).transpose(1, 2)
-
-        q, k = (
-            apply_rope(project(x).unflatten(-1, (H, -1)).transpose(1, 2), self.config.rope)
-            for project, x in ((self.q, query), (self.k, key))
-        )
+        # Queries and keys are computed while rows travel.
+        arriving = plan.dispatch(value.reshape(B * S, D), "token")
+        q = heads_of(self.q(query))
+        rows = self.apply_experts("v", arriving.wait(), plan.counts, gathered)
+        arriving = plan.combine(rows, "head", weighted=True)
+        k = heads_of(self.k(key))
+        v = arriving.wait().view(B, S, H, -1).transpose(1, 2)
         heads = softmax_attention(q, k, v, mask).transpose(1, 2).reshape(B * T * H, -1)
 
         output_routing = self.output_router(query, mask.query_real)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        rows = plan.dispatch(heads, "head")
+        rows = plan.dispatch(heads, "head").wait()
         rows = self.apply_experts("o", rows, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True).view(B, T, D)
+        y = plan.combine(rows, "token", weighted=True).wait().view(B, T, D)
         statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
         return AttentionOutput(y, statistics)

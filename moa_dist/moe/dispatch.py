@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from moa_dist.distributed.arriving import Arriving, here
 from moa_dist.moe.router import Routing
 
 Level = Literal["token", "head", "slot"]
@@ -31,7 +32,9 @@ Level = Literal["token", "head", "slot"]
 class DispatchPlan(Protocol):
     """How the rows of one routing travel to the experts of this rank and back.
 
-    An immutable value: one plan serves several trips, as MoA's queries and outputs.
+    An immutable value: one plan serves several trips, as MoA's queries and outputs. A trip is
+    begun by `dispatch` or `combine` and over when its result is waited for; computation between
+    the two overlaps it.
     """
 
     @property
@@ -39,11 +42,11 @@ class DispatchPlan(Protocol):
         """Rows per local expert; they sum to A."""
         ...
 
-    def dispatch(self, x: Tensor, read: Level) -> Tensor:
+    def dispatch(self, x: Tensor, read: Level) -> Arriving:
         """Rows [rows of `read`, D] of this rank -> [A, D] in expert-major order."""
         ...
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
+    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Arriving:
         """Expert outputs [A, D] -> [rows of `write`, D] of this rank.
 
         Sums the rows of each output row in fp32 or wider, weighted by the router if asked; sums
@@ -117,12 +120,20 @@ class LocalPlan:
             num_rows=assignments.num_rows,
         )
 
-    def dispatch(self, x: Tensor, read: Level) -> Tensor:
+    def dispatch(self, x: Tensor, read: Level) -> Arriving:
         """See `DispatchPlan.dispatch`."""
+        return here(self.expand(x, read))
+
+    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Arriving:
+        """See `DispatchPlan.combine`."""
+        return here(self.reduce(rows, write, weighted=weighted))
+
+    def expand(self, x: Tensor, read: Level) -> Tensor:
+        """Rows [rows of `read`, D] -> [A, D] in expert-major order."""
         return x.index_select(0, self.rows[read])
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
-        """See `DispatchPlan.combine`."""
+    def reduce(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
+        """Expert outputs [A, D] -> [rows of `write`, D], summed as `DispatchPlan.combine` says."""
         wide = rows.to(self.weight.dtype)
         if weighted:
             wide = wide * self.weight[:, None]

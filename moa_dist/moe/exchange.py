@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from moa_dist.distributed.arriving import Arriving
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
+from moa_dist.distributed.traffic import Channel
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -41,8 +42,8 @@ class _Route:
 class ExchangePlan:
     """Send rows to the ranks of their experts, run a local plan there, send sums back."""
 
-    group: dist.ProcessGroup
-    """The expert-parallel group."""
+    channel: Channel
+    """To the ranks of the expert-parallel group."""
     routes: dict[Level, _Route]
     """What travels, by level."""
     num_rows: dict[Level, int]
@@ -55,31 +56,40 @@ class ExchangePlan:
         """See `DispatchPlan.counts`."""
         return self.local.counts
 
-    def dispatch(self, x: Tensor, read: Level) -> Tensor:
+    def dispatch(self, x: Tensor, read: Level) -> Arriving:
         """See `DispatchPlan.dispatch`."""
         route = self.routes[read]
-        sent = x.index_select(0, route.rows)
-        received = all_to_all_rows(sent, route.sent, route.received, self.group)
-        return self.local.dispatch(received, read)
+        return all_to_all_rows(
+            x.index_select(0, route.rows), route.sent, route.received, self.channel, "dispatch"
+        ).then(lambda received: self.local.expand(received, read))
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
+    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Arriving:
         """See `DispatchPlan.combine`."""
         route = self.routes[write]
-        sums = self.local.combine(rows, write, weighted=weighted)
-        returned = all_to_all_rows(sums, route.received, route.sent, self.group)
-        wide = returned.to(self.local.weight.dtype)
-        return sum_rows(wide, route.rows, self.num_rows[write]).to(rows.dtype)
+
+        def add_up(returned: Tensor) -> Tensor:
+            wide = returned.to(self.local.weight.dtype)
+            return sum_rows(wide, route.rows, self.num_rows[write]).to(rows.dtype)
+
+        return all_to_all_rows(
+            self.local.reduce(rows, write, weighted=weighted),
+            route.received,
+            route.sent,
+            self.channel,
+            "combine",
+        ).then(add_up)
 
 
 @dataclass(frozen=True)
 class ExchangeDispatcher:
-    """Experts are spread over the ranks of `group` in contiguous shards."""
+    """Experts are spread over the ranks of the channel's group in contiguous shards."""
 
-    group: dist.ProcessGroup
+    channel: Channel
 
     def plan(self, routing: Routing, num_experts: int) -> ExchangePlan:
         """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
-        num_ranks, rank = self.group.size(), self.group.rank()
+        group = self.channel.group
+        num_ranks, rank = group.size(), group.rank()
         home = assignments_of(routing)
         bounds = shard_starts(num_experts, num_ranks)
         starts = torch.tensor(bounds, device=home.expert.device)
@@ -87,46 +97,60 @@ class ExchangeDispatcher:
 
         # Indices are relative to the block of rows that goes to one rank, so that the
         # receiver only adds where the block starts.
-        unique = {level: _unique_rows(home, owner, level, num_ranks) for level in _TRAVELLING}
+        levels = _TRAVELLING if routing.expert_ids.shape[1] > 1 else _TRAVELLING[:1]
+        unique = {level: _unique_rows(home, owner, level, num_ranks) for level in levels}
         sent_counts = torch.stack(
-            [owner.bincount(minlength=num_ranks), *(unique[lv].counts for lv in _TRAVELLING)], 1
+            [owner.bincount(minlength=num_ranks), *(unique[level].counts for level in levels)], 1
         )
-        received_counts = all_to_all_counts(sent_counts, self.group)
+        received_counts = all_to_all_counts(sent_counts, self.channel)
         (sent, *sent_rows), (received, *received_rows) = (
             counts.T.tolist() for counts in (sent_counts, received_counts)
         )
         indices = torch.stack(
-            [home.expert - starts[owner], *(unique[lv].place for lv in _TRAVELLING)], 1
+            [home.expert - starts[owner], *(unique[level].place for level in levels)], 1
         )
-        indices = all_to_all_rows(indices, sent, received, self.group)
-        weight = all_to_all_rows(home.weight, sent, received, self.group)
-
+        arriving = [
+            all_to_all_rows(x, sent, received, self.channel, "plan")
+            for x in (indices.int(), home.weight)
+        ]
         routes = {
             level: _Route(unique[level].rows, sent_rows[i], received_rows[i])
-            for i, level in enumerate(_TRAVELLING)
+            for i, level in enumerate(levels)
         }
+        routes.setdefault("head", routes["token"])  # one router group: the same rows
         routes["slot"] = _Route(home.rows["slot"], sent, received)
-        source = torch.arange(num_ranks, device=weight.device).repeat_interleave(
-            torch.tensor(received, device=weight.device)
-        )
-        block_starts = received_counts.cumsum(0) - received_counts
-        arrived = Assignments(
-            expert=indices[:, 0],
-            weight=weight,
-            rows={
-                "token": indices[:, 1] + block_starts[source, 1],
-                "head": indices[:, 2] + block_starts[source, 2],
-                "slot": torch.arange(len(indices), device=weight.device),
-            },
-            num_rows={level: sum(route.received) for level, route in routes.items()},
-        )
-        num_local = bounds[rank + 1] - bounds[rank]
+        indices, weight = (x.wait() for x in arriving)
+        arrived = _arrived(indices, weight, received_counts, routes, levels)
         return ExchangePlan(
-            group=self.group,
+            channel=self.channel,
             routes=routes,
             num_rows=home.num_rows,
-            local=LocalPlan.of(arrived, num_local),
+            local=LocalPlan.of(arrived, bounds[rank + 1] - bounds[rank]),
         )
+
+
+def _arrived(
+    indices: Tensor,
+    weight: Tensor,
+    received_counts: Tensor,
+    routes: dict[Level, _Route],
+    levels: tuple[Level, ...],
+) -> Assignments:
+    """Assignments as they arrived, in terms of the rows that arrive here.
+
+    `indices` [A, 1 + levels]: local expert, and place within the rows that one rank sends.
+    """
+    num_rows = {level: sum(route.received) for level, route in routes.items()}
+    num_assignments, device = num_rows["slot"], weight.device
+    source = torch.arange(len(received_counts), device=device).repeat_interleave(
+        received_counts[:, 0], output_size=num_assignments
+    )
+    block_starts = (received_counts.cumsum(0) - received_counts)[source]
+    expert, *places = indices.long().unbind(1)
+    rows = {level: places[i] + block_starts[:, 1 + i] for i, level in enumerate(levels)}
+    rows.setdefault("head", rows["token"])
+    rows["slot"] = torch.arange(num_assignments, device=device)
+    return Assignments(expert=expert, weight=weight, rows=rows, num_rows=num_rows)
 
 
 def _sort_by_owner(home: Assignments, starts: Tensor) -> tuple[Assignments, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from moa_dist.distributed.arriving import Arriving
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.initialize import Initializer
 
@@ -23,15 +24,15 @@ class GroupedLinear(nn.Module):
     """Expert e multiplies its rows by `weight[e - first_expert]`; no bias.
 
     `num_experts` counts all experts; `num_local` of them, from `first_expert` on, are here: all
-    until `shard` is called. `gather`, if set, turns the weights of this rank's experts into
-    those of all experts [E, d_in, d_out].
+    until `shard` is called. `gather`, if set, begins to turn the weights of this rank's experts
+    into those of all experts [E, d_in, d_out].
     """
 
     def __init__(self, num_experts: int, d_in: int, d_out: int, init: Initializer) -> None:
         super().__init__()
         self.num_experts = self.num_local = num_experts
         self.first_expert = 0
-        self.gather: Callable[[Tensor], Tensor] | None = None
+        self.gather: Callable[[Tensor], Arriving] | None = None
         self.d_in, self.d_out = d_in, d_out  # kept, since ZeRO 3 empties `weight` between uses
         self.init = init
         self.weight = nn.Parameter(torch.empty(num_experts, d_in, d_out))
@@ -58,10 +59,15 @@ class GroupedLinear(nn.Module):
         """Multiply-accumulates for one row."""
         return self.d_in * self.d_out
 
-    def forward(self, rows: Tensor | None, counts: list[int]) -> Tensor:
+    def begin_gather(self) -> Arriving:
+        """Weights [E, d_in, d_out] of all experts, if `gather` is set."""
+        weights: Arriving = self(None, [])
+        return weights
+
+    def forward(self, rows: Tensor | None, counts: list[int]) -> Tensor | Arriving:
         """Rows [A, d_in] in expert-major order, `counts` per local expert -> [A, d_out].
 
-        Without rows, the gathered weights. Both are calls of this module, for ZeRO 3 gathers
+        Without rows, what `begin_gather` says. Both are calls of this module, for ZeRO 3 gathers
         parameters call by call.
         """
         if rows is None:

@@ -6,13 +6,16 @@ their experts, or its experts' weights are gathered here. Its forward reads the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from moa_dist.distributed.arriving import Arriving
 from moa_dist.kernels.grouped_matmul import grouped_matmul
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.dispatch import Dispatcher, Level, LocalDispatcher
 from moa_dist.moe.experts import GroupedLinear
 
 Gathered = Mapping[str, Tensor]
@@ -23,17 +26,38 @@ NOTHING_GATHERED: Gathered = MappingProxyType({})
 """For modules whose experts are all here."""
 
 
-class RoutedModule(nn.Module):
+class Trip(NamedTuple):
+    """Rows go to their experts and back, as a module's forward lets them."""
+
+    router: str
+    """Name of the router, within the module, whose plan they follow."""
+    read: Level
+    """What is sent: rows of this level ..."""
+    d_in: int
+    """... and width."""
+    write: Level
+    """What comes back."""
+    d_out: int
+    """Its width."""
+    weighted: bool
+    """The router weighs what comes back."""
+
+
+class RoutedModule(nn.Module, ABC):
     """A module whose children include `GroupedLinear`s, perhaps sharded over ranks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def gather_experts(self) -> dict[str, Tensor]:
+    @abstractmethod
+    def trips(self) -> list[Trip]:
+        """What travels in one forward if tokens do, for those who count it."""
+
+    def gather_experts(self) -> dict[str, Arriving]:
         """Weights that travel: called once per forward and used by every repeat of a layer."""
         return {
-            name: child(None, [])
+            name: child.begin_gather()
             for name, child in self.named_children()
             if isinstance(child, GroupedLinear) and child.gather is not None
         }

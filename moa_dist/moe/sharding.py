@@ -16,11 +16,16 @@ from moa_dist.moe.routed import RoutedModule
 
 
 def shard_experts(
-    model: nn.Module, mesh: Mesh, exchange: ExpertExchangeConfig | None = None
+    model: nn.Module,
+    mesh: Mesh,
+    exchange: ExpertExchangeConfig | None = None,
+    *,
+    overlap: bool = False,
 ) -> None:
     """Keep this rank's experts of every `RoutedModule`, attention and FFN alike.
 
-    `exchange` says by the module's name, `attention` or `ffn`, what travels: tokens if absent.
+    `exchange` says by the module's name, `attention` or `ffn`, what travels: tokens if absent;
+    `auto` has been decided. With `overlap` it travels while other things are computed.
     Best called while parameters are on the meta device, so that no rank ever holds all.
     """
     if mesh.expert_parallel == 1:
@@ -30,16 +35,18 @@ def shard_experts(
     for name, module in model.named_modules():
         if not isinstance(module, RoutedModule):
             continue
-        weights_travel = getattr(exchange, name.rpartition(".")[2]) == "weights"
-        if not weights_travel:
-            module.dispatcher = ExchangeDispatcher(mesh.ep_group)
+        travels = getattr(exchange, name.rpartition(".")[2])
+        assert travels != "auto", "see moa_dist.plan.exchange"
+        channel = mesh.ep_channel(name, overlap=overlap)
+        if travels == "tokens":
+            module.dispatcher = ExchangeDispatcher(channel)
         for child_name, child in module.named_children():
             if isinstance(child, GroupedLinear):
                 del unseen[f"{name}.{child_name}"]
                 child.shard(mesh.ep_group.rank(), mesh.expert_parallel)
-                if weights_travel:
+                if travels == "weights":
                     starts = shard_starts(child.num_experts, mesh.expert_parallel)
                     sizes = [stop - first for first, stop in pairwise(starts)]
-                    child.gather = partial(all_gather_shards, sizes=sizes, group=mesh.ep_group)
+                    child.gather = partial(all_gather_shards, sizes=sizes, channel=channel)
     # Whole on every rank, such a layer would still be reduced as if it were a shard.
     assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"

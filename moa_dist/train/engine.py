@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
+from moa_dist.distributed.traffic import Flow
 from moa_dist.errors import TrainingError
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
@@ -151,6 +152,11 @@ class Engine:
                 [g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)]
             )
             dist.all_reduce(flat, group=group)
+            num_ranks = dist.get_world_size(group)
+            self.mesh.ledger.add(
+                Flow("experts" if group else "dense", "reduce", backward=True),
+                2 * (num_ranks - 1) * flat.nbytes // num_ranks,
+            )
             flat /= self.mesh.world_size
             squares.append(flat.double().square().sum())
             parts = flat.split([g.numel() for g in gradients])

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moa_dist.distributed.traffic import Channel, Ledger
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moa_dist.moe.exchange import ExchangeDispatcher
@@ -79,8 +80,8 @@ def project_all(
     outcomes = []
     for read, write, weighted in PROJECTIONS:
         x = draw(case.num_rows(read, rank), D_IN, seed=10 + rank).requires_grad_()
-        rows = grouped_matmul(plan.dispatch(x, read), experts, plan.counts)
-        y = plan.combine(rows, write, weighted=weighted)
+        rows = grouped_matmul(plan.dispatch(x, read).wait(), experts, plan.counts)
+        y = plan.combine(rows, write, weighted=weighted).wait()
         sources = (x, experts, *([routing.weights] if weighted else []))
         upstream = draw(*y.shape, seed=20 + rank)
         gradients = torch.autograd.grad(y, sources, upstream, retain_graph=True)
@@ -97,11 +98,16 @@ def my_experts(case: Case, rank: int) -> slice:
     return slice(*shard_starts(case.num_experts, num_ranks)[rank : rank + 2])
 
 
+def channel(overlap: bool = False) -> Channel:
+    """To all ranks of the pool."""
+    return Channel(dist.group.WORLD, "layer", Ledger(), overlap)
+
+
 def on_rank(case: Case) -> tuple[list[Outcome], list[int]]:
     """Runs on every rank of a pool."""
     rank = dist.get_rank()
     experts = all_experts(case)[my_experts(case, rank)].requires_grad_()
-    return project_all(case, rank, ExchangeDispatcher(dist.group.WORLD), experts)
+    return project_all(case, rank, ExchangeDispatcher(channel()), experts)
 
 
 CASES = {
@@ -150,7 +156,7 @@ def test_equals_local_dispatch(pools, case):
 def rows_travelling(case: Case) -> dict[str, tuple[list[int], list[int]]]:
     """Runs on every rank of a pool: rows sent to and received from each rank, by level."""
     rank = dist.get_rank()
-    plan = ExchangeDispatcher(dist.group.WORLD).plan(case.routing(rank), case.num_experts)
+    plan = ExchangeDispatcher(channel()).plan(case.routing(rank), case.num_experts)
     return {level: (trip.sent, trip.received) for level, trip in plan.routes.items()}
 
 

@@ -1,0 +1,84 @@
+"""What this rank sends to others, counted where it is sent.
+
+Counted are bytes that leave the rank, in the algorithms that move fewest: what an all-to-all keeps
+at home is not counted, a gather or scatter over P ranks moves P - 1 shards, and an all-reduce
+twice the share (P - 1) / P of its data. `moa_dist.plan.traffic` predicts the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch.distributed as dist
+
+Purpose = Literal["plan", "dispatch", "combine", "gather", "reduce"]
+"""Why a collective runs: exchanging a plan (counts, indices, router weights and their
+gradients), rows on their way to experts, rows on their way back, weights of experts, gradients.
+Gradients of rows and weights count with the trip whose way they take back."""
+
+
+class Flow(NamedTuple):
+    """One kind of traffic."""
+
+    layer: str
+    """Module that it serves, such as `stack.layers.0.ffn`."""
+    purpose: Purpose
+    """Why it is sent."""
+    backward: bool
+    """Sent by the backward pass."""
+
+
+class Volume(NamedTuple):
+    """How much of it."""
+
+    messages: int
+    """Collectives entered."""
+    num_bytes: int
+    """Sent to other ranks by this one."""
+
+    def plus(self, other: Volume) -> Volume:
+        """Both together."""
+        return Volume(self.messages + other.messages, self.num_bytes + other.num_bytes)
+
+
+NO_VOLUME = Volume(0, 0)
+"""Nothing sent."""
+
+Traffic = Mapping[Flow, Volume]
+"""All flows of a step."""
+
+
+class Ledger:
+    """Adds up flows until they are taken, once per step."""
+
+    def __init__(self) -> None:
+        self._volumes: dict[Flow, Volume] = {}
+
+    def add(self, flow: Flow, num_bytes: int) -> None:
+        """Count one collective."""
+        self._volumes[flow] = self._volumes.get(flow, NO_VOLUME).plus(Volume(1, num_bytes))
+
+    def take(self) -> dict[Flow, Volume]:
+        """Everything added since the last call."""
+        taken, self._volumes = self._volumes, {}
+        return taken
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A group of ranks as one layer uses it."""
+
+    group: dist.ProcessGroup
+    """Who takes part."""
+    layer: str
+    """Whose traffic it is."""
+    ledger: Ledger
+    """Where it is counted."""
+    overlap: bool = False
+    """Collectives run beside computation until their result is waited for."""
+
+    def count(self, purpose: Purpose, num_bytes: int, *, backward: bool = False) -> None:
+        """Count one collective that sent `num_bytes` to other ranks."""
+        self.ledger.add(Flow(self.layer, purpose, backward), num_bytes)

@@ -1,0 +1,1 @@
+"""What a run sends and needs, before it runs: arithmetic alone, no process group."""

@@ -1,0 +1,215 @@
+"""Bytes that the ranks of a job send each other in one optimizer step.
+
+Two parts: what travels for experts, flow by flow as `moa_dist.distributed.traffic` counts it, and
+what ZeRO moves. Both are sums over all ranks of what leaves a rank. What tokens send depends
+on where the router sends them: `expected_rows` says it for a router that chooses evenly and at
+random, padding and drops left out; given the rows that really travelled, bytes are exact.
+
+Shapes: W ranks, P of them in an expert-parallel group, G router groups, E experts in each, K
+chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import comb, prod
+from typing import NamedTuple
+
+from torch import nn
+
+from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.moe.dispatch import Level
+from moa_dist.moe.experts import GroupedLinear, shard_starts
+from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.router import Router
+
+_COUNT_BYTES, _INDEX_BYTES = 8, 4
+"""Of one number in a plan's counts (int64) and in its indices (int32)."""
+_MASTER_BYTES = 4
+_ALIGNMENT = 2
+"""Elements to which DeepSpeed's stages 1 and 2 pad a partition."""
+_STAGE3_KEPT = 10**9
+"""Elements that stage 3 keeps gathered from forward to backward by default."""
+_STAGE3_PERSISTENT = 10**5
+"""Elements of the largest parameter that it keeps gathered from step to step."""
+
+
+class Rows(NamedTuple):
+    """Rows that travel to another rank for one router, one way, by level."""
+
+    token: float
+    """Tokens."""
+    head: float
+    """(token, router group) pairs."""
+    slot: float
+    """Assignments."""
+
+    def of(self, level: Level) -> float:
+        """Rows of a level."""
+        return float(getattr(self, level))
+
+
+def expected_rows(
+    num_tokens: int, *, num_groups: int, num_experts: int, top_k: int, num_ranks: int
+) -> Rows:
+    """Rows of `num_tokens` tokens, spread evenly over `num_ranks` (P) that share the experts.
+
+    A token's K of E experts are random without repetition, so it misses m experts of a rank with
+    probability C(E - m, K) / C(E, K). A row goes once to each rank that it does not miss.
+    """
+    token = head = slot = 0.0
+    for first, stop in pairwise(shard_starts(num_groups * num_experts, num_ranks)):
+        # Experts of this rank in each router group.
+        held = [
+            max(0, min(stop, (g + 1) * num_experts) - max(first, g * num_experts))
+            for g in range(num_groups)
+        ]
+        missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
+        token += 1 - prod(missed)
+        head += sum(1 - p for p in missed)
+        slot += sum(top_k * m / num_experts for m in held)
+    to_others = num_tokens * (num_ranks - 1) / num_ranks
+    return Rows(token * to_others, head * to_others, slot * to_others)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What bytes depend on besides the model."""
+
+    world_size: int
+    """W."""
+    expert_parallel: int
+    """P, which divides W."""
+    num_micro_batches: int
+    """Per rank and step."""
+    num_repeats: int
+    """Applications of every layer in a forward."""
+    recompute: bool
+    """Forwards run twice."""
+    element_bytes: int
+    """Of activations and weights: 4, 2 in bf16, 8 in fp64."""
+    exchange: ExpertExchangeConfig
+    """What travels; `auto` has been decided."""
+
+    @property
+    def router_weight_bytes(self) -> int:
+        """Of one router weight, which is fp32 or wider."""
+        return max(self.element_bytes, 4)
+
+
+RowsOfRouter = Callable[[str, str], Rows]
+"""(layer, router within it) -> rows of one step: all ranks, micro-batches and repeats, forward."""
+
+
+def expert_traffic(model: nn.Module, layout: Layout, rows_of: RowsOfRouter) -> dict[Flow, Volume]:
+    """What travels for the experts of `model` (on any device, unsharded), forward and backward."""
+    if layout.expert_parallel == 1:
+        return {}
+    flows: dict[Flow, Volume] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedModule):
+            if getattr(layout.exchange, name.rpartition(".")[2]) == "weights":
+                flows |= _weights(name, module, layout)
+            else:
+                flows |= _tokens(name, module, layout, rows_of)
+    return flows
+
+
+def _weights(layer: str, module: RoutedModule, layout: Layout) -> dict[Flow, Volume]:
+    """Once per forward and once per backward, whatever the repeats and recomputation."""
+    messages, num_bytes = 0, 0
+    for child in module.children():
+        if isinstance(child, GroupedLinear):
+            shard = -(-child.num_experts // layout.expert_parallel) * child.macs_per_row()
+            messages += 1
+            num_bytes += (layout.expert_parallel - 1) * shard * layout.element_bytes
+    factor = layout.world_size * layout.num_micro_batches
+    volume = Volume(factor * messages, factor * num_bytes)
+    return {Flow(layer, "gather", backward): volume for backward in (False, True)}
+
+
+def _tokens(
+    layer: str, module: RoutedModule, layout: Layout, rows_of: RowsOfRouter
+) -> dict[Flow, Volume]:
+    forwards = 2 if layout.recompute else 1
+    calls = layout.world_size * layout.num_micro_batches * layout.num_repeats
+    flows: dict[Flow, Volume] = {}
+
+    def add(flow: Flow, times: int, num_bytes: float) -> None:
+        more = Volume(calls * times, round(num_bytes * times))
+        flows[flow] = flows[flow].plus(more) if flow in flows else more
+
+    trips = module.trips()
+    for name in dict.fromkeys(trip.router for trip in trips):
+        router = module.get_submodule(name)
+        assert isinstance(router, Router)
+        rows = rows_of(layer, name)
+        # Per assignment the expert and its row at each level that travels; see moe/exchange.py.
+        num_numbers = 3 if router.num_groups > 1 else 2
+        forward, backward = (Flow(layer, "plan", direction) for direction in (False, True))
+        add(forward, forwards, calls * (layout.expert_parallel - 1) * num_numbers * _COUNT_BYTES)
+        add(forward, forwards, rows.slot * num_numbers * _INDEX_BYTES)
+        add(forward, forwards, rows.slot * layout.router_weight_bytes)
+        if any(trip.weighted for trip in trips if trip.router == name):
+            add(backward, 1, rows.slot * layout.router_weight_bytes)
+    for trip in trips:
+        rows = rows_of(layer, trip.router)
+        there = rows.of(trip.read) * trip.d_in * layout.element_bytes
+        back = rows.of(trip.write) * trip.d_out * layout.element_bytes
+        add(Flow(layer, "dispatch", False), forwards, there)
+        add(Flow(layer, "dispatch", True), 1, there)
+        add(Flow(layer, "combine", False), forwards, back)
+        add(Flow(layer, "combine", True), 1, back)
+    return flows
+
+
+class StateTraffic(NamedTuple):
+    """Bytes that gradients and parameters cost in a step, all ranks together."""
+
+    gradients: int
+    """Reduced over the ranks that hold the same parameter."""
+    parameters: int
+    """Updated parts given to the ranks that compute with them."""
+
+
+def state_traffic(
+    dense: list[int], experts: list[int], layout: Layout, zero_stage: int
+) -> StateTraffic:
+    """What ZeRO moves, as deepspeed 0.19 does it.
+
+    `dense` and `experts`: elements of each parameter on one rank, experts sharded. Stages 1 and 2
+    all-reduce gradients and gather parameters, stage 1 once a step, stage 2 once per micro-batch.
+    Stage 3 scatters gradients per micro-batch. It gathers small parameters once a step, others
+    once per micro-batch as long as all of them fit in what it keeps, else in each forward and
+    each backward; its first step, in which it learns the order of modules, costs more.
+    """
+    world_size, copies = layout.world_size, layout.world_size // layout.expert_parallel
+    reductions = 1 if zero_stage < 2 else layout.num_micro_batches
+    # Gradients are reduced in the type of the masters: fp32 but at stage 0.
+    gradient_bytes = _MASTER_BYTES if zero_stage else layout.element_bytes
+    gradients = parameters = 0
+    for sizes, num_ranks in ((dense, world_size), (experts, copies)):
+        if num_ranks == 1 or not sizes:
+            continue
+        # What leaves the ranks of all groups when each gets the parts that it lacks.
+        factor = (num_ranks - 1) * (world_size // num_ranks)
+        if zero_stage < 3:
+            gradients += 2 * factor * sum(sizes) * gradient_bytes * reductions
+            if zero_stage:
+                whole = _round_up(sum(sizes), _ALIGNMENT * num_ranks)
+                parameters += factor * whole * layout.element_bytes
+        else:
+            whole = sum(_round_up(size, num_ranks) for size in sizes)
+            gradients += factor * whole * gradient_bytes * reductions
+            small = sum(_round_up(n, num_ranks) for n in sizes if n <= _STAGE3_PERSISTENT)
+            passes = 1 if sum(dense) + sum(experts) <= _STAGE3_KEPT else 2
+            gathered = small + (whole - small) * passes * layout.num_micro_batches
+            parameters += factor * gathered * layout.element_bytes
+    return StateTraffic(gradients, parameters)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -1,0 +1,243 @@
+"""Bytes predicted equal bytes counted, and both equal what torch.distributed was asked to send.
+
+Counted: by the ledger, and by a dispatch mode that sees every collective of torch, DeepSpeed's
+included. What tokens send depends on the router, so for it the prediction is given the rows that
+travel, found anew from the experts chosen; for a router that takes all experts it needs nothing.
+"""
+
+from collections import defaultdict
+from functools import partial
+from math import comb
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moa_dist.config.run import Config
+from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.objective import Batch
+from moa_dist.moe.experts import expert_layers, shard_starts
+from moa_dist.moe.router import Router
+from moa_dist.moe.sharding import shard_experts
+from moa_dist.plan.traffic import Layout, Rows, expected_rows, expert_traffic, state_traffic
+from moa_dist.train.engine import Engine, deepspeed_config
+from tests.distributed.layouts import LENGTH, MOA, Case, mesh_of_this_pool, router
+
+KINDS = {
+    "moeut": {},
+    "moa": {
+        "attention": MOA | {"router": router(6, 2, "softmax")},
+        "ffn": {"kind": "moe", "d_expert": 8, "router": router(5, 3, "softmax")},
+        "norm_placement": "pre",
+    },
+}
+ALL_EXPERTS = {
+    "attention": {"kind": "switchhead", "num_heads": 2, "d_head": 8, "router": router(3, 3)},
+    "ffn": {"kind": "moe", "d_expert": 8, "router": router(5, 5)},
+}
+
+
+class Wire(TorchDispatchMode):
+    """Sums the bytes that each collective takes away from this rank, by its name.
+
+    Scalars are left out: ranks agree on losses and norms by them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func._schema.name != "c10d::broadcast_":
+            name = func._schema.name
+            boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
+            group = dist.ProcessGroup.unbox(boxed)
+            P, rank = group.size(), group.rank()
+            match name:
+                case "c10d::alltoall_base_":
+                    _, sent, _, _, splits = args[:5]
+                    counts = splits or [len(sent) // P] * P
+                    rows = sum(counts) - counts[rank]
+                    self.num_bytes[name] += rows * sent.shape[1:].numel() * sent.element_size()
+                case "c10d::_allgather_base_":
+                    self.num_bytes[name] += (P - 1) * args[1].nbytes
+                case "c10d::_reduce_scatter_base_":
+                    self.num_bytes[name] += (P - 1) * args[0].nbytes
+                case "c10d::allreduce_":
+                    (tensor,) = args[0]
+                    if tensor.numel() > 64:
+                        self.num_bytes[name] += 2 * (P - 1) * tensor.nbytes // P
+                case _:
+                    raise AssertionError(f"a collective that this test does not know: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+class Counted(NamedTuple):
+    """One step on one rank."""
+
+    ledger: dict[Flow, Volume]
+    wire: dict[str, int]
+    rows: dict[tuple[str, str], Rows]
+    """(layer, router) -> rows for other ranks, found anew from the experts chosen."""
+
+
+def without_persistent_parameters(config: Config, world_size: int) -> dict[str, Any]:
+    """Like large models, in which few parameters are small."""
+    result = deepspeed_config(config, world_size)
+    if config.parallel.zero_stage == 3:
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return result
+
+
+def on_rank(case: Case) -> Counted:
+    config, batch = case.config(), case.batch()
+    exchange = config.parallel.expert_exchange
+    mesh = mesh_of_this_pool(case.expert_parallel)
+    shard = partial(shard_experts, mesh=mesh, exchange=exchange)
+    model = build_model(config.model, recompute=case.recompute, parallelize=shard)
+    with mock.patch("moa_dist.train.engine.deepspeed_config", without_persistent_parameters):
+        engine = Engine(model, config, mesh, torch.device("cpu"))
+    rows: dict[tuple[str, str], Rows] = defaultdict(lambda: Rows(0, 0, 0))
+
+    def note(name: str, router: Router, output: Any) -> None:
+        starts = shard_starts(router.num_experts, case.expert_parallel)
+        owner = torch.bucketize(output.expert_ids, torch.tensor(starts[1:]), right=True)
+        kept = output.kept if output.kept is not None else torch.ones_like(owner, dtype=torch.bool)
+        others = [r for r in range(case.expert_parallel) if r != mesh.ep_group.rank()]
+        goes = kept & (owner == torch.tensor(others)[:, None, None, None])  # [P - 1, T, G, K]
+        more = (goes.any(-1).any(-1).sum(), goes.any(-1).sum(), goes.sum())
+        layer, _, router_name = name.rpartition(".")
+        old = rows[layer, router_name]
+        rows[layer, router_name] = Rows(*(a + int(b) for a, b in zip(old, more, strict=True)))
+
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))
+    mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
+    batches = [Batch(batch.tokens[r], None if batch.real is None else batch.real[r]) for r in mine]
+    if case.zero_stage == 3:
+        engine.step(batches, lr=0.1)  # in which it learns the order of modules
+    mesh.ledger.take()
+    rows.clear()
+    with Wire() as wire:
+        engine.step(batches, lr=0.1)
+    engine.close()
+    return Counted(mesh.ledger.take(), dict(wire.num_bytes), dict(rows))
+
+
+def add_up(results: list[Counted]) -> Counted:
+    """All ranks together."""
+    ledger: dict[Flow, Volume] = {}
+    wire: dict[str, int] = defaultdict(int)
+    rows: dict[tuple[str, str], Rows] = {}
+    for result in results:
+        for flow, volume in result.ledger.items():
+            ledger[flow] = ledger[flow].plus(volume) if flow in ledger else volume
+        for name, num_bytes in result.wire.items():
+            wire[name] += num_bytes
+        for key, more in result.rows.items():
+            old = rows.get(key, Rows(0, 0, 0))
+            rows[key] = Rows(*(a + b for a, b in zip(old, more, strict=True)))
+    return Counted(ledger, wire, rows)
+
+
+def layout_of(case: Case) -> Layout:
+    model = case.config().model
+    return Layout(
+        world_size=case.world_size,
+        expert_parallel=case.expert_parallel,
+        num_micro_batches=case.sequences // (case.world_size * case.micro_batch),
+        num_repeats=model.num_layers // (model.num_distinct_layers or model.num_layers),
+        recompute=case.recompute,
+        element_bytes=8 if case.precision == "fp64" else 4,
+        exchange=case.config().parallel.expert_exchange,
+    )
+
+
+def model_of(case: Case) -> LanguageModel:
+    with torch.device("meta"):
+        return LanguageModel(case.config().model)
+
+
+def sizes_of(case: Case) -> tuple[list[int], list[int]]:
+    """Elements of each dense and each expert parameter on one rank."""
+    model = model_of(case)
+    experts = dict(expert_layers(model))
+    dense = [
+        p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") not in experts
+    ]
+    shards = [
+        -(-e.num_experts // case.expert_parallel) * e.macs_per_row() for e in experts.values()
+    ]
+    return dense, shards
+
+
+LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exchange", ["tokens", "weights"])
+@pytest.mark.parametrize(("world_size", "expert_parallel"), LAYOUTS)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_counted_equals_predicted(pools, kind, exchange, world_size, expert_parallel, zero_stage):
+    case = Case(
+        world_size=world_size,
+        expert_parallel=expert_parallel,
+        zero_stage=zero_stage,
+        precision="fp64" if zero_stage == 0 else "fp32",
+        micro_batch=8 // world_size // 2,
+        exchange=exchange,
+        recompute=zero_stage == 1,
+        model=KINDS[kind],
+    )
+    counted = add_up(pools(world_size).run(on_rank, case))
+    layout = layout_of(case)
+    # Recomputation runs the router again.
+    forwards = 2 if case.recompute else 1
+    rows = {key: Rows(*(n // forwards for n in r)) for key, r in counted.rows.items()}
+    predicted = expert_traffic(model_of(case), layout, lambda *key: rows[key])
+    ours = {flow: v for flow, v in counted.ledger.items() if flow.purpose != "reduce"}
+    assert ours == predicted
+
+    with mock.patch("moa_dist.plan.traffic._STAGE3_PERSISTENT", 0):
+        states = state_traffic(*sizes_of(case), layout, zero_stage)
+    assert sum(counted.wire.values()) == (
+        sum(states) + sum(volume.num_bytes for volume in predicted.values())
+    )
+    if zero_stage == 0:
+        reduced = [v.num_bytes for flow, v in counted.ledger.items() if flow.purpose == "reduce"]
+        assert sum(reduced) == states.gradients
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_prediction_needs_no_router_where_every_expert_is_taken(pools, world_size):
+    case = Case(world_size=world_size, expert_parallel=world_size, padded=False, model=ALL_EXPERTS)
+    counted = add_up(pools(world_size).run(on_rank, case))
+    model = model_of(case)
+    repeats = layout_of(case).num_repeats
+
+    def rows_of(layer: str, router_name: str) -> Rows:
+        router = model.get_submodule(f"{layer}.{router_name}")
+        return expected_rows(
+            case.sequences * LENGTH * repeats,
+            num_groups=router.num_groups,
+            num_experts=router.config.num_experts,
+            top_k=router.config.top_k,
+            num_ranks=world_size,
+        )
+
+    predicted = expert_traffic(model, layout_of(case), rows_of)
+    assert {f: v for f, v in counted.ledger.items() if f.purpose != "reduce"} == predicted
+
+
+def test_expected_rows_of_many_choices():
+    """16 of 64 experts on 4 ranks: a token goes to nearly every rank, once instead of 4 times."""
+    rows = expected_rows(1000, num_groups=1, num_experts=64, top_k=16, num_ranks=4)
+    missed = comb(48, 16) / comb(64, 16)
+    assert rows.token == rows.head == pytest.approx(3 * 1000 * (1 - missed))
+    assert rows.slot == pytest.approx(1000 * 16 * 3 / 4)
+    assert rows.token / rows.slot == pytest.approx(4 * (1 - missed) / 16)  # 0.2488
