@@ -57,6 +57,9 @@ class BalanceConfig(Section):
     """Mean squared `logsumexp` of the router's logits."""
     entropy: NonNegativeFloat = 0.0
     """Negative entropy of the mean probability (MoEUT section 2.2)."""
+    mutual_information: NonNegativeFloat = 0.0
+    """`H(e|x) - H(e)`: the mean entropy of a token's probabilities less the entropy of their mean
+    (Mod-Squad, SUT). Minimising it makes single tokens decided and their average even."""
 
 
 class RouterConfig(Section):

@@ -169,9 +169,12 @@ def _statistics(
     """
     T, G, E = logits.shape
     N = num_sequence_groups
-    probability = logits.softmax(-1)
-    z = logits.logsumexp(-1).square()
-    entropy = torch.special.entr(probability.detach()).sum(-1)
+    # All three by way of one logsumexp. Written as `-p log p`, the entropy would have an infinite
+    # slope where a probability underflows, which makes gradients NaN; in logits it has none.
+    log_sum = logits.logsumexp(-1)
+    probability = (logits - log_sum[:, :, None]).exp()
+    z = log_sum.square()
+    entropy = log_sum - (probability * logits).sum(-1)
     counted = torch.ones(T, dtype=torch.int64, device=logits.device)
     if real is not None:
         counted = real.long()

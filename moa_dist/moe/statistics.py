@@ -29,7 +29,7 @@ class RoutingStatistics(NamedTuple):
     z: Tensor
     """[N, G], sum of squared logsumexp(logits); carries a gradient."""
     entropy: Tensor
-    """[N, G], sum of the entropy of softmax(logits) in nats; no gradient, for reports."""
+    """[N, G], sum of the entropy of softmax(logits) in nats; carries a gradient."""
 
     def plus(self, other: RoutingStatistics) -> RoutingStatistics:
         """Sums of both; the groups of sequences must be the same."""
