@@ -44,7 +44,7 @@ class CapacityConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Coefficients of the auxiliary losses; each is a mean over groups of sequences.
+    """Coefficients of the auxiliary losses; each a mean over groups of sequences, and a bias.
 
     Statistics are summed over all repeats of a shared layer before the loss is taken, so
     that repeats may specialise. Coefficients keep their meaning whatever the number of
@@ -60,6 +60,12 @@ class BalanceConfig(Section):
     mutual_information: NonNegativeFloat = 0.0
     """`H(e|x) - H(e)`: the mean entropy of a token's probabilities less the entropy of their mean
     (Mod-Squad, SUT). Minimising it makes single tokens decided and their average even."""
+    bias_rate: NonNegativeFloat = 0.0
+    """Balance without a loss (DeepSeek-V3, section 2.1.2): a bias per expert is added to the scores
+    when experts are chosen, not when they are weighed, and after each step it moves up by this much
+    where an expert's load was below the mean, down where above. Loads are those of the whole step:
+    all ranks, micro-batches and repeats, before dropping, whatever the scope. 0 means no bias;
+    DeepSeek-V3 uses 0.001 with sigmoid scores."""
 
 
 class RouterConfig(Section):
@@ -86,7 +92,7 @@ class RouterConfig(Section):
     micro-batch. With 1, neither drops nor losses depend on the layout. Larger groups are made of
     the sequences of one micro-batch, so they do."""
     balance: BalanceConfig = BalanceConfig()
-    """Auxiliary losses on this router."""
+    """Auxiliary losses and bias of this router."""
 
 
 class DenseAttentionConfig(Section):

@@ -12,6 +12,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
+    """Each tensor summed over all ranks, without gradient, in one collective.
+
+    Adds up in fp64, so integers are exact to 2^53. Shapes must be equal on all ranks.
+    """
+    flat = torch.cat([part.detach().double().flatten() for part in parts])
+    dist.all_reduce(flat)
+    sums = flat.split([part.numel() for part in parts])
+    return [s.view_as(part).to(part.dtype) for s, part in zip(sums, parts, strict=True)]
+
+
 class _AllToAllRows(torch.autograd.Function):
     """Rows to every rank; gradients take the same way back."""
 

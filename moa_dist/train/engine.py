@@ -17,16 +17,18 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
+from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
+from moa_dist.train.biases import update_biases
 from moa_dist.train.optimizer import make_optimizer
 
 _BUCKET = 50_000_000
@@ -52,7 +54,9 @@ class StepResult:
 class Engine:
     """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
 
-    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, model: LanguageModel, config: Config, mesh: Mesh, device: torch.device
+    ) -> None:
         """Wrap `model`, whose experts `shard_experts` has sharded over `mesh`.
 
         Collective over all ranks.
@@ -85,9 +89,9 @@ class Engine:
             self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         """The wrapped model."""
-        module: nn.Module = self.deepspeed.module
+        module: LanguageModel = self.deepspeed.module
         return module
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
@@ -118,6 +122,7 @@ class Engine:
                 self.deepspeed.step()
         values = self._finite_values(sums, batches)
         grad_norm = self._update()
+        update_biases(self.model.stack.routers(), routing)
         loss = values.pop("cross_entropy") / num_targets
         scale = 1 / (self.mesh.world_size * len(batches))
         auxiliary = {name: value * scale for name, value in values.items()}
