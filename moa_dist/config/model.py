@@ -44,12 +44,22 @@ class CapacityConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Coefficients of the auxiliary losses; each a mean over groups of sequences, and a bias.
+    """Coefficients of the auxiliary losses, each a mean over groups of sequences, and a bias.
 
     Statistics are summed over all repeats of a shared layer before the loss is taken, so
     that repeats may specialise. Coefficients keep their meaning whatever the number of
     ranks, micro-batches or padding tokens.
     """
+
+    scope: Literal["sequences", "micro_batch", "global_batch"] = "sequences"
+    """Which tokens must be balanced among themselves. `sequences`: those of `group_sequences`
+    sequences, so the loss does not depend on the layout; the strictest, as even one sequence may
+    not prefer some experts. `micro_batch`: those of one rank's micro-batch, as most systems do; the
+    loss then changes with the number of ranks and `train.micro_batch`. `global_batch`: those of the
+    whole step on all ranks, exactly and in any layout, at the cost of one small all-reduce per
+    forward; this lets experts specialise most. It needs `train.micro_batch` = `train.global_batch`
+    / ranks, since an accumulated step never holds all its tokens at once. In evaluation, where no
+    loss is used, it counts like `micro_batch`. Capacity is always per `group_sequences`."""
 
     switch: NonNegativeFloat = 0.0
     """Switch balance `E * sum_e f_e P_e` (f: share of assignments, P: mean probability)."""
@@ -88,9 +98,9 @@ class RouterConfig(Section):
     capacity: CapacityConfig | None = None
     """Limit per expert and group of sequences; absent means dropless."""
     group_sequences: PositiveInt = 1
-    """Sequences per group in which capacity and balance statistics are counted; must divide the
-    micro-batch. With 1, neither drops nor losses depend on the layout. Larger groups are made of
-    the sequences of one micro-batch, so they do."""
+    """Sequences per group in which capacity and, with `balance.scope` sequences, balance statistics
+    are counted; must divide the micro-batch. With 1, neither drops nor losses depend on the layout.
+    Larger groups are made of the sequences of one micro-batch, so they do."""
     balance: BalanceConfig = BalanceConfig()
     """Auxiliary losses and bias of this router."""
 

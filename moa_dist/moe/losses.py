@@ -2,7 +2,8 @@
 
 Each maps statistics to a mean over groups of sequences and router groups. A group without
 real tokens contributes zero, and the mean always runs over all groups: hence averaging over
-equal micro-batches and ranks gives the value of the whole batch.
+equal micro-batches and ranks gives the value of the whole batch. What a group is,
+`BalanceConfig.scope` says: see `LanguageModel`.
 """
 
 from __future__ import annotations

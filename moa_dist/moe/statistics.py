@@ -35,6 +35,10 @@ class RoutingStatistics(NamedTuple):
         """Sums of both; the groups of sequences must be the same."""
         return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def as_one_group(self) -> RoutingStatistics:
+        """Sums over all groups of sequences, as if they were one: N becomes 1."""
+        return RoutingStatistics(*(part.sum(0, keepdim=True) for part in self))
+
 
 def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
     """Sum over applications, such as the repeats of a shared layer."""

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -26,6 +27,7 @@ from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
 from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.sharding import pool_statistics
 from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
@@ -66,6 +68,7 @@ class Engine:
         self.clip_norm = config.optimizer.clip_norm
         self.device = device
         self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
+        model.sum_over_ranks = partial(pool_statistics, world_size=mesh.world_size)
         if config.train.precision == "fp64":
             model = model.double()
 

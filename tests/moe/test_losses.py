@@ -96,6 +96,17 @@ def test_gradients_are_those_of_finite_differences(name, group_sequences):
     assert torch.autograd.gradcheck(loss, draw(4, 6, E).requires_grad_())
 
 
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+def test_one_group_is_the_loss_of_all_tokens(name):
+    """As if one long sequence held them."""
+    logits = draw(3, 6, E)
+    together = statistics_of(logits, MASK[:3]).as_one_group()
+    concatenated = statistics_of(logits.reshape(1, -1, E), MASK[:3].reshape(1, -1))
+    for ours, theirs in zip(together, concatenated, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(BALANCE_LOSSES[name](together), BALANCE_LOSSES[name](concatenated))
+
+
 MASK = torch.arange(6) < torch.tensor([6, 3, 1, 5, 4, 2])[:, None]
 
 
