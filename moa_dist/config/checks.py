@@ -246,7 +246,22 @@ def find_layout_problems(config: Config, world_size: int) -> list[str]:
             f"`train.global_batch` is {total}, not a multiple of {ranks} x `train.micro_batch` "
             f"{micro} = {step}; {advice}"
         )
+    elif total > world_size * micro:
+        problems += [
+            f"`{path}.balance.scope` is global_batch, but {ranks} accumulate "
+            f"{total // (world_size * micro)} micro-batches per step, and no forward sees the "
+            f"tokens of all; use `train.micro_batch` = {total // world_size}, or leave the scope "
+            f"and set `{path}.balance.bias_rate`, which counts whole steps"
+            for path, router in _routers(config.model)
+            if router.balance.scope == "global_batch"
+        ]
     return problems
+
+
+def _routers(model: ModelConfig) -> Iterator[tuple[str, RouterConfig]]:
+    for part, section in (("attention", model.attention), ("ffn", model.ffn)):
+        if section.kind != "dense":
+            yield f"model.{part}.router", section.router
 
 
 def _divisors(number: int) -> list[int]:

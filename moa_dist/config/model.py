@@ -44,12 +44,22 @@ class CapacityConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Coefficients of the auxiliary losses; each is a mean over groups of sequences.
+    """Coefficients of the auxiliary losses, each a mean over groups of sequences, and a bias.
 
     Statistics are summed over all repeats of a shared layer before the loss is taken, so
     that repeats may specialise. Coefficients keep their meaning whatever the number of
     ranks, micro-batches or padding tokens.
     """
+
+    scope: Literal["sequences", "micro_batch", "global_batch"] = "sequences"
+    """Which tokens must be balanced among themselves. `sequences`: those of `group_sequences`
+    sequences, so the loss does not depend on the layout; the strictest, as even one sequence may
+    not prefer some experts. `micro_batch`: those of one rank's micro-batch, as most systems do; the
+    loss then changes with the number of ranks and `train.micro_batch`. `global_batch`: those of the
+    whole step on all ranks, exactly and in any layout, at the cost of one small all-reduce per
+    forward; this lets experts specialise most. It needs `train.micro_batch` = `train.global_batch`
+    / ranks, since an accumulated step never holds all its tokens at once. In evaluation, where no
+    loss is used, it counts like `micro_batch`. Capacity is always per `group_sequences`."""
 
     switch: NonNegativeFloat = 0.0
     """Switch balance `E * sum_e f_e P_e` (f: share of assignments, P: mean probability)."""
@@ -57,6 +67,15 @@ class BalanceConfig(Section):
     """Mean squared `logsumexp` of the router's logits."""
     entropy: NonNegativeFloat = 0.0
     """Negative entropy of the mean probability (MoEUT section 2.2)."""
+    mutual_information: NonNegativeFloat = 0.0
+    """`H(e|x) - H(e)`: the mean entropy of a token's probabilities less the entropy of their mean
+    (Mod-Squad, SUT). Minimising it makes single tokens decided and their average even."""
+    bias_rate: NonNegativeFloat = 0.0
+    """Balance without a loss (DeepSeek-V3, section 2.1.2): a bias per expert is added to the scores
+    when experts are chosen, not when they are weighed, and after each step it moves up by this much
+    where an expert's load was below the mean, down where above. Loads are those of the whole step:
+    all ranks, micro-batches and repeats, before dropping, whatever the scope. 0 means no bias;
+    DeepSeek-V3 uses 0.001 with sigmoid scores."""
 
 
 class RouterConfig(Section):
@@ -79,11 +98,11 @@ class RouterConfig(Section):
     capacity: CapacityConfig | None = None
     """Limit per expert and group of sequences; absent means dropless."""
     group_sequences: PositiveInt = 1
-    """Sequences per group in which capacity and balance statistics are counted; must divide the
-    micro-batch. With 1, neither drops nor losses depend on the layout. Larger groups are made of
-    the sequences of one micro-batch, so they do."""
+    """Sequences per group in which capacity and, with `balance.scope` sequences, balance statistics
+    are counted; must divide the micro-batch. With 1, neither drops nor losses depend on the layout.
+    Larger groups are made of the sequences of one micro-batch, so they do."""
     balance: BalanceConfig = BalanceConfig()
-    """Auxiliary losses on this router."""
+    """Auxiliary losses and bias of this router."""
 
 
 class DenseAttentionConfig(Section):

@@ -140,3 +140,14 @@ def all_gather_shards(shard: Tensor, sizes: list[int], channel: Channel) -> Arri
         return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
     return _depart(shard, _Flight(begin=gather, begin_backward=scatter)).then(without_padding)
+
+
+def sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
+    """Each tensor summed over all ranks, without gradient, in one collective.
+
+    Adds up in fp64, so integers are exact to 2^53. Shapes must be equal on all ranks.
+    """
+    flat = torch.cat([part.detach().double().flatten() for part in parts])
+    dist.all_reduce(flat)
+    sums = flat.split([part.numel() for part in parts])
+    return [s.view_as(part).to(part.dtype) for s, part in zip(sums, parts, strict=True)]

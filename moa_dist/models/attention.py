@@ -16,6 +16,7 @@ from moa_dist.config.model import DenseAttentionConfig, RopeConfig
 from moa_dist.models.linear import Linear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered
+from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -95,6 +96,10 @@ class DenseAttention(nn.Module):
         self.k = Linear(d_model, width, to_heads)
         self.v = Linear(d_model, width, to_heads)
         self.o = Linear(width, d_model, Normal(init_scale / math.sqrt(width)))
+
+    def routers(self) -> dict[str, Router]:
+        """None."""
+        return {}
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""

@@ -28,6 +28,7 @@ from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.moa import MoAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
+from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
@@ -109,6 +110,13 @@ class Block(nn.Module):
         unused = config.norm_placement == "peri" and isinstance(config.ffn, DenseFFNConfig)
         self.ffn_norm = nn.Identity() if unused else norm(config.d_model)
         self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)
+
+    def routers(self) -> dict[str, Router]:
+        """By the names under which their statistics are returned."""
+        routers = {f"attention.{name}": r for name, r in self.attention.routers().items()}
+        if isinstance(self.ffn, MoEFeedForward):
+            routers["ffn"] = self.ffn.router
+        return routers
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of one application to a sequence of `length`, by part."""

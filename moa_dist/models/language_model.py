@@ -18,7 +18,7 @@ from moa_dist.config.model import BalanceConfig, ModelConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import NORMS
 from moa_dist.models.linear import Linear
-from moa_dist.models.stack import LayerStack, Site
+from moa_dist.models.stack import LayerStack, RouterKey, Site
 from moa_dist.moe.initialize import Initializer, Normal, initialize
 from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.statistics import RoutingStatistics, total
@@ -57,12 +57,23 @@ class TokenEmbedding(nn.Module):
         return F.embedding(x, self.weight)
 
 
+SumOverRanks = Callable[[list[RoutingStatistics]], list[RoutingStatistics]]
+"""Each of the statistics summed over all ranks; applied to a model from outside."""
+
+
+def on_one_process(statistics: list[RoutingStatistics]) -> list[RoutingStatistics]:
+    """There are no other ranks."""
+    return statistics
+
+
 class LanguageModel(nn.Module):
     """A causal language model of any attention, FFN, stack and norm placement."""
 
     def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.sum_over_ranks: SumOverRanks = on_one_process
+        """Serves `BalanceConfig.scope` global_batch, in training."""
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         self.stack = LayerStack(config, recompute=recompute)
         # After post-norm blocks the residual is normalised already.
@@ -91,19 +102,38 @@ class LanguageModel(nn.Module):
 
     def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:
         """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""
-        by_router = defaultdict(list)
+        repeats = defaultdict(list)
         for site, value in statistics.items():
-            by_router[site.layer, site.router].append(value)
+            repeats[site.key].append(value)
+        totals = {router: total(values) for router, values in repeats.items()}
         sums: dict[str, Tensor] = {}
-        for (_, router), values in by_router.items():
-            part = router.split(".")[0]
-            for name, loss in balance_losses(total(values), self._balance(part)).items():
+        for router, value in self._in_scope(totals).items():
+            part, balance = self._balance(router)
+            for name, loss in balance_losses(value, balance).items():
                 key = f"{part}/{name}"
                 sums[key] = sums[key] + loss if key in sums else loss
         return sums
 
-    def _balance(self, part: str) -> BalanceConfig:
-        return getattr(self.config, part).router.balance
+    def _in_scope(
+        self, totals: dict[RouterKey, RoutingStatistics]
+    ) -> dict[RouterKey, RoutingStatistics]:
+        """Statistics over the groups that `BalanceConfig.scope` asks for."""
+        scopes = {router: self._balance(router)[1].scope for router in totals}
+        result = {
+            router: value if scopes[router] == "sequences" else value.as_one_group()
+            for router, value in totals.items()
+        }
+        pooled = [router for router, scope in scopes.items() if scope == "global_batch"]
+        # Ranks may validate unequal numbers of batches, and use no loss then.
+        if pooled and self.training:
+            of_all_ranks = self.sum_over_ranks([result[router] for router in pooled])
+            result |= zip(pooled, of_all_ranks, strict=True)
+        return result
+
+    def _balance(self, router: RouterKey) -> tuple[str, BalanceConfig]:
+        """Part of the layer, `attention` or `ffn`, and its configuration."""
+        part = router[1].split(".")[0]
+        return part, getattr(self.config, part).router.balance
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of one forward over a sequence of `length`, by part."""

@@ -47,6 +47,10 @@ class MoAttention(RoutedModule):
         self.v = Linear(d_model, width, shared)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
 
+    def routers(self) -> dict[str, Router]:
+        """By the names under which their statistics are returned."""
+        return {"query": self.router}
+
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""
         K = self.config.router.top_k

@@ -21,7 +21,11 @@ from torch.utils.checkpoint import (
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block, BlockOutput, GatheredExperts
+from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
+
+RouterKey = tuple[int, str]
+"""A router: its distinct layer, and its name within that."""
 
 
 class Site(NamedTuple):
@@ -33,6 +37,11 @@ class Site(NamedTuple):
     """Application of that layer, 0 ... R - 1."""
     router: str
     """Router within the layer, such as `ffn`."""
+
+    @property
+    def key(self) -> RouterKey:
+        """Whose application it is; the same for all repeats of a layer."""
+        return self.layer, self.router
 
 
 class StackOutput(NamedTuple):
@@ -66,6 +75,14 @@ class LayerStack(nn.Module):
         self.num_repeats = config.num_layers // num_distinct
         self.layers = nn.ModuleList([Block(config) for _ in range(num_distinct)])
         self.recompute = recompute
+
+    def routers(self) -> dict[RouterKey, Router]:
+        """All routers; each is applied once per repeat."""
+        return {
+            (i, name): router
+            for i, layer in enumerate(self._blocks())
+            for name, router in layer.routers().items()
+        }
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of all layers over a sequence of `length`, by part."""

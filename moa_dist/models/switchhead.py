@@ -46,6 +46,10 @@ class SwitchHeadAttention(RoutedModule):
         self.output_router = Router(config.router, d_model, num_groups=H, init=from_model)
         self.o = GroupedLinear(num_experts, d, d_model, Normal(init_scale / math.sqrt(H * d)))
 
+    def routers(self) -> dict[str, Router]:
+        """By the names under which their statistics are returned."""
+        return {"value": self.value_router, "output": self.output_router}
+
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""
         H, K = self.config.num_heads, self.config.router.top_k

@@ -1,4 +1,4 @@
-"""Initial weights that depend on the seed, the parameter's name and the expert, nothing else.
+"""Initial values that depend on the seed, the parameter's name and the expert, nothing else.
 
 Each parameter, and within an expert tensor each expert, draws from a generator of its own.
 So any layout starts from the same model bit for bit, and a rank draws only its own experts.
@@ -68,31 +68,31 @@ def _generator(*key: object) -> torch.Generator:
 
 def _initializers(module: nn.Module) -> dict[str, Initializer]:
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return {name: Constant(float(name == "weight")) for name, _ in _own_parameters(module)}
+        return {name: Constant(float(name == "weight")) for name, _ in _own_tensors(module)}
     declared = getattr(module, "initializers", dict)
     return declared()
 
 
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(recurse=False))
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill all parameters of `model` in place.
+    """Fill all parameters and buffers of `model` in place.
 
-    A module declares its own in `initializers() -> {parameter name: Initializer}`; one of expert
+    A module declares its own in `initializers() -> {name: Initializer}`; one of expert
     tensors [E, ...] also which experts it holds, in `first_expert` and `num_local`.
     """
     for module_name, module in model.named_modules():
         initializers = _initializers(module)
-        for name, parameter in _own_parameters(module):
+        for name, tensor in _own_tensors(module):
             initializer, key = initializers[name], (seed, f"{module_name}.{name}")
             first_expert = getattr(module, "first_expert", None)
             if first_expert is None:
-                parameter.copy_(initializer.draw(parameter.shape, _generator(*key)))
+                tensor.copy_(initializer.draw(tensor.shape, _generator(*key)))
                 continue
-            parameter.zero_()  # also rows that only pad a shard
-            for i, expert in enumerate(parameter[: module.num_local]):
+            tensor.zero_()  # also rows that only pad a shard
+            for i, expert in enumerate(tensor[: module.num_local]):
                 generator = _generator(*key, first_expert + i)
                 expert.copy_(initializer.draw(expert.shape, generator))

@@ -2,7 +2,8 @@
 
 Each maps statistics to a mean over groups of sequences and router groups. A group without
 real tokens contributes zero, and the mean always runs over all groups: hence averaging over
-equal micro-batches and ranks gives the value of the whole batch.
+equal micro-batches and ranks gives the value of the whole batch. What a group is,
+`BalanceConfig.scope` says: see `LanguageModel`.
 """
 
 from __future__ import annotations
@@ -44,10 +45,21 @@ def entropy_loss(statistics: RoutingStatistics) -> Tensor:
     return (probability * log).sum(-1).mean()
 
 
+def mutual_information_loss(statistics: RoutingStatistics) -> Tensor:
+    """`H(e|x) - H(e)`, minus the mutual information of tokens and experts, nats: 0 to -log E.
+
+    Low where each token is sure of its experts and all tokens together use them evenly (Mod-Squad,
+    Chen et al. 2022, arXiv 2212.08066; SUT, Tan et al. 2023, arXiv 2310.07096).
+    """
+    tokens = statistics.num_tokens.clamp(min=1)[:, None]
+    return (statistics.entropy / tokens).mean() + entropy_loss(statistics)
+
+
 BALANCE_LOSSES: dict[str, Callable[[RoutingStatistics], Tensor]] = {
     "switch": switch_loss,
     "z_loss": z_loss,
     "entropy": entropy_loss,
+    "mutual_information": mutual_information_loss,
 }
 """Loss by the name of its coefficient in `BalanceConfig`."""
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import RouterConfig
+from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.statistics import RoutingStatistics
@@ -95,6 +96,8 @@ class Router(nn.Module):
         self.logits = RouterLogits(
             d_model, num_groups * config.num_experts, init or Normal(1 / math.sqrt(d_model))
         )
+        rate = config.balance.bias_rate
+        self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
 
     @property
     def num_experts(self) -> int:
@@ -133,8 +136,10 @@ class Router(nn.Module):
         )
 
     def _selectable(self, scores: Tensor) -> Tensor:
-        """Scores to choose by: without gradient, some experts hidden while training."""
+        """Scores to choose by: without gradient, biased, some experts hidden while training."""
         scores = scores.detach()
+        if self.bias is not None:
+            scores = self.bias(scores)
         if self.training and self.config.expert_dropout:
             hidden = torch.rand_like(scores) < self.config.expert_dropout
             scores = scores.masked_fill(hidden, -math.inf)
@@ -169,9 +174,12 @@ def _statistics(
     """
     T, G, E = logits.shape
     N = num_sequence_groups
-    probability = logits.softmax(-1)
-    z = logits.logsumexp(-1).square()
-    entropy = torch.special.entr(probability.detach()).sum(-1)
+    # All three by way of one logsumexp. Written as `-p log p`, the entropy would have an infinite
+    # slope where a probability underflows, which makes gradients NaN; in logits it has none.
+    log_sum = logits.logsumexp(-1)
+    probability = (logits - log_sum[:, :, None]).exp()
+    z = log_sum.square()
+    entropy = log_sum - (probability * logits).sum(-1)
     counted = torch.ones(T, dtype=torch.int64, device=logits.device)
     if real is not None:
         counted = real.long()

@@ -1,18 +1,19 @@
-"""Expert parallelism, applied to a model that was written for one process."""
+"""Parallelism, applied to a model that was written for one process."""
 
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from moa_dist.config.run import ExpertExchangeConfig
-from moa_dist.distributed.collectives import all_gather_shards
+from moa_dist.distributed.collectives import all_gather_shards, sum_over_ranks
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.moe.exchange import ExchangeDispatcher
 from moa_dist.moe.experts import GroupedLinear, expert_layers, shard_starts
 from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.statistics import RoutingStatistics
 
 
 def shard_experts(
@@ -50,3 +51,22 @@ def shard_experts(
                     child.gather = partial(all_gather_shards, sizes=sizes, channel=channel)
     # Whole on every rank, such a layer would still be reduced as if it were a shard.
     assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"
+
+
+def pool_statistics(
+    statistics: list[RoutingStatistics], *, world_size: int
+) -> list[RoutingStatistics]:
+    """Sums over all ranks, for losses on all tokens of a step. One collective, none backward.
+
+    Every rank then has the same loss L(s_1 + ... + s_W), whose gradient is the sum over ranks of
+    L' ds_r. Training averages gradients over ranks, so each rank's own share counts W times.
+    """
+
+    def pooled(total: Tensor, own: Tensor) -> Tensor:
+        if not own.requires_grad:
+            return total
+        return total + world_size * (own - own.detach())
+
+    parts = [part for value in statistics for part in value]
+    sums = map(pooled, sum_over_ranks(parts), parts)
+    return [RoutingStatistics(*islice(sums, len(value))) for value in statistics]

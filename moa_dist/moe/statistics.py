@@ -29,11 +29,15 @@ class RoutingStatistics(NamedTuple):
     z: Tensor
     """[N, G], sum of squared logsumexp(logits); carries a gradient."""
     entropy: Tensor
-    """[N, G], sum of the entropy of softmax(logits) in nats; no gradient, for reports."""
+    """[N, G], sum of the entropy of softmax(logits) in nats; carries a gradient."""
 
     def plus(self, other: RoutingStatistics) -> RoutingStatistics:
         """Sums of both; the groups of sequences must be the same."""
         return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def as_one_group(self) -> RoutingStatistics:
+        """Sums over all groups of sequences, as if they were one: N becomes 1."""
+        return RoutingStatistics(*(part.sum(0, keepdim=True) for part in self))
 
 
 def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:

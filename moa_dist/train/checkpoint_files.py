@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class Index(BaseModel):
     config: Config
     """Configuration of the run."""
     shapes: dict[str, tuple[int, ...]]
-    """Shape of every parameter of the whole model."""
+    """Shape of every parameter and buffer of the whole model."""
     tensors: dict[str, list[Piece]]
     """`parameter/state` -> its ranges, in order."""
 
@@ -132,7 +133,8 @@ def load_model(folder: Path) -> tuple[LanguageModel, Index]:
     """The whole model of a checkpoint on one CPU process, in fp32, in evaluation mode."""
     reader = Reader(folder)
     model = build_model(reader.index.config.model)
-    reader.check_shapes({name: tuple(p.shape) for name, p in model.named_parameters()})
-    for name, parameter in model.named_parameters():
-        reader.read_into(f"{name}/{MASTER}", 0, parameter.view(-1))
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    reader.check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        reader.read_into(f"{name}/{MASTER}", 0, tensor.view(-1))
     return model.eval(), reader.index

@@ -11,23 +11,27 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import Flow
 from moa_dist.errors import TrainingError
+from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
 from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.sharding import pool_statistics
 from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
+from moa_dist.train.biases import update_biases
 from moa_dist.train.optimizer import make_optimizer
 
 _BUCKET = 50_000_000
@@ -53,7 +57,9 @@ class StepResult:
 class Engine:
     """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
 
-    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, model: LanguageModel, config: Config, mesh: Mesh, device: torch.device
+    ) -> None:
         """Wrap `model`, whose experts `shard_experts` has sharded over `mesh`.
 
         Collective over all ranks.
@@ -63,6 +69,7 @@ class Engine:
         self.clip_norm = config.optimizer.clip_norm
         self.device = device
         self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
+        model.sum_over_ranks = partial(pool_statistics, world_size=mesh.world_size)
         if config.train.precision == "fp64":
             model = model.double()
 
@@ -86,9 +93,9 @@ class Engine:
             self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> LanguageModel:
         """The wrapped model."""
-        module: nn.Module = self.deepspeed.module
+        module: LanguageModel = self.deepspeed.module
         return module
 
     def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
@@ -119,6 +126,7 @@ class Engine:
                 self.deepspeed.step()
         values = self._finite_values(sums, batches)
         grad_norm = self._update()
+        update_biases(self.model.stack.routers(), routing)
         loss = values.pop("cross_entropy") / num_targets
         scale = 1 / (self.mesh.world_size * len(batches))
         auxiliary = {name: value * scale for name, value in values.items()}

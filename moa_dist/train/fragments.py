@@ -25,7 +25,7 @@ class Fragment:
     """A contiguous range of one tensor."""
 
     parameter: str
-    """Name of the parameter in the model."""
+    """Name of the parameter, or buffer, in the model."""
     state: str
     """`master`, or a moment of the optimizer such as `exp_avg`."""
     start: int
@@ -106,10 +106,13 @@ def fragments(engine: Engine, *, owned_only: bool) -> Iterator[Fragment]:
         for state, values in states.items():
             view = values.view(-1).narrow(0, piece.offset, numel)
             yield Fragment(piece.name, state, start, view)
+    for name, buffer in engine.model.named_buffers():  # equal on all ranks, rank 0 owns them
+        if not owned_only or engine.mesh.rank == 0:
+            yield Fragment(name, MASTER, 0, buffer.view(-1))
 
 
 def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the whole, unsharded model."""
+    """Shape of every parameter and buffer of the whole, unsharded model."""
     shapes = {
         # ZeRO 3 empties a parameter between uses and keeps its shape aside.
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -117,7 +120,7 @@ def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     }
     for name, layer in expert_layers(engine.model):
         shapes[f"{name}.weight"] = (layer.num_experts, layer.d_in, layer.d_out)
-    return shapes
+    return shapes | {name: tuple(b.shape) for name, b in engine.model.named_buffers()}
 
 
 def make_optimizer_state(engine: Engine, num_steps: int) -> None:

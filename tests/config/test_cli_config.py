@@ -72,4 +72,6 @@ def test_fields_explains_every_kind(capsys):
     printed = capsys.readouterr().out
     assert "optimizer.lr: a number above 0; default 0.00025\n    Peak learning rate." in printed
     assert "model.ffn: a section, its kind one of dense, moe; required" in printed
+    for field in ("scope", "mutual_information", "bias_rate"):
+        assert f"model.ffn.router.balance.{field} (kind moe)" in printed
     assert "model.ffn.d_expert (kind moe): a whole number of at least 1; required" in printed

@@ -87,3 +87,14 @@ def test_layout_suggestions_work(base):
     for override in ("train.global_batch=16", "train.global_batch=24", "train.micro_batch=2"):
         better = load_config(base, ["train.global_batch=20", override])
         assert find_layout_problems(better, 2) == []
+
+
+def test_global_batch_statistics_need_the_whole_batch_at_once(base):
+    scope = "model.ffn.router.balance.scope=global_batch"
+    (problem,) = find_layout_problems(load_config(base, [scope, "train.global_batch=16"]), 2)
+    assert "`model.ffn.router.balance.scope` is global_batch, but 2 ranks" in problem
+    assert "accumulate 2 micro-batches" in problem
+    assert "use `train.micro_batch` = 8" in problem
+    assert "bias_rate" in problem
+    for fits in ([], ["train.global_batch=16", "train.micro_batch=8"]):
+        assert find_layout_problems(load_config(base, [scope, *fits]), 2) == []

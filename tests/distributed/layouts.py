@@ -33,6 +33,15 @@ MOA = {"kind": "moa", "d_head": 8}
 CAPACITY = {"factor": 1.0, "policy": "probability"}
 
 
+def balanced(attention: dict[str, Any] = SWITCHHEAD, **balance: Any) -> dict[str, Any]:
+    """Shared layers whose routers are all balanced so."""
+    return {
+        "position": "sinusoidal",  # else equal tokens of a sequence tie in the first layer
+        "attention": attention | {"router": router(6, 2, "softmax", balance=balance)},
+        "ffn": {"kind": "moe", "d_expert": 8, "router": router(7, 2, balance=balance)},
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and a layout."""
@@ -51,6 +60,7 @@ class Case:
     skewed: bool = False
     """Few tokens are frequent, as in language: then some experts get none."""
     sequences: int = SEQUENCES
+    steps: int = 1
     eps: float = 1e-8
     """Of AdamW. A large one makes its first step feel the size of a gradient, and tiny ones
     less of their rounding."""
@@ -88,7 +98,7 @@ class Case:
                     "eps": self.eps,
                 },
                 "train": {
-                    "steps": 1,
+                    "steps": self.steps,
                     "global_batch": self.sequences,
                     "micro_batch": self.micro_batch,
                     "precision": self.precision,
@@ -97,9 +107,9 @@ class Case:
             }
         )
 
-    def batch(self) -> Batch:
+    def batch(self, step: int = 1) -> Batch:
         """The global batch: other tokens in every sequence, some padded at the end."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(VOCABULARY, (self.sequences, LENGTH + 1), generator=generator)
         if self.skewed:
             tokens = tokens**4 // VOCABULARY**3
@@ -113,19 +123,30 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole-model values after one step."""
+    """Whole-model values: of the last step, or after it."""
 
     loss: float
     auxiliary: dict[str, float]
     grad_norm: float
     parameters: dict[str, torch.Tensor]
+    """And buffers."""
     dropped: int
     unused_experts: int
 
 
 def one_process(case: Case) -> Outcome:
-    config, batch = case.config(), case.batch()
+    config = case.config()
     model = build_model(config.model).double()
+    rate, decay = config.optimizer.lr, config.optimizer.weight_decay
+    kind = {"sgd": torch.optim.SGD, "adamw": partial(torch.optim.AdamW, eps=case.eps)}
+    optimizer = kind[case.optimizer](model.parameters(), lr=rate, weight_decay=decay)
+    for step in range(1, case.steps + 1):
+        outcome = one_process_step(case, model, optimizer, case.batch(step))
+    return outcome
+
+
+def one_process_step(case: Case, model: Any, optimizer: Any, batch: Batch) -> Outcome:
+    optimizer.zero_grad()
     real = batch.real if batch.real is not None else torch.ones_like(batch.tokens, dtype=torch.bool)
     output = model(batch.tokens[:, :-1], None if batch.real is None else real[:, :-1])
     targets = batch.tokens[:, 1:][real[:, 1:]]
@@ -137,17 +158,34 @@ def one_process(case: Case) -> Outcome:
     if case.clip_norm:
         for gradient in gradients:
             gradient.mul_(min(1.0, case.clip_norm / (norm.item() + 1e-6)))
-    rate, decay = config.optimizer.lr, config.optimizer.weight_decay
-    kind = {"sgd": torch.optim.SGD, "adamw": partial(torch.optim.AdamW, eps=case.eps)}
-    kind[case.optimizer](model.parameters(), lr=rate, weight_decay=decay).step()
+    optimizer.step()
+    move_biases(model, output.statistics)
     return Outcome(
         loss=loss.item(),
         auxiliary={name: value.item() for name, value in output.auxiliary.items()},
         grad_norm=norm.item(),
-        parameters={name: p.detach() for name, p in model.named_parameters()},
+        parameters=model.state_dict(),
         dropped=sum(int(s.dropped.sum()) for s in output.statistics.values()),
         unused_experts=sum(int((s.load.sum(0) == 0).sum()) for s in output.statistics.values()),
     )
+
+
+def move_biases(model: Any, statistics: dict[Any, Any]) -> None:
+    """Each expert's bias one `bias_rate` towards the mean load, over all repeats of its layer."""
+    names = {"ffn": "ffn.router", "attention.query": "attention.router"}
+    names |= {f"attention.{use}": f"attention.{use}_router" for use in ("value", "output")}
+    state = model.state_dict()
+    for layer, router in {(site.layer, site.router) for site in statistics}:
+        name = f"stack.layers.{layer}.{names[router]}"
+        if f"{name}.bias.value" not in state:
+            continue
+        load = sum(s.load.sum(0) for site, s in statistics.items() if site[::2] == (layer, router))
+        rate = model.get_submodule(name).config.balance.bias_rate
+        for group, loads in enumerate(load.tolist()):
+            mean = sum(loads) / len(loads)
+            for expert, of_expert in enumerate(loads):
+                direction = (of_expert < mean) - (of_expert > mean)
+                state[f"{name}.bias.value"][group, expert] += rate * direction
 
 
 def as_if_large(config: Config, world_size: int) -> dict[str, Any]:
@@ -165,8 +203,8 @@ mesh_of_this_pool = cache(make_mesh)
 
 
 def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]:
-    """Runs on every rank of a pool: one engine step, and the fragments this rank owns."""
-    config, batch = case.config(), case.batch()
+    """Runs on every rank of a pool: engine steps, and the fragments this rank owns."""
+    config = case.config()
     mesh = mesh_of_this_pool(case.expert_parallel)
     model = build_model(
         config.model,
@@ -176,11 +214,13 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
     with mock.patch("moa_dist.train.engine.deepspeed_config", as_if_large):
         engine = Engine(model, config, mesh, torch.device("cpu"))
 
-    def micro_batch(rows: torch.Tensor) -> Batch:
+    def micro_batch(batch: Batch, rows: torch.Tensor) -> Batch:
         return Batch(batch.tokens[rows], None if batch.real is None else batch.real[rows])
 
     mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
-    result = engine.step([micro_batch(rows) for rows in mine], config.optimizer.lr)
+    for step in range(1, case.steps + 1):
+        batches = [micro_batch(case.batch(step), rows) for rows in mine]
+        result = engine.step(batches, config.optimizer.lr)
     owned = [
         (f.parameter, f.start, f.view.clone())
         for f in fragments(engine, owned_only=True)
@@ -198,7 +238,7 @@ def distributed(pools, case: Case) -> Outcome:
     assert all(auxiliary == auxiliaries[0] for auxiliary in auxiliaries)
     assert len(set(norms)) == 1, "ranks disagree on the gradient norm"
     parameters = {}
-    for name, parameter in build_model(case.config().model).double().named_parameters():
+    for name, parameter in build_model(case.config().model).double().state_dict().items():
         flat = torch.full((parameter.numel(),), float("nan"), dtype=torch.float64)
         for piece_name, start, values in chain.from_iterable(owned):
             if piece_name == name:

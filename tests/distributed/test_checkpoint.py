@@ -48,7 +48,7 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
 
 def whole(results, case: Case) -> dict[tuple[str, str], torch.Tensor]:
     """Global tensors, put together from what each rank owns."""
-    sizes = {n: p.numel() for n, p in build_model(case.config().model).named_parameters()}
+    sizes = {n: t.numel() for n, t in build_model(case.config().model).state_dict().items()}
     tensors = {}
     for _, state in results:
         for (name, kind, start), values in state.items():

@@ -109,7 +109,11 @@ def case_of(cell: Cell) -> Case:
     # Numbers of experts that no number of ranks divides: shards of unequal size.
     attention = {
         "moa": MOA
-        | {"router": router_config(17, 2, "softmax", **routing, balance={"switch": 0.1})},
+        | {
+            "router": router_config(
+                17, 2, "softmax", **routing, balance={"mutual_information": 0.1}
+            )
+        },
         "switchhead": SWITCHHEAD
         | {"router": router_config(13, 2, **routing, balance={"entropy": 0.1, "z_loss": 0.01})},
         "dense": {"kind": "dense", "num_heads": 2, "d_head": 8},

@@ -10,6 +10,7 @@ from moa_dist.moe.losses import (
     BALANCE_LOSSES,
     balance_losses,
     entropy_loss,
+    mutual_information_loss,
     switch_loss,
     z_loss,
 )
@@ -58,6 +59,52 @@ def test_z_loss_is_the_mean_squared_logsumexp():
     logits = draw(3, 5, E)
     expected = logits.exp().sum(-1).log().square().mean().item()
     assert z_loss(statistics_of(logits)).item() == pytest.approx(expected)
+
+
+def test_mutual_information_by_hand():
+    """H(e|x) - H(e): what is gained where tokens are sure and their average is even."""
+    half, quarter = math.log(0.5), math.log(0.25)
+    logits = torch.tensor([[[half, half], [quarter, math.log(0.75)]]], dtype=torch.float64)
+    mean = [0.375, 0.625]
+    conditional = (math.log(2) + 0.25 * math.log(4) + 0.75 * math.log(4 / 3)) / 2
+    marginal = -sum(p * math.log(p) for p in mean)
+    loss = mutual_information_loss(statistics_of(logits)).item()
+    assert loss == pytest.approx(conditional - marginal)
+    assert loss < 0
+
+
+def test_mutual_information_is_lowest_for_decided_tokens_and_an_even_average():
+    def loss(logits):
+        return mutual_information_loss(statistics_of(logits)).item()
+
+    assert loss(preferring(0, 1, 2, 3, by=50.0)) == pytest.approx(-math.log(E))
+    assert loss(preferring(1, 1, 1, by=50.0)) == pytest.approx(0)  # decided, but not even
+    assert loss(torch.zeros(1, 5, E).double()) == pytest.approx(0)  # even, but undecided
+    logits = preferring(0, 1, 2, 3).requires_grad_()
+    step = torch.autograd.grad(mutual_information_loss(statistics_of(logits)), logits)[0]
+    assert loss((logits - step).detach()) < loss(logits.detach())
+    assert (step.diagonal(dim1=1, dim2=2) < 0).all()  # descending, each token grows more decided
+
+
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+@pytest.mark.parametrize("group_sequences", [1, 2])
+def test_gradients_are_those_of_finite_differences(name, group_sequences):
+    def loss(logits):
+        statistics = statistics_of(logits, MASK[:4], group_sequences=group_sequences)
+        return BALANCE_LOSSES[name](statistics)
+
+    assert torch.autograd.gradcheck(loss, draw(4, 6, E).requires_grad_())
+
+
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+def test_one_group_is_the_loss_of_all_tokens(name):
+    """As if one long sequence held them."""
+    logits = draw(3, 6, E)
+    together = statistics_of(logits, MASK[:3]).as_one_group()
+    concatenated = statistics_of(logits.reshape(1, -1, E), MASK[:3].reshape(1, -1))
+    for ours, theirs in zip(together, concatenated, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(BALANCE_LOSSES[name](together), BALANCE_LOSSES[name](concatenated))
 
 
 MASK = torch.arange(6) < torch.tensor([6, 3, 1, 5, 4, 2])[:, None]
