@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -29,8 +29,18 @@ from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.optimizer import make_optimizer
 
-_BUCKET = 50_000_000
-"""Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
+
+class ZeroSizes(NamedTuple):
+    """How finely ZeRO cuts the model: what small models shrink to meet what large ones meet."""
+
+    bucket: int = 50_000_000
+    """Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
+    persistent: int = 100_000
+    """Parameters of at most so many elements stay whole at ZeRO 3."""
+
+
+FOR_LARGE_MODELS = ZeroSizes()
+"""What training uses."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,14 @@ class StepResult:
 class Engine:
     """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
 
-    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        zero_sizes: ZeroSizes = FOR_LARGE_MODELS,
+    ) -> None:
         """Wrap `model`, whose experts `shard_experts` has sharded over `mesh`.
 
         Collective over all ranks.
@@ -78,7 +95,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, mesh.world_size),
+                config=deepspeed_config(config, mesh.world_size, zero_sizes),
                 dist_init_required=False,
             )
         if self.zero_stage == 0:
@@ -237,7 +254,9 @@ def _add_reports(routing: dict[Site, RoutingReport], statistics: dict[Site, Any]
         routing[site] = new
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, world_size: int, sizes: ZeroSizes = FOR_LARGE_MODELS
+) -> dict[str, Any]:
     """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none."""
     stage = config.parallel.zero_stage
     accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
@@ -247,9 +266,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
+            "reduce_bucket_size": sizes.bucket,
+            "allgather_bucket_size": sizes.bucket,
         }
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = sizes.persistent
     result = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
