@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from moa_dist.config.run import Config, OptimizerConfig
-from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, build_model
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingStatistics
@@ -98,17 +99,14 @@ def is_clear_of_rounding(
     choose differently, and rightly so.
     """
     model = initial_model(config)
-    model.load_state_dict(parameters)
-    before = _routing(model, batch)
+    before = _routing(model, parameters, batch)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(3):
-        model.load_state_dict(
-            {
-                name: value * (1 + 1e-6 * torch.randn(value.shape, generator=generator))
-                for name, value in parameters.items()
-            }
-        )
-        after = _routing(model, batch)
+        disturbed = {
+            name: value * (1 + 1e-6 * torch.randn(value.shape, generator=generator))
+            for name, value in parameters.items()
+        }
+        after = _routing(model, disturbed, batch)
         for site, ours in before.items():
             theirs = after[site]
             if not ours.load.equal(theirs.load) or not ours.dropped.equal(theirs.dropped):
@@ -117,7 +115,9 @@ def is_clear_of_rounding(
 
 
 @torch.no_grad()
-def _routing(model: nn.Module, batch: Batch) -> dict[Site, RoutingStatistics]:
+def _routing(
+    model: nn.Module, parameters: dict[str, Tensor], batch: Batch
+) -> dict[Site, RoutingStatistics]:
     real = None if batch.real is None else batch.real[:, :-1]
-    statistics: dict[Site, RoutingStatistics] = model(batch.tokens[:, :-1], real).statistics
-    return statistics
+    output: LanguageModelOutput = functional_call(model, parameters, (batch.tokens[:, :-1], real))
+    return output.statistics

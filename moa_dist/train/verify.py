@@ -259,8 +259,8 @@ def _joined(config: Config, everyone: list[dict[str, Any]]) -> Outcome:
 
     def whole(key: str) -> dict[str, Tensor]:
         result = {
-            name: torch.full_like(parameter, math.nan)
-            for name, parameter in initial_model(config).state_dict().items()
+            name: torch.full_like(parameter.detach(), math.nan)
+            for name, parameter in initial_model(config).named_parameters()
         }
         for name, start, values in (piece for rank in everyone for piece in rank[key]):
             result[name].view(-1)[start : start + len(values)] = values
