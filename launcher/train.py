@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 import warnings
+
+from moa_dist.cli.ranks import say_once
 
 
 def share_cores() -> None:
@@ -21,17 +22,6 @@ def share_cores() -> None:
     local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     threads = max(1, (os.cpu_count() or 1) // int(local_ranks))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-def say_once(rank: int, message: str) -> None:
-    """Print what every rank has found, on rank 0 alone.
-
-    The others wait: launchers kill all ranks at the first exit, rank 0 perhaps before it spoke.
-    """
-    if rank == 0:
-        print(message, file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": ("moa_dist.cli.prepare", "turn text into shards of tokens"),
     "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
     "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
+    "verify": ("moa_dist.cli.verify", "compare a layout, on its machines, with one process"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }
@@ -47,13 +48,15 @@ def _run(argv: list[str]) -> int:
         description="Train Transformers whose attention and feed-forward layers are experts. "
         "Training itself is started with launcher/train.py.",
     )
+    # The deepspeed launcher puts it first, before the subcommand.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     command: Command | None = None
+    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, (module, help_line) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=help_line, description=help_line)
-        # The parser itself takes no values, so the first argument is the subcommand. The others
-        # stay unloaded: checking a configuration should not wait for torch.
-        if argv[:1] == [name]:
+        # The others stay unloaded: checking a configuration should not wait for torch.
+        if name == chosen:
             command = cast(Command, importlib.import_module(module))
             command.add_arguments(subparser)
     args = parser.parse_args(argv)

@@ -7,20 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block, BlockOutput, GatheredExperts
+from moa_dist.models.recompute import recomputed
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -51,15 +46,6 @@ class StackOutput(NamedTuple):
     """[B, S, D]."""
     statistics: dict[Site, RoutingStatistics]
     """One entry per router application."""
-
-
-def _keep_choices(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Recompute all but the choice of experts, which must not change between the passes.
-
-    Sorting decides who is dropped for lack of capacity.
-    """
-    saved = op in (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class LayerStack(nn.Module):
@@ -118,6 +104,4 @@ class LayerStack(nn.Module):
         gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
             return layer(x, mask, gathered)
-        # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.
-        context = partial(create_selective_checkpoint_contexts, _keep_choices)
-        return checkpoint(layer, x, mask, gathered, use_reentrant=False, context_fn=context)
+        return recomputed(layer, x, mask, gathered)

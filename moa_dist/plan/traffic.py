@@ -25,6 +25,7 @@ from moa_dist.moe.dispatch import Level
 from moa_dist.moe.experts import GroupedLinear, shard_starts
 from moa_dist.moe.routed import RoutedModule
 from moa_dist.moe.router import Router
+from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes
 
 _COUNT_BYTES, _INDEX_BYTES = 8, 4
 """Of one number in a plan's counts (int64) and in its indices (int32)."""
@@ -33,8 +34,6 @@ _ALIGNMENT = 2
 """Elements to which DeepSpeed's stages 1 and 2 pad a partition."""
 _STAGE3_KEPT = 10**9
 """Elements that stage 3 keeps gathered from forward to backward by default."""
-_STAGE3_PERSISTENT = 10**5
-"""Elements of the largest parameter that it keeps gathered from step to step."""
 
 
 class Rows(NamedTuple):
@@ -176,7 +175,11 @@ class StateTraffic(NamedTuple):
 
 
 def state_traffic(
-    dense: list[int], experts: list[int], layout: Layout, zero_stage: int
+    dense: list[int],
+    experts: list[int],
+    layout: Layout,
+    zero_stage: int,
+    sizes: ZeroSizes = FOR_LARGE_MODELS,
 ) -> StateTraffic:
     """What ZeRO moves, as deepspeed 0.19 does it.
 
@@ -191,20 +194,20 @@ def state_traffic(
     # Gradients are reduced in the type of the masters: fp32 but at stage 0.
     gradient_bytes = _MASTER_BYTES if zero_stage else layout.element_bytes
     gradients = parameters = 0
-    for sizes, num_ranks in ((dense, world_size), (experts, copies)):
-        if num_ranks == 1 or not sizes:
+    for numels, num_ranks in ((dense, world_size), (experts, copies)):
+        if num_ranks == 1 or not numels:
             continue
         # What leaves the ranks of all groups when each gets the parts that it lacks.
         factor = (num_ranks - 1) * (world_size // num_ranks)
         if zero_stage < 3:
-            gradients += 2 * factor * sum(sizes) * gradient_bytes * reductions
+            gradients += 2 * factor * sum(numels) * gradient_bytes * reductions
             if zero_stage:
-                whole = _round_up(sum(sizes), _ALIGNMENT * num_ranks)
+                whole = _round_up(sum(numels), _ALIGNMENT * num_ranks)
                 parameters += factor * whole * layout.element_bytes
         else:
-            whole = sum(_round_up(size, num_ranks) for size in sizes)
+            whole = sum(_round_up(size, num_ranks) for size in numels)
             gradients += factor * whole * gradient_bytes * reductions
-            small = sum(_round_up(n, num_ranks) for n in sizes if n <= _STAGE3_PERSISTENT)
+            small = sum(_round_up(n, num_ranks) for n in numels if n <= sizes.persistent)
             passes = 1 if sum(dense) + sum(experts) <= _STAGE3_KEPT else 2
             gathered = small + (whole - small) * passes * layout.num_micro_batches
             parameters += factor * gathered * layout.element_bytes

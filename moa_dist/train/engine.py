@@ -32,10 +32,8 @@ from moa_dist.moe.sharding import pool_statistics
 from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
+from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes, deepspeed_config
 from moa_dist.train.optimizer import make_optimizer
-
-_BUCKET = 50_000_000
-"""Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,12 @@ class Engine:
     """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
 
     def __init__(
-        self, model: LanguageModel, config: Config, mesh: Mesh, device: torch.device
+        self,
+        model: LanguageModel,
+        config: Config,
+        mesh: Mesh,
+        device: torch.device,
+        zero_sizes: ZeroSizes = FOR_LARGE_MODELS,
     ) -> None:
         """Wrap `model`, whose experts `shard_experts` has sharded over `mesh`.
 
@@ -86,7 +89,7 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, mesh.world_size),
+                config=deepspeed_config(config, mesh.world_size, zero_sizes),
                 dist_init_required=False,
             )
         if self.zero_stage == 0:
@@ -249,34 +252,3 @@ def _add_reports(routing: dict[Site, RoutingReport], statistics: dict[Site, Any]
         if site in routing:
             new = RoutingReport(*(a + b for a, b in zip(routing[site], new, strict=True)))
         routing[site] = new
-
-
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none."""
-    stage = config.parallel.zero_stage
-    accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
-    zero: dict[str, Any] = {"stage": stage}
-    if stage > 0:
-        zero |= {
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": _BUCKET,
-            "allgather_bucket_size": _BUCKET,
-        }
-    result = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._reduce_and_clip.
-        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-    if config.train.precision == "bf16":
-        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
-        result["bf16"] = {"enabled": True}
-        result["communication_data_type"] = "fp32"
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result

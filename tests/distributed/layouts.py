@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from moa_dist.config.run import Config
-from moa_dist.distributed.mesh import make_mesh
+from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint_files import MASTER
-from moa_dist.train.engine import Engine, deepspeed_config
+from moa_dist.train.deepspeed_config import ZeroSizes
+from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
@@ -188,18 +188,20 @@ def move_biases(model: Any, statistics: dict[Any, Any]) -> None:
                 state[f"{name}.bias.value"][group, expert] += rate * direction
 
 
-def as_if_large(config: Config, world_size: int) -> dict[str, Any]:
-    """Tell DeepSpeed what large models meet: many buckets; no parameter whole at ZeRO 3."""
-    result = deepspeed_config(config, world_size)
-    if config.parallel.zero_stage > 0:
-        result["zero_optimization"] |= {"reduce_bucket_size": 300, "allgather_bucket_size": 300}
-    if config.parallel.zero_stage == 3:
-        result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return result
-
+AS_IF_LARGE = ZeroSizes(bucket=300, persistent=0)
+"""What large models meet: many buckets; no parameter whole at ZeRO 3."""
 
 mesh_of_this_pool = cache(make_mesh)
 """One mesh for all cases of a rank: groups cost threads and sockets, never given back."""
+
+
+def micro_batches(case: Case, mesh: Mesh, step: int = 1) -> list[Batch]:
+    """This rank's: every W-th sequence."""
+    batch = case.batch(step)
+    mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
+    return [
+        Batch(batch.tokens[rows], None if batch.real is None else batch.real[rows]) for rows in mine
+    ]
 
 
 def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]:
@@ -211,16 +213,9 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
         recompute=case.recompute,
         parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
     )
-    with mock.patch("moa_dist.train.engine.deepspeed_config", as_if_large):
-        engine = Engine(model, config, mesh, torch.device("cpu"))
-
-    def micro_batch(batch: Batch, rows: torch.Tensor) -> Batch:
-        return Batch(batch.tokens[rows], None if batch.real is None else batch.real[rows])
-
-    mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
+    engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
     for step in range(1, case.steps + 1):
-        batches = [micro_batch(case.batch(step), rows) for rows in mine]
-        result = engine.step(batches, config.optimizer.lr)
+        result = engine.step(micro_batches(case, mesh, step), config.optimizer.lr)
     owned = [
         (f.parameter, f.start, f.view.clone())
         for f in fragments(engine, owned_only=True)

@@ -9,23 +9,28 @@ from collections import defaultdict
 from functools import partial
 from math import comb
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_dist.config.run import Config
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.models.objective import Batch
 from moa_dist.moe.experts import expert_layers, shard_starts
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.traffic import Layout, Rows, expected_rows, expert_traffic, state_traffic
-from moa_dist.train.engine import Engine, deepspeed_config
-from tests.distributed.layouts import LENGTH, MOA, Case, mesh_of_this_pool, router
+from moa_dist.train.engine import Engine
+from tests.distributed.layouts import (
+    AS_IF_LARGE,
+    LENGTH,
+    MOA,
+    Case,
+    mesh_of_this_pool,
+    micro_batches,
+    router,
+)
 
 KINDS = {
     "moeut": {},
@@ -85,22 +90,13 @@ class Counted(NamedTuple):
     """(layer, router) -> rows for other ranks, found anew from the experts chosen."""
 
 
-def without_persistent_parameters(config: Config, world_size: int) -> dict[str, Any]:
-    """Like large models, in which few parameters are small."""
-    result = deepspeed_config(config, world_size)
-    if config.parallel.zero_stage == 3:
-        result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return result
-
-
 def on_rank(case: Case) -> Counted:
-    config, batch = case.config(), case.batch()
+    config = case.config()
     exchange = config.parallel.expert_exchange
     mesh = mesh_of_this_pool(case.expert_parallel)
     shard = partial(shard_experts, mesh=mesh, exchange=exchange)
     model = build_model(config.model, recompute=case.recompute, parallelize=shard)
-    with mock.patch("moa_dist.train.engine.deepspeed_config", without_persistent_parameters):
-        engine = Engine(model, config, mesh, torch.device("cpu"))
+    engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
     rows: dict[tuple[str, str], Rows] = defaultdict(lambda: Rows(0, 0, 0))
 
     def note(name: str, router: Router, output: Any) -> None:
@@ -117,8 +113,7 @@ def on_rank(case: Case) -> Counted:
     for name, module in model.named_modules():
         if isinstance(module, Router):
             module.register_forward_hook(lambda m, _, output, name=name: note(name, m, output))
-    mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
-    batches = [Batch(batch.tokens[r], None if batch.real is None else batch.real[r]) for r in mine]
+    batches = micro_batches(case, mesh)
     if case.zero_stage == 3:
         engine.step(batches, lr=0.1)  # in which it learns the order of modules
     mesh.ledger.take()
@@ -203,8 +198,7 @@ def test_counted_equals_predicted(pools, kind, exchange, world_size, expert_para
     ours = {flow: v for flow, v in counted.ledger.items() if flow.purpose != "reduce"}
     assert ours == predicted
 
-    with mock.patch("moa_dist.plan.traffic._STAGE3_PERSISTENT", 0):
-        states = state_traffic(*sizes_of(case), layout, zero_stage)
+    states = state_traffic(*sizes_of(case), layout, zero_stage, AS_IF_LARGE)
     assert sum(counted.wire.values()) == (
         sum(states) + sum(volume.num_bytes for volume in predicted.values())
     )

@@ -153,6 +153,27 @@ def test_eval_and_generate(trained):
     assert sample.startswith("def ")
 
 
+def test_verify_says_equal_on_two_ranks_of_deepspeed(trained):
+    output = run(
+        "deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--no_python",
+        "moa-dist", "verify", "--config", "tiny.yaml",
+        cwd=trained,
+    )  # fmt: skip
+    assert output.count("equal: W 2 = ep 2 x edp 1, ZeRO 2") == 1
+    assert "DIFFERENT" not in output
+    assert "not compared: expert dropout" in output
+
+
+def test_verify_refuses_a_layout_that_does_not_fit_once(trained):
+    output = run(
+        "torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--no-python",
+        "moa-dist", "verify", "--config", "tiny.yaml", "parallel.expert_parallel=3",
+        cwd=trained, expect=1,  # torchrun's own, whatever its ranks exit with
+    )  # fmt: skip
+    assert output.count("tiny on 2 ranks: 1 problem") == 1
+    assert "exitcode  : 2" in output
+
+
 def test_loss_that_is_not_finite_stops_and_says_where(trained):
     output = train(
         "name=nan", "optimizer.lr=1e30", "schedule.warmup_steps=0", cwd=trained, expect=2

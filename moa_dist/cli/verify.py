@@ -1,0 +1,135 @@
+"""`moa-dist verify`: is this layout, on these machines, one process? Arguments and printing only.
+
+Started like training, once per rank; see `moa_dist.train.verify`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+from moa_dist.cli.ranks import say_once
+from moa_dist.config import Config, find_layout_problems, load_config
+from moa_dist.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from moa_dist.distributed.start import Job
+    from moa_dist.train.compare import Check
+    from moa_dist.train.verify import Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify on all ranks; status 0 if equal, 1 if not, 2 if the configuration cannot run."""
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        config = load_config(args.config, args.overrides)
+        problems = find_layout_problems(config, world_size)
+        if problems:
+            raise ConfigError(problems, f"{config.name} on {world_size} ranks")
+    except ConfigError as error:
+        say_once(rank, str(error))
+        return 2
+    os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: threads would only wait for each other
+    # DeepSpeed 0.19 calls collectives by names that torch is renaming; nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    try:
+        return _verify(config)
+    except TrainingError as error:
+        say_once(rank, str(error))
+        return 2
+
+
+def _verify(config: Config) -> int:
+    import torch.distributed as dist
+
+    from moa_dist.distributed.mesh import make_mesh
+    from moa_dist.distributed.start import job
+    from moa_dist.train.verify import verify
+
+    with job() as this_job:
+        mesh = make_mesh(config.parallel.expert_parallel)
+        report = verify(config, mesh, this_job.device)
+        if mesh.rank == 0:
+            print(as_text(config, this_job, report), flush=True)
+        dist.barrier()  # launchers kill all ranks at the first that exits with 1
+    return 0 if report.equal else 1
+
+
+def as_text(config: Config, this_job: Job, report: Report) -> str:
+    """What was run, a line per comparison, and the verdict."""
+    layout = _layout(config, this_job)
+    different = [check for check in report.checks if not check.equal]
+    verdict = f"equal: {layout} takes the steps of one process"
+    if different:
+        named = next((check for check in different if check.where), different[0])
+        what = f"{named.what} of {named.where}" if named.where else named.what
+        verdict = (
+            f"DIFFERENT: on {layout}, {what} is off by {named.deviation:.1e}, "
+            f"more than {named.bound:.0e}"
+        )
+    return "\n".join(
+        [
+            f"{config.name} in small: {_sizes(report)}",
+            f"{layout}, in {report.precision}, beside one process in fp64",
+            "",
+            *(_line(check) for check in report.checks),
+            "",
+            *_limits(config),
+            verdict,
+        ]
+    )
+
+
+def _layout(config: Config, this_job: Job) -> str:
+    parallel, train = config.parallel, config.train
+    ep, exchange = parallel.expert_parallel, parallel.expert_exchange
+    words = [
+        f"W {this_job.world_size} = ep {ep} x edp {this_job.world_size // ep}",
+        f"ZeRO {parallel.zero_stage}",
+    ]
+    if ep > 1:
+        words.append(f"attention exchanges {exchange.attention}, FFN {exchange.ffn}")
+    if train.recompute:
+        words.append("recomputed")
+    return ", ".join([*words, f"{this_job.device.type} with {this_job.backend}"])
+
+
+def _sizes(report: Report) -> str:
+    model, train = report.config.model, report.config.train
+    words = [
+        f"{report.num_parameters:,} parameters",
+        f"{model.num_layers} layers ({model.num_distinct_layers or model.num_layers} distinct)",
+        f"{train.global_batch} sequences of {report.config.data.sequence_length}",
+        f"{1 - report.real_share:.0%} padding",
+        f"{report.idle_experts} times an expert without a token",
+        f"{report.dropped} assignments dropped",
+    ]
+    return ", ".join(words)
+
+
+def _line(check: Check) -> str:
+    verdict = "equal" if check.equal else "DIFFERENT"
+    bound = f"(bound {check.bound:.0e})" if check.bound else "(exact)"
+    where = check.where if check.deviation else ""
+    return f"  {check.what:<40}{verdict:<11}{check.deviation:.1e} {bound:<16}{where}".rstrip()
+
+
+def _limits(config: Config) -> list[str]:
+    """What the comparison did not see, in words."""
+    model, lines = config.model, []
+    routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
+    if any(router.expert_dropout for router in routers):
+        lines.append("not compared: expert dropout, which each layout draws anew; it was off")
+    if config.train.precision == "bf16":
+        lines.append(
+            "in bf16 only what would show a wrong factor: some tokens choose other experts there"
+        )
+    return lines

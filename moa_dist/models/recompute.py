@@ -1,0 +1,64 @@
+"""Recomputing a block in the backward pass, all but its choices of experts.
+
+Choices must not change between the two passes, nor which assignments are dropped, and kernels
+need not repeat a sum bit for bit. torch's selective checkpointing could keep them too, but it
+demands that both passes run the very same operations: under ZeRO 3 they do not, as the gathers of
+parameters, which run inside the block, depend on what was gathered before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+Output = TypeVar("Output")
+
+_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
+"""Sorting decides who is dropped for lack of capacity."""
+
+
+class _Keep(TorchDispatchMode):
+    """Appends the results of choices to a list."""
+
+    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if op in _CHOICES:
+            self._kept.append(tuple(part.detach() for part in result))
+        return result
+
+
+class _Repeat(TorchDispatchMode):
+    """Returns the results of the list in place of choosing again."""
+
+    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self._kept = kept
+        self._next = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op not in _CHOICES:
+            return op(*args, **(kwargs or {}))
+        result = self._kept[self._next]
+        self._next += 1
+        return tuple(part.detach() for part in result)
+
+
+def _contexts() -> tuple[_Keep, _Repeat]:
+    kept: list[tuple[Tensor, ...]] = []
+    return _Keep(kept), _Repeat(kept)
+
+
+def recomputed(function: Callable[..., Output], *args: Any) -> Output:
+    """`function(*args)`, whose activations are dropped and recomputed in the backward pass."""
+    # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.
+    result: Output = checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
+    return result

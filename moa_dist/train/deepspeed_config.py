@@ -1,0 +1,57 @@
+"""DeepSpeed's dictionary, from our configuration."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from moa_dist.config.run import Config
+
+
+class ZeroSizes(NamedTuple):
+    """How finely ZeRO cuts the model: what small models shrink to meet what large ones meet."""
+
+    bucket: int = 50_000_000
+    """Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
+    persistent: int = 100_000
+    """Parameters of at most so many elements stay whole at ZeRO 3."""
+
+
+FOR_LARGE_MODELS = ZeroSizes()
+"""What training uses."""
+
+
+def deepspeed_config(
+    config: Config, world_size: int, sizes: ZeroSizes = FOR_LARGE_MODELS
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none."""
+    stage = config.parallel.zero_stage
+    accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        zero |= {
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": sizes.bucket,
+            "allgather_bucket_size": sizes.bucket,
+        }
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = sizes.persistent
+    result = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._reduce_and_clip.
+        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if config.train.precision == "bf16":
+        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
+        result["bf16"] = {"enabled": True}
+        result["communication_data_type"] = "fp32"
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result

@@ -1,0 +1,123 @@
+"""One optimizer step on one process, in plain torch: what every layout must reproduce.
+
+Shares nothing with the engine but the model: no DeepSpeed, no ranks, no micro-batches, fp64.
+Shapes: T real tokens of the whole batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, build_model
+from moa_dist.models.objective import Batch
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whole-model values of one step, on the CPU."""
+
+    initial: dict[str, Tensor]
+    """Parameters before the step, by name in model order."""
+    logits: Tensor
+    """[T, V] of the real tokens, before the step."""
+    loss: float
+    """Mean cross-entropy per target."""
+    auxiliary: dict[str, float]
+    """Auxiliary losses by name."""
+    load: dict[Site, Tensor]
+    """[G, E] int64 by router application: assignments before dropping."""
+    dropped: dict[Site, Tensor]
+    """[G, E] int64: assignments dropped."""
+    grad_norms: tuple[float, ...]
+    """Norm before clipping, as each rank has it."""
+    parameters: dict[str, Tensor]
+    """After the step."""
+    logits_after: Tensor
+    """[T, V], of the updated model."""
+
+
+def initial_model(config: Config) -> LanguageModel:
+    """The whole model with the run's initial weights, in fp64."""
+    return build_model(config.model, seed=config.train.seed).double()
+
+
+def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: float) -> Outcome:
+    """The step over the whole batch at once."""
+    model = initial_model(config)
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.real is None else batch.real
+    tokens, tokens_real = batch.tokens[:, :-1], real[:, :-1]
+    targets, targets_real = batch.tokens[:, 1:], real[:, 1:]
+    output = model(tokens, tokens_real)
+    loss = F.cross_entropy(output.logits[targets_real], targets[targets_real])
+    torch.stack([loss, *output.auxiliary.values()]).sum().backward()
+
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
+    if optimizer.clip_norm is not None:
+        for gradient in gradients:
+            gradient *= min(1.0, optimizer.clip_norm / (norm + 1e-6))
+    _plain_optimizer(model, optimizer, lr).step()
+    with torch.no_grad():
+        after = model(tokens, tokens_real).logits[tokens_real]
+    return Outcome(
+        initial=initial,
+        logits=output.logits.detach()[tokens_real],
+        loss=loss.item(),
+        auxiliary={name: value.item() for name, value in output.auxiliary.items()},
+        load={site: s.load.sum(0) for site, s in output.statistics.items()},
+        dropped={site: s.dropped.sum(0) for site, s in output.statistics.items()},
+        grad_norms=(norm,),
+        parameters={name: p.detach() for name, p in model.named_parameters()},
+        logits_after=after,
+    )
+
+
+def _plain_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    parameters, decay = model.parameters(), config.weight_decay
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay
+    )
+
+
+def is_clear_of_rounding(
+    config: Config, batch: Batch, parameters: dict[str, Tensor], seed: int
+) -> bool:
+    """Whether routing stays the same if `parameters` change by what fp32 cannot tell apart.
+
+    Choosing experts is discontinuous: with two scores that equal to rounding, each layout may
+    choose differently, and rightly so.
+    """
+    model = initial_model(config)
+    before = _routing(model, parameters, batch)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        disturbed = {
+            name: value * (1 + 1e-6 * torch.randn(value.shape, generator=generator))
+            for name, value in parameters.items()
+        }
+        after = _routing(model, disturbed, batch)
+        for site, ours in before.items():
+            theirs = after[site]
+            if not ours.load.equal(theirs.load) or not ours.dropped.equal(theirs.dropped):
+                return False
+    return True
+
+
+@torch.no_grad()
+def _routing(
+    model: nn.Module, parameters: dict[str, Tensor], batch: Batch
+) -> dict[Site, RoutingStatistics]:
+    real = None if batch.real is None else batch.real[:, :-1]
+    output: LanguageModelOutput = functional_call(model, parameters, (batch.tokens[:, :-1], real))
+    return output.statistics
