@@ -30,7 +30,7 @@ def reduced(config: Config, world_size: int) -> Config:
     draws its own.
     """
     ep, train = config.parallel.expert_parallel, config.train
-    groups = _sequence_groups(config.model)
+    groups = sequences_per_group(config.model)
     micro_batch = groups * min(_MICRO_BATCH, train.micro_batch // groups)
     accumulation = min(train.global_batch // (world_size * train.micro_batch), _ACCUMULATION)
     result = _changed(
@@ -107,7 +107,7 @@ def _reduced_router(router: RouterConfig, at_least: int, ep: int) -> RouterConfi
     return _changed(router, num_experts=num_experts, top_k=top_k, expert_dropout=0.0)
 
 
-def _sequence_groups(model: ModelConfig) -> int:
+def sequences_per_group(model: ModelConfig) -> int:
     """Sequences that cannot be parted, by both routers."""
     routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
     return lcm(*(router.group_sequences for router in routers))

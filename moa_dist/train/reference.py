@@ -25,7 +25,7 @@ class Outcome:
     """Whole-model values of one step, on the CPU."""
 
     initial: dict[str, Tensor]
-    """Parameters before the step, by name in model order."""
+    """Parameters, and selection biases if any, before the step, by name in model order."""
     logits: Tensor
     """[T, V] of the real tokens, before the step."""
     loss: float
@@ -50,15 +50,24 @@ def initial_model(config: Config) -> LanguageModel:
 
 
 def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: float) -> Outcome:
-    """The step over the whole batch at once."""
+    """The step over the whole batch at once, by parts only where balance is to be by parts."""
     model = initial_model(config)
-    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initial = _state(model)
     real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.real is None else batch.real
     tokens, tokens_real = batch.tokens[:, :-1], real[:, :-1]
     targets, targets_real = batch.tokens[:, 1:], real[:, 1:]
-    output = model(tokens, tokens_real)
-    loss = F.cross_entropy(output.logits[targets_real], targets[targets_real])
-    torch.stack([loss, *output.auxiliary.values()]).sum().backward()
+    size = config.train.micro_batch if _balanced_by_parts(config) else len(tokens)
+    outputs = [
+        model(*part) for part in zip(tokens.split(size), tokens_real.split(size), strict=True)
+    ]
+    logits = torch.cat([output.logits for output in outputs])
+    auxiliary = {
+        name: torch.stack([output.auxiliary[name] for output in outputs]).mean()
+        for name in outputs[0].auxiliary
+    }
+    loss = F.cross_entropy(logits[targets_real], targets[targets_real])
+    torch.stack([loss, *auxiliary.values()]).sum().backward()
+    load, dropped = (_over_parts(outputs, count) for count in ("load", "dropped"))
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
@@ -66,19 +75,43 @@ def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: fl
         for gradient in gradients:
             gradient *= min(1.0, optimizer.clip_norm / (norm + 1e-6))
     _plain_optimizer(model, optimizer, lr).step()
+    _move_biases(model, load)
     with torch.no_grad():
         after = model(tokens, tokens_real).logits[tokens_real]
     return Outcome(
         initial=initial,
-        logits=output.logits.detach()[tokens_real],
+        logits=logits.detach()[tokens_real],
         loss=loss.item(),
-        auxiliary={name: value.item() for name, value in output.auxiliary.items()},
-        load={site: s.load.sum(0) for site, s in output.statistics.items()},
-        dropped={site: s.dropped.sum(0) for site, s in output.statistics.items()},
+        auxiliary={name: value.item() for name, value in auxiliary.items()},
+        load=load,
+        dropped=dropped,
         grad_norms=(norm,),
-        parameters={name: p.detach() for name, p in model.named_parameters()},
+        parameters=_state(model),
         logits_after=after,
     )
+
+
+def _over_parts(outputs: list[LanguageModelOutput], count: str) -> dict[Site, Tensor]:
+    """[G, E] by router application."""
+    by_part = [{s: getattr(v, count).sum(0) for s, v in o.statistics.items()} for o in outputs]
+    return {site: torch.stack([part[site] for part in by_part]).sum(0) for site in by_part[0]}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _balanced_by_parts(config: Config) -> bool:
+    """Whether some auxiliary loss depends on the micro-batch, as its documentation says."""
+    parts = (config.model.attention, config.model.ffn)
+    return any(p.kind != "dense" and p.router.balance.scope == "micro_batch" for p in parts)
+
+
+def _move_biases(model: LanguageModel, load: dict[Site, Tensor]) -> None:
+    for key, router in model.stack.routers().items():
+        if router.bias is not None:
+            repeats = [value for site, value in load.items() if site.key == key]
+            router.bias.update(torch.stack(repeats).sum(0))
 
 
 def _plain_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:

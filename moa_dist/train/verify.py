@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa_dist.config.reduced import reduced
+from moa_dist.config.reduced import reduced, sequences_per_group
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
@@ -176,14 +176,23 @@ def _report(
 def make_batch(config: Config, seed: int) -> Batch:
     """The global batch, rank by rank: other tokens in every sequence, some of them short.
 
-    Frequencies fall as in language. No token comes twice in a sequence: without absolute
-    positions two would tie, and rounding decide which of them capacity drops.
+    Frequencies fall as in language. No token comes twice in a group of sequences, or in a sequence
+    if the vocabulary is too small for that: two could tie, and rounding decide which of them
+    capacity drops.
     """
     generator = torch.Generator().manual_seed(seed)
     N, length = config.train.global_batch, config.data.sequence_length + 1
     frequency = 1 / torch.arange(1.0, config.model.vocab_size + 1).pow(4)
-    repeats = length > config.model.vocab_size
-    tokens = torch.multinomial(frequency.expand(N, -1), length, repeats, generator=generator)
+    group = sequences_per_group(config.model)
+    if group * length > config.model.vocab_size:
+        group = 1
+    drawn = group * length
+    tokens = torch.multinomial(
+        frequency.expand(N // group, -1),
+        drawn,
+        replacement=drawn > config.model.vocab_size,
+        generator=generator,
+    ).view(N, length)
     lengths = torch.randint(1, 2 * length, (N,), generator=generator).clamp(max=length)
     lengths[0] = length
     if N > 1:
@@ -260,8 +269,8 @@ def _joined(config: Config, everyone: list[dict[str, Any]]) -> Outcome:
 
     def whole(key: str) -> dict[str, Tensor]:
         result = {
-            name: torch.full_like(parameter.detach(), math.nan)
-            for name, parameter in initial_model(config).named_parameters()
+            name: torch.full_like(tensor, math.nan)
+            for name, tensor in initial_model(config).state_dict().items()
         }
         for name, start, values in (piece for rank in everyone for piece in rank[key]):
             result[name].view(-1)[start : start + len(values)] = values

@@ -48,6 +48,22 @@ def differences(report: Report) -> list[Check]:
     return [check for check in report.checks if not check.equal]
 
 
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_choices_about_balance_are_equal(pools, scope):
+    config = config_of(
+        "moeut",
+        "parallel.expert_parallel=2",
+        "parallel.zero_stage=1",
+        "train.micro_batch=32",  # no accumulation, which global_batch refuses
+        "model.attention.router.balance.bias_rate=0.1",
+        f"model.attention.router.balance.scope={scope}",
+        f"model.ffn.router.balance.scope={scope}",
+        "model.ffn.router.balance.bias_rate=0.1",
+        "model.ffn.router.balance.mutual_information=0.1",
+    )
+    assert differences(report_of(pools, config, world_size=2)) == []
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_sound_layout_is_equal(pools, model, zero_stage):
