@@ -67,6 +67,15 @@ def _batches(config: Config) -> Iterator[Problem]:
         )
 
 
+def _skipping(config: Config) -> Iterator[Problem]:
+    if config.data.on_damage == "skip" and config.data.verify != "checksums":
+        yield Problem(
+            f"`data.on_damage` skip cannot find altered shards with `data.verify` = "
+            f"{config.data.verify}; set it to checksums",
+            ("data.on_damage", "data.verify"),
+        )
+
+
 def _warmup(config: Config) -> Iterator[Problem]:
     warmup, steps = config.schedule.warmup_steps, config.train.steps
     if warmup > steps:
@@ -209,6 +218,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
         for check in (_top_k, _gate, _sequence_groups)
     ),
     _batches,
+    _skipping,
     _warmup,
     _shares_of_the_peak,
     _optimizer,

@@ -6,6 +6,7 @@ each shard must match its checksum before it is parsed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -105,6 +106,13 @@ class Manifest(BaseModel):
 def sha256_of(data: bytes) -> str:
     """Checksum as the manifest stores it: lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def read_regular_file(file: Path) -> bytes:
+    """Contents of a file; raises OSError, also for a pipe or device, which could block for ever."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return file.read_bytes()
 
 
 def token_dtype(name: Literal["uint16", "uint32"]) -> np.dtype[np.unsignedinteger]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moa_dist.data.manifest import Manifest, save_manifest
+from moa_dist.data.manifest import Manifest, save_manifest, sha256_of
 from moa_dist.data.shards import write_shard
 
 MakeShards = Callable[..., Manifest]
@@ -27,7 +27,7 @@ def make_shards() -> MakeShards:
         samples = np.repeat(ids[:, None], block_length + 1, axis=1)
         manifest = Manifest(
             format_version=1,
-            tokenizer_sha256="0" * 64,
+            tokenizer_sha256=sha256_of(b"{}"),
             vocab_size=len(ids),
             end_of_document=0,
             block_length=block_length,
@@ -44,6 +44,7 @@ def make_shards() -> MakeShards:
             seed=0,
         )
         save_manifest(manifest, folder)
+        (folder / "tokenizer.json").write_bytes(b"{}")
         return manifest
 
     return make
