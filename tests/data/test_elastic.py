@@ -22,9 +22,8 @@ EPOCH = 48 // GLOBAL_BATCH
 DAMAGED = 3
 WITHOUT: Exclusions = (Exclusion(0, (DAMAGED,)),)
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # few cores, many workers
+# On few cores torch advises against this many workers.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 GlobalBatches = Callable[..., list[Tensor]]
 
