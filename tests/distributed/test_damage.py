@@ -2,39 +2,16 @@
 
 import os
 
-import numpy as np
 import pytest
 
 from moa_dist.config.run import DataConfig
 from moa_dist.data.check import SKIP_REMEDY
 from moa_dist.data.manifest import Manifest
-from moa_dist.data.shards import write_shard
 from moa_dist.errors import DataError
 from moa_dist.train.damage import find_damage
+from tests.small_shards import write_folder
 
 NUM_SHARDS = 40  # more than two ranks read in one round
-
-
-def make_folder(folder) -> Manifest:
-    folder.mkdir()
-    shards = tuple(
-        write_shard(folder, index, np.full((2, 5), index, "<u2")) for index in range(NUM_SHARDS)
-    )
-    return Manifest(
-        format_version=1,
-        tokenizer_sha256="0" * 64,
-        vocab_size=NUM_SHARDS,
-        end_of_document=0,
-        block_length=4,
-        dtype="uint16",
-        samples_per_shard=2,
-        shards=shards,
-        documents=1,
-        tokens=1,
-        text_bytes=1,
-        dropped_tokens=0,
-        seed=0,
-    )
 
 
 def damage(folder, *shards: int) -> None:
@@ -61,13 +38,13 @@ def find(data: DataConfig, train: Manifest, valid: Manifest | None):
 
 @pytest.fixture
 def run(tmp_path, pools):
-    train, valid = make_folder(tmp_path / "train"), make_folder(tmp_path / "valid")
+    train, valid = (write_folder(tmp_path / part, NUM_SHARDS) for part in ("train", "valid"))
 
     def on_two_ranks(**fields):
         data = DataConfig(
             train=str(tmp_path / "train"),
             valid=str(tmp_path / "valid"),
-            sequence_length=4,
+            sequence_length=3,
             **({"verify": "checksums", "on_damage": "skip"} | fields),
         )
         first, second = pools(2).run(find, data, train, valid)
