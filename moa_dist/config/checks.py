@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 from moa_dist.config.model import ModelConfig, RouterConfig, SwitchHeadConfig
 from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
+
+_MOST_LAYERS = 10_000
+"""With weights of their own."""
+_MOST_ELEMENTS = 1 << 44
+"""Of one weight; the largest models in the world have fewer in all their weights."""
 
 
 def check_fields(config: Config, partial: bool = False) -> list[Problem]:
@@ -56,6 +62,33 @@ def _rope(config: Config) -> Iterator[Problem]:
         )
 
 
+def _size(config: Config) -> Iterator[Problem]:
+    """A slip of the keyboard, which would overflow while the model is counted or built."""
+    model = config.model
+    for name, part in (("attention", model.attention), ("ffn", model.ffn)):
+        sizes = [value for value in dict(part).values() if type(value) is int]
+        if part.kind != "dense":
+            sizes.append(part.router.num_experts)
+        if math.prod([*sizes, model.d_model]) > _MOST_ELEMENTS:
+            yield Problem(
+                f"`model.{name}` has weights of more than 2^{_MOST_ELEMENTS.bit_length() - 1} "
+                "elements; make its sizes or `model.d_model` smaller",
+                (f"model.{name}", "model.d_model"),
+            )
+    layers = "num_layers" if model.num_distinct_layers is None else "num_distinct_layers"
+    if getattr(model, layers) > _MOST_LAYERS:
+        yield Problem(
+            f"`model.{layers}` is {getattr(model, layers)}; use at most {_MOST_LAYERS}",
+            (f"model.{layers}",),
+        )
+    if model.vocab_size * model.d_model > _MOST_ELEMENTS:
+        yield Problem(
+            f"`model.vocab_size` = {model.vocab_size} times `model.d_model` = {model.d_model} is "
+            f"more than 2^{_MOST_ELEMENTS.bit_length() - 1}; make one smaller",
+            ("model.vocab_size", "model.d_model"),
+        )
+
+
 def _batches(config: Config) -> Iterator[Problem]:
     total, micro = config.train.global_batch, config.train.micro_batch
     if total % micro:
@@ -64,6 +97,15 @@ def _batches(config: Config) -> Iterator[Problem]:
             f"divide; use a global batch of {_one_of(_multiples_near(total, micro))}, or a "
             f"micro-batch of {_one_of(_nearest(micro, _divisors(total)))}",
             ("train.global_batch", "train.micro_batch"),
+        )
+
+
+def _skipping(config: Config) -> Iterator[Problem]:
+    if config.data.on_damage == "skip" and config.data.verify != "checksums":
+        yield Problem(
+            f"`data.on_damage` skip cannot find altered shards with `data.verify` = "
+            f"{config.data.verify}; set it to checksums",
+            ("data.on_damage", "data.verify"),
         )
 
 
@@ -208,7 +250,9 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
         for part in ("attention", "ffn")
         for check in (_top_k, _gate, _sequence_groups)
     ),
+    _size,
     _batches,
+    _skipping,
     _warmup,
     _shares_of_the_peak,
     _optimizer,

@@ -13,6 +13,9 @@ from moa_dist.config.source import Document, UnreadableError, parse_yaml
 from moa_dist.errors import ConfigError
 
 Tree = dict[str, Any]
+_MOST_FILES = 100
+_DEEPEST_KEY = 20
+"""No field lies nearly as deep."""
 
 
 @dataclass
@@ -25,6 +28,8 @@ class Merged:
     """Dotted path -> `file:line` or the override that wrote it last."""
     problems: list[str] = field(default_factory=list)
     """Mistakes that did not keep the rest from being read."""
+    num_files: int = 0
+    """Files read so far; one that several extend counts each time."""
 
     def merge(self, top: Tree, sources: dict[str, str]) -> None:
         """Lay `top` over the data: mappings merge key by key, all else is replaced."""
@@ -88,6 +93,11 @@ def _read_into(
         chain = " -> ".join(map(os.path.relpath, [*opened[opened.index(absolute) :], absolute]))
         unreadable.append(f"{reader}: `extends` goes in a circle: {chain}; remove one of them")
         return
+    merged.num_files += 1
+    if merged.num_files > _MOST_FILES:
+        if merged.num_files == _MOST_FILES + 1:
+            unreadable.append(f"{reader}: `extends` leads to more than {_MOST_FILES} files")
+        return
     try:
         document = parse_yaml(Path(path).read_text(encoding="utf-8-sig"), path)
     except UnreadableError as error:
@@ -132,6 +142,9 @@ def apply_overrides(merged: Merged, overrides: Sequence[str]) -> None:
         keys = path.strip().split(".")
         if not equals or not all(keys):
             merged.problems.append(f"{name}: write it as `key.path=value`")
+            continue
+        if len(keys) > _DEEPEST_KEY:
+            merged.problems.append(f"{name}: no key has {len(keys)} parts")
             continue
         try:
             document = parse_yaml(text, name)

@@ -25,6 +25,15 @@ class DataConfig(Section):
     """Background processes per rank that read ahead; 0 reads in the training process."""
     seed: NonNegativeInt = 0
     """Seed of the sample order."""
+    verify: Literal["sizes", "checksums"] = "sizes"
+    """What is checked before the first step: that every shard has its size, or all that it
+    holds, which reads the whole data once, each rank a share. In both cases a shard is also
+    checked in full whenever it is opened, and damage found then stops the run."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """When damaged training shards are found before the first step: `stop` names them, `skip`
+    leaves them out of the order, the same on every rank, and says which. `skip` needs
+    `verify: checksums`: damage found later stops the run, and its next start leaves it out.
+    Validation shards are never left out, since results would no longer compare."""
 
 
 class ExpertExchangeConfig(Section):

@@ -22,6 +22,10 @@ _FLOAT = re.compile(
 )
 
 
+_MOST_VALUES = 10_000
+"""Far more than any configuration has; a few lines of nested aliases can spell billions."""
+
+
 class _Loader(yaml.SafeLoader):
     """Knows null, booleans and decimal numbers; all else is text."""
 
@@ -80,10 +84,16 @@ class _Converter:
         self.document = document
         self.name = name
         self.open: list[yaml.Node] = []
+        self.num_values = 0
 
     def convert(self, node: yaml.Node, path: str) -> Any:
         if any(node is outer for outer in self.open):
             raise self.unreadable(node, "an alias contains itself")
+        self.num_values += 1
+        if self.num_values > _MOST_VALUES:
+            raise self.unreadable(
+                node, f"more than {_MOST_VALUES} values, aliases counted: no configuration"
+            )
         self.open.append(node)
         try:
             if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from moa_dist.config.run import DataConfig
-from moa_dist.data.manifest import Manifest, load_manifest
+from moa_dist.data.manifest import Manifest, load_manifest, read_regular_file, sha256_of
 from moa_dist.data.shards import shard_file_problem
 from moa_dist.data.stream import readers_problem
+from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import DataError
 
+SKIP_REMEDY = (
+    "to train without the damaged shards, set data.on_damage to skip and data.verify to checksums"
+)
 _MOST_SHARDS_NAMED = 5
 
 
 def check_data(
     data: DataConfig, *, vocab_size: int, world_size: int
 ) -> tuple[Manifest, Manifest | None]:
-    """Check that the prepared data fits the run; sizes only, checksums are checked when read.
+    """Check that the prepared data fits the run, as far as that needs no shard to be read.
+
+    Training shards of a wrong size are no problem if damaged ones are to be left out.
 
     Args:
         data: the run's data section.
@@ -65,8 +72,26 @@ def _checked_manifest(
             f"{folder}: its tokenizer has {manifest.vocab_size} tokens, but model.vocab_size is "
             f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size}"
         )
+    problems.extend(_tokenizer_problems(folder, manifest))
+    if name == data.train and data.on_damage == "skip":
+        return manifest
     damaged = [p for s in manifest.shards if (p := shard_file_problem(folder, s))]
     problems.extend(damaged[:_MOST_SHARDS_NAMED])
     if len(damaged) > _MOST_SHARDS_NAMED:
         problems.append(f"{folder}: {len(damaged) - _MOST_SHARDS_NAMED} more shards are damaged")
+    if damaged and name == data.train:
+        problems.append(SKIP_REMEDY)
     return manifest
+
+
+def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Whether the tokenizer beside the shards is the one that made them."""
+    file = folder / TOKENIZER_FILE
+    remedy = "copy it again from where the data was prepared"
+    try:
+        content = read_regular_file(file)
+    except OSError as error:
+        yield f"{file}: no tokenizer here ({error.strerror}); {remedy}"
+        return
+    if sha256_of(content) != manifest.tokenizer_sha256:
+        yield f"{file}: not the tokenizer that these shards were made with; {remedy}"

@@ -6,6 +6,7 @@ each shard must match its checksum before it is parsed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -27,6 +28,8 @@ from moa_dist.errors import DataError
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
+_MOST = 2**63 - 1
+Count = Annotated[PositiveInt, Field(le=_MOST)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -39,7 +42,7 @@ class ShardEntry(BaseModel):
     """Name in the manifest's folder: no path separator, no `..`, no URL scheme can match."""
     sha256: Sha256
     """Checksum of the file."""
-    bytes: PositiveInt
+    bytes: Count
     """Size of the file."""
 
 
@@ -52,24 +55,24 @@ class Manifest(BaseModel):
     """Version of this format."""
     tokenizer_sha256: Sha256
     """Checksum of the `tokenizer.json` beside the manifest."""
-    vocab_size: PositiveInt
+    vocab_size: Count
     """Token ids run from 0 to this number, exclusive."""
     end_of_document: NonNegativeInt
     """Id of the token after each document."""
-    block_length: PositiveInt
+    block_length: Count
     """Tokens per sequence (L). A sample stores L + 1 tokens, of which the last is the first of
     the next sample, so inputs are `[:-1]` and targets `[1:]`."""
     dtype: Literal["uint16", "uint32"]
     """Type of the stored tokens, little-endian."""
-    samples_per_shard: PositiveInt
+    samples_per_shard: Count
     """The same for every shard, so that ranks can never get different numbers of samples."""
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
     """The shards, in file order."""
-    documents: PositiveInt
+    documents: Count
     """Documents in the text."""
-    tokens: PositiveInt
+    tokens: Count
     """Tokens of the text, with an end-of-document token for each document."""
-    text_bytes: PositiveInt
+    text_bytes: Count
     """UTF-8 bytes of the text, for bits per byte."""
     dropped_tokens: NonNegativeInt
     """Tokens at the end that no sample holds, because they do not fill equal shards."""
@@ -97,6 +100,9 @@ class Manifest(BaseModel):
             raise ValueError("end_of_document is not below vocab_size")
         if self.vocab_size - 1 > np.iinfo(self.numpy_dtype).max:
             raise ValueError(f"vocab_size does not fit {self.dtype}")
+        sample_bytes = (self.block_length + 1) * self.numpy_dtype.itemsize
+        if self.samples_per_shard * sample_bytes > min(shard.bytes for shard in self.shards):
+            raise ValueError("the shards are too small for their samples")
         if len({shard.file for shard in self.shards}) < len(self.shards):
             raise ValueError("two shards have the same file name")
         return self
@@ -105,6 +111,13 @@ class Manifest(BaseModel):
 def sha256_of(data: bytes) -> str:
     """Checksum as the manifest stores it: lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def read_regular_file(file: Path) -> bytes:
+    """Contents of a file; raises OSError, also for a pipe or device, which could block for ever."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return file.read_bytes()
 
 
 def token_dtype(name: Literal["uint16", "uint32"]) -> np.dtype[np.unsignedinteger]:
@@ -124,10 +137,10 @@ def load_manifest(folder: Path) -> Manifest:
         DataError: the folder or the manifest is missing, damaged, or of another version.
     """
     file = folder / MANIFEST_FILE
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; make it with moa-dist prepare --output")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; make it with moa-dist prepare --output")
+        content = json.loads(read_regular_file(file))
     except FileNotFoundError as error:
         parts = [part for part in ("train", "valid") if (folder / part / MANIFEST_FILE).is_file()]
         remedy = f"; use {folder / parts[0]} instead" if parts else "; run moa-dist prepare"

@@ -236,8 +236,11 @@ def _check_options(
 
 
 def _check_output(output: Path, force: bool) -> None:
-    if not output.exists():
-        return
+    try:
+        if not output.exists():
+            return
+    except OSError as error:
+        raise DataError(f"{output}: {error.strerror}; choose another --output") from error
     if not output.is_dir():
         raise DataError(f"{output}: exists and is no folder; choose another --output")
     if not any(output.iterdir()):

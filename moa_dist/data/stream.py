@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moa_dist.data.manifest import Manifest
-from moa_dist.data.order import SampleOrder
+from moa_dist.data.order import Exclusions, SampleOrder
 from moa_dist.data.shards import Tokens, read_shard
 from moa_dist.errors import DataError
 
@@ -43,6 +43,7 @@ class SampleStream(IterableDataset[Tensor]):
         world_size: number of ranks (W); must divide `readers`.
         consumed: samples that all ranks together have consumed before; a multiple of W.
         micro_batch: samples per micro-batch.
+        exclusions: damaged shards that are left out; none since a later sample than `consumed`.
 
     Raises:
         DataError: the numbers do not fit; and, while iterating, a shard is missing or damaged.
@@ -59,6 +60,7 @@ class SampleStream(IterableDataset[Tensor]):
         world_size: int,
         consumed: int,
         micro_batch: int,
+        exclusions: Exclusions = (),
     ) -> None:
         problem = readers_problem(readers, world_size)
         if problem:
@@ -70,9 +72,12 @@ class SampleStream(IterableDataset[Tensor]):
             )
         assert 0 <= rank < world_size
         assert micro_batch > 0
+        assert all(exclusion.since <= consumed for exclusion in exclusions)
         self._folder = folder
         self._manifest = manifest
-        self._order = SampleOrder(seed, len(manifest.shards), manifest.samples_per_shard, readers)
+        self._order = SampleOrder(
+            seed, len(manifest.shards), manifest.samples_per_shard, readers, exclusions
+        )
         self._rank = rank
         self._world_size = world_size
         self._consumed = consumed
@@ -107,7 +112,7 @@ class _OpenShards:
         at, rows_SL = self._open.get(reader, (None, None))
         if rows_SL is None or at != position:
             self._open.pop(reader, None)  # before reading the next, so that memory stays bounded
-            shard = read_shard(self._folder, self._manifest, self._order.shard_at(position))
+            shard = read_shard(self._folder, self._manifest, self._order.shard_of(sample))
             rows_SL = shard[self._order.rows_at(position)]
             self._open[reader] = (position, rows_SL)
         return rows_SL[step]

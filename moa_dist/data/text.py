@@ -80,13 +80,19 @@ def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> li
     files: list[Path] = []
     for name in inputs:
         path = Path(name)
+        try:
+            is_folder, is_file = path.is_dir(), path.is_file()
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be opened ({error.strerror}); check --input"
+            ) from error
         if name == "-" and spool not in files:
             with spool.open("wb") as out:
                 shutil.copyfileobj(stdin or sys.stdin.buffer, out)
             files.append(spool)
-        elif path.is_dir():
+        elif is_folder:
             files.extend(_files_in(path))
-        elif path.is_file():
+        elif is_file:
             files.append(path)
         else:
             raise DataError(f"{path}: no such file or folder; check --input")
@@ -202,6 +208,9 @@ def _decoded(
         # Cutting at newlines first is safe: no other UTF-8 character contains that byte.
         line = raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
         try:
+            if b"\0" in line:  # UTF-16 without a mark is UTF-8 full of NUL characters
+                at = line.index(b"\0")
+                raise UnicodeDecodeError("utf-8", line, at, at + 1, "a NUL byte, as UTF-16 has")
             yield line.decode()
         except UnicodeDecodeError as error:
             if errors == "strict":
@@ -211,7 +220,7 @@ def _decoded(
                     "file, or use --errors replace"
                 ) from error
             counts.replaced += 1
-            yield line.decode(errors="replace")
+            yield line.decode(errors="replace").replace("\0", "\ufffd")
         offset += len(raw)
 
 
@@ -235,7 +244,7 @@ def _json_documents(
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also numbers beyond all sense
             raise DataError(f"{path}, line {number}: not JSON ({error}); mend the line") from error
         text = record.get(options.json_field) if isinstance(record, dict) else None
         if not isinstance(text, str):

@@ -15,13 +15,17 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moa_dist.data.manifest import read_regular_file
 from moa_dist.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 SMALLEST_VOCAB = 257
 """The 256 bytes and the end-of-document token: any text can be encoded."""
+LARGEST_VOCAB = 1 << 20
+"""Beyond all use; the library takes memory and time for every id, used or not, without limit."""
 DEFAULT_SAMPLE_BYTES = 50_000_000
+_ANY_TEXT = ("a", "Z", "0", "~", "é", "ж", "日", "🚢")
 _PIECE_CHARACTERS = 1 << 16
 
 
@@ -42,7 +46,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; the library works on them in parallel."""
-        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises a bare Exception for whatever is wrong
+            raise DataError(
+                f"the tokenizer cannot encode the text ({error}); use one that encodes any text, "
+                "such as a byte-level BPE of moa-dist prepare"
+            ) from error
         return [encoding.ids for encoding in batch]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -60,9 +70,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         DataError: the file is missing, cannot be parsed, or has no end-of-document token.
     """
-    file = path / TOKENIZER_FILE if path.is_dir() else path
+    file = path
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        file = path / TOKENIZER_FILE if path.is_dir() else path
+        backend = tokenizers.Tokenizer.from_str(read_regular_file(file).decode())
     except OSError as error:
         raise DataError(
             f"{file}: no tokenizer here ({error.strerror}); give the tokenizer.json that "
@@ -86,8 +97,12 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size: tokens wanted, at least 257.
 
     Raises:
-        DataError: `vocab_size` is too small.
+        DataError: `vocab_size` is too small or too large.
     """
+    if vocab_size > LARGEST_VOCAB:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is more than {LARGEST_VOCAB}; use a smaller --vocab-size"
+        )
     if vocab_size < SMALLEST_VOCAB:
         raise DataError(
             f"a vocabulary of {vocab_size} cannot hold the 256 bytes and the end-of-document "
@@ -161,4 +176,21 @@ def _wrap(backend: tokenizers.Tokenizer, source: str) -> Tokenizer:
     # Set in some published files; they would change the number of tokens per document.
     backend.no_padding()
     backend.no_truncation()
-    return Tokenizer(backend, backend.get_vocab_size(with_added_tokens=True), end_of_document)
+    # Not the number of tokens: some published files leave ids out.
+    largest = max(backend.get_vocab(with_added_tokens=True).values())
+    if largest >= LARGEST_VOCAB:
+        raise DataError(
+            f"{source}: token id {largest} is beyond {LARGEST_VOCAB}; use another tokenizer"
+        )
+    tokenizer = Tokenizer(backend, largest + 1, end_of_document)
+    try:
+        encoded = tokenizer.encode_batch(_ANY_TEXT)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+    for text, ids in zip(_ANY_TEXT, encoded, strict=True):
+        if not ids:
+            raise DataError(
+                f"{source}: the tokenizer has no token for {text!a} and would leave it out of the "
+                "text; use one that encodes any text, such as a byte-level BPE of moa-dist prepare"
+            )
+    return tokenizer

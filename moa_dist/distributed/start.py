@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moa_dist.distributed.store import local_store
 from moa_dist.errors import ClusterError
 
 TIMEOUT = timedelta(minutes=10)
@@ -76,9 +77,12 @@ def job() -> Iterator[Job]:
         dist.init_process_group(
             backend,
             timeout=TIMEOUT,
+            store=local_store(rank, world_size, TIMEOUT),
+            rank=rank,
+            world_size=world_size,
             device_id=device if backend == "nccl" else None,
         )
-    except (dist.DistError, RuntimeError, ValueError) as error:
+    except (dist.DistError, OSError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ClusterError(
             f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "

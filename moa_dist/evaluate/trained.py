@@ -59,6 +59,12 @@ def load_trained(path: Path) -> Trained:
 
 def find_checkpoint(path: Path) -> Path:
     """The newest checkpoint of the run at `path`, or `path` itself if it is a checkpoint."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the folder of a run") from error
     saved = checkpoints(path)
     if saved:
         return saved[-1]

@@ -98,6 +98,8 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
     flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"
     yield "model", f"{short(run.num_parameters)} parameters, {active}, {flops}"
     tokens = config.train.steps * config.train.global_batch * config.data.sequence_length
+    if run.excluded_shards:
+        yield "data", f"{run.excluded_shards} damaged shards left out, by data.on_damage"
     begin = f"resumed after step {run.first_step}" if run.first_step else "from the beginning"
     yield "steps", f"{config.train.steps} ({short(tokens)} tokens), {begin}"
 

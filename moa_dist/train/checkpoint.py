@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from moa_dist.config.run import Config
+from moa_dist.data.order import Exclusions
 from moa_dist.train.checkpoint_files import (
     FORMAT,
     INDEX_FILE,
@@ -32,7 +33,13 @@ from moa_dist.train.fragments import (
 
 
 def save(
-    engine: Engine, folder: Path, config: Config, step: int, samples: int, keep_last: int
+    engine: Engine,
+    folder: Path,
+    config: Config,
+    step: int,
+    samples: int,
+    keep_last: int,
+    exclusions: Exclusions = (),
 ) -> Path:
     """Write `folder/step-...`, then delete all checkpoints but the newest `keep_last`. Collective.
 
@@ -60,6 +67,7 @@ def save(
             format=FORMAT,
             step=step,
             samples=samples,
+            exclusions=exclusions,
             config=config,
             shapes=global_shapes(engine),
             tensors=_by_tensor(piece for of_rank in gathered for piece in of_rank),

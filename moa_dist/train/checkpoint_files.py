@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moa_dist.config.run import Config
+from moa_dist.data.order import Exclusions
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import LanguageModel, build_model
 
@@ -51,7 +52,9 @@ class Index(BaseModel):
     step: int
     """Optimizer steps taken; with the configuration it determines schedule, seeds and data."""
     samples: int
-    """Sequences consumed: the only state of the data stream."""
+    """Sequences consumed: with the exclusions the only state of the data stream."""
+    exclusions: Exclusions = ()
+    """Damaged shards that the order of samples leaves out, and since when."""
     config: Config
     """Configuration of the run."""
     shapes: dict[str, tuple[int, ...]]

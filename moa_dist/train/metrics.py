@@ -35,6 +35,8 @@ class RunStart:
     """Model FLOPs of one token, forward and backward, without recomputation."""
     first_step: int
     """0, or the step that training resumes after."""
+    excluded_shards: int = 0
+    """Damaged training shards that are left out of the order of samples."""
 
 
 @dataclass(frozen=True)

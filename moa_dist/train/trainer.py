@@ -23,6 +23,7 @@ from moa_dist.config import find_layout_problems, to_yaml
 from moa_dist.config.run import Config
 from moa_dist.data.check import check_data
 from moa_dist.data.manifest import MANIFEST_FILE, Manifest
+from moa_dist.data.order import Exclusions, exclude
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
@@ -38,6 +39,7 @@ from moa_dist.moe.sharding import shard_experts
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train import checkpoint
 from moa_dist.train.checkpoint_files import Reader, checkpoints
+from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
@@ -102,6 +104,7 @@ def train(config: Config, observer: Observer) -> None:
         train_manifest, valid_manifest = check_data(
             config.data, vocab_size=config.model.vocab_size, world_size=this_job.world_size
         )
+        damaged = find_damage(config.data, train_manifest, valid_manifest)
         mesh = make_mesh(config.parallel.expert_parallel)
         model = build_model(
             config.model,
@@ -111,13 +114,16 @@ def train(config: Config, observer: Observer) -> None:
         )
         engine = Engine(model, config, mesh, this_job.device)
         folder = run_folder(config)
-        step, samples = _resume(engine, config, folder)
+        step, samples, exclusions = _resume(engine, config, folder)
+        exclusions = exclude(exclusions, samples, tuple(damaged))
         listener = observer if mesh.rank == 0 else None
         try:
             if listener:
                 _describe_run(config, folder)
-                listener.start(_run_start(config, this_job, folder, step))
-            micro_batches = _micro_batches(config, train_manifest, mesh, samples)
+                listener.start(_run_start(config, this_job, folder, step, len(damaged)))
+                for note in _notes_on_damage(damaged, exclusions, train_manifest, samples):
+                    listener.note(note)
+            micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
             while step < config.train.steps:
@@ -151,7 +157,13 @@ def train(config: Config, observer: Observer) -> None:
                 if _due(step, config.checkpoint.every, config):
                     with clock.paused():
                         saved = checkpoint.save(
-                            engine, folder, config, step, samples, config.checkpoint.keep_last
+                            engine,
+                            folder,
+                            config,
+                            step,
+                            samples,
+                            config.checkpoint.keep_last,
+                            exclusions,
                         )
                     if listener:
                         listener.note(f"saved {saved}")
@@ -165,15 +177,15 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.train.steps
 
 
-def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int]:
-    """Steps taken and samples consumed so far."""
+def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int, Exclusions]:
+    """Steps taken, samples consumed and shards left out so far."""
     # Rank 0 decides, as folders may not look the same from every node.
     newest: list[Path | None] = [next(reversed(checkpoints(folder)), None)]
     dist.broadcast_object_list(newest)
     if newest[0] is None:
-        return 0, 0
+        return 0, 0, ()
     index = checkpoint.load(engine, newest[0])
-    return index.step, index.samples
+    return index.step, index.samples, index.exclusions
 
 
 def _describe_run(config: Config, folder: Path) -> None:
@@ -183,7 +195,9 @@ def _describe_run(config: Config, folder: Path) -> None:
         shutil.copyfile(Path(config.data.train) / file, folder / file)
 
 
-def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunStart:
+def _run_start(
+    config: Config, this_job: Job, folder: Path, step: int, excluded_shards: int
+) -> RunStart:
     counts = count(config.model, config.data.sequence_length)
     device = str(this_job.device.type)
     if this_job.device.type == "cuda":
@@ -198,10 +212,25 @@ def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunSta
         num_active_parameters=counts.active,
         flops_per_token=counts.flops_per_token,
         first_step=step,
+        excluded_shards=excluded_shards,
     )
 
 
-def _micro_batches(config: Config, manifest: Manifest, mesh: Mesh, samples: int) -> Iterator[Batch]:
+def _notes_on_damage(
+    damaged: dict[int, str], exclusions: Exclusions, manifest: Manifest, samples: int
+) -> Iterator[str]:
+    for problem in summary(damaged):
+        yield f"left out: {problem}"
+    if exclusions and exclusions[-1].since == samples:
+        yield (
+            f"the order of samples changes at sample {samples}: {len(damaged)} of "
+            f"{len(manifest.shards)} shards are left out from there on"
+        )
+
+
+def _micro_batches(
+    config: Config, manifest: Manifest, mesh: Mesh, samples: int, exclusions: Exclusions
+) -> Iterator[Batch]:
     stream = SampleStream(
         Path(config.data.train),
         manifest,
@@ -211,6 +240,7 @@ def _micro_batches(config: Config, manifest: Manifest, mesh: Mesh, samples: int)
         world_size=mesh.world_size,
         consumed=samples,
         micro_batch=config.train.micro_batch,
+        exclusions=exclusions,
     )
     return map(Batch, build_loader(stream, workers=config.data.workers))
 

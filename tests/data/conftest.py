@@ -6,11 +6,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from moa_dist.data.manifest import Manifest, save_manifest
-from moa_dist.data.shards import write_shard
+from moa_dist.data.manifest import Manifest
+from tests.small_shards import write_folder
 
 MakeShards = Callable[..., Manifest]
 
@@ -18,35 +17,7 @@ MakeShards = Callable[..., Manifest]
 @pytest.fixture
 def make_shards() -> MakeShards:
     """Write shards whose sample i consists of nothing but token i."""
-
-    def make(
-        folder: Path, num_shards: int = 8, samples_per_shard: int = 6, block_length: int = 3
-    ) -> Manifest:
-        folder.mkdir(parents=True, exist_ok=True)
-        ids = np.arange(num_shards * samples_per_shard, dtype="<u2")
-        samples = np.repeat(ids[:, None], block_length + 1, axis=1)
-        manifest = Manifest(
-            format_version=1,
-            tokenizer_sha256="0" * 64,
-            vocab_size=len(ids),
-            end_of_document=0,
-            block_length=block_length,
-            dtype="uint16",
-            samples_per_shard=samples_per_shard,
-            shards=tuple(
-                write_shard(folder, index, part)
-                for index, part in enumerate(np.split(samples, num_shards))
-            ),
-            documents=1,
-            tokens=len(ids) * block_length + 1,
-            text_bytes=1,
-            dropped_tokens=0,
-            seed=0,
-        )
-        save_manifest(manifest, folder)
-        return manifest
-
-    return make
+    return write_folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config.run import DataConfig
-from moa_dist.data.check import check_data
+from moa_dist.data.check import SKIP_REMEDY, check_data
 from moa_dist.data.manifest import Manifest, save_manifest
 from moa_dist.errors import DataError
 
@@ -47,10 +47,11 @@ def test_all_problems_are_named_at_once(
         "48 tokens, but model.vocab_size is 40",
         "shard-000003.tar: missing",
         "shard-000004.tar: 7 bytes instead of",
+        SKIP_REMEDY,
         "valid: no such folder",
     ]:
         assert part in message
-    assert len(message.splitlines()) == 6
+    assert len(message.splitlines()) == 7
 
 
 def test_validation_data_of_another_tokenizer(
@@ -61,3 +62,29 @@ def test_validation_data_of_another_tokenizer(
     save_manifest(other, tmp_path / "valid")
     with pytest.raises(DataError, match="prepared with another tokenizer"):
         check_data(config(tmp_path), vocab_size=48, world_size=1)
+
+
+def test_damaged_training_shards_are_left_to_the_policy(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    made = make_shards(tmp_path / "train"), make_shards(tmp_path / "valid")
+    (tmp_path / "train" / "shard-000003.tar").unlink()
+    data = config(tmp_path).model_copy(update={"verify": "checksums", "on_damage": "skip"})
+    assert check_data(data, vocab_size=48, world_size=2) == made
+    (tmp_path / "valid" / "shard-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"\A\S+valid/shard-000002\.tar: missing; [^\n]*\Z"):
+        check_data(data, vocab_size=48, world_size=2)
+
+
+def test_the_tokenizer_beside_the_shards_must_be_theirs(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    make_shards(tmp_path / "train")
+    make_shards(tmp_path / "valid")
+    (tmp_path / "train" / "tokenizer.json").write_text("{ }")
+    (tmp_path / "valid" / "tokenizer.json").unlink()
+    with pytest.raises(DataError) as caught:
+        check_data(config(tmp_path), vocab_size=48, world_size=1)
+    train, valid = str(caught.value).splitlines()
+    assert "train/tokenizer.json: not the tokenizer that these shards were made with" in train
+    assert "valid/tokenizer.json: no tokenizer here (No such file or directory)" in valid

@@ -1,0 +1,78 @@
+"""A run over damaged shards, as started by a person: it stops, or leaves them out and says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa_dist.data.order import Exclusion
+from moa_dist.train.checkpoint_files import Reader, checkpoint_folder
+from tests.small_shards import write_folder
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+name: tiny
+model:
+  vocab_size: 100
+  d_model: 8
+  num_layers: 1
+  attention: {kind: dense, num_heads: 1, d_head: 8}
+  ffn: {kind: dense, d_ff: 8}
+data: {train: data, sequence_length: 3, workers: 0}
+train: {steps: 2, global_batch: 8, micro_batch: 8}
+logging: {every: 1, tensorboard: false}
+"""
+SKIP = ("data.on_damage=skip", "data.verify=checksums")
+
+
+def train(folder: Path, *overrides: str, expect: int) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "launcher/train.py", "--config", "tiny.yaml", *overrides],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output
+    assert "Traceback" not in output
+    return output
+
+
+def alter(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[600] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_damage_stops_a_run_or_is_left_out_from_then_on(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data")
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    alter(tmp_path / "data/shard-000002.tar")
+
+    stopped = train(tmp_path, "data.verify=checksums", expect=2)
+    assert "data/shard-000002.tar: altered or damaged" in stopped
+    assert "set data.on_damage to skip" in stopped
+
+    output = train(tmp_path, *SKIP, expect=0)
+    assert "1 damaged shards left out" in output
+    assert "left out: data/shard-000002.tar: altered or damaged" in output
+    first = Reader(checkpoint_folder(tmp_path / "runs/tiny", 2)).index
+    assert first.exclusions == (Exclusion(0, (2,)),)
+
+    # Found by the next start: the order changes there, which the run says and records.
+    (tmp_path / "data/shard-000005.tar").unlink()
+    output = train(tmp_path, *SKIP, "train.steps=4", expect=0)
+    assert "the order of samples changes at sample 16: 2 of 8 shards are left out" in output
+    second = Reader(checkpoint_folder(tmp_path / "runs/tiny", 4)).index
+    assert second.exclusions == (Exclusion(0, (2,)), Exclusion(16, (2, 5)))
+    records = map(json.loads, (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines())
+    assert [r["excluded_shards"] for r in records if r["kind"] == "start"] == [1, 2]
