@@ -42,13 +42,24 @@ class ExpertExchangeConfig(Section):
     `tokens` sends rows to the ranks of their experts and sums back, in every repeat of a layer.
     `weights` gathers all experts' weights on every rank once per forward, for all repeats of a
     shared layer, and reduces their gradients once. Stored shards, optimizer state and checkpoints
-    are the same for both.
+    are the same for both. `auto` takes what costs less by `parallel.network`, as long as memory
+    allows, and says why; `moa-dist plan` shows both costs.
     """
 
-    attention: Literal["tokens", "weights"] = "tokens"
+    attention: Literal["tokens", "weights", "auto"] = "tokens"
     """For the experts of attention layers."""
-    ffn: Literal["tokens", "weights"] = "tokens"
+    ffn: Literal["tokens", "weights", "auto"] = "tokens"
     """For the experts of feed-forward layers."""
+
+
+class NetworkConfig(Section):
+    """What is assumed of the links between ranks, where a choice or a prediction needs it."""
+
+    bandwidth_gb: PositiveFloat = 50.0
+    """GB (10^9 bytes) that a rank sends to others in a second: about 50 through a 400 Gb/s adapter
+    per GPU, several hundred inside a node with NVLink, 1 to 2 between processes through gloo."""
+    latency_us: NonNegativeFloat = 20.0
+    """Microseconds that a collective takes however little it carries."""
 
 
 class ParallelConfig(Section):
@@ -59,6 +70,12 @@ class ParallelConfig(Section):
     remaining factor W / ep holds copies (edp). Must divide W."""
     expert_exchange: ExpertExchangeConfig = ExpertExchangeConfig()
     """What travels between them."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether rows and weights travel while other things are computed: queries and keys beside rows,
+    earlier layers beside weights. The result is the same. `auto` is on with NCCL and off with
+    gloo, whose threads would take the cores from the computation."""
+    network: NetworkConfig = NetworkConfig()
+    """What is assumed of the links."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """What ZeRO partitions: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
     Dense state is partitioned over all W ranks, expert state over the edp ranks."""
@@ -108,6 +125,9 @@ class TrainConfig(Section):
     `global_batch / (W * micro_batch)` micro-batches."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification."""
+    deterministic: bool = False
+    """Two runs of one layout on the same GPUs give the same bits. Sums of rows then go by sorting
+    instead of atomic additions, so this costs speed; on CPUs it is so anyway and costs nothing."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass to save memory."""
     seed: NonNegativeInt = 0

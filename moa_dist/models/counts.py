@@ -13,7 +13,8 @@ from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
 
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+"""Of weights and activations, by `train.precision`."""
 _MASTER_BYTES = 4
 
 
@@ -130,7 +131,7 @@ def states(counts: Counts, config: Config, world_size: int) -> States:
     shard = sum(ceil(tensor.num_experts / ep) * tensor.size for tensor in counts.expert_tensors)
     whole = counts.dense + shard
     partition = ceil(counts.dense / world_size) + ceil(shard / (world_size // ep))
-    element = _ELEMENT_BYTES[config.train.precision]
+    element = ELEMENT_BYTES[config.train.precision]
     # At stages 1 to 3 gradients are summed in fp32, and DeepSpeed 0.19 keeps master and moments
     # in fp32, a master copy even of fp32 parameters. Stage 0 updates parameters in place.
     updated = _MASTER_BYTES if stage else element
