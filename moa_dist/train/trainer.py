@@ -28,7 +28,7 @@ from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.start import Job, job
-from moa_dist.errors import ConfigError, DataError
+from moa_dist.errors import ConfigError, DataError, TrainingError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
@@ -36,8 +36,9 @@ from moa_dist.models.objective import Batch
 from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.train import checkpoint
-from moa_dist.train.checkpoint_files import Reader, checkpoints
+from moa_dist.train.checkpoint import Checkpointer
+from moa_dist.train.checkpoint_check import newest_index
+from moa_dist.train.checkpoint_files import checkpoints
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
@@ -58,8 +59,7 @@ def check_run(config: Config, world_size: int) -> None:
 def _check_earlier_run(config: Config) -> None:
     """What the run's folder holds must be what this run goes on from."""
     folder = run_folder(config)
-    saved = checkpoints(folder)
-    if not saved:
+    if not checkpoints(folder):
         return
     if config.checkpoint.resume == "never":
         raise ConfigError(
@@ -75,7 +75,10 @@ def _check_earlier_run(config: Config) -> None:
                 f"{folder} was trained with another {file} than that of {config.data.train}, so it "
                 "cannot go on with this data: prepare it as before, or choose another `name`"
             )
-    before = Reader(saved[-1]).index.config.data
+    newest = newest_index(folder)
+    if newest is None:  # which the checkpointer will explain
+        return
+    before = newest.config.data
     changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
     if changed:
         raise ConfigError(
@@ -111,12 +114,15 @@ def train(config: Config, observer: Observer) -> None:
         )
         engine = Engine(model, config, mesh, this_job.device)
         folder = run_folder(config)
-        step, samples = _resume(engine, config, folder)
+        checkpointer = Checkpointer(engine, config, folder)
+        resumed = checkpointer.resume()
+        step, samples = resumed.step, resumed.samples
         listener = observer if mesh.rank == 0 else None
         try:
             if listener:
                 _describe_run(config, folder)
                 listener.start(_run_start(config, this_job, folder, step))
+            _tell(listener, resumed.notes)
             micro_batches = _micro_batches(config, train_manifest, mesh, samples)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
@@ -143,6 +149,7 @@ def train(config: Config, observer: Observer) -> None:
                                 routing=routing,
                             )
                         )
+                    _tell(listener, checkpointer.poll())
                 if valid_manifest and _due(step, config.evaluation.every, config):
                     with clock.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
@@ -150,11 +157,12 @@ def train(config: Config, observer: Observer) -> None:
                         listener.validation(metrics)
                 if _due(step, config.checkpoint.every, config):
                     with clock.paused():
-                        saved = checkpoint.save(
-                            engine, folder, config, step, samples, config.checkpoint.keep_last
-                        )
-                    if listener:
-                        listener.note(f"saved {saved}")
+                        notes = checkpointer.save(step, samples)
+                    _tell(listener, notes)
+            _tell(listener, checkpointer.finish())
+        except TrainingError:  # raised by all ranks: a checkpoint on its way is still wanted
+            _tell(listener, checkpointer.finish())
+            raise
         finally:
             if listener:
                 listener.close()
@@ -165,15 +173,10 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.train.steps
 
 
-def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int]:
-    """Steps taken and samples consumed so far."""
-    # Rank 0 decides, as folders may not look the same from every node.
-    newest: list[Path | None] = [next(reversed(checkpoints(folder)), None)]
-    dist.broadcast_object_list(newest)
-    if newest[0] is None:
-        return 0, 0
-    index = checkpoint.load(engine, newest[0])
-    return index.step, index.samples
+def _tell(listener: Observer | None, notes: list[str]) -> None:
+    if listener:
+        for note in notes:
+            listener.note(note)
 
 
 def _describe_run(config: Config, folder: Path) -> None:

@@ -12,7 +12,7 @@ from moa_dist.errors import DataError
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train import checkpoint
+from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.checkpoint_files import checkpoints, load_model
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
@@ -29,8 +29,9 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
     shard = partial(shard_experts, mesh=mesh)
     model = build_model(config.model, seed=seed, parallelize=shard)
     engine = Engine(model, config, mesh, torch.device("cpu"))
+    checkpointer = Checkpointer(engine, config, folder)
     if first > 1:
-        assert checkpoint.load(engine, checkpoints(folder)[-1]).step == first - 1
+        assert checkpointer.resume().step == first - 1
     state = {
         (f.parameter, f.state, f.start): f.view.clone() for f in fragments(engine, owned_only=True)
     }
@@ -41,7 +42,8 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
         result = engine.step(micro, lr=1e-2 / step)
         trace.append((result.loss, result.grad_norm))
     if save:
-        checkpoint.save(engine, folder, config, last, last * SEQUENCES, keep_last=1)
+        checkpointer.save(last, last * SEQUENCES)
+        checkpointer.finish()
     engine.close()
     return trace, state
 
