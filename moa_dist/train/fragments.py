@@ -151,5 +151,7 @@ def publish_masters(engine: Engine) -> None:
         case _:
             for i in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(i)
-            if optimizer.persistent_parameters:  # small ones stay gathered between steps
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            # Small ones stay gathered between steps: of those that are, the old values.
+            if small := optimizer.persistent_parameters:
+                small[0].partition(small)
+                small[0].all_gather(small)
