@@ -39,6 +39,14 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
     return problems
 
 
+def require_valid(folder: Path) -> None:
+    """Raise DataError if a checkpoint is damaged."""
+    problems = damage(folder)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise DataError(f"{folder} is damaged:{lines}\nUse an older checkpoint, or a copy")
+
+
 def incomplete(folder: Path, index: Index) -> list[str]:
     """Files of the index that are missing or of another size: what is seen without reading."""
     problems = []

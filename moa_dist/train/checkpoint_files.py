@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moa_dist.config.run import Config
+from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import LanguageModel, build_model
 
@@ -98,6 +99,12 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def tokenizer_of(checkpoint: Path) -> Path:
+    """Where its tokenizer is: in the run's folder, or in its own if it was moved away."""
+    own = checkpoint / TOKENIZER_FILE
+    return own if own.exists() else checkpoint.resolve().parent / TOKENIZER_FILE
 
 
 class Reader:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moa_dist.train.fragments import Fragment
 from moa_dist.train.tensor_file import TensorSpec
+
+if TYPE_CHECKING:  # readers of checkpoints need no DeepSpeed
+    from moa_dist.train.fragments import Fragment
 
 
 class Place(NamedTuple):
