@@ -115,29 +115,36 @@ class Checkpointer:
         """Load the newest valid checkpoint into the engine, whichever layout wrote it.
 
         `last_step` is for going back: later checkpoints are not considered, and are deleted.
-        Raises DataError if there are checkpoints, but none is valid or of this model.
+        Waits for the pending write. Raises DataError if there are checkpoints, but none is valid
+        or of this model, or if there is none to go back to; and like `save`.
         """
+        notes = self._settle()
         folders = _from_rank_0(self._tidy_and_list)
         later = [f for f in folders if last_step is not None and step_of(f) > last_step]
-        notes = []
+        damaged = []
         for folder in reversed(folders[: len(folders) - len(later)]):
             rank, world_size = dist.get_rank(), dist.get_world_size()
             problems = [p for found in _gather(damage(folder, rank, world_size)) for p in found]
             if problems:
-                notes.append(f"{folder} is damaged ({problems[0]})")
+                damaged.append(f"{folder} is damaged ({problems[0]})")
                 continue
             index = load(self._engine, folder)
             _from_rank_0(partial(_discard_all, later))
             self._saved = (index.step, index.samples, index.state)
-            notes.append(f"continuing from {folder}")
+            notes += [*damaged, f"continuing from {folder}"]
             return Resumed(index.step, index.samples, index.state, notes)
-        if notes:
-            lines = "\n  ".join(notes)
+        if damaged:
+            lines = "\n  ".join(damaged)
             raise DataError(
                 f"{self._folder}: no checkpoint is valid:\n  {lines}\n"
                 "Restore one from a copy, or delete them all to start anew"
             )
-        return Resumed(0, 0, {}, [])
+        if last_step is not None:
+            raise DataError(
+                f"{self._folder}: no checkpoint up to step {last_step} to go back to; save more "
+                "often (checkpoint.every) or keep more of them (checkpoint.keep_last)"
+            )
+        return Resumed(0, 0, {}, notes)
 
     def save(self, step: int, samples: int, state: dict[str, JsonValue] | None = None) -> list[str]:
         """Begin to write a checkpoint; returns when the engine may change again.

@@ -230,6 +230,28 @@ def test_going_back_forgets_what_came_later(pools, tmp_path):
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
+def go_back_at_once(config: Config, folder: Path):
+    engine = make_engine(CASE, seed=0)
+    checkpointer = Checkpointer(engine, config, folder)
+    take_step(engine, CASE, 1)
+    state = owned_state(engine)
+    checkpointer.save(1, 8)
+    resumed = checkpointer.resume()  # what is being written is what it goes back to
+    same = all(torch.equal(value, state[key]) for key, value in owned_state(engine).items())
+    with pytest.raises(DataError, match=r"no checkpoint up to step 0 to go back to"):
+        checkpointer.resume(last_step=0)
+    engine.close()
+    return resumed.step, same, resumed.notes
+
+
+def test_going_back_waits_for_what_is_being_written(pools, tmp_path):
+    for step, same, notes in pools(2).run(go_back_at_once, with_policy(CASE), tmp_path):
+        assert (step, same) == (1, True)
+        assert "saved" in notes[0]
+        assert "continuing" in notes[1]
+    assert damage(checkpoints(tmp_path)[-1]) == []
+
+
 def test_an_empty_folder_is_a_new_run(pools, tmp_path):
     for resumed, _ in pools(2).run(resume, with_policy(CASE), tmp_path / "none"):
         assert (resumed.step, resumed.samples, resumed.state, resumed.notes) == (0, 0, {}, [])
