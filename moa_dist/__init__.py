@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moa_dist.config import load_config
+    from moa_dist.evaluate.trained import load_model
     from moa_dist.models.language_model import build_model
 
-__all__ = ["build_model", "load_config"]
+__all__ = ["build_model", "load_config", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from moa_dist.models.language_model import build_model
 
         return build_model
+    if name == "load_model":
+        from moa_dist.evaluate.trained import load_model
+
+        return load_model
     raise AttributeError(f"module 'moa_dist' has no attribute '{name}'")

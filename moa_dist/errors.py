@@ -30,3 +30,7 @@ class ClusterError(MoaDistError):
 
 class TrainingError(MoaDistError):
     """Training cannot go on, such as a loss that is no longer finite."""
+
+
+class SaveError(TrainingError):
+    """A checkpoint could not be written: the disk is full, read-only or gone."""

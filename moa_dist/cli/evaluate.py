@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, for its newest checkpoint, or of one checkpoint",
+        help="folder of a run, for its newest checkpoint, of one checkpoint, or of an export",
     )
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="shards to use (the run's data.valid)"
@@ -85,7 +85,7 @@ def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
     if manifest.tokenizer_sha256 != trained.tokenizer_sha256:
         problems.append(
             f"{folder}: prepared with another tokenizer than the run's; prepare it again with "
-            f"--tokenizer {trained.folder.parent}"
+            f"--tokenizer {trained.tokenizer_file.parent}"
         )
     if manifest.block_length != data.sequence_length:
         problems.append(

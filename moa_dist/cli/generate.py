@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "path",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, for its newest checkpoint, or of one checkpoint",
+        help="folder of a run, for its newest checkpoint, of one checkpoint, or of an export",
     )
     parser.add_argument(
         "--prompt",

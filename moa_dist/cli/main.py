@@ -16,6 +16,8 @@ COMMANDS = {
     "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
     "verify": ("moa_dist.cli.verify", "compare a layout, on its machines, with one process"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
+    "checkpoint": ("moa_dist.cli.checkpoint", "show, verify or rewrite what a run has saved"),
+    "export": ("moa_dist.cli.export", "write a trained model to one safetensors file"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args)`, and its line in the help."""

@@ -166,6 +166,16 @@ def _precision(config: Config) -> Iterator[Problem]:
         )
 
 
+def _kept_checkpoints(config: Config) -> Iterator[Problem]:
+    every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    if keep is not None and keep % every:
+        yield Problem(
+            f"`checkpoint.keep_every` is {keep}, not a multiple of `checkpoint.every` = {every}, "
+            f"so most steps to keep are never saved; use {_one_of(_multiples_near(keep, every))}",
+            ("checkpoint.keep_every", "checkpoint.every"),
+        )
+
+
 def _enough_experts(config: Config) -> Iterator[Problem]:
     ep = config.parallel.expert_parallel
     if ep == 1:
@@ -257,6 +267,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _shares_of_the_peak,
     _optimizer,
     _precision,
+    _kept_checkpoints,
     _enough_experts,
 )
 """Each stands alone, so that a field left out of a partial configuration silences only its own."""

@@ -71,9 +71,9 @@ class ParallelConfig(Section):
     expert_exchange: ExpertExchangeConfig = ExpertExchangeConfig()
     """What travels between them."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Whether rows and weights travel while other things are computed: queries and keys beside rows,
-    earlier layers beside weights. The result is the same. `auto` is on with NCCL and off with
-    gloo, whose threads would take the cores from the computation."""
+    """Whether rows and weights travel while other things are computed: queries and keys beside
+    rows, earlier layers beside weights. The result is the same. `auto` is on with NCCL and off
+    with gloo, whose threads would take the cores from the computation."""
     network: NetworkConfig = NetworkConfig()
     """What is assumed of the links."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
@@ -159,9 +159,18 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted."""
+    keep_every: PositiveInt | None = None
+    """Those of every so many steps are kept for good; absent means none."""
+    asynchronous: bool = True
+    """Training waits only for a copy to host memory, while a thread writes the files; `false`
+    waits for those as well, and saves no memory."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (a full disk): `stop` ends the run, `continue` notes
+    it and trains on. The checkpoints before stay as they are, and a run whose last one is not
+    there ends with an error in either case."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` continues from the run folder's newest checkpoint, if there is one; `never` refuses
-    a folder that has any."""
+    """`auto` continues from the run folder's newest valid checkpoint, if there is any; `never`
+    refuses a folder that has one."""
 
 
 class Config(Section):

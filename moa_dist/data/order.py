@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue, TypeAdapter
 
 _EPOCH, _ROWS = 0, 1
 
@@ -40,6 +41,17 @@ class Exclusion(NamedTuple):
 
 Exclusions = tuple[Exclusion, ...]
 """The history of a run, in order of `since`."""
+_HISTORY = TypeAdapter(Exclusions)
+
+
+def as_json(history: Exclusions) -> JsonValue:
+    """For a checkpoint; see `read_exclusions`."""
+    return [[exclusion.since, list(exclusion.shards)] for exclusion in history]
+
+
+def read_exclusions(value: JsonValue) -> Exclusions:
+    """What `as_json` wrote; none from None."""
+    return _HISTORY.validate_python(value or ())
 
 
 def exclude(history: Exclusions, sample: int, shards: tuple[int, ...]) -> Exclusions:

@@ -1,4 +1,4 @@
-"""Finding what a run has trained: a checkpoint, and the tokenizer beside it."""
+"""Finding what a run has trained: a checkpoint or an export, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from moa_dist.config.run import Config
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from moa_dist.errors import DataError
+from moa_dist.evaluate.export import is_export, load_export
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.train.checkpoint_files import checkpoints, load_model
+from moa_dist.train import checkpoint_files
+from moa_dist.train.checkpoint_files import INDEX_FILE, checkpoints, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Trained:
     """A whole trained model on one process."""
 
     folder: Path
-    """The checkpoint's folder."""
+    """The folder of the checkpoint or of the export."""
     model: LanguageModel
     """In fp32 and evaluation mode."""
     device: torch.device
@@ -31,30 +33,50 @@ class Trained:
     """Configuration of its run."""
     tokenizer: Tokenizer
     """Tokenizer of its run."""
+    tokenizer_file: Path
+    """Where that was found."""
     tokenizer_sha256: str
     """Checksum of the run's `tokenizer.json`."""
 
 
 def load_trained(path: Path) -> Trained:
-    """Load a checkpoint, given by its folder or by that of its run, then the newest.
+    """Load an export or a checkpoint, given by its folder or by that of its run, then the newest.
 
     Raises:
         DataError: there is no checkpoint or no tokenizer, or they are damaged.
     """
-    folder = find_checkpoint(path)
-    file = folder.parent / TOKENIZER_FILE
+    folder = path if is_export(path) else find_checkpoint(path)
+    file = folder / TOKENIZER_FILE if is_export(folder) else tokenizer_of(folder)
     tokenizer = load_tokenizer(file)
-    model, index = load_model(folder)
+    model, config, step = _load(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trained(
         folder=folder,
         model=model.to(device),
         device=device,
-        step=index.step,
-        config=index.config,
+        step=step,
+        config=config,
         tokenizer=tokenizer,
+        tokenizer_file=file,
         tokenizer_sha256=sha256_of(file.read_bytes()),
     )
+
+
+def load_model(path: str | Path) -> LanguageModel:
+    """The model of an export, a checkpoint or a run's newest one, on the CPU, in fp32.
+
+    In evaluation mode, whole, without a process group. Raises DataError if it is not there or
+    damaged.
+    """
+    path = Path(path)
+    return _load(path if is_export(path) else find_checkpoint(path))[0]
+
+
+def _load(folder: Path) -> tuple[LanguageModel, Config, int]:
+    if is_export(folder):
+        return load_export(folder)
+    model, index = checkpoint_files.load_model(folder)
+    return model, index.config, index.step
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -69,7 +91,7 @@ def find_checkpoint(path: Path) -> Path:
     if saved:
         return saved[-1]
     absolute = path.resolve()
-    if absolute in checkpoints(absolute.parent):
+    if absolute in checkpoints(absolute.parent) or (absolute / INDEX_FILE).exists():
         return absolute
     if not path.is_dir():
         raise DataError(f"{path}: no such folder; give the folder of a run or of a checkpoint")

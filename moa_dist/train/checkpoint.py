@@ -1,101 +1,328 @@
-"""Saving and loading the state of an engine. A checkpoint gets its name when it is complete."""
+"""Saving and continuing a run: training waits for a copy to host memory, a thread writes it.
+
+Main threads alone talk to other ranks; the threads that write speak through files (see
+`checkpoint_write`). So ranks agree on what became of a write at the next `poll`, `save` or
+`finish`, which all of them call.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from pydantic import JsonValue
 
 from moa_dist.config.run import Config
-from moa_dist.data.order import Exclusions
+from moa_dist.errors import DataError, SaveError
+from moa_dist.train.background import Background
+from moa_dist.train.checkpoint_check import damage
 from moa_dist.train.checkpoint_files import (
     FORMAT,
-    INDEX_FILE,
     Index,
     Piece,
     Reader,
     checkpoint_folder,
     checkpoints,
+    step_of,
+)
+from moa_dist.train.checkpoint_write import (
+    discard,
+    explain,
+    partial_folder,
+    prune,
+    publish,
+    remove_leftovers,
+    write_part,
 )
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import (
-    Fragment,
     fragments,
     global_shapes,
     make_optimizer_state,
+    num_updates,
     publish_masters,
 )
+from moa_dist.train.host_copy import HostCopy
+
+Result = TypeVar("Result")
+_DONE, _RUNNING, _FAILED = 0, 1, 2
 
 
-def save(
-    engine: Engine,
-    folder: Path,
-    config: Config,
-    step: int,
-    samples: int,
-    keep_last: int,
-    exclusions: Exclusions = (),
-) -> Path:
-    """Write `folder/step-...`, then delete all checkpoints but the newest `keep_last`. Collective.
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from."""
 
-    Returns the new checkpoint's folder.
+    step: int
+    """Steps taken so far; 0 for a new run."""
+    samples: int
+    """Sequences consumed so far."""
+    state: dict[str, JsonValue]
+    """What was given to `save`."""
+    notes: list[str]
+    """What a person should know, a line each: from which checkpoint, and why no newer one."""
+
+
+@dataclass(frozen=True)
+class _Write:
+    """A checkpoint on its way to the disk."""
+
+    target: Path
+    identity: tuple[Any, ...]
+    """What tells it from others of the same run."""
+    part: Background
+    """Writes what this rank owns."""
+    publication: Background | None
+    """On rank 0, waits for all parts and makes them a checkpoint."""
+    cancelled: Event
+    """Tells it that a part will never come."""
+
+    def progress(self) -> int:
+        """Done, running or failed, as far as this rank knows."""
+        threads = [t for t in (self.part, self.publication) if t is not None]
+        if any(t.failed() for t in threads):
+            return _FAILED
+        return _DONE if all(t.ended() for t in threads) else _RUNNING
+
+
+class Checkpointer:
+    """The checkpoints of one run; at most one is being written.
+
+    Methods are collective unless they say otherwise. Those that return lines, and those that
+    raise, do so alike on every rank.
     """
-    target = checkpoint_folder(folder, step)
-    partial = target.with_suffix(".partial")
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    file = f"rank-{rank:05d}.safetensors"
-    tensors, pieces = {}, []
-    for fragment in fragments(engine, owned_only=True):
-        name = f"{fragment.parameter}/{fragment.state}"
-        key = f"{name}/{fragment.start}"
-        tensors[key] = fragment.view.detach().cpu().clone()
-        pieces.append((name, Piece(file, key, fragment.start, fragment.view.numel())))
-    save_file(tensors, partial / file)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, pieces)
-    if rank == 0:
-        index = Index(
-            format=FORMAT,
-            step=step,
-            samples=samples,
-            exclusions=exclusions,
-            config=config,
-            shapes=global_shapes(engine),
-            tensors=_by_tensor(piece for of_rank in gathered for piece in of_rank),
-        )
-        (partial / INDEX_FILE).write_text(index.model_dump_json(indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        for old in checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
+
+    def __init__(self, engine: Engine, config: Config, folder: Path) -> None:
+        """`folder` is the run's; the policy is `config.checkpoint`."""
+        self._engine = engine
+        self._config = config
+        self._folder = folder
+        self._host = HostCopy(engine.device)
+        self._write: _Write | None = None
+        self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
+        self._failed: str | None = None  # why the last one is not there
+        self.num_failures = 0
+        """Checkpoints that could not be written."""
+
+    def resume(self, last_step: int | None = None) -> Resumed:
+        """Load the newest valid checkpoint into the engine, whichever layout wrote it.
+
+        `last_step` is for going back: later checkpoints are not considered, and are deleted.
+        Waits for the pending write. Raises DataError if there are checkpoints, but none is valid
+        or of this model, or if there is none to go back to; and like `save`.
+        """
+        notes = self._settle()
+        folders = _from_rank_0(self._tidy_and_list)
+        later = [f for f in folders if last_step is not None and step_of(f) > last_step]
+        damaged = []
+        for folder in reversed(folders[: len(folders) - len(later)]):
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            problems = [p for found in _gather(damage(folder, rank, world_size)) for p in found]
+            if problems:
+                damaged.append(f"{folder} is damaged ({problems[0]})")
+                continue
+            index = load(self._engine, folder)
+            _from_rank_0(partial(_discard_all, later))
+            self._saved = (index.step, index.samples, index.state)
+            notes += [*damaged, f"continuing from {folder}"]
+            return Resumed(index.step, index.samples, index.state, notes)
+        if damaged:
+            lines = "\n  ".join(damaged)
+            raise DataError(
+                f"{self._folder}: no checkpoint is valid:\n  {lines}\n"
+                "Restore one from a copy, or delete them all to start anew"
+            )
+        if last_step is not None:
+            raise DataError(
+                f"{self._folder}: no checkpoint up to step {last_step} to go back to; save more "
+                "often (checkpoint.every) or keep more of them (checkpoint.keep_last)"
+            )
+        return Resumed(0, 0, {}, notes)
+
+    def save(self, step: int, samples: int, state: dict[str, JsonValue] | None = None) -> list[str]:
+        """Begin to write a checkpoint; returns when the engine may change again.
+
+        Waits for the one before. With `checkpoint.asynchronous` false, waits for this one too.
+
+        Args:
+            step: steps taken.
+            samples: sequences consumed.
+            state: whatever JSON can hold, given back by `resume`.
+
+        Returns:
+            What became of writes, a line each.
+
+        Raises:
+            SaveError: a write failed, and `checkpoint.on_failure` is `stop`.
+        """
+        notes = self._settle()
+        identity = (step, samples, state or {})
+        if identity == self._saved:  # asked to stop right after saving
+            return notes
+        target = checkpoint_folder(self._folder, step)
+        try:
+            _from_rank_0(partial(self._prepare, target))
+        except DataError as error:
+            return [*notes, self._note_failure(target, str(error))]
+        self._write = self._start_writing(target, identity)
+        if not self._config.checkpoint.asynchronous:
+            notes += self._settle()
+        return notes
+
+    def poll(self) -> list[str]:
+        """See whether the pending write has ended, without waiting; for now and then.
+
+        Returns and raises like `save`.
+        """
+        if self._write is None:  # on every rank alike
+            return []
+        progress = torch.tensor(self._write.progress(), device=self._engine.device)
+        dist.all_reduce(progress, op=dist.ReduceOp.MAX)
+        return [] if progress.item() == _RUNNING else self._settle()
+
+    def finish(self) -> list[str]:
+        """Wait for the pending write.
+
+        Returns like `save`. Raises SaveError if the last checkpoint could not be written,
+        whatever the policy: a run should not end as if its result were there.
+        """
+        notes = self._settle()
+        if self._failed is not None:
+            raise SaveError(self._failed)
+        return notes
+
+    def _tidy_and_list(self) -> list[Path]:
+        # Where the folder cannot be changed, saving will say so; reading may go on.
+        with suppress(OSError):
+            remove_leftovers(self._folder)
+        return checkpoints(self._folder)
+
+    def _prepare(self, target: Path) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._folder)
+        partial_folder(target).mkdir()
+
+    def _start_writing(self, target: Path, identity: tuple[Any, ...]) -> _Write:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        updates = num_updates(self._engine)
+        if updates == 0:
+            make_optimizer_state(self._engine, 0)  # all zero, but a whole checkpoint has it
+        snapshot = self._host.take(fragments(self._engine, owned_only=True))
+        part = Background(lambda: write_part(partial_folder(target), rank, snapshot))
+        cancelled = Event()
+        if rank > 0:
+            return _Write(target, identity, part, None, cancelled)
+        step, samples, state = identity
+        shapes, config = global_shapes(self._engine), self._config
+
+        def make_index(files: dict[str, int], tensors: dict[str, list[Piece]]) -> Index:
+            return Index(
+                format=FORMAT,
+                step=step,
+                samples=samples,
+                updates=updates,
+                state=state,
+                world_size=world_size,
+                config=config,
+                files=files,
+                shapes=shapes,
+                tensors=tensors,
+            )
+
+        def publish_and_prune() -> None:
+            publish(target, world_size, make_index, cancelled)
+            prune(self._folder, step, config.checkpoint.keep_last, config.checkpoint.keep_every)
+
+        return _Write(target, identity, part, Background(publish_and_prune), cancelled)
+
+    def _settle(self) -> list[str]:
+        """Wait for the pending write, and agree on what became of it."""
+        write, self._write = self._write, None
+        if write is None:  # on every rank alike
+            return []
+        found = write.part.wait()
+        errors = [
+            f"rank {rank}: {text}"
+            for rank, text in enumerate(_gather(found and explain(found)))
+            if text is not None
+        ]
+        if errors:
+            write.cancelled.set()
+        error, seconds = _from_rank_0(partial(_outcome, write))
+        if error is not None:
+            return [self._note_failure(write.target, "; ".join(errors) or error)]
+        self._saved, self._failed = write.identity, None
+        return [f"saved {write.target} in {seconds:.1f} s"]
+
+    def _note_failure(self, target: Path, error: str) -> str:
+        """Count it; raises SaveError if that is the policy."""
+        self.num_failures += 1
+        self._failed = f"{target} was not saved: {error}"
+        if self._config.checkpoint.on_failure == "stop":
+            raise SaveError(self._failed)
+        times = "once" if self.num_failures == 1 else f"{self.num_failures} times"
+        return f"{self._failed} (failed {times}; checkpoint.on_failure lets training go on)"
 
 
-def _by_tensor(pieces: Iterator[tuple[str, Piece]]) -> dict[str, list[Piece]]:
-    tensors: dict[str, list[Piece]] = {}
-    for name, piece in pieces:
-        tensors.setdefault(name, []).append(piece)
-    return {name: sorted(tensors[name], key=lambda p: p.start) for name in sorted(tensors)}
+def _outcome(write: _Write) -> tuple[str | None, float]:
+    """On rank 0: why there is no checkpoint, if so, and how long it took."""
+    assert write.publication is not None
+    error = write.publication.wait()
+    if error is None:
+        return None, write.publication.seconds
+    # Gives the room back; if even that fails, the next save says so.
+    shutil.rmtree(partial_folder(write.target), ignore_errors=True)
+    return explain(error), write.publication.seconds
+
+
+def _discard_all(folders: list[Path]) -> None:
+    for folder in folders:
+        discard(folder)
+
+
+def _gather(value: Result) -> list[Result]:
+    """Every rank's value, in rank order, on all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _from_rank_0(function: Callable[[], Result]) -> Result:
+    """What `function` returns there, on all ranks.
+
+    Rank 0 alone looks at names in the folder, which other nodes may see later. If it meets an
+    OSError, all ranks raise DataError.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except OSError as error:
+            answer[1] = explain(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise DataError(answer[1])
+    result: Result = answer[0]
+    return result
 
 
 @torch.no_grad()
 def load(engine: Engine, folder: Path) -> Index:
-    """Restore parameters and optimizer state, saved in any layout. Collective."""
+    """Restore parameters and optimizer state, saved in any layout. Collective.
+
+    Reads just the ranges that this rank holds.
+    """
     reader = Reader(folder)
     reader.check_shapes(global_shapes(engine))
-    make_optimizer_state(engine, reader.index.step)
-    mine: list[Fragment] = list(fragments(engine, owned_only=False))
-    for fragment in mine:
+    make_optimizer_state(engine, reader.index.updates)
+    for fragment in fragments(engine, owned_only=False):
         name = f"{fragment.parameter}/{fragment.state}"
         reader.read_into(name, fragment.start, fragment.view)
     publish_masters(engine)

@@ -123,12 +123,18 @@ def global_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
     return shapes | {name: tuple(b.shape) for name, b in engine.model.named_buffers()}
 
 
-def make_optimizer_state(engine: Engine, num_steps: int) -> None:
-    """Create the moments that torch creates in the first step, as after `num_steps` steps."""
+def num_updates(engine: Engine) -> int:
+    """Updates made so far, if the optimizer is one that counts them (AdamW), else 0."""
+    states = (engine.optimizer.state.get(piece.flat, {}) for piece in _pieces(engine))
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def make_optimizer_state(engine: Engine, num_updates: int) -> None:
+    """Create the moments that torch creates in the first step, as after so many updates."""
     for piece in _pieces(engine):
         state: dict[str, Any] = engine.optimizer.state[piece.flat]
         if isinstance(engine.optimizer, torch.optim.AdamW):
-            state["step"] = torch.tensor(float(num_steps))
+            state["step"] = torch.tensor(float(num_updates))
             keys = ["exp_avg", "exp_avg_sq"]
         else:
             keys = ["momentum_buffer"] if engine.optimizer.defaults["momentum"] else []
@@ -148,5 +154,7 @@ def publish_masters(engine: Engine) -> None:
         case _:
             for i in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(i)
-            if optimizer.persistent_parameters:  # small ones stay gathered between steps
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            # Small ones stay gathered between steps: of those that are, the old values.
+            if small := optimizer.persistent_parameters:
+                small[0].partition(small)
+                small[0].all_gather(small)

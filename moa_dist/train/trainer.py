@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,13 @@ from moa_dist.config import find_layout_problems, to_yaml
 from moa_dist.config.run import Config
 from moa_dist.data.check import check_data
 from moa_dist.data.manifest import MANIFEST_FILE, Manifest
-from moa_dist.data.order import Exclusions, exclude
+from moa_dist.data.order import Exclusions, as_json, exclude, read_exclusions
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.start import Job, job
-from moa_dist.errors import ConfigError, DataError
+from moa_dist.errors import ConfigError, DataError, TrainingError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
@@ -37,8 +37,9 @@ from moa_dist.models.objective import Batch
 from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.train import checkpoint
-from moa_dist.train.checkpoint_files import Reader, checkpoints
+from moa_dist.train.checkpoint import Checkpointer
+from moa_dist.train.checkpoint_check import newest_index
+from moa_dist.train.checkpoint_files import checkpoints
 from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
@@ -60,8 +61,7 @@ def check_run(config: Config, world_size: int) -> None:
 def _check_earlier_run(config: Config) -> None:
     """What the run's folder holds must be what this run goes on from."""
     folder = run_folder(config)
-    saved = checkpoints(folder)
-    if not saved:
+    if not checkpoints(folder):
         return
     if config.checkpoint.resume == "never":
         raise ConfigError(
@@ -77,7 +77,10 @@ def _check_earlier_run(config: Config) -> None:
                 f"{folder} was trained with another {file} than that of {config.data.train}, so it "
                 "cannot go on with this data: prepare it as before, or choose another `name`"
             )
-    before = Reader(saved[-1]).index.config.data
+    newest = newest_index(folder)
+    if newest is None:  # which the checkpointer will explain
+        return
+    before = newest.config.data
     changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
     if changed:
         raise ConfigError(
@@ -114,15 +117,19 @@ def train(config: Config, observer: Observer) -> None:
         )
         engine = Engine(model, config, mesh, this_job.device)
         folder = run_folder(config)
-        step, samples, exclusions = _resume(engine, config, folder)
-        exclusions = exclude(exclusions, samples, tuple(damaged))
+        checkpointer = Checkpointer(engine, config, folder)
+        resumed = checkpointer.resume()
+        step, samples = resumed.step, resumed.samples
+        exclusions = exclude(
+            read_exclusions(resumed.state.get("exclusions")), samples, tuple(damaged)
+        )
         listener = observer if mesh.rank == 0 else None
         try:
             if listener:
                 _describe_run(config, folder)
                 listener.start(_run_start(config, this_job, folder, step, len(damaged)))
-                for note in _notes_on_damage(damaged, exclusions, train_manifest, samples):
-                    listener.note(note)
+            _tell(listener, resumed.notes)
+            _tell(listener, _notes_on_damage(damaged, exclusions, train_manifest, samples))
             micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
@@ -149,6 +156,7 @@ def train(config: Config, observer: Observer) -> None:
                                 routing=routing,
                             )
                         )
+                    _tell(listener, checkpointer.poll())
                 if valid_manifest and _due(step, config.evaluation.every, config):
                     with clock.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
@@ -156,17 +164,13 @@ def train(config: Config, observer: Observer) -> None:
                         listener.validation(metrics)
                 if _due(step, config.checkpoint.every, config):
                     with clock.paused():
-                        saved = checkpoint.save(
-                            engine,
-                            folder,
-                            config,
-                            step,
-                            samples,
-                            config.checkpoint.keep_last,
-                            exclusions,
-                        )
-                    if listener:
-                        listener.note(f"saved {saved}")
+                        state = {"exclusions": as_json(exclusions)}
+                        notes = checkpointer.save(step, samples, state)
+                    _tell(listener, notes)
+            _tell(listener, checkpointer.finish())
+        except TrainingError:  # raised by all ranks: a checkpoint on its way is still wanted
+            _tell(listener, checkpointer.finish())
+            raise
         finally:
             if listener:
                 listener.close()
@@ -177,15 +181,10 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.train.steps
 
 
-def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int, Exclusions]:
-    """Steps taken, samples consumed and shards left out so far."""
-    # Rank 0 decides, as folders may not look the same from every node.
-    newest: list[Path | None] = [next(reversed(checkpoints(folder)), None)]
-    dist.broadcast_object_list(newest)
-    if newest[0] is None:
-        return 0, 0, ()
-    index = checkpoint.load(engine, newest[0])
-    return index.step, index.samples, index.exclusions
+def _tell(listener: Observer | None, notes: Iterable[str]) -> None:
+    if listener:
+        for note in notes:
+            listener.note(note)
 
 
 def _describe_run(config: Config, folder: Path) -> None:

@@ -36,6 +36,10 @@ DENSE_FFN = ["model.ffn.kind=dense", "model.ffn.d_ff=64"]
         (["optimizer.betas=[0.9, 1.0]"], "below 1"),
         (["optimizer.momentum=0.9"], "set `optimizer.kind` to sgd"),
         (["train.precision=bf16", "parallel.zero_stage=0"], "use stage 1"),
+        (
+            ["checkpoint.every=300", "checkpoint.keep_every=1000"],
+            "most steps to keep are never saved; use 900 or 1200",
+        ),
         ([*DENSE, *DENSE_FFN], "the model has no experts"),
         (["parallel.expert_parallel=9"], "`model.attention` has 8 experts"),
     ],
@@ -59,6 +63,7 @@ def test_impossible_combination(base, problems, overrides, expected):
         ["optimizer.kind=sgd", "optimizer.momentum=0.9"],
         ["schedule.warmup_steps=100"],
         ["evaluation.sequences=3"],
+        ["checkpoint.every=300", "checkpoint.keep_every=900"],
         ["model.ffn.router.top_k=1", "model.ffn.router.gate=renormalized_detached"],
     ],
 )

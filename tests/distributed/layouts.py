@@ -226,6 +226,21 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
     return result.loss, result.auxiliary, result.grad_norm, owned, dropped
 
 
+def whole(
+    states: list[dict[tuple[str, str, int], torch.Tensor]], case: Case
+) -> dict[tuple[str, str], torch.Tensor]:
+    """Global tensors, put together from what each rank owns."""
+    sizes = {n: t.numel() for n, t in build_model(case.config().model).state_dict().items()}
+    tensors: dict[tuple[str, str], torch.Tensor] = {}
+    for state in states:
+        for (name, kind, start), values in state.items():
+            flat = tensors.setdefault((name, kind), values.new_full((sizes[name],), float("nan")))
+            assert flat[start : start + len(values)].isnan().all(), f"{name}: owned twice"
+            flat[start : start + len(values)] = values
+    assert not any(t.isnan().any() for t in tensors.values())
+    return tensors
+
+
 def distributed(pools, case: Case) -> Outcome:
     results = pools(case.world_size).run(on_rank, case)
     losses, auxiliaries, norms, owned, dropped = zip(*results, strict=True)

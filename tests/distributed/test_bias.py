@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from moa_dist.train.checkpoint_files import checkpoints, load_model
-from tests.distributed.layouts import MOA, Case, assert_equal, balanced, distributed, one_process
-from tests.distributed.test_checkpoint import run_steps, whole
+from tests.distributed.layouts import (
+    MOA,
+    Case,
+    assert_equal,
+    balanced,
+    distributed,
+    one_process,
+    whole,
+)
+from tests.distributed.test_checkpoint import run_steps
 from tests.distributed.test_engine import poisoned_step
 
 FP64 = 1e-9
@@ -73,7 +81,11 @@ def test_resumed_run_goes_on_bit_for_bit(pools, tmp_path, case):
     resumed = run(case, tmp_path / "b", seed=1, first=3, last=4, save=False)
     for (ours, _), (theirs, _) in zip(resumed, together, strict=True):
         assert ours == theirs[2:]
-    biases = {n: b for (n, _), b in whole(resumed, case).items() if n.endswith("bias.value")}
+    biases = {
+        n: b
+        for (n, _), b in whole([state for _, state in resumed], case).items()
+        if n.endswith("bias.value")
+    }
     wide = torch.float64 if case.precision == "fp64" else torch.float32
     assert biases
     for bias in biases.values():
@@ -93,8 +105,10 @@ def test_other_layouts_and_one_process_read_the_same_biases(pools, tmp_path, tar
     source = replace(ADAM, zero_stage=2)
     pools(2).run(run_steps, source, tmp_path, seed=0, first=1, last=2, save=True)
     again = {"seed": 1, "first": 3, "last": 3, "save": False}
-    expected = whole(pools(2).run(run_steps, source, tmp_path, **again), source)
-    ours = whole(pools(target.world_size).run(run_steps, target, tmp_path, **again), target)
+    expected, ours = (
+        whole([state for _, state in pools(c.world_size).run(run_steps, c, tmp_path, **again)], c)
+        for c in (source, target)
+    )
     assert ours.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(ours[key], value), key

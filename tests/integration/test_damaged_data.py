@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_dist.data.order import Exclusion
+from moa_dist.data.order import Exclusion, read_exclusions
 from moa_dist.train.checkpoint_files import Reader, checkpoint_folder
 from tests.small_shards import write_folder
 
@@ -66,13 +66,14 @@ def test_damage_stops_a_run_or_is_left_out_from_then_on(tmp_path: Path) -> None:
     assert "1 damaged shards left out" in output
     assert "left out: data/shard-000002.tar: altered or damaged" in output
     first = Reader(checkpoint_folder(tmp_path / "runs/tiny", 2)).index
-    assert first.exclusions == (Exclusion(0, (2,)),)
+    assert read_exclusions(first.state["exclusions"]) == (Exclusion(0, (2,)),)
 
     # Found by the next start: the order changes there, which the run says and records.
     (tmp_path / "data/shard-000005.tar").unlink()
     output = train(tmp_path, *SKIP, "train.steps=4", expect=0)
     assert "the order of samples changes at sample 16: 2 of 8 shards are left out" in output
     second = Reader(checkpoint_folder(tmp_path / "runs/tiny", 4)).index
-    assert second.exclusions == (Exclusion(0, (2,)), Exclusion(16, (2, 5)))
+    history = read_exclusions(second.state["exclusions"])
+    assert history == (Exclusion(0, (2,)), Exclusion(16, (2, 5)))
     records = map(json.loads, (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines())
     assert [r["excluded_shards"] for r in records if r["kind"] == "start"] == [1, 2]

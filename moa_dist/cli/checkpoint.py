@@ -1,0 +1,129 @@
+"""`moa-dist checkpoint`: show, verify and rewrite checkpoints. Arguments and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from moa_dist.cli.arguments import between
+from moa_dist.errors import DataError
+from moa_dist.evaluate.trained import find_checkpoint
+from moa_dist.observe.units import short
+from moa_dist.train.checkpoint_check import damage, incomplete
+from moa_dist.train.checkpoint_convert import convert
+from moa_dist.train.checkpoint_files import Reader, checkpoints
+
+_PATH_HELP = "folder of a run, for all its checkpoints, or of one checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `show`, `verify` and `convert`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="print what is there, and what would be continued")
+    show.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help=_PATH_HELP)
+    show.add_argument("--json", action="store_true", help="print JSON")
+    verify = actions.add_parser("verify", help="read every byte; exit 1 if something is damaged")
+    verify.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help=_PATH_HELP)
+    rewrite = actions.add_parser(
+        "convert",
+        help="write a checkpoint again, in few files or without optimizer state (every layout "
+        "reads every checkpoint as it is)",
+    )
+    rewrite.add_argument(
+        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run stands for its newest"
+    )
+    rewrite.add_argument("output", type=Path, metavar="OUT", help="folder to be made")
+    rewrite.add_argument(
+        "--files", type=between(int, 1), default=1, metavar="N", help="the most to write (1)"
+    )
+    rewrite.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="leave out the optimizer's moments: a third of the size, to evaluate but not continue",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the result; returns the exit status, 1 if `verify` finds damage."""
+    if args.action == "convert":
+        index = convert(
+            find_checkpoint(args.path),
+            args.output,
+            num_files=args.files,
+            weights_only=args.weights_only,
+        )
+        size = short(sum(index.files.values()))
+        print(f"{args.output}: step {index.step:,}, {len(index.files)} files, {size}B")
+        return 0
+    folders = checkpoints(args.path) or [find_checkpoint(args.path)]
+    if args.action == "verify":
+        return _verify(folders)
+    report = _report(folders)
+    print(json.dumps(report, indent=2) if args.json else _as_text(report))
+    return 0
+
+
+def _verify(folders: list[Path]) -> int:
+    found = {folder: damage(folder) for folder in folders}
+    for folder, problems in found.items():
+        print(f"{folder}: {'damaged' if problems else 'ok'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if any(found.values()) else 0
+
+
+def _report(folders: list[Path]) -> dict[str, Any]:
+    """Reads what `resume: auto` would read: checkpoints from the newest to the first valid one."""
+    rows, chosen = [], None
+    for folder in reversed(folders):
+        row: dict[str, Any] = {"checkpoint": str(folder), "problem": None}
+        try:
+            index = Reader(folder).index
+        except DataError as error:
+            rows.append(row | {"state": "damaged", "problem": str(error)})
+            continue
+        problems = damage(folder) if chosen is None else incomplete(folder, index)
+        state = "damaged" if problems else "valid" if chosen is None else "complete"
+        if state == "valid":
+            chosen = str(folder)
+        parallel = index.config.parallel
+        rows.append(
+            row
+            | {
+                "step": index.step,
+                "samples": index.samples,
+                "bytes": sum(index.files.values()),
+                "layout": {
+                    "world_size": index.world_size,
+                    "expert_parallel": parallel.expert_parallel,
+                    "zero_stage": parallel.zero_stage,
+                },
+                "state": state,
+                "problem": problems[0] if problems else None,
+            }
+        )
+    return {"checkpoints": rows[::-1], "continue_from": chosen}
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    lines = [f"{'step':>10}  {'samples':>12}  {'size':>7}  {'saved in':<18}  state"]
+    for row in report["checkpoints"]:
+        if "step" in row:
+            layout = row["layout"]
+            place = f"W {layout['world_size']} ep {layout['expert_parallel']} "
+            place += f"ZeRO {layout['zero_stage']}"
+            size = f"{short(row['bytes'])}B"
+            line = f"{row['step']:>10,}  {row['samples']:>12,}  {size:>7}  {place:<18}"
+        else:
+            line = f"{Path(row['checkpoint']).name.removeprefix('step-').lstrip('0'):>10}{'':45}"
+        problem = f": {row['problem']}" if row["problem"] else ""
+        lines.append(f"{line}  {row['state']}{problem}")
+    chosen = report["continue_from"]
+    lines.append(
+        f"checkpoint.resume auto continues from {chosen}"
+        if chosen
+        else "checkpoint.resume auto stops with an error: none is valid"
+    )
+    return "\n".join(lines)

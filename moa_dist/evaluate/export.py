@@ -1,0 +1,93 @@
+"""A trained model as three files: `model.safetensors`, `config.yaml`, `tokenizer.json`.
+
+The names of tensors are those of `LanguageModel.state_dict()`; nothing of training is left.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moa_dist.config import load_config, to_yaml
+from moa_dist.config.run import Config
+from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from moa_dist.errors import DataError
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.train.checkpoint_check import require_valid
+from moa_dist.train.checkpoint_convert import make_partial
+from moa_dist.train.checkpoint_files import MASTER, Reader, tokenizer_of
+from moa_dist.train.checkpoint_write import move_into_place
+from moa_dist.train.tensor_file import TensorSpec, Written, write_file, write_tensors
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.yaml"
+
+
+def is_export(folder: Path) -> bool:
+    """Whether `export` has made this folder."""
+    return (folder / MODEL_FILE).is_file()
+
+
+def export(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -> Written:
+    """Write the model of a checkpoint into `target`, a folder that does not exist yet.
+
+    In fp32 the logits are those of the checkpoint; in bf16 the file has half the size. Holds one
+    tensor in memory at a time. Raises DataError if the checkpoint is damaged, has no tokenizer,
+    or `target` exists.
+    """
+    require_valid(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
+    load_tokenizer(tokenizer)  # says what is wrong with it
+    reader = Reader(checkpoint)
+    index = reader.index
+    with torch.device("meta"):
+        tensors = LanguageModel(index.config.model).state_dict()
+    specs = [TensorSpec(name, dtype, tuple(t.shape)) for name, t in tensors.items()]
+    metadata = {"format": "pt", "step": str(index.step), "samples": str(index.samples)}
+    partial = make_partial(target)
+    written = write_tensors(partial / MODEL_FILE, specs, _values(reader, specs), metadata)
+    write_file(partial / CONFIG_FILE, [to_yaml(index.config).encode()])
+    shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+    move_into_place(partial, target)
+    return written
+
+
+def _values(reader: Reader, specs: list[TensorSpec]) -> Iterator[Tensor]:
+    for name, dtype, shape in specs:
+        values = torch.empty(shape)
+        reader.read_into(f"{name}/{MASTER}", 0, values.view(-1))
+        yield values.to(dtype)
+
+
+def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:
+    """Model in fp32 and evaluation mode, the run's configuration, and steps trained.
+
+    Raises DataError if the tensors are not those of the configuration, and ConfigError.
+    """
+    config = load_config(folder / CONFIG_FILE)
+    model = build_model(config.model)
+    expected, path = model.state_dict(), folder / MODEL_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            step = int((file.metadata() or {}).get("step", 0))
+            if different := sorted(expected.keys() ^ set(file.keys())):
+                raise DataError(
+                    f"{path}: {len(different)} tensors are not those of {CONFIG_FILE}, such as "
+                    f"{different[0]}; export it again"
+                )
+            for name, tensor in expected.items():
+                values = file.get_tensor(name)
+                if values.shape != tensor.shape:
+                    raise DataError(
+                        f"{path}: {name} has shape {tuple(values.shape)}, but {CONFIG_FILE} says "
+                        f"{tuple(tensor.shape)}; export it again"
+                    )
+                tensor.copy_(values)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: missing or damaged: {error}; export it again") from error
+    return model.eval(), config, step

@@ -1,0 +1,154 @@
+"""`moa-dist checkpoint` and `moa-dist export`: what is shown, found, rewritten; nothing changes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import moa_dist
+from moa_dist.cli.main import main
+from moa_dist.observe.units import short
+from moa_dist.train.checkpoint_check import damage
+from moa_dist.train.checkpoint_files import Reader, load_model
+from tests.evaluate.runs import LENGTH, VOCABULARY
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    return shutil.copytree(made / "run", tmp_path / "run")
+
+
+def alter(checkpoint) -> None:
+    path = checkpoint / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def printed(capsys, *arguments, status=0) -> str:
+    assert main([*map(str, arguments)]) == status
+    return capsys.readouterr().out
+
+
+def logits(model) -> torch.Tensor:
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
+    return model(tokens).logits
+
+
+def test_show(run, capsys):
+    text = printed(capsys, "checkpoint", "show", run)
+    size = short(sum(Reader(run / "step-00000001").index.files.values()))
+    _, first, second, last = text.splitlines()
+    assert first.split() == f"1 2 {size}B W 1 ep 1 ZeRO 1 complete".split()
+    assert second.endswith("valid")
+    assert last == f"checkpoint.resume auto continues from {run / 'step-00000002'}"
+    alter(run / "step-00000002")
+    report = json.loads(printed(capsys, "checkpoint", "show", run, "--json"))
+    assert [row["state"] for row in report["checkpoints"]] == ["valid", "damaged"]
+    assert "altered" in report["checkpoints"][1]["problem"]
+    assert report["continue_from"] == str(run / "step-00000001")
+    (run / "step-00000001/checkpoint.json").unlink()
+    text = printed(capsys, "checkpoint", "show", run)
+    assert "stops with an error" in text
+    assert text.count("damaged: ") == 2
+
+
+def test_verify(run, capsys):
+    assert printed(capsys, "checkpoint", "verify", run).count(": ok") == 2
+    alter(run / "step-00000002")
+    text = printed(capsys, "checkpoint", "verify", run, status=1)
+    assert f"{run / 'step-00000001'}: ok" in text
+    assert f"{run / 'step-00000002'}: damaged\n  {run}" in text
+    printed(capsys, "checkpoint", "verify", run / "step-00000001")
+    printed(capsys, "checkpoint", "verify", run / "step-00000002", status=1)
+
+
+@pytest.mark.parametrize(("options", "num_files"), [([], 1), (["--files", "3"], 3)])
+def test_converted_holds_the_same(run, tmp_path, capsys, options, num_files):
+    target = tmp_path / "archive/small"
+    assert f"{num_files} files" in printed(capsys, "checkpoint", "convert", run, target, *options)
+    assert damage(target) == []
+    old, new = Reader(run / "step-00000002"), Reader(target)
+    assert new.index.tensors.keys() == old.index.tensors.keys()
+    assert len(new.index.files) == num_files
+    assert max(new.index.files.values()) < 2 * sum(new.index.files.values()) / num_files
+    for name, pieces in old.index.tensors.items():
+        ours, theirs = (torch.full((pieces[-1].start + pieces[-1].numel,), -1.0) for _ in "ab")
+        new.read_into(name, 0, ours)
+        old.read_into(name, 0, theirs)
+        assert torch.equal(ours, theirs)
+    assert sorted(p.name for p in target.parent.iterdir()) == ["small"]
+
+
+def test_without_moments_it_still_generates(run, tmp_path, capsys):
+    target = tmp_path / "weights"
+    printed(capsys, "checkpoint", "convert", run / "step-00000002", target, "--weights-only")
+    assert {name.rpartition("/")[2] for name in Reader(target).index.tensors} == {"master"}
+    ask = ["--prompt", "the", "--tokens", 8]
+    assert printed(capsys, "generate", target, *ask) == printed(capsys, "generate", run, *ask)
+
+
+def test_export_is_the_same_model(run, tmp_path, capsys):
+    target = tmp_path / "exported"
+    assert "load_model" in printed(capsys, "export", run, target)
+    assert sorted(p.name for p in target.iterdir()) == [
+        "config.yaml",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    expected = logits(load_model(run / "step-00000002")[0])
+    for path in (target, str(target), run, run / "step-00000002"):
+        assert torch.equal(logits(moa_dist.load_model(path)), expected)
+    ask = ["--prompt", "the", "--tokens", 8]
+    assert printed(capsys, "generate", target, *ask) == printed(capsys, "generate", run, *ask)
+    ours, theirs = (json.loads(printed(capsys, "eval", p, "--json")) for p in (target, run))
+    assert ours.pop("checkpoint") != theirs.pop("checkpoint")
+    assert ours == theirs
+
+
+def test_export_in_bf16(run, tmp_path, capsys):
+    sizes = {}
+    for dtype in ("fp32", "bf16"):
+        printed(capsys, "export", run, tmp_path / dtype, "--dtype", dtype)
+        sizes[dtype] = (tmp_path / dtype / "model.safetensors").stat().st_size
+    assert sizes["bf16"] < 0.6 * sizes["fp32"]
+    ours, theirs = (moa_dist.load_model(tmp_path / d).state_dict() for d in ("bf16", "fp32"))
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value.bfloat16().float())
+
+
+@pytest.mark.parametrize("command", [["export"], ["checkpoint", "convert"]])
+def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, command):
+    (tmp_path / "there").mkdir()
+    assert main([*command, str(run), str(tmp_path / "there")]) == 2
+    assert "there exists already" in capsys.readouterr().err
+    alter(run / "step-00000002")
+    assert main([*command, str(run), str(tmp_path / "new")]) == 2
+    assert "step-00000002 is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["other model", "cut", "not a file of tensors"])
+def test_a_damaged_export_says_so(run, tmp_path, capsys, kind):
+    target = tmp_path / "exported"
+    printed(capsys, "export", run, target)
+    model, config = target / "model.safetensors", target / "config.yaml"
+    if kind == "cut":
+        model.write_bytes(model.read_bytes()[:-9])
+    elif kind == "other model":
+        config.write_text(config.read_text().replace("d_model: 16", "d_model: 32"))
+    else:
+        model.write_bytes(b"x")
+    assert main(["generate", str(target), "--prompt", "a"]) == 2
+    assert "export it again" in capsys.readouterr().err
+
+
+def test_no_pickle_can_be_read():
+    """Checkpoints and exports are safetensors and JSON: nothing that runs when it is read."""
+    for path in Path(moa_dist.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert "torch.save(" not in text, path
+        assert "import pickle" not in text, path

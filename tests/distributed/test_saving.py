@@ -1,0 +1,279 @@
+"""Saves that fail, on every rank alike; and which checkpoint a run continues from."""
+
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moa_dist.config.run import Config
+from moa_dist.errors import DataError, SaveError
+from moa_dist.train.checkpoint import Checkpointer
+from moa_dist.train.checkpoint_check import damage
+from moa_dist.train.checkpoint_files import Reader, checkpoints
+from moa_dist.train.fragments import fragments
+from tests.distributed.layouts import Case
+from tests.distributed.test_reshard import make_engine, owned_state, take_step
+
+CASE = Case(optimizer="adamw", precision="fp32", zero_stage=1)
+
+
+def with_policy(case: Case, **policy) -> Config:
+    config = case.config()
+    checkpoint = config.checkpoint.model_copy(update=policy)
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+# ---- disks that fail ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path | None]:
+    """A file system of its own, or None where mounting is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def full(folder: Path) -> Iterator[None]:
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    yield
+    filler.unlink()
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file of this process grows beyond a few bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    yield
+    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+
+
+@contextmanager
+def failing(how: str, folder: Path) -> Iterator[None]:
+    """On every rank; what all of them share, rank 0 breaks and mends."""
+    rank = dist.get_rank()
+    breaks = {
+        "full": full(folder) if rank == 0 else nullcontext(),
+        "read-only": read_only(folder) if rank == 0 else nullcontext(),
+        "small files": small_files(),
+        "one rank": small_files() if rank == 1 else nullcontext(),
+    }
+    with breaks[how]:
+        dist.barrier()
+        yield
+        dist.barrier()
+
+
+def settle(checkpointer: Checkpointer) -> list[str]:
+    """Poll as training does, until something is known."""
+    deadline = time.monotonic() + 60
+    while not (notes := checkpointer.poll()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return notes
+
+
+def save_while_failing(config: Config, how: str, folder: Path):
+    """Save steps 1, 2 (in vain) and 3; what the second one led to, on each rank."""
+    engine = make_engine(CASE, seed=0)
+    run = folder / "run"
+    checkpointer = Checkpointer(engine, config, run)
+    take_step(engine, CASE, 1)
+    checkpointer.save(1, 8)
+    checkpointer.finish()
+    take_step(engine, CASE, 2)
+    stopped = False
+    with failing(how, folder):
+        try:
+            notes = checkpointer.save(2, 16) or settle(checkpointer)
+        except SaveError as error:
+            notes, stopped = [str(error)], True
+        with pytest.raises(SaveError) as raised:  # no run ends well without its last checkpoint
+            checkpointer.finish()
+    assert str(raised.value) in notes[0]
+    left = sorted(p.name for p in run.iterdir())
+    assert checkpointer.num_failures == 1
+    dist.barrier()
+    take_step(engine, CASE, 3)
+    checkpointer.save(3, 24)
+    assert "saved" in checkpointer.finish()[0]
+    engine.close()
+    return notes, stopped, left
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [
+        ("full", "No space left on device (ENOSPC): free space there"),
+        ("read-only", "Read-only file system (EROFS): mount it for writing"),
+        ("small files", "File too large (EFBIG): raise the limit"),
+        ("one rank", "rank 1: {}: File too large (EFBIG): raise the limit"),
+    ],
+)
+def test_a_failed_save_is_one_decision(pools, tmp_path, small_disk, how, cause, policy):
+    if how in ("full", "read-only") and small_disk is None:  # cannot mount: what is left to try
+        how, cause = "small files", "File too large (EFBIG): raise the limit"
+    folder = tmp_path if small_disk is None else small_disk
+    config = with_policy(CASE, on_failure=policy)
+    results = pools(2).run(save_while_failing, config, how, folder)
+    assert results[0] == results[1]
+    notes, stopped, left = results[0]
+    partial = folder / "run/step-00000002.partial"
+    assert cause.format(partial / "rank-00001.safetensors") in notes[0]
+    assert f"{folder / 'run/step-00000002'} was not saved" in notes[0]
+    assert str(partial) in notes[0]
+    assert stopped == (policy == "stop")
+    assert left == ["step-00000001"]
+    steps = [Reader(c).index.step for c in checkpoints(folder / "run")]
+    assert steps == [1, 3]
+    assert [damage(c) for c in checkpoints(folder / "run")] == [[], []]
+
+
+# ---- which checkpoint is continued -----------------------------------------------------------
+
+
+def save_steps(config: Config, folder: Path, last: int):
+    engine = make_engine(CASE, seed=0)
+    checkpointer = Checkpointer(engine, config, folder)
+    states, notes = {}, []
+    for step in range(1, last + 1):
+        take_step(engine, CASE, step)
+        states[step] = owned_state(engine)
+        notes.append(checkpointer.save(step, 8 * step, {"skipped": [step, "x"]}))
+    notes.append(checkpointer.finish())
+    again = checkpointer.save(last, 8 * last, {"skipped": [last, "x"]})
+    engine.close()
+    return states, notes, again
+
+
+def resume(config: Config, folder: Path, last_step: int | None = None):
+    engine = make_engine(CASE, seed=1)
+    try:
+        resumed = Checkpointer(engine, config, folder).resume(last_step)
+    except DataError as error:
+        return str(error)
+    else:
+        return resumed, owned_state(engine)
+    finally:
+        engine.close()
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_newest_valid_one_is_continued(pools, tmp_path):
+    config = with_policy(CASE, keep_last=3)
+    saved = pools(2).run(save_steps, config, tmp_path, 3)
+    for _, notes, again in saved:
+        assert notes[0] == []  # still being written
+        assert all("saved" in lines[0] for lines in notes[1:])
+        assert again == []  # is there already
+    (tmp_path / "step-00000004.partial").mkdir()
+    alter(tmp_path / "step-00000003/rank-00001.safetensors")  # rank 1's to check
+    for (resumed, state), (states, *_) in zip(
+        pools(2).run(resume, config, tmp_path), saved, strict=True
+    ):
+        assert (resumed.step, resumed.samples) == (2, 16)
+        assert resumed.state == {"skipped": [2, "x"]}
+        damaged, continuing = resumed.notes
+        assert "step-00000003 is damaged" in damaged
+        assert "rank-00001.safetensors: altered" in damaged
+        assert continuing == f"continuing from {tmp_path / 'step-00000002'}"
+        assert state.keys() == states[2].keys()
+        assert all(torch.equal(state[key], states[2][key]) for key in state)
+    assert len(list(tmp_path.iterdir())) == 3
+    for step in (1, 2):
+        (tmp_path / f"step-0000000{step}/checkpoint.json").unlink()
+    for message in pools(2).run(resume, config, tmp_path):
+        assert "no checkpoint is valid" in message
+        for step in (1, 2, 3):
+            assert f"step-0000000{step} is damaged" in message
+        assert "delete them all to start anew" in message
+
+
+def test_going_back_forgets_what_came_later(pools, tmp_path):
+    config = with_policy(CASE, keep_last=3, asynchronous=False)
+    _, notes, _ = pools(2).run(save_steps, config, tmp_path, 3)[0]
+    assert all("saved" in lines[0] for lines in notes[:3])  # each before training went on
+    for resumed, _ in pools(2).run(resume, config, tmp_path, 2):
+        assert resumed.step == 2
+    assert [c.name for c in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def go_back_at_once(config: Config, folder: Path):
+    engine = make_engine(CASE, seed=0)
+    checkpointer = Checkpointer(engine, config, folder)
+    take_step(engine, CASE, 1)
+    state = owned_state(engine)
+    checkpointer.save(1, 8)
+    resumed = checkpointer.resume()  # what is being written is what it goes back to
+    same = all(torch.equal(value, state[key]) for key, value in owned_state(engine).items())
+    with pytest.raises(DataError, match=r"no checkpoint up to step 0 to go back to"):
+        checkpointer.resume(last_step=0)
+    engine.close()
+    return resumed.step, same, resumed.notes
+
+
+def test_going_back_waits_for_what_is_being_written(pools, tmp_path):
+    for step, same, notes in pools(2).run(go_back_at_once, with_policy(CASE), tmp_path):
+        assert (step, same) == (1, True)
+        assert "saved" in notes[0]
+        assert "continuing" in notes[1]
+    assert damage(checkpoints(tmp_path)[-1]) == []
+
+
+def test_an_empty_folder_is_a_new_run(pools, tmp_path):
+    for resumed, _ in pools(2).run(resume, with_policy(CASE), tmp_path / "none"):
+        assert (resumed.step, resumed.samples, resumed.state, resumed.notes) == (0, 0, {}, [])
+
+
+def save_before_any_update(case: Case, folder: Path):
+    engine = make_engine(case, seed=0)
+    checkpointer = Checkpointer(engine, case.config(), folder)
+    checkpointer.save(1, 8)  # the first step was skipped
+    checkpointer.finish()
+    engine.close()
+    engine = make_engine(case, seed=1)
+    Checkpointer(engine, case.config(), folder).resume()
+    moments = [f.view for f in fragments(engine, owned_only=True) if f.state != "master"]
+    engine.close()
+    return len(moments), any(bool(m.any()) for m in moments)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_skipped_steps_are_no_updates(pools, tmp_path, zero_stage):
+    case = replace(CASE, zero_stage=zero_stage)
+    for count, changed in pools(2).run(save_before_any_update, case, tmp_path):
+        assert count > 0
+        assert not changed
+    assert Reader(checkpoints(tmp_path)[-1]).index.updates == 0
