@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -160,3 +161,8 @@ class Config(Section):
     """Reports."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run keeps its checkpoints, curves, logs and configuration."""
+    return Path(config.output) / config.name

@@ -51,6 +51,10 @@ class StepMetrics:
     """Global norm before clipping."""
     lr: float
     """Learning rate of this step."""
+    samples: int
+    """Sequences consumed so far, this step's included; its own are the last `global_batch`."""
+    digest: str
+    """Of this step's token ids: equal for equal global batches, in any layout."""
     tokens: int
     """Target tokens of this step."""
     tokens_per_second: float

@@ -20,15 +20,16 @@ import torch
 import torch.distributed as dist
 
 from moa_dist.config import find_layout_problems, to_yaml
-from moa_dist.config.run import Config
+from moa_dist.config.run import Config, run_folder
 from moa_dist.data.check import check_data
 from moa_dist.data.manifest import MANIFEST_FILE, Manifest
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.mesh import Mesh, make_mesh
+from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import Job, job
-from moa_dist.errors import ConfigError, DataError
+from moa_dist.errors import ConfigError, DataError, ExitCode
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
@@ -37,6 +38,7 @@ from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train import checkpoint
+from moa_dist.train.boundary import agree
 from moa_dist.train.checkpoint_files import Reader, checkpoints
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
@@ -88,15 +90,11 @@ def _check_earlier_run(config: Config) -> None:
         )
 
 
-def run_folder(config: Config) -> Path:
-    """Where a run keeps its checkpoints, curves and configuration."""
-    return Path(config.output) / config.name
-
-
-def train(config: Config, observer: Observer) -> None:
+def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCode:
     """Train as configured, from the newest checkpoint if there is one.
 
-    Every rank of the job calls this; `observer` listens on rank 0.
+    Every rank of the job calls this; `observer` listens on rank 0. Returns PREEMPTED, after
+    saving, if `preemption` was requested of any rank, else DONE.
     """
     with job() as this_job:
         train_manifest, valid_manifest = check_data(
@@ -120,13 +118,16 @@ def train(config: Config, observer: Observer) -> None:
             micro_batches = _micro_batches(config, train_manifest, mesh, samples)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
-            while step < config.train.steps:
+            stop = agree(preemption.requested, [], this_job.device).stop
+            while step < config.train.steps and not stop:
                 step += 1
                 samples += config.train.global_batch
                 _seed_random_numbers(config.train.seed, step, mesh.rank)
                 lr = learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
                 batches = [next(micro_batches) for _ in range(accumulation)]
                 result = engine.step(batches, lr)
+                boundary = agree(preemption.requested, batches, this_job.device)
+                stop = boundary.stop
 
                 if _due(step, config.logging.every, config):
                     routing = _over_all_ranks(result.routing, this_job.device)
@@ -138,23 +139,30 @@ def train(config: Config, observer: Observer) -> None:
                                 auxiliary=result.auxiliary,
                                 grad_norm=result.grad_norm,
                                 lr=lr,
+                                samples=samples,
+                                digest=boundary.digest,
                                 tokens=result.tokens,
                                 tokens_per_second=clock.rate(step) * result.tokens,
                                 routing=routing,
                             )
                         )
-                if valid_manifest and _due(step, config.evaluation.every, config):
+                if valid_manifest and _due(step, config.evaluation.every, config) and not stop:
                     with clock.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
                     if listener:
                         listener.validation(metrics)
-                if _due(step, config.checkpoint.every, config):
+                if _due(step, config.checkpoint.every, config) or stop:
                     with clock.paused():
                         saved = checkpoint.save(
                             engine, folder, config, step, samples, config.checkpoint.keep_last
                         )
                     if listener:
                         listener.note(f"saved {saved}")
+            if step == config.train.steps:
+                return ExitCode.DONE
+            if listener:
+                listener.note(f"preempted after step {step}: the same command goes on from there")
+            return ExitCode.PREEMPTED
         finally:
             if listener:
                 listener.close()

@@ -50,6 +50,8 @@ def step_metrics(step: int, **changes) -> StepMetrics:
         "auxiliary": {"ffn/entropy": -0.03, "attention/entropy": -0.001},
         "grad_norm": 0.41,
         "lr": 0.1 + 0.2,
+        "samples": 16 * step,
+        "digest": "00000000ff",
         "tokens": 2048,
         "tokens_per_second": 12345.678,
         "routing": routing(),
