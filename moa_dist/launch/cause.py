@@ -83,9 +83,7 @@ def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[s
     if status == ExitCode.LOST_PEER:
         said = _last_line(log).removeprefix(f"rank {record.rank}: ")
         return f"lost another: {said}", ExitCode.LOST_PEER
-    error = _last_error(log)
-    if error is None:
-        return f"exited with {status}: {_last_line(log)}", ExitCode.DEFECT
+    error = _last_error(log) or f"exit code {status}: {_last_line(log)}"
     if "OutOfMemoryError" in error or "CUDA out of memory" in error:
         hint = "halve train.micro_batch, or set train.recompute"
         return f"ran out of GPU memory ({hint}): {error[:300]}", ExitCode.DEFECT

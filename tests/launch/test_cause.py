@@ -48,6 +48,10 @@ LOST = (ExitCode.LOST_PEER, "rank 0: rank 1 (host node-a) is gone; this rank end
             *(0, ExitCode.DEFECT, 1, "found the disk full: OSError"),
         ),
         (
+            [LOST, (1, "step-00000004 was not saved: No space left on device")],
+            *(0, ExitCode.DEFECT, 1, "found the disk full: exit code 1: step-00000004 was not"),
+        ),
+        (
             [LOST, (1, traceback("[rank1]: ValueError: wrong") + "\nwarning: later words")],
             *(0, ExitCode.DEFECT, 1, "failed: ValueError: wrong"),
         ),
