@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.distributed.pool import _free_port
 
 WAIT_S = 60
 SILENCE_S = 3.0
+COLLECTIVE = timedelta(seconds=10)
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: Path, body) -> None:
@@ -25,7 +27,9 @@ def _rank_main(rank: int, world_size: int, port: int, folder: Path, body) -> Non
     error = os.open(folder / f"rank-{rank}.err", os.O_CREAT | os.O_WRONLY)
     os.dup2(error, sys.stderr.fileno())
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
+    )
     try:
         with heartbeat(torch.device("cpu"), silence_s=SILENCE_S):
             (folder / f"rank-{rank}.joined").touch()
@@ -85,6 +89,12 @@ def stay_longer_than_others(rank: int) -> None:
     time.sleep(SILENCE_S * (1.5 + 0.3 * rank))
 
 
+def stay_away_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        hang(rank)
+    reduce_for_ever(rank)
+
+
 def fail_on_rank_1(rank: int) -> None:
     if rank == 1:
         raise ValueError("wrong number")
@@ -120,6 +130,13 @@ def test_failing_rank_tells_the_others_why(tmp_path):
     assert ranks.wait([0, 1, 2]) == [ExitCode.LOST_PEER, ExitCode.DEFECT, ExitCode.LOST_PEER]
     assert "failed: ValueError: wrong number; this rank ends" in ranks.said()[0]
     assert "failed: ValueError: wrong number; this rank ends" in ranks.said()[2]
+
+
+def test_collective_that_a_living_rank_never_enters_ends_all(tmp_path):
+    ranks = Ranks(tmp_path, stay_away_on_rank_1)
+    assert ranks.wait([0, 1, 2]) == [ExitCode.LOST_PEER] * 3, ranks.said()
+    assert "a collective timed out though every rank is alive" in "".join(ranks.said())
+    assert "failed: RuntimeError" in ranks.said()[1]
 
 
 def test_busy_ranks_that_leave_at_different_times_alarm_nobody(tmp_path):
