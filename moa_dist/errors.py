@@ -55,3 +55,7 @@ class PeerError(ClusterError):
 
 class TrainingError(MoaDistError):
     """Training cannot go on, such as a loss that is no longer finite."""
+
+
+class BadStepError(TrainingError):
+    """An optimizer step was refused, the same on every rank; nothing has changed by it."""

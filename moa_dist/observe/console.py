@@ -69,6 +69,9 @@ class Console:
             f"{metrics.bits_per_byte:.3f} bits per byte  over {short(metrics.tokens)} tokens"
         )
 
+    def rewind(self, step: int) -> None:
+        """Nothing: lines that were printed stay, and a note says so."""
+
     def note(self, message: str) -> None:
         """Print the message."""
         self._print(message)

@@ -68,6 +68,9 @@ class TensorBoard:
         for router, picture in load_heatmaps(self._routing).items():
             self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")
 
+    def rewind(self, step: int) -> None:
+        """Nothing: curves show what happened, the second pass over the first."""
+
     def note(self, message: str) -> None:
         """Nothing: notes have no place among curves."""
 

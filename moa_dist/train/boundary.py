@@ -1,4 +1,4 @@
-"""What all ranks agree on between two steps, in one collective."""
+"""What all ranks tell each other between two steps, a collective each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from moa_dist.models.objective import Batch
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingReport
 
 _DIGEST_BITS = 40
 """Leaves room in 64 bits for a sum over 2^22 ranks."""
@@ -40,3 +42,19 @@ def agree(stop: bool, batches: Sequence[Batch], device: torch.device) -> Boundar
 def _digest(tokens: torch.Tensor) -> int:
     data = tokens.numpy().tobytes()
     return int.from_bytes(hashlib.blake2b(data, digest_size=_DIGEST_BITS // 8).digest(), "little")
+
+
+def sum_over_ranks(
+    routing: dict[Site, RoutingReport], device: torch.device
+) -> dict[Site, RoutingReport]:
+    """Sums over ranks, on the CPU; one collective."""
+    if not routing:
+        return {}
+    parts = [part for value in routing.values() for part in value]
+    flat = torch.cat([part.to(device).double().flatten() for part in parts])  # exact to 2^53
+    dist.all_reduce(flat)
+    summed = iter(flat.cpu().split([part.numel() for part in parts]))
+    return {
+        site: RoutingReport(*(next(summed).view(part.shape).to(part.dtype) for part in value))
+        for site, value in routing.items()
+    }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import JsonValue
 from safetensors.torch import save_file
 
 from moa_dist.config.run import Config
@@ -31,8 +33,63 @@ from moa_dist.train.fragments import (
 )
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on from."""
+
+    step: int
+    """Steps taken so far; 0 for a new run."""
+    samples: int
+    """Sequences consumed so far."""
+    state: dict[str, JsonValue]
+    """What was given to `save`."""
+    notes: list[str]
+    """What a person should know, a line each."""
+
+
+class Checkpointer:
+    """The checkpoints of one run. Methods are collective."""
+
+    def __init__(self, engine: Engine, config: Config, folder: Path) -> None:
+        """`folder` is the run's; the policy is `config.checkpoint`."""
+        self._engine = engine
+        self._config = config
+        self._folder = folder
+
+    def resume(self, last_step: int | None = None) -> Resumed:
+        """Load the newest checkpoint into the engine, whichever layout wrote it.
+
+        `last_step` is for going back: later checkpoints are not considered.
+        """
+        # Rank 0 decides, as folders may not look the same from every node.
+        found = [
+            folder
+            for folder in checkpoints(self._folder)
+            if last_step is None or folder <= checkpoint_folder(self._folder, last_step)
+        ]
+        newest: list[Path | None] = [next(reversed(found), None)]
+        dist.broadcast_object_list(newest)
+        if newest[0] is None:
+            return Resumed(0, 0, {}, [])
+        index = load(self._engine, newest[0])
+        return Resumed(index.step, index.samples, index.state, [f"continuing from {newest[0]}"])
+
+    def save(self, step: int, samples: int, state: dict[str, JsonValue]) -> list[str]:
+        """Write a checkpoint; `state` is given back by `resume`. Returns lines to be told."""
+        config = self._config
+        keep_last = config.checkpoint.keep_last
+        folder = save(self._engine, self._folder, config, step, samples, keep_last, state)
+        return [f"saved {folder}"]
+
+
 def save(
-    engine: Engine, folder: Path, config: Config, step: int, samples: int, keep_last: int
+    engine: Engine,
+    folder: Path,
+    config: Config,
+    step: int,
+    samples: int,
+    keep_last: int,
+    state: dict[str, JsonValue],
 ) -> Path:
     """Write `folder/step-...`, then delete all checkpoints but the newest `keep_last`. Collective.
 
@@ -60,6 +117,7 @@ def save(
             format=FORMAT,
             step=step,
             samples=samples,
+            state=state,
             config=config,
             shapes=global_shapes(engine),
             tensors=_by_tensor(piece for of_rank in gathered for piece in of_rank),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -51,6 +51,8 @@ class Index(BaseModel):
     """Optimizer steps taken; with the configuration it determines schedule, seeds and data."""
     samples: int
     """Sequences consumed: the only state of the data stream."""
+    state: dict[str, JsonValue]
+    """Whatever else the training loop keeps."""
     config: Config
     """Configuration of the run."""
     shapes: dict[str, tuple[int, ...]]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.errors import TrainingError
+from moa_dist.errors import BadStepError
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
 from moa_dist.moe.experts import expert_layers
@@ -90,12 +90,12 @@ class Engine:
         module: nn.Module = self.deepspeed.module
         return module
 
-    def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, batches: Sequence[Batch], lr: float, loss_limit: float = math.inf) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
         Collective; every rank brings the same number of micro-batches of the same size.
-        Raises TrainingError, with the parameters untouched, if the loss or the gradient norm is
-        not finite.
+        Raises BadStepError, with parameters and optimizer state untouched, if the loss or the
+        gradient norm is not finite, or the loss is above `loss_limit`.
         """
         batches = [batch.to(self.device) for batch in batches]
         num_targets = self._sum_over_ranks(
@@ -116,9 +116,15 @@ class Engine:
             _add_reports(routing, result.output.statistics)
             if i < len(batches) - 1:
                 self.deepspeed.step()
-        values = self._finite_values(sums, batches)
+        try:
+            values = self._finite_values(sums, batches)
+            loss = values.pop("cross_entropy") / num_targets
+            if loss > loss_limit:
+                raise BadStepError(f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}")
+        except BadStepError:
+            self._refuse()
+            raise
         grad_norm = self._update()
-        loss = values.pop("cross_entropy") / num_targets
         scale = 1 / (self.mesh.world_size * len(batches))
         auxiliary = {name: value * scale for name, value in values.items()}
         return StepResult(loss, auxiliary, grad_norm, int(num_targets), routing)
@@ -128,9 +134,21 @@ class Engine:
         if self.zero_stage > 0:
             self.deepspeed.step()  # which leaves the parameters alone if the norm is not finite
             return _finite(float(self.deepspeed.get_global_grad_norm()))
-        norm = _finite(float(self._reduce_and_clip()))
-        self.deepspeed.step()
-        return norm
+        norm = float(self._reduce_and_clip())
+        if not math.isfinite(norm):
+            self._refuse()
+        else:
+            self.deepspeed.step()
+        return _finite(norm)
+
+    def _refuse(self) -> None:
+        """Forget the gradients; the next micro-batch is the first of a step."""
+        if self.zero_stage == 0:
+            for parameter in self.model.parameters():
+                parameter.grad = None  # which the optimizer leaves out
+            self.deepspeed.step()
+        else:
+            deepspeed_hooks.refuse_step(self.deepspeed)
 
     def _reduce_and_clip(self) -> Tensor:
         """Average gradients over ranks, clip them by their global norm, return that norm.
@@ -172,7 +190,7 @@ class Engine:
             return values
         broken = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
         first = self._first_not_finite(batches)
-        raise TrainingError(f"the loss is not finite ({broken}); first seen in {first}")
+        raise BadStepError(f"the loss is not finite ({broken}); first seen in {first}")
 
     def _first_not_finite(self, batches: list[Batch]) -> str:
         """Name the first module, and its rank, whose output is not finite. Collective."""
@@ -210,9 +228,9 @@ class Engine:
 
 
 def _finite(grad_norm: float) -> float:
-    """The norm, equal on every rank; raises TrainingError if it is not finite."""
+    """The norm, equal on every rank; raises BadStepError if it is not finite."""
     if not math.isfinite(grad_norm):
-        raise TrainingError(
+        raise BadStepError(
             f"the loss is finite, but the gradient norm is {grad_norm}: lower optimizer.lr or the "
             "auxiliary coefficients, warm up for longer, or train in fp32 to see where it starts"
         )

@@ -91,6 +91,9 @@ class Observer(Protocol):
     def validation(self, metrics: ValidationMetrics) -> None:
         """After a validation."""
 
+    def rewind(self, step: int) -> None:
+        """Training goes back to after this step: what was reported of later ones is void."""
+
     def note(self, message: str) -> None:
         """Something a person should know, such as a saved checkpoint; one line."""
 

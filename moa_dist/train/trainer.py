@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from moa_dist.config import find_layout_problems, to_yaml
 from moa_dist.config.run import Config, run_folder
@@ -29,16 +28,15 @@ from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import Job, job
-from moa_dist.errors import ConfigError, DataError, ExitCode
+from moa_dist.errors import BadStepError, ConfigError, DataError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.moe.statistics import RoutingReport
-from moa_dist.train import checkpoint
-from moa_dist.train.boundary import agree
+from moa_dist.train.bad_steps import BadSteps
+from moa_dist.train.boundary import agree, sum_over_ranks
+from moa_dist.train.checkpoint import Checkpointer, Resumed
 from moa_dist.train.checkpoint_files import Reader, checkpoints
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
@@ -109,28 +107,46 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
         )
         engine = Engine(model, config, mesh, this_job.device)
         folder = run_folder(config)
-        step, samples = _resume(engine, config, folder)
+        checkpointer = Checkpointer(engine, config, folder)
+        resumed = checkpointer.resume()
+        step, samples = resumed.step, resumed.samples
+        policy = BadSteps(config.train, resumed.state)
         listener = observer if mesh.rank == 0 else None
         try:
             if listener:
                 _describe_run(config, folder)
                 listener.start(_run_start(config, this_job, folder, step))
+            _tell(listener, resumed.notes)
             micro_batches = _micro_batches(config, train_manifest, mesh, samples)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
-            stop = agree(preemption.requested, [], this_job.device).stop
-            while step < config.train.steps and not stop:
-                step += 1
-                samples += config.train.global_batch
-                _seed_random_numbers(config.train.seed, step, mesh.rank)
-                lr = learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
+            while step < config.train.steps:
                 batches = [next(micro_batches) for _ in range(accumulation)]
-                result = engine.step(batches, lr)
                 boundary = agree(preemption.requested, batches, this_job.device)
-                stop = boundary.stop
+                if boundary.stop:
+                    break
+                samples += config.train.global_batch
+                _seed_random_numbers(config.train.seed, step + 1, mesh.rank)
+                lr = learning_rate(
+                    step + 1, config.optimizer.lr, config.schedule, config.train.steps
+                )
+                try:
+                    result = engine.step(batches, lr, policy.loss_limit)
+                except BadStepError as error:
+                    policy.refuse(error, step + 1)
+                    bad, first = step + 1, samples - config.train.global_batch
+                    if config.train.on_bad_step == "rewind":
+                        resumed = _go_back(checkpointer, policy, listener, error)
+                        step, first = resumed.step, resumed.samples
+                        micro_batches = _micro_batches(config, train_manifest, mesh, samples)
+                        clock = _Clock(step)
+                    _tell(listener, [policy.give_up(first, samples, bad, error)])
+                    continue
+                step += 1
+                policy.accept(step, result.loss)
 
                 if _due(step, config.logging.every, config):
-                    routing = _over_all_ranks(result.routing, this_job.device)
+                    routing = sum_over_ranks(result.routing, this_job.device)
                     if listener:
                         listener.step(
                             StepMetrics(
@@ -146,22 +162,20 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                                 routing=routing,
                             )
                         )
-                if valid_manifest and _due(step, config.evaluation.every, config) and not stop:
+                if valid_manifest and _due(step, config.evaluation.every, config):
                     with clock.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
                     if listener:
                         listener.validation(metrics)
-                if _due(step, config.checkpoint.every, config) or stop:
+                if _due(step, config.checkpoint.every, config):
                     with clock.paused():
-                        saved = checkpoint.save(
-                            engine, folder, config, step, samples, config.checkpoint.keep_last
-                        )
-                    if listener:
-                        listener.note(f"saved {saved}")
+                        notes = checkpointer.save(step, samples, policy.state())
+                    _tell(listener, notes)
             if step == config.train.steps:
                 return ExitCode.DONE
-            if listener:
-                listener.note(f"preempted after step {step}: the same command goes on from there")
+            if step > 0:
+                _tell(listener, checkpointer.save(step, samples, policy.state()))
+            _tell(listener, [f"preempted after step {step}: the same command goes on from there"])
             return ExitCode.PREEMPTED
         finally:
             if listener:
@@ -173,15 +187,24 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.train.steps
 
 
-def _resume(engine: Engine, config: Config, folder: Path) -> tuple[int, int]:
-    """Steps taken and samples consumed so far."""
-    # Rank 0 decides, as folders may not look the same from every node.
-    newest: list[Path | None] = [next(reversed(checkpoints(folder)), None)]
-    dist.broadcast_object_list(newest)
-    if newest[0] is None:
-        return 0, 0
-    index = checkpoint.load(engine, newest[0])
-    return index.step, index.samples
+def _go_back(
+    checkpointer: Checkpointer, policy: BadSteps, listener: Observer | None, error: BadStepError
+) -> Resumed:
+    """Restore the newest checkpoint, and the reports and the memory that belong to it."""
+    resumed = checkpointer.resume()
+    if resumed.step == 0:
+        raise TrainingError(f"there is no checkpoint yet to go back to: {error}") from error
+    policy.go_back(resumed.state)
+    if listener:
+        listener.rewind(resumed.step)
+    _tell(listener, resumed.notes)
+    return resumed
+
+
+def _tell(listener: Observer | None, notes: list[str]) -> None:
+    if listener:
+        for note in notes:
+            listener.note(note)
 
 
 def _describe_run(config: Config, folder: Path) -> None:
@@ -247,22 +270,6 @@ def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> 
         bits_per_byte=result.bits_per_byte(manifest.bytes_per_token),
         tokens=result.tokens,
     )
-
-
-def _over_all_ranks(
-    routing: dict[Site, RoutingReport], device: torch.device
-) -> dict[Site, RoutingReport]:
-    """Sums over ranks, on the CPU; one collective."""
-    if not routing:
-        return {}
-    parts = [part for value in routing.values() for part in value]
-    flat = torch.cat([part.to(device).double().flatten() for part in parts])  # exact to 2^53
-    dist.all_reduce(flat)
-    summed = iter(flat.cpu().split([part.numel() for part in parts]))
-    return {
-        site: RoutingReport(*(next(summed).view(part.shape).to(part.dtype) for part in value))
-        for site, value in routing.items()
-    }
 
 
 class _Clock:

@@ -41,7 +41,7 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
         result = engine.step(micro, lr=1e-2 / step)
         trace.append((result.loss, result.grad_norm))
     if save:
-        checkpoint.save(engine, folder, config, last, last * SEQUENCES, keep_last=1)
+        checkpoint.save(engine, folder, config, last, last * SEQUENCES, keep_last=1, state={})
     engine.close()
     return trace, state
 

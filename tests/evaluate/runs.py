@@ -85,5 +85,7 @@ def _save(folder: Path) -> None:
     for step in (1, 2):
         model = build_model(run.model, seed=step)
         engine = Engine(model, run, make_mesh(1), torch.device("cpu"))
-        checkpoint.save(engine, folder / run.name, run, step, samples=2 * step, keep_last=2)
+        checkpoint.save(
+            engine, folder / run.name, run, step, samples=2 * step, keep_last=2, state={}
+        )
         engine.close()
