@@ -49,14 +49,20 @@ def main() -> int:
     except MoaDistError as error:
         print(error, file=sys.stderr)
         return ExitCode.USER
-    with Preemption(by_keyboard=True) as preemption:
-        return supervise(
-            config,
-            lambda folder: LocalJob(folder, command, args.ranks),
-            RestartPolicy(args.max_restarts),
-            preemption,
-            sys.stdout,
-        )
+    try:
+        with Preemption(by_keyboard=True) as preemption:
+            return supervise(
+                config,
+                lambda folder: LocalJob(folder, command, args.ranks),
+                RestartPolicy(args.max_restarts),
+                preemption,
+                sys.stdout,
+            )
+    except OSError as error:  # the job has been ended
+        print(f"the run's folder cannot be used: {error}", file=sys.stderr)
+        return ExitCode.DEFECT
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

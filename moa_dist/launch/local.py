@@ -59,7 +59,8 @@ class LocalJob:
 
     def preempt(self) -> None:
         """Ask one rank to stop, which lets all of them stop in order."""
-        os.write(self._lifeline, b".")
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            os.write(self._lifeline, b".")
 
     def end(self) -> None:
         """End every process of the job; returns when they have ended."""
@@ -76,7 +77,8 @@ class LocalJob:
         path = self._folder / LAUNCHER_LOG
         with open(output, "rb", buffering=0) as source, path.open("wb", buffering=0) as log:
             while data := source.read(65536):
-                log.write(data)
+                with contextlib.suppress(OSError):  # a full disk; it must be read on all the same
+                    log.write(data)
         self._gone.set()
 
 

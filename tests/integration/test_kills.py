@@ -1,4 +1,4 @@
-"""A job that is killed again and again ends as if nothing had happened.
+"""A job under the supervisor: killed again and again, it ends as if nothing had happened.
 
 `MOA_DIST_KILLS=30 python -m pytest tests/integration/test_kills.py` kills more often.
 """
@@ -17,6 +17,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from moa_dist.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("MOA_DIST_KILLS", "3"))
@@ -171,3 +173,41 @@ def test_killed_job_ends_like_an_undisturbed_one(folder):
     assert ours
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
+
+
+def test_supervisor_that_is_told_to_stop_lets_the_job_save(folder):
+    supervisor = launch(folder, "stopped", f"train.steps={10 * STEPS}")
+    stopped = Watched(folder / "runs/stopped", supervisor)
+    try:
+        stopped.until(lambda: stopped.steps(1) >= 1)
+    finally:
+        supervisor.terminate()
+        code = supervisor.wait(WAIT_S)
+    assert code == ExitCode.PREEMPTED, (folder / "stopped.out").read_text()
+    last = consumed(stopped.run)[-1]
+    newest = sorted(stopped.run.glob("step-*"))[-1]
+    assert newest.name == f"step-{last[0]:08d}"
+    again = launch(folder, "stopped", f"train.steps={last[0] + 2}")
+    assert again.wait(WAIT_S) == 0, (folder / "stopped.out").read_text()
+    assert [step for step, *_ in consumed(stopped.run)] == list(range(1, last[0] + 3))
+
+
+def test_killed_supervisor_leaves_no_ranks_behind(folder):
+    supervisor = launch(folder, "orphaned", f"train.steps={100 * STEPS}")
+    orphaned = Watched(folder / "runs/orphaned", supervisor)
+    try:
+        orphaned.until(lambda: orphaned.steps(1) >= 1)
+        family = psutil.Process(supervisor.pid).children(recursive=True)
+    finally:
+        supervisor.kill()
+        supervisor.wait(WAIT_S)
+    assert len(family) >= 6  # two launchers, two keepers, two ranks
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+def test_error_of_the_user_is_said_once_and_not_tried_again(folder):
+    supervisor = launch(folder, "wrong", "data.train=nowhere")
+    assert supervisor.wait(WAIT_S) == ExitCode.USER
+    assert "nowhere: no such folder" in (folder / "wrong.out").read_text()
+    assert len((folder / "runs/wrong/attempts.jsonl").read_text().splitlines()) == 1
