@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 from collections.abc import Iterator
@@ -57,14 +58,19 @@ def find_cause(folder: Path, oom_kills: int | None) -> Cause:
 
 def _culprit(records: list[RankRecord]) -> RankRecord:
     """The rank that ended first, without those that ended because another did."""
-    ended = sorted(
-        (r for r in records if r.status not in (ExitCode.DONE, ExitCode.PREEMPTED)),
-        key=lambda r: r.ended or 0.0,  # one whose keeper was killed: that came first
-    )
-    own = [r for r in ended if r.status != ExitCode.LOST_PEER and not r.orphaned]
-    if own and (own[0].ended or 0.0) <= (ended[0].ended or 0.0) + _EFFECT_S:
-        return own[0]
-    return ended[0]
+    bad = [r for r in records if r.status not in (ExitCode.DONE, ExitCode.PREEMPTED)]
+    first = min(bad, key=_when)
+    own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
+    known = [r for r in own if r.ended is not None]
+    if known:
+        culprit = min(known, key=_when)
+        return culprit if _when(culprit) <= _when(first) + _EFFECT_S else first
+    return own[0] if own else first
+
+
+def _when(record: RankRecord) -> float:
+    """A keeper is killed along with its rank when a launcher loses patience: late."""
+    return math.inf if record.ended is None else record.ended
 
 
 def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[str, ExitCode]:

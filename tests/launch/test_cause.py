@@ -36,6 +36,7 @@ LOST = (ExitCode.LOST_PEER, "rank 0: rank 1 (host node-a) is gone; this rank end
         ([LOST, (-9, "")], None, ExitCode.DEFECT, 1, "or the kernel was out of memory"),
         ([LOST, (-11, "Segmentation")], 0, ExitCode.DEFECT, 1, "by SIGSEGV: Segmentation"),
         ([LOST, (None, "")], 0, ExitCode.DEFECT, 1, "vanished"),
+        ([(None, ""), (-9, "")], 0, ExitCode.DEFECT, 1, "SIGKILL from outside"),
         ([LOST, (2, "a.yaml: 1 problem")], 0, ExitCode.USER, 1, "only you can mend: a.yaml: 1"),
         ([(3, "the loss is not finite")], 0, ExitCode.NOT_FINITE, 0, "the loss is not finite"),
         ([LOST], 0, ExitCode.LOST_PEER, 0, "lost another: rank 1 (host node-a) is gone"),
