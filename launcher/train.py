@@ -12,6 +12,8 @@ import sys
 import warnings
 
 from moa_dist.cli.ranks import say_once
+from moa_dist.distributed.preemption import Preemption
+from moa_dist.errors import ExitCode, MoaDistError, PeerError, SaveError, TrainingError
 
 
 def share_cores() -> None:
@@ -25,12 +27,18 @@ def share_cores() -> None:
 
 
 def main() -> int:
-    """Train; returns the process's exit status: 0 done, 2 for an error a user can mend."""
+    """Train; returns the process's exit status, see `moa_dist.errors.ExitCode`."""
     parser = argparse.ArgumentParser(description="Train a model as configured.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
+    with Preemption() as preemption:
+        return run(args.config, args.overrides, preemption)
+
+
+def run(config_file: str, overrides: list[str], preemption: Preemption) -> int:
+    """Check, train, and turn errors into an exit status."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
 
@@ -38,25 +46,29 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     from moa_dist.config import load_config
-    from moa_dist.errors import MoaDistError, TrainingError
     from moa_dist.observe import Observers
-    from moa_dist.train.trainer import check_run, train
+    from moa_dist.train.check_run import check_run
+    from moa_dist.train.trainer import train
 
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(config_file, overrides)
         check_run(config, world_size)
     except MoaDistError as error:
         say_once(rank, str(error))
-        return 2
+        return ExitCode.USER
     try:
-        train(config, Observers(config))
+        return train(config, Observers(config), preemption)
     except TrainingError as error:
         say_once(rank, str(error))
-        return 2
+        return ExitCode.NOT_SAVED if isinstance(error, SaveError) else ExitCode.NOT_FINITE
+    except PeerError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        # Not by way of the interpreter's end, where NCCL may wait for the lost rank.
+        sys.stdout.flush()
+        os._exit(ExitCode.LOST_PEER)
     except MoaDistError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return ExitCode.USER
 
 
 if __name__ == "__main__":

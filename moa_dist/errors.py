@@ -1,10 +1,33 @@
 """Errors meant for a person, split by who can mend them.
 
 Every message says what is wrong, where, and what to do. Anything else that
-escapes is a defect of this package.
+escapes is a defect of this package. `ExitCode` is what a rank, and the supervisor of a job, end
+with.
 """
 
 from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a rank ended. Killed ranks have none of these; a supervisor names their signal."""
+
+    DONE = 0
+    """The last step was taken and saved."""
+    DEFECT = 1
+    """Anything unforeseen, with a traceback; a supervisor tries again."""
+    USER = 2
+    """Configuration, data or devices are wrong: trying again would change nothing."""
+    NOT_FINITE = 3
+    """The loss or the gradients are not finite, or spike, more often than the policy allows:
+    trying again would repeat it."""
+    NOT_SAVED = 4
+    """A checkpoint could not be written, and the policy is to stop: make room, start again."""
+    PREEMPTED = 75
+    """SIGTERM or SIGUSR1 came: the step was finished and saved. Start the same command again."""
+    LOST_PEER = 76
+    """Another rank is gone or silent; a supervisor tries again."""
 
 
 class MoaDistError(Exception):
@@ -28,9 +51,17 @@ class ClusterError(MoaDistError):
     """Ranks, devices or their communication are not as the run needs them."""
 
 
+class PeerError(ClusterError):
+    """Another rank of the job is gone, silent, or does not come."""
+
+
 class TrainingError(MoaDistError):
     """Training cannot go on, such as a loss that is no longer finite."""
 
 
 class SaveError(TrainingError):
     """A checkpoint could not be written: the disk is full, read-only or gone."""
+
+
+class BadStepError(TrainingError):
+    """An optimizer step was refused, the same on every rank; nothing has changed by it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -132,6 +133,16 @@ class TrainConfig(Section):
     """Recompute each block's activations in the backward pass to save memory."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of expert dropout."""
+    on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """What to do when the loss or the gradient norm is not finite, or the loss spikes. The step is
+    never applied. `stop` ends the run; `skip` takes the same step with the next samples; `rewind`
+    goes back to the newest checkpoint, and on from there with the samples after the offending ones.
+    The samples of no effect are listed in every later checkpoint."""
+    bad_step_limit: PositiveInt = 10
+    """Bad steps, or rewinds, in a row that end the run after all."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss of more than so many times the median of the last 100 steps is bad as well; absent
+    means that no finite loss is."""
 
 
 class EvaluationConfig(Section):
@@ -198,3 +209,8 @@ class Config(Section):
     """Reports."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+
+
+def run_folder(config: Config) -> Path:
+    """Where a run keeps its checkpoints, curves, logs and configuration."""
+    return Path(config.output) / config.name

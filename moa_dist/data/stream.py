@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.order import Exclusions, SampleOrder
 from moa_dist.data.shards import Tokens, read_shard
+from moa_dist.distributed.preemption import PREEMPTION_SIGNALS
 from moa_dist.errors import DataError
 
 _PREFETCHED_BATCHES = 8  # per worker; hides the reading of the next window's shards
@@ -167,7 +171,8 @@ def build_loader(
         # Its own, or making a loader would draw from the global generator and change training.
         generator=torch.Generator(),
     )
-    batches = iter(loader)
+    with _ending_signals_blocked():
+        batches = iter(loader)
     while True:
         item = _next_item(batches, timeout_s)
         if isinstance(item, DataError):
@@ -175,8 +180,24 @@ def build_loader(
         yield item
 
 
+@contextmanager
+def _ending_signals_blocked() -> Iterator[None]:
+    """Processes started here do not die of the signals by which a cluster ends a job.
+
+    They go to all of its processes, and the training process needs its workers until it has
+    finished the step. Its other threads still take a signal that comes meanwhile.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGTERM again, if it is the first to start it
+        signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _end_with_trainer(worker: int) -> None:
-    """Let a worker end when the training process is killed.
+    """Let a worker end when the training process is killed, or tells it to.
 
     torch watches the worker's parent, which is not the training process but the fork server, and
     that lives on as long as its workers do.
@@ -188,7 +209,14 @@ def _end_with_trainer(worker: int) -> None:
         trainer.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    def obey() -> None:
+        """Blocked as it is, SIGTERM must still end a worker if the trainer sends it."""
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
+            pass
+        os._exit(1)
+
+    for target in (wait, obey):
+        threading.Thread(target=target, daemon=True).start()
 
 
 def _next_item(batches: Iterator[Tensor | DataError], timeout_s: float) -> Tensor | DataError:

@@ -11,8 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moa_dist.distributed.heartbeat import heartbeat
 from moa_dist.distributed.store import local_store
-from moa_dist.errors import ClusterError
+from moa_dist.errors import ClusterError, PeerError
 
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for other ranks in one collective before the job fails."""
@@ -46,7 +47,8 @@ def job() -> Iterator[Job]:
     """Join the job that `deepspeed`, `torchrun` or plain `python` started this process in.
 
     On GPUs each rank takes the device of its LOCAL_RANK and talks through NCCL; without
-    GPUs it computes on the CPU and talks through gloo. Leaves the job at the end.
+    GPUs it computes on the CPU and talks through gloo. A rank that is lost meanwhile ends all
+    others within a minute, with a PeerError that names it. Leaves the job at the end.
     """
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
@@ -84,11 +86,12 @@ def job() -> Iterator[Job]:
         )
     except (dist.DistError, OSError, RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise ClusterError(
+        raise PeerError(
             f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "
             "every rank was started, that the address is reachable and that the port is free"
         ) from error
-    yield Job(rank, world_size, device, backend)
+    with heartbeat(device):
+        yield Job(rank, world_size, device, backend)
     # Not after an error: other ranks may be inside a collective, and waiting for them here would
     # keep this process from ending, by which its launcher ends the others.
     dist.destroy_process_group()

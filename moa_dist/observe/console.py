@@ -69,6 +69,9 @@ class Console:
             f"{metrics.bits_per_byte:.3f} bits per byte  over {short(metrics.tokens)} tokens"
         )
 
+    def rewind(self, step: int) -> None:
+        """Nothing: lines that were printed stay, and a note says so."""
+
     def note(self, message: str) -> None:
         """Print the message."""
         self._print(message)
@@ -93,6 +96,10 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
     yield "device", _device(run)
     yield "layout", _layout(config, run.world_size)
     yield "", _partition(config, run.world_size)
+    for i, (part, why) in enumerate(run.exchange.items()):
+        yield "" if i else "exchange", f"{part}: {why}"
+    if run.overlap and run.exchange:
+        yield "", "travels beside computation, by parallel.overlap"
     yield "batch", _batch(config, run.world_size)
     active = f"{short(run.num_active_parameters)} active per token"
     flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"

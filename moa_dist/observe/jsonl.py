@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moa_dist.observe.routing import routing_summary, site_name
+from moa_dist.observe.traffic import flow_name
 from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
 
 FILE_NAME = "metrics.jsonl"
@@ -20,7 +21,7 @@ class MetricsFile:
     Each has a `step`: of a start that which training resumes after, of a note the last one
     written. A float is written with as many digits as its value needs, so reading it back gives
     the same bits. A resumed run cuts off what lies after its first step, and the file then
-    reads as that of one uninterrupted run.
+    reads as that of one uninterrupted run; so does one that goes back to a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -38,16 +39,28 @@ class MetricsFile:
         self._write("start", run.first_step, values)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write all values, and of each router a summary."""
+        """Write all values, of each router a summary, and what each layer sent."""
         values = _shallow(metrics)
         values["routing"] = {
             site_name(site): routing_summary(report) for site, report in metrics.routing.items()
+        }
+        values["traffic"] = {
+            flow_name(flow): volume._asdict() for flow, volume in metrics.traffic.items()
         }
         self._write("step", metrics.step, values)
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Write all values."""
         self._write("validation", metrics.step, asdict(metrics))
+
+    def rewind(self, step: int) -> None:
+        """Cut off what lies after this step."""
+        assert self._file is not None, "start comes first"
+        path = Path(self._file.name)
+        self._file.close()
+        _cut(path, step, same_start=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._step = step
 
     def note(self, message: str) -> None:
         """Write the message."""
@@ -72,14 +85,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for record, _ in _records(Path(path))]
 
 
-def _cut(path: Path, first_step: int) -> None:
-    """Keep the lines before the first that belongs to a later step or a repeated start."""
+def _cut(path: Path, first_step: int, *, same_start: bool = False) -> None:
+    """Keep the lines before the first of a later step or, without `same_start`, a repeated start.
+
+    "Repeated" is a start at `first_step` itself.
+    """
     if not path.exists():
         return
     length = 0
     for record, end in _records(path):
         is_start = record["kind"] == "start"
-        if record["step"] > first_step or (is_start and record["step"] == first_step):
+        is_repeated = is_start and record["step"] == first_step and not same_start
+        if record["step"] > first_step or is_repeated:
             break
         length = end
     with path.open("r+b") as file:

@@ -56,6 +56,11 @@ class Observers:
         for listener in self._listeners:
             listener.validation(metrics)
 
+    def rewind(self, step: int) -> None:
+        """See `Observer.rewind`."""
+        for listener in self._listeners:
+            listener.rewind(step)
+
     def note(self, message: str) -> None:
         """See `Observer.note`."""
         for listener in self._listeners:

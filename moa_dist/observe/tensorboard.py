@@ -13,6 +13,7 @@ from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.gpu import GpuTelemetry
 from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.routing import load_heatmaps, routing_summary, site_name
+from moa_dist.observe.traffic import traffic_summary
 from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
 
 FOLDER_NAME = "tensorboard"
@@ -54,6 +55,9 @@ class TensorBoard:
         for site, report in metrics.routing.items():
             summary = routing_summary(report)
             values |= {f"routing/{site_name(site)}/{k}": v for k, v in summary.items()}
+        if metrics.traffic:
+            summary = traffic_summary(metrics.traffic)
+            values |= {f"traffic/{name}": value for name, value in summary.items()}
         values |= {f"gpu/{name}": value for name, value in self._gpu.read().items()}
         self._scalars(values, metrics.step)
 
@@ -67,6 +71,9 @@ class TensorBoard:
         self._scalars(values, metrics.step)
         for router, picture in load_heatmaps(self._routing).items():
             self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")
+
+    def rewind(self, step: int) -> None:
+        """Nothing: curves show what happened, the second pass over the first."""
 
     def note(self, message: str) -> None:
         """Nothing: notes have no place among curves."""

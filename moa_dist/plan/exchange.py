@@ -52,7 +52,7 @@ class Decision:
 
     exchange: ExpertExchangeConfig
     """Without `auto`."""
-    because: dict[Part, str]
+    because: dict[str, str]
     """A sentence for each part that has experts on other ranks."""
 
 
@@ -142,7 +142,8 @@ def decide_exchange(config: Config, world_size: int, memory: int | None) -> Deci
     if memory is not None and costs:
         held = states(count(config.model, config.data.sequence_length), config, world_size).total
         budget = max(0, int(MEMORY_SHARE * (memory - held)))
-    chosen, because = dict.fromkeys(PARTS, "tokens"), {}
+    chosen: dict[str, str] = dict.fromkeys(PARTS, "tokens")
+    because: dict[str, str] = {}
     for part in PARTS:
         if part not in costs:
             continue

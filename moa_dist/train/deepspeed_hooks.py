@@ -11,6 +11,7 @@ stage with one process, and fails should a later version read something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,3 +123,21 @@ def expert_marker(model: nn.Module, mesh: Mesh, has_experts: bool) -> Iterator[N
         yield
     finally:
         delattr(model, _MARKER)
+
+
+def refuse_step(engine: Any) -> None:
+    """`engine.step()` at ZeRO 1 to 3, but gradients are forgotten and nothing else changes.
+
+    DeepSpeed does so when their norm is not finite, and offers no other way to give up a step.
+    """
+    gradients = [
+        gradient
+        for group in engine.optimizer.averaged_gradients.values()
+        for gradient in group or []
+        if gradient is not None
+    ]
+    for gradient in gradients:
+        gradient.fill_(math.nan)
+    engine.step()
+    for gradient in gradients:  # stage 3 uses them again, and does not write over their padding
+        gradient.zero_()

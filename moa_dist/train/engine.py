@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.distributed.traffic import Flow
-from moa_dist.errors import TrainingError
+from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.errors import BadStepError
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
@@ -50,6 +50,8 @@ class StepResult:
     """Targets of all ranks."""
     routing: dict[Site, RoutingReport]
     """Sums over this rank's micro-batches."""
+    traffic: dict[Flow, Volume]
+    """What this rank sent for experts, and at ZeRO 0 for gradients."""
 
 
 class Engine:
@@ -101,12 +103,12 @@ class Engine:
         module: LanguageModel = self.deepspeed.module
         return module
 
-    def step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def step(self, batches: Sequence[Batch], lr: float, loss_limit: float = math.inf) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
         Collective; every rank brings the same number of micro-batches of the same size.
-        Raises TrainingError, with the parameters untouched, if the loss or the gradient norm is
-        not finite.
+        Raises BadStepError, with parameters and optimizer state untouched, if the loss or the
+        gradient norm is not finite, or the loss is above `loss_limit`.
         """
         batches = [batch.to(self.device) for batch in batches]
         num_targets = self._sum_over_ranks(
@@ -114,6 +116,7 @@ class Engine:
         ).item()
         per_micro_batch = num_targets / (self.mesh.world_size * len(batches))
         self.deepspeed.train()
+        self.mesh.ledger.take()  # what evaluation has sent
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -127,22 +130,42 @@ class Engine:
             _add_reports(routing, result.output.statistics)
             if i < len(batches) - 1:
                 self.deepspeed.step()
-        values = self._finite_values(sums, batches)
+        try:
+            values = self._finite_values(sums, batches)
+            loss = values.pop("cross_entropy") / num_targets
+            if loss > loss_limit:
+                raise BadStepError(f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}")
+        except BadStepError:
+            self._refuse()
+            raise
         grad_norm = self._update()
         update_biases(self.model.stack.routers(), routing)
-        loss = values.pop("cross_entropy") / num_targets
         scale = 1 / (self.mesh.world_size * len(batches))
         auxiliary = {name: value * scale for name, value in values.items()}
-        return StepResult(loss, auxiliary, grad_norm, int(num_targets), routing)
+        return StepResult(
+            loss, auxiliary, grad_norm, int(num_targets), routing, self.mesh.ledger.take()
+        )
 
     def _update(self) -> float:
         """Reduce, clip and take the step; returns the global gradient norm."""
         if self.zero_stage > 0:
             self.deepspeed.step()  # which leaves the parameters alone if the norm is not finite
             return _finite(float(self.deepspeed.get_global_grad_norm()))
-        norm = _finite(float(self._reduce_and_clip()))
-        self.deepspeed.step()
-        return norm
+        norm = float(self._reduce_and_clip())
+        if not math.isfinite(norm):
+            self._refuse()
+        else:
+            self.deepspeed.step()
+        return _finite(norm)
+
+    def _refuse(self) -> None:
+        """Forget the gradients; the next micro-batch is the first of a step."""
+        if self.zero_stage == 0:
+            for parameter in self.model.parameters():
+                parameter.grad = None  # which the optimizer leaves out
+            self.deepspeed.step()
+        else:
+            deepspeed_hooks.refuse_step(self.deepspeed)
 
     def _reduce_and_clip(self) -> Tensor:
         """Average gradients over ranks, clip them by their global norm, return that norm.
@@ -189,7 +212,7 @@ class Engine:
             return values
         broken = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
         first = self._first_not_finite(batches)
-        raise TrainingError(f"the loss is not finite ({broken}); first seen in {first}")
+        raise BadStepError(f"the loss is not finite ({broken}); first seen in {first}")
 
     def _first_not_finite(self, batches: list[Batch]) -> str:
         """Name the first module, and its rank, whose output is not finite. Collective."""
@@ -227,9 +250,9 @@ class Engine:
 
 
 def _finite(grad_norm: float) -> float:
-    """The norm, equal on every rank; raises TrainingError if it is not finite."""
+    """The norm, equal on every rank; raises BadStepError if it is not finite."""
     if not math.isfinite(grad_norm):
-        raise TrainingError(
+        raise BadStepError(
             f"the loss is finite, but the gradient norm is {grad_norm}: lower optimizer.lr or the "
             "auxiliary coefficients, warm up for longer, or train in fp32 to see where it starts"
         )

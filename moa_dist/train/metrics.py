@@ -5,10 +5,12 @@ The loop never prints: it hands these to observers (see `moa_dist.observe`), on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from moa_dist.config.run import Config
+from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
 
@@ -37,6 +39,10 @@ class RunStart:
     """0, or the step that training resumes after."""
     excluded_shards: int = 0
     """Damaged training shards that are left out of the order of samples."""
+    exchange: Mapping[str, str] = field(default_factory=dict)
+    """Part of a layer -> what travels between ranks for its experts, and why."""
+    overlap: bool = False
+    """It travels while other things are computed."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,18 @@ class StepMetrics:
     """Global norm before clipping."""
     lr: float
     """Learning rate of this step."""
+    samples: int
+    """Sequences consumed so far, this step's included; its own are the last `global_batch`."""
+    digest: str
+    """Of this step's token ids: equal for equal global batches, in any layout."""
     tokens: int
     """Target tokens of this step."""
     tokens_per_second: float
     """Over the steps since the last report, all ranks together."""
     routing: dict[Site, RoutingReport]
     """One entry per router application; on the CPU. Empty for dense models."""
+    traffic: dict[Flow, Volume]
+    """What ranks sent each other for experts in this step, and at ZeRO 0 for gradients."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,9 @@ class Observer(Protocol):
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """After a validation."""
+
+    def rewind(self, step: int) -> None:
+        """Training goes back to after this step: what was reported of later ones is void."""
 
     def note(self, message: str) -> None:
         """Something a person should know, such as a saved checkpoint; one line."""

@@ -13,107 +13,66 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from moa_dist.config import find_layout_problems, to_yaml
-from moa_dist.config.run import Config
+from moa_dist.config import to_yaml
+from moa_dist.config.run import Config, run_folder
 from moa_dist.data.check import check_data
-from moa_dist.data.manifest import MANIFEST_FILE, Manifest
+from moa_dist.data.manifest import Manifest
 from moa_dist.data.order import Exclusions, as_json, exclude, read_exclusions
 from moa_dist.data.stream import SampleStream, build_loader
-from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.data.validation import validation_batches
+from moa_dist.distributed.device import be_deterministic, poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh, make_mesh
+from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import Job, job
-from moa_dist.errors import ConfigError, DataError, TrainingError
+from moa_dist.errors import BadStepError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import Site
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.moe.statistics import RoutingReport
-from moa_dist.train.checkpoint import Checkpointer
-from moa_dist.train.checkpoint_check import newest_index
-from moa_dist.train.checkpoint_files import checkpoints
+from moa_dist.plan.exchange import decide_exchange
+from moa_dist.train.bad_steps import BadSteps
+from moa_dist.train.boundary import agree, sum_routing, sum_traffic
+from moa_dist.train.check_run import KEPT_FILES
+from moa_dist.train.checkpoint import Checkpointer, Resumed
 from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
 
-_KEPT_FILES = (TOKENIZER_FILE, MANIFEST_FILE)
-"""Copied from the training data into the run's folder: a resumed run must meet the same."""
 
-
-def check_run(config: Config, world_size: int) -> None:
-    """Everything that can be known to fail before ranks meet; raises ConfigError or DataError."""
-    problems = find_layout_problems(config, world_size)
-    if problems:
-        raise ConfigError(problems, f"{config.name} on {world_size} ranks")
-    check_data(config.data, vocab_size=config.model.vocab_size, world_size=world_size)
-    _check_earlier_run(config)
-
-
-def _check_earlier_run(config: Config) -> None:
-    """What the run's folder holds must be what this run goes on from."""
-    folder = run_folder(config)
-    if not checkpoints(folder):
-        return
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            [
-                f"{folder} holds checkpoints of an earlier run, and checkpoint.resume is never: "
-                "choose another `name`, or delete the folder"
-            ]
-        )
-    for file in _KEPT_FILES:
-        used, now = folder / file, Path(config.data.train) / file
-        if used.exists() and used.read_bytes() != now.read_bytes():
-            raise DataError(
-                f"{folder} was trained with another {file} than that of {config.data.train}, so it "
-                "cannot go on with this data: prepare it as before, or choose another `name`"
-            )
-    newest = newest_index(folder)
-    if newest is None:  # which the checkpointer will explain
-        return
-    before = newest.config.data
-    changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
-    if changed:
-        raise ConfigError(
-            [
-                f"data.{f} was {getattr(before, f)} before: it decides the order of samples, and a "
-                "change would repeat some and skip others; set it back, or choose another `name`"
-                for f in changed
-            ],
-            f"{folder}",
-        )
-
-
-def run_folder(config: Config) -> Path:
-    """Where a run keeps its checkpoints, curves and configuration."""
-    return Path(config.output) / config.name
-
-
-def train(config: Config, observer: Observer) -> None:
+def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCode:
     """Train as configured, from the newest checkpoint if there is one.
 
-    Every rank of the job calls this; `observer` listens on rank 0.
+    Every rank of the job calls this; `observer` listens on rank 0. Returns PREEMPTED, after
+    saving, if `preemption` was requested of any rank, else DONE.
     """
     with job() as this_job:
         train_manifest, valid_manifest = check_data(
             config.data, vocab_size=config.model.vocab_size, world_size=this_job.world_size
         )
         damaged = find_damage(config.data, train_manifest, valid_manifest)
+        if config.train.deterministic:
+            be_deterministic()
         mesh = make_mesh(config.parallel.expert_parallel)
+        decision = decide_exchange(config, mesh.world_size, poorest_memory(this_job.device))
+        overlap = travels_beside(config.parallel.overlap, this_job.backend)
         model = build_model(
             config.model,
             seed=config.train.seed,
             recompute=config.train.recompute,
-            parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
+            parallelize=partial(
+                shard_experts,
+                mesh=mesh,
+                exchange=decision.exchange,
+                overlap=overlap,
+            ),
         )
         engine = Engine(model, config, mesh, this_job.device)
         folder = run_folder(config)
@@ -123,26 +82,61 @@ def train(config: Config, observer: Observer) -> None:
         exclusions = exclude(
             read_exclusions(resumed.state.get("exclusions")), samples, tuple(damaged)
         )
+        policy = BadSteps(config.train, resumed.state.get("bad_steps"))
+
+        def save() -> list[str]:
+            state = {"exclusions": as_json(exclusions), "bad_steps": policy.state()}
+            return checkpointer.save(step, samples, state)
+
         listener = observer if mesh.rank == 0 else None
         try:
             if listener:
                 _describe_run(config, folder)
-                listener.start(_run_start(config, this_job, folder, step, len(damaged)))
+                run_start = _run_start(config, this_job, folder, step)
+                listener.start(
+                    replace(
+                        run_start,
+                        excluded_shards=len(damaged),
+                        exchange=decision.because,
+                        overlap=overlap,
+                    )
+                )
             _tell(listener, resumed.notes)
             _tell(listener, _notes_on_damage(damaged, exclusions, train_manifest, samples))
             micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             clock = _Clock(step)
             while step < config.train.steps:
-                step += 1
-                samples += config.train.global_batch
-                _seed_random_numbers(config.train.seed, step, mesh.rank)
-                lr = learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
                 batches = [next(micro_batches) for _ in range(accumulation)]
-                result = engine.step(batches, lr)
+                boundary = agree(preemption.requested, batches, this_job.device)
+                if boundary.stop:
+                    break
+                samples += config.train.global_batch
+                _seed_random_numbers(config.train.seed, step + 1, mesh.rank)
+                lr = learning_rate(
+                    step + 1, config.optimizer.lr, config.schedule, config.train.steps
+                )
+                try:
+                    result = engine.step(batches, lr, policy.loss_limit)
+                except BadStepError as error:
+                    policy.refuse(error, step + 1)
+                    bad, first = step + 1, samples - config.train.global_batch
+                    if config.train.on_bad_step == "rewind":
+                        resumed = _go_back(checkpointer, policy, listener, step)
+                        step, first = resumed.step, resumed.samples
+                        micro_batches = _micro_batches(
+                            config, train_manifest, mesh, samples, exclusions
+                        )
+                        clock = _Clock(step)
+                    _tell(listener, [policy.give_up(first, samples, bad, error)])
+                    continue
+                step += 1
+                policy.accept(step, result.loss)
 
                 if _due(step, config.logging.every, config):
-                    routing = _over_all_ranks(result.routing, this_job.device)
+                    routing = sum_routing(result.routing)
+                    traffic = sum_traffic(result.traffic, this_job.device)
+                    _tell(listener, checkpointer.poll())
                     if listener:
                         listener.step(
                             StepMetrics(
@@ -151,12 +145,14 @@ def train(config: Config, observer: Observer) -> None:
                                 auxiliary=result.auxiliary,
                                 grad_norm=result.grad_norm,
                                 lr=lr,
+                                samples=samples,
+                                digest=boundary.digest,
                                 tokens=result.tokens,
                                 tokens_per_second=clock.rate(step) * result.tokens,
                                 routing=routing,
+                                traffic=traffic,
                             )
                         )
-                    _tell(listener, checkpointer.poll())
                 if valid_manifest and _due(step, config.evaluation.every, config):
                     with clock.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
@@ -164,10 +160,16 @@ def train(config: Config, observer: Observer) -> None:
                         listener.validation(metrics)
                 if _due(step, config.checkpoint.every, config):
                     with clock.paused():
-                        state = {"exclusions": as_json(exclusions)}
-                        notes = checkpointer.save(step, samples, state)
+                        notes = save()
                     _tell(listener, notes)
+            preempted = step < config.train.steps
+            if preempted and step > 0:
+                _tell(listener, save())
             _tell(listener, checkpointer.finish())
+            if preempted:
+                again = "the same command goes on from there"
+                _tell(listener, [f"preempted after step {step}: {again}"])
+            return ExitCode.PREEMPTED if preempted else ExitCode.DONE
         except TrainingError:  # raised by all ranks: a checkpoint on its way is still wanted
             _tell(listener, checkpointer.finish())
             raise
@@ -181,6 +183,18 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.train.steps
 
 
+def _go_back(
+    checkpointer: Checkpointer, policy: BadSteps, listener: Observer | None, step: int
+) -> Resumed:
+    """Restore the newest checkpoint, and the reports and the memory that belong to it."""
+    resumed = checkpointer.resume(last_step=step)
+    policy.go_back(resumed.state["bad_steps"])
+    if listener:
+        listener.rewind(resumed.step)
+    _tell(listener, resumed.notes)
+    return resumed
+
+
 def _tell(listener: Observer | None, notes: Iterable[str]) -> None:
     if listener:
         for note in notes:
@@ -190,13 +204,11 @@ def _tell(listener: Observer | None, notes: Iterable[str]) -> None:
 def _describe_run(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
-    for file in _KEPT_FILES:
+    for file in KEPT_FILES:
         shutil.copyfile(Path(config.data.train) / file, folder / file)
 
 
-def _run_start(
-    config: Config, this_job: Job, folder: Path, step: int, excluded_shards: int
-) -> RunStart:
+def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunStart:
     counts = count(config.model, config.data.sequence_length)
     device = str(this_job.device.type)
     if this_job.device.type == "cuda":
@@ -211,7 +223,6 @@ def _run_start(
         num_active_parameters=counts.active,
         flops_per_token=counts.flops_per_token,
         first_step=step,
-        excluded_shards=excluded_shards,
     )
 
 
@@ -268,22 +279,6 @@ def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> 
         bits_per_byte=result.bits_per_byte(manifest.bytes_per_token),
         tokens=result.tokens,
     )
-
-
-def _over_all_ranks(
-    routing: dict[Site, RoutingReport], device: torch.device
-) -> dict[Site, RoutingReport]:
-    """Sums over ranks, on the CPU; one collective."""
-    if not routing:
-        return {}
-    parts = [part for value in routing.values() for part in value]
-    flat = torch.cat([part.to(device).double().flatten() for part in parts])  # exact to 2^53
-    dist.all_reduce(flat)
-    summed = iter(flat.cpu().split([part.numel() for part in parts]))
-    return {
-        site: RoutingReport(*(next(summed).view(part.shape).to(part.dtype) for part in value))
-        for site, value in routing.items()
-    }
 
 
 class _Clock:

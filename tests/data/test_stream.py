@@ -184,6 +184,35 @@ def test_workers_do_not_outlive_a_killed_trainer(
     assert done.returncode == -signal.SIGKILL
 
 
+PREEMPTED_TRAINER = """
+import subprocess, sys
+from itertools import islice
+from pathlib import Path
+import psutil
+from moa_dist.data.manifest import load_manifest
+from moa_dist.data.stream import SampleStream, build_loader
+
+folder = Path(sys.argv[1])
+stream = SampleStream(folder, load_manifest(folder), readers=1, seed=0, rank=0, world_size=1,
+                      consumed=0, micro_batch=1)
+loader = build_loader(stream, workers=1, timeout_s=60)
+next(loader)
+children = " ".join(str(child.pid) for child in psutil.Process().children(recursive=True))
+# From another process: those of the trainer itself are obeyed.
+subprocess.run(f"kill -TERM {children}; kill -USR1 {children}", shell=True, check=True)
+assert len(list(islice(loader, 40))) == 40  # more than are read ahead
+"""
+
+
+@pytest.mark.slow
+def test_workers_survive_the_signals_that_end_a_job(
+    make_stream: Callable[..., SampleStream], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", PREEMPTED_TRAINER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_uneven_readers_are_refused_with_a_number_that_fits(
     make_stream: Callable[..., SampleStream], world_size: int

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.errors import TrainingError
+from moa_dist.errors import BadStepError, TrainingError
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
@@ -130,6 +130,44 @@ def poisoned_step(case: Case) -> tuple[str, bool]:
     changed = not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     engine.close()
     return str(error.value), changed
+
+
+@pytest.mark.parametrize("trouble", ["spike", "nan"])
+def test_refused_step_leaves_no_trace(pools, trouble):
+    """The next one comes out bit for bit as if there had been none, at every stage."""
+    for zero_stage in range(4):
+        case = Case(**stage(zero_stage), optimizer="adamw", clip_norm=0.1)
+        for without, refused in zip(
+            pools(2).run(steps_with_trouble, case, None),
+            pools(2).run(steps_with_trouble, case, trouble),
+            strict=True,
+        ):
+            assert without[0] == refused[0]
+            assert all(torch.equal(a, b) for a, b in zip(without[1], refused[1], strict=True))
+
+
+def steps_with_trouble(case: Case, trouble: str | None) -> tuple[list, list[torch.Tensor]]:
+    """On every rank: two good steps, and a refused one between them if there is trouble."""
+    config, batch = case.config(), case.batch()
+    mesh = make_mesh(case.expert_parallel)
+    model = build_model(config.model, parallelize=partial(shard_experts, mesh=mesh))
+    engine = Engine(model, config, mesh, torch.device("cpu"))
+    rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
+    micro = [Batch(batch.tokens[r], batch.real[r]) for r in rows]
+    results = [engine.step(micro, lr=1e-2)]
+    if trouble == "spike":
+        with pytest.raises(BadStepError, match="the loss spikes"):
+            engine.step(micro, lr=1.0, loss_limit=0.1)
+    if trouble == "nan":  # on one rank only
+        factor = float("nan") if mesh.rank == 1 else 1.0
+        handle = engine.model.final_norm.register_forward_hook(lambda _m, _i, out: out * factor)
+        with pytest.raises(BadStepError, match="not finite"):
+            engine.step(micro, lr=1.0)
+        handle.remove()
+    results.append(engine.step(micro, lr=1e-2))
+    state = [f.view.clone() for f in fragments(engine, owned_only=True)]
+    engine.close()
+    return [(r.loss, r.grad_norm) for r in results], state
 
 
 DENSE = {

@@ -14,7 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from moa_dist.errors import ExitCode
+from moa_dist.train.checkpoint_files import Reader
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -176,7 +180,7 @@ def test_verify_refuses_a_layout_that_does_not_fit_once(trained):
 
 def test_loss_that_is_not_finite_stops_and_says_where(trained):
     output = train(
-        "name=nan", "optimizer.lr=1e30", "schedule.warmup_steps=0", cwd=trained, expect=2
+        "name=nan", "optimizer.lr=1e30", "schedule.warmup_steps=0", cwd=trained, expect=3
     )
     assert "the loss is not finite" in output
     assert "first seen in" in output
@@ -191,25 +195,60 @@ def test_layout_that_does_not_fit_is_refused_once_before_ranks_meet(trained):
     assert "Traceback" not in output
 
 
-def test_dead_rank_ends_the_others(trained):
-    """Killed ranks are noticed by their peers, not waited for."""
+def endless(folder: Path, name: str) -> subprocess.Popen[str]:
+    """A run without an end on two ranks, which has taken a step."""
     process = subprocess.Popen(
         [
             "deepspeed", "--num_gpus", "2", "--master_port", free_port(),
-            str(ROOT / "launcher/train.py"), "--config", "tiny.yaml", "name=killed",
-            "train.steps=100000",
+            str(ROOT / "launcher/train.py"), "--config", "tiny.yaml", f"name={name}",
+            "train.steps=100000", "evaluation.every=100000", "checkpoint.every=100000",
         ],
-        cwd=trained, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    metrics = trained / "runs/killed/metrics.jsonl"
+    metrics = folder / f"runs/{name}/metrics.jsonl"
     while not (metrics.exists() and lines(metrics.parent, "step")):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    children = subprocess.run(
-        ["pgrep", "-f", "local_rank=1 .*name=killed"], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
+    return process
+
+
+def rank_of(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The rank's own process, below the launcher's."""
+    found = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if f"--local_rank={rank}" in child.cmdline()
+    ]
+    return found[0]
+
+
+def test_dead_rank_ends_the_others_which_name_it(trained):
+    process = endless(trained, "killed")
+    rank_of(process, 1).send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank 0: rank 1 (host " in output
+    assert "is gone: its process ended without a word; this rank ends" in output
+    assert "Traceback" not in output
+
+
+def test_signal_to_one_rank_lets_all_save_and_end(trained):
+    """Data workers, which get the signal as well from some clusters, are needed until then."""
+    process = endless(trained, "preempted")
+    rank = rank_of(process, 1)
+    readers = [c for c in rank.children(recursive=True) if "forkserver" in " ".join(c.cmdline())]
+    assert readers
+    for reader in readers:
+        reader.send_signal(signal.SIGTERM)
+    rank.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.PREEMPTED, output
+    folder = trained / "runs/preempted"
+    last = lines(folder, "step")[-1]
+    (saved,) = folder.glob("step-*")
+    assert saved.name == f"step-{last['step']:08d}"
+    assert Reader(saved).index.samples == last["samples"]
+    assert f"preempted after step {last['step']}" in output

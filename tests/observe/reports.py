@@ -5,6 +5,7 @@ import math
 import torch
 
 from moa_dist.config import Config
+from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.metrics import StepMetrics, ValidationMetrics
@@ -50,9 +51,15 @@ def step_metrics(step: int, **changes) -> StepMetrics:
         "auxiliary": {"ffn/entropy": -0.03, "attention/entropy": -0.001},
         "grad_norm": 0.41,
         "lr": 0.1 + 0.2,
+        "samples": 16 * step,
+        "digest": "00000000ff",
         "tokens": 2048,
         "tokens_per_second": 12345.678,
         "routing": routing(),
+        "traffic": {
+            Flow("stack.layers.0.ffn", "dispatch", False): Volume(2, 3 * 2**20),
+            Flow("stack.layers.0.ffn", "dispatch", True): Volume(2, 2**20),
+        },
     }
     return StepMetrics(**(values | changes))
 

@@ -72,6 +72,25 @@ def test_resuming_twice_from_one_checkpoint_counts_once(run_start):
     ]
 
 
+def test_going_back_drops_later_steps_but_not_the_start(run_start):
+    write(run_start(), 10, 20)
+    file = MetricsFile()
+    file.start(run_start(first_step=20))
+    file.step(step_metrics(30))
+    file.rewind(20)
+    file.note("went back")
+    file.step(step_metrics(30))
+    file.close()
+    assert outline(Path(run_start().folder) / FILE_NAME) == [
+        ("start", 0),
+        ("step", 10),
+        ("step", 20),
+        ("start", 20),
+        ("note", 20),
+        ("step", 30),
+    ]
+
+
 def test_a_new_run_begins_a_new_file(run_start):
     write(run_start(), 10, 20)
     assert outline(write(run_start(), 10)) == [("start", 0), ("step", 10)]

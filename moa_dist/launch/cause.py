@@ -1,0 +1,158 @@
+"""Why an attempt ended, judged by what its ranks left: exit codes, signals, ends of logs."""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_dist.errors import ExitCode
+from moa_dist.launch.record import RankRecord, read_records
+
+_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b.*)")
+_TAIL_BYTES = 100_000
+_EFFECT_S = 5.0
+"""A rank that reports a lost peer so much before any other ends was the first to know: the other
+hung, and was killed for it later."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended."""
+
+    text: str
+    """One line."""
+    exit_code: ExitCode
+    """What it comes to. A supervisor tries again after DEFECT and LOST_PEER."""
+    rank: int | None = None
+    """Whose fault it was, where that is known."""
+
+    @property
+    def is_final(self) -> bool:
+        """Trying again would change nothing, or is up to the cluster."""
+        return self.exit_code not in (ExitCode.DEFECT, ExitCode.LOST_PEER)
+
+
+def find_cause(folder: Path, oom_kills: int | None) -> Cause:
+    """Judge the attempt whose records and logs are in `folder`; all its ranks have ended.
+
+    `oom_kills` is how many processes the kernel killed meanwhile for want of memory in this
+    control group, None where that cannot be read.
+    """
+    records = read_records(folder)
+    if not records:
+        return Cause(f"no rank was started: {_last_line(folder / 'launcher.log')}", ExitCode.DEFECT)
+    codes = {record.status for record in records}
+    if codes == {ExitCode.DONE}:
+        return Cause("done", ExitCode.DONE)
+    if codes <= {ExitCode.DONE, ExitCode.PREEMPTED}:
+        return Cause("preempted: saved, to be continued by the same command", ExitCode.PREEMPTED)
+    culprit = _culprit(records)
+    text, code = _explain(culprit, folder, oom_kills)
+    return Cause(f"rank {culprit.rank} (host {culprit.host}) {text}", code, culprit.rank)
+
+
+def _culprit(records: list[RankRecord]) -> RankRecord:
+    """The rank that ended first, without those that ended because another did."""
+    bad = [r for r in records if r.status not in (ExitCode.DONE, ExitCode.PREEMPTED)]
+    first = min(bad, key=_when)
+    own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
+    known = [r for r in own if r.ended is not None]
+    if known:
+        culprit = min(known, key=_when)
+        return culprit if _when(culprit) <= _when(first) + _EFFECT_S else first
+    return own[0] if own else first
+
+
+def _when(record: RankRecord) -> float:
+    """A keeper is killed along with its rank when a launcher loses patience: late."""
+    return math.inf if record.ended is None else record.ended
+
+
+def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[str, ExitCode]:
+    log = folder / record.log
+    status = record.status
+    if record.orphaned:
+        return "was ended: the launcher on its host is gone", ExitCode.DEFECT
+    if status is None:
+        return "vanished together with the process that watched it", ExitCode.DEFECT
+    if status < 0:
+        return _explain_signal(record, log, oom_kills), ExitCode.DEFECT
+    if status == ExitCode.USER:
+        return f"found what only you can mend: {_last_line(log)}", ExitCode.USER
+    if status in (ExitCode.NOT_FINITE, ExitCode.NOT_SAVED):
+        return f"stopped: {_last_line(log)}", ExitCode(status)
+    if status == ExitCode.LOST_PEER:
+        said = _last_line(log).removeprefix(f"rank {record.rank}: ")
+        return f"lost another: {said}", ExitCode.LOST_PEER
+    error = _last_error(log) or f"exit code {status}: {_last_line(log)}"
+    if "OutOfMemoryError" in error or "CUDA out of memory" in error:
+        hint = "halve train.micro_batch, or set train.recompute"
+        return f"ran out of GPU memory ({hint}): {error[:300]}", ExitCode.DEFECT
+    if "No space left on device" in error:
+        return f"found the disk full: {error}", ExitCode.DEFECT
+    return f"failed: {error}", ExitCode.DEFECT
+
+
+def _explain_signal(record: RankRecord, log: Path, oom_kills: int | None) -> str:
+    assert record.status is not None
+    number = -record.status
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    text = f"was killed by {name}"
+    if number == signal.SIGKILL:
+        if oom_kills:
+            text += ": the kernel ended it, out of host memory (use fewer data.workers)"
+        elif oom_kills == 0:
+            text += " from outside; it was not for want of memory"
+        else:
+            text += ": from outside, or the kernel was out of memory (see `dmesg`)"
+    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE):
+        text += f": {_last_line(log)}"
+    return text
+
+
+def count_oom_kills() -> int | None:
+    """Processes of this one's control group that the kernel ever killed for want of memory."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers == "":
+                root, file = Path("/sys/fs/cgroup"), "memory.events"
+            elif "memory" in controllers.split(","):
+                root, file = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+            else:
+                continue
+            for folder in (root / group.lstrip("/"), root):  # a container's own group is its root
+                with suppress(OSError):
+                    values = dict(x.split() for x in (folder / file).read_text().splitlines())
+                    return int(values["oom_kill"])
+    return None
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The end of a log; empty if there is none."""
+    with suppress(OSError):
+        return list(_lines(path))[-count:]
+    return []
+
+
+def _last_line(path: Path) -> str:
+    return next((line for line in reversed(last_lines(path, 50)) if line.strip()), "(no output)")
+
+
+def _last_error(path: Path) -> str | None:
+    """The message of the last traceback."""
+    for line in reversed(last_lines(path, 200)):
+        if match := _ERROR.match(line):
+            return match[1]
+    return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        yield from file.read().decode(errors="replace").splitlines()

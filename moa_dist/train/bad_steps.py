@@ -1,0 +1,102 @@
+"""What to do about a step whose loss or gradients are of no use. All ranks decide alike.
+
+Two counters define a run: steps taken, which decide the learning rate and the seeds of random
+numbers, and samples consumed, which decide the data. A step that is refused takes no step, but its
+samples are consumed: the next attempt at the same step, with its learning rate and seeds, sees
+other samples. Going back restores parameters, moments and steps of a checkpoint, not its samples:
+those between it and the offending ones are given up as well, for replaying them would only lead to
+the same step. What was given up is kept here, and with the recent losses, against which a spike is
+measured, in every checkpoint: a resumed run decides as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, cast
+
+from pydantic import JsonValue
+
+from moa_dist.config.run import TrainConfig
+from moa_dist.errors import BadStepError, TrainingError
+
+_WINDOW = 100
+_ENOUGH = 10
+"""Losses before which nothing is a spike."""
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """Samples that were consumed without effect."""
+
+    first: int
+    """The first global sample."""
+    last: int
+    """The last one."""
+    step: int
+    """The step that was refused."""
+    reason: str
+    """What was wrong with it."""
+
+
+class BadSteps:
+    """The policy of `train.on_bad_step`, and its memory."""
+
+    def __init__(self, config: TrainConfig, state: JsonValue = None) -> None:
+        """`state` is a checkpoint's, None for a new run."""
+        self._config = config
+        new: dict[str, Any] = {"losses": [], "given_up": [], "in_row": 0, "at": 0}
+        saved = new if state is None else cast(dict[str, Any], state)
+        self._losses: list[float] = saved["losses"]
+        self._in_row: int = saved["in_row"]
+        self._at: int = saved["at"]
+        self.given_up = [GivenUp(**entry) for entry in saved["given_up"]]
+        """In order."""
+
+    def state(self) -> dict[str, JsonValue]:
+        """For a checkpoint."""
+        return {
+            "losses": list(self._losses),
+            "given_up": [asdict(entry) for entry in self.given_up],
+            "in_row": self._in_row,
+            "at": self._at,
+        }
+
+    @property
+    def loss_limit(self) -> float:
+        """A loss above it is a spike."""
+        if self._config.spike_factor is None or len(self._losses) < _ENOUGH:
+            return math.inf
+        return self._config.spike_factor * median(self._losses)
+
+    def accept(self, step: int, loss: float) -> None:
+        """A step was taken. One beyond the last bad one ends the row."""
+        self._losses = [*self._losses, loss][-_WINDOW:]
+        if step >= self._at:
+            self._in_row = 0
+
+    def refuse(self, error: BadStepError, step: int) -> None:
+        """Step `step` was refused. Raises TrainingError if the run should not go on."""
+        self._at = max(self._at, step)
+        self._in_row += 1
+        policy, limit = self._config.on_bad_step, self._config.bad_step_limit
+        if policy == "stop":
+            raise error
+        if self._in_row > limit:
+            times = f"more than train.bad_step_limit = {limit} times in a row"
+            raise TrainingError(f"step {step} was refused {times}: {error}") from error
+
+    def give_up(self, first: int, stop: int, step: int, error: BadStepError) -> str:
+        """Record that samples `first` to `stop` - 1 have no effect; returns a line about it.
+
+        Those that were given up before are not listed again.
+        """
+        if self.given_up:
+            first = max(first, self.given_up[-1].last + 1)
+        self.given_up.append(GivenUp(first, stop - 1, step, str(error)))
+        return f"step {step} refused: {error}; samples {first} to {stop - 1} are given up"
+
+    def go_back(self, state: JsonValue) -> None:
+        """To the losses of a checkpoint; what was given up since stays given up."""
+        self._losses = cast(dict[str, Any], state)["losses"]

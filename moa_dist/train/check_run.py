@@ -1,0 +1,61 @@
+"""What can be known to fail before ranks meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moa_dist.config import find_layout_problems
+from moa_dist.config.run import Config, run_folder
+from moa_dist.data.check import check_data
+from moa_dist.data.manifest import MANIFEST_FILE
+from moa_dist.data.tokenizer import TOKENIZER_FILE
+from moa_dist.errors import ConfigError, DataError
+from moa_dist.train.checkpoint_check import newest_index
+from moa_dist.train.checkpoint_files import checkpoints
+
+KEPT_FILES = (TOKENIZER_FILE, MANIFEST_FILE)
+"""Copied from the training data into the run's folder: a resumed run must meet the same."""
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Everything that can be known to fail before ranks meet; raises ConfigError or DataError."""
+    problems = find_layout_problems(config, world_size)
+    if problems:
+        raise ConfigError(problems, f"{config.name} on {world_size} ranks")
+    check_data(config.data, vocab_size=config.model.vocab_size, world_size=world_size)
+    _check_earlier_run(config)
+
+
+def _check_earlier_run(config: Config) -> None:
+    """What the run's folder holds must be what this run goes on from."""
+    folder = run_folder(config)
+    if not checkpoints(folder):
+        return
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            [
+                f"{folder} holds checkpoints of an earlier run, and checkpoint.resume is never: "
+                "choose another `name`, or delete the folder"
+            ]
+        )
+    for file in KEPT_FILES:
+        used, now = folder / file, Path(config.data.train) / file
+        if used.exists() and used.read_bytes() != now.read_bytes():
+            raise DataError(
+                f"{folder} was trained with another {file} than that of {config.data.train}, so it "
+                "cannot go on with this data: prepare it as before, or choose another `name`"
+            )
+    newest = newest_index(folder)
+    if newest is None:  # which the checkpointer will explain
+        return
+    before = newest.config.data
+    changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
+    if changed:
+        raise ConfigError(
+            [
+                f"data.{f} was {getattr(before, f)} before: it decides the order of samples, and a "
+                "change would repeat some and skip others; set it back, or choose another `name`"
+                for f in changed
+            ],
+            f"{folder}",
+        )

@@ -1,0 +1,213 @@
+"""A job under the supervisor: killed again and again, it ends as if nothing had happened.
+
+`MOA_DIST_KILLS=30 python -m pytest tests/integration/test_kills.py` kills more often.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moa_dist.errors import ExitCode
+
+ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("MOA_DIST_KILLS", "3"))
+STEPS = 8 * KILLS + 10
+WAIT_S = 240
+CONFIG = f"""
+name: calm
+model:
+  vocab_size: 300
+  d_model: 16
+  num_layers: 2
+  attention:
+    kind: switchhead
+    num_heads: 2
+    d_head: 8
+    router: {{num_experts: 3, top_k: 2, score: sigmoid, balance: {{entropy: 0.001}}}}
+  ffn:
+    kind: moe
+    d_expert: 8
+    # Dropout draws random numbers, which a resumed run must draw again.
+    router: {{num_experts: 5, top_k: 2, score: sigmoid, expert_dropout: 0.1,
+             balance: {{entropy: 0.01}}}}
+data: {{train: text/train, sequence_length: 32}}
+parallel: {{expert_parallel: 2, zero_stage: 2}}
+optimizer: {{lr: 1.0e-3}}
+schedule: {{warmup_steps: 2}}
+train: {{steps: {STEPS}, global_batch: 8, micro_batch: 2}}
+logging: {{every: 1, tensorboard: false}}
+checkpoint: {{every: 2}}
+"""
+
+
+def launch(folder: Path, name: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            sys.executable, str(ROOT / "launcher/launch.py"), "--config", "tiny.yaml",
+            "--ranks", "2", f"name={name}", *arguments,
+        ],
+        cwd=folder, text=True, stdout=(folder / f"{name}.out").open("w"), stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with prepared text."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    subprocess.run(
+        [
+            sys.executable, "-m", "moa_dist.cli.main", "prepare", "--input",
+            str(ROOT / "moa_dist"), "--output", "text", "--valid-share", "0.1",
+            "--vocab-size", "300", "--sequence-length", "32",
+        ],
+        cwd=folder, check=True, timeout=WAIT_S, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+class Watched:
+    """A run under the supervisor, seen from outside."""
+
+    def __init__(self, run: Path, supervisor: subprocess.Popen[str]) -> None:
+        self.run, self.supervisor = run, supervisor
+
+    def until(self, happens: Callable[[], bool]) -> None:
+        """Wait, in steps short enough to hit a save."""
+        deadline = time.monotonic() + WAIT_S
+        while not happens():
+            assert self.supervisor.poll() is None, "the job ended before it was killed often enough"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def pids(self, attempt: int) -> dict[int, int]:
+        """Of the ranks that the attempt has started."""
+        files = (self.run / f"logs/attempt-{attempt:02d}").glob("rank-*.json")
+        records = [json.loads(file.read_text()) for file in files]
+        return {record["rank"]: record["pid"] for record in records}
+
+    def steps(self, attempt: int) -> int:
+        """Steps that rank 0 has reported in the attempt."""
+        log = self.run / f"logs/attempt-{attempt:02d}/rank-0.log"
+        return log.read_text().count("\nstep ") if log.exists() else 0
+
+    def saves(self) -> bool:
+        """A checkpoint is being written."""
+        return any(self.run.glob("*.partial"))
+
+
+def kill_at_a_random_moment(watched: Watched, attempt: int, choice: random.Random) -> str:
+    """Kill a process of the attempt with SIGKILL; returns which, and when."""
+    target = choice.choice(["rank 0", "rank 1", "launcher"])
+    moment = choice.choice(["start", "step", "step", "save", "save"])
+    watched.until(lambda: len(watched.pids(attempt)) == 2)
+    pids = watched.pids(attempt)
+    if moment == "start":
+        time.sleep(choice.uniform(0, 5))
+    else:
+        wanted = choice.randint(1, 4)
+        watched.until(lambda: watched.steps(attempt) >= wanted)
+        if moment == "save":
+            watched.until(watched.saves)
+        time.sleep(choice.uniform(0, 0.02 if moment == "save" else 0.2))
+    if target == "launcher":  # rank, its keeper, `deepspeed.launcher.launch`
+        victim = psutil.Process(pids[0]).parents()[1]
+        assert "deepspeed.launcher.launch" in victim.cmdline()
+    else:
+        victim = psutil.Process(pids[int(target[-1])])
+        assert any(part.endswith("train.py") for part in victim.cmdline())
+    victim.send_signal(signal.SIGKILL)
+    return f"{target} during {moment}"
+
+
+def consumed(run: Path) -> list[tuple]:
+    """Every step with what it consumed and came to."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [
+        (r["step"], r["samples"], r["digest"], r["loss"], r["grad_norm"])
+        for r in records
+        if r["kind"] == "step"
+    ]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """Parameters and moments after the last step."""
+    files = (run / f"step-{STEPS:08d}").glob("*.safetensors")
+    return {f"{f.name}/{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.mark.slow
+def test_killed_job_ends_like_an_undisturbed_one(folder):
+    calm = launch(folder, "calm")
+    assert calm.wait(WAIT_S) == 0, (folder / "calm.out").read_text()
+    supervisor = launch(folder, "killed", "--max-restarts", "1000")
+    killed, choice = Watched(folder / "runs/killed", supervisor), random.Random(0)
+    try:
+        done = [kill_at_a_random_moment(killed, n + 1, choice) for n in range(KILLS)]
+        assert supervisor.wait(WAIT_S) == 0, (folder / "killed.out").read_text()
+    finally:
+        supervisor.terminate()
+        supervisor.wait(WAIT_S)
+
+    attempts = [json.loads(x) for x in (killed.run / "attempts.jsonl").read_text().splitlines()]
+    report = "\n".join(f"{when}: {a['cause']}" for when, a in zip(done, attempts, strict=False))
+    print(report)
+    assert [a["exit_code"] for a in attempts] == ["defect"] * KILLS + ["done"], report
+    assert all("SIGKILL" in a["cause"] or "launcher" in a["cause"] for a in attempts[:-1]), report
+    steps = consumed(folder / "runs/calm")
+    assert [step for step, *_ in steps] == list(range(1, STEPS + 1))
+    assert consumed(killed.run) == steps
+    ours, theirs = final_state(killed.run), final_state(folder / "runs/calm")
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_supervisor_that_is_told_to_stop_lets_the_job_save(folder):
+    supervisor = launch(folder, "stopped", f"train.steps={10 * STEPS}")
+    stopped = Watched(folder / "runs/stopped", supervisor)
+    try:
+        stopped.until(lambda: stopped.steps(1) >= 1)
+    finally:
+        supervisor.terminate()
+        code = supervisor.wait(WAIT_S)
+    assert code == ExitCode.PREEMPTED, (folder / "stopped.out").read_text()
+    last = consumed(stopped.run)[-1]
+    newest = sorted(stopped.run.glob("step-*"))[-1]
+    assert newest.name == f"step-{last[0]:08d}"
+    again = launch(folder, "stopped", f"train.steps={last[0] + 2}")
+    assert again.wait(WAIT_S) == 0, (folder / "stopped.out").read_text()
+    assert [step for step, *_ in consumed(stopped.run)] == list(range(1, last[0] + 3))
+
+
+def test_killed_supervisor_leaves_no_ranks_behind(folder):
+    supervisor = launch(folder, "orphaned", f"train.steps={100 * STEPS}")
+    orphaned = Watched(folder / "runs/orphaned", supervisor)
+    try:
+        orphaned.until(lambda: orphaned.steps(1) >= 1)
+        family = psutil.Process(supervisor.pid).children(recursive=True)
+    finally:
+        supervisor.kill()
+        supervisor.wait(WAIT_S)
+    assert len(family) >= 6  # two launchers, two keepers, two ranks
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+def test_error_of_the_user_is_said_once_and_not_tried_again(folder):
+    supervisor = launch(folder, "wrong", "data.train=nowhere")
+    assert supervisor.wait(WAIT_S) == ExitCode.USER
+    assert "nowhere: no such folder" in (folder / "wrong.out").read_text()
+    assert len((folder / "runs/wrong/attempts.jsonl").read_text().splitlines()) == 1

@@ -1,0 +1,122 @@
+"""When a job is started again, when not, and what is recorded; its ranks are files."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from moa_dist.config import load_config
+from moa_dist.config.run import Config
+from moa_dist.distributed.preemption import Preemption
+from moa_dist.errors import ExitCode
+from moa_dist.launch.record import RankRecord, write_record
+from moa_dist.launch.supervisor import RestartPolicy, supervise
+
+ROOT = Path(__file__).parents[2]
+
+
+class Script:
+    """Starts attempts whose second rank ends as told, having saved at a step or not."""
+
+    def __init__(self, run: Path, *ends: tuple[int, int | None]) -> None:
+        self.run, self.ends, self.folders = run, list(ends), []
+        self.preempted = 0
+
+    def __call__(self, folder: Path) -> "Script":
+        self.folders.append(folder)
+        return self
+
+    def wait(self, timeout_s: float) -> bool:
+        status, step = self.ends.pop(0)
+        if step is not None:
+            (self.run / f"step-{step:08d}").mkdir(parents=True)
+        for rank in (0, 1):
+            words = f"working\nrank {rank}'s last words\n"
+            (self.folders[-1] / f"rank-{rank}.log").write_text(words)
+        others = status if status in (0, 75) else int(ExitCode.LOST_PEER)
+        write_record(self.folders[-1], RankRecord(0, "a", 1, others, ended=1.0))
+        write_record(self.folders[-1], RankRecord(1, "a", 2, status, ended=1.0))
+        return True
+
+    def preempt(self) -> None:
+        self.preempted += 1
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    return load_config(
+        str(ROOT / "configs/small/dense.yaml"),
+        [f"output={tmp_path}", "name=x", "data.train=none"],
+    )
+
+
+def run(config: Config, script: Script, max_restarts: int = 2, preemption=None):
+    console = io.StringIO()
+    policy = RestartPolicy(max_restarts, first_wait_s=0.0)
+    code = supervise(config, script, policy, preemption or Preemption(), console)
+    lines = (script.run / "attempts.jsonl").read_text().splitlines()
+    return code, console.getvalue(), [json.loads(line) for line in lines]
+
+
+def test_failed_job_is_started_again_until_it_is_done(config, tmp_path):
+    script = Script(tmp_path / "x", (-9, None), (1, 2), (0, 4))
+    code, output, attempts = run(config, script)
+    assert code is ExitCode.DONE
+    assert [a["exit_code"] for a in attempts] == ["defect", "defect", "done"]
+    assert [a["restarts"] for a in attempts] == [True, True, False]
+    assert [(a["checkpoint_before"], a["checkpoint_after"]) for a in attempts] == [
+        (0, 0),
+        (0, 2),
+        (2, 4),
+    ]
+    assert output.count("rank 0's last words") == 3  # its console is shown all along
+    assert output.count("--- the end of") == 2  # of rank 1, whose fault it was
+    assert "killed by SIGKILL" in output
+    assert [f.name for f in script.folders] == ["attempt-01", "attempt-02", "attempt-03"]
+
+
+def test_gives_up_after_restarts_in_a_row_without_progress(config, tmp_path):
+    code, output, attempts = run(config, Script(tmp_path / "x", *[(1, None)] * 9))
+    assert code is ExitCode.DEFECT
+    assert len(attempts) == 3
+    assert "giving up after 2 restarts" in output
+
+
+def test_progress_forgives_earlier_failures(config, tmp_path):
+    ends = [(1, None), (1, None), (1, 2), (1, None), (1, None), (0, 4)]
+    code, _, attempts = run(config, Script(tmp_path / "x", *ends), max_restarts=3)
+    assert code is ExitCode.DONE
+    assert len(attempts) == 6
+
+
+@pytest.mark.parametrize("code", [ExitCode.USER, ExitCode.NOT_FINITE, ExitCode.PREEMPTED])
+def test_what_a_restart_cannot_mend_is_not_restarted(config, tmp_path, code):
+    ended, _, attempts = run(config, Script(tmp_path / "x", (int(code), None), (0, None)))
+    assert ended is code
+    assert len(attempts) == 1
+
+
+def test_job_asked_to_stop_is_not_started_again_even_if_killed(config, tmp_path):
+    preemption = Preemption()
+    preemption.requested = True
+    script = Script(tmp_path / "x", (-15, None), (0, None))
+    code, _, attempts = run(config, script, preemption=preemption)
+    assert code is ExitCode.PREEMPTED
+    assert len(attempts) == 1
+
+
+def test_attempts_are_counted_over_supervisors(config, tmp_path):
+    run(config, Script(tmp_path / "x", (75, 2)))
+    script = Script(tmp_path / "x", (0, 4))
+    _, _, attempts = run(config, script)
+    assert [a["attempt"] for a in attempts] == [1, 2]
+    assert script.folders[0].name == "attempt-02"
+
+
+def test_waits_double_up_to_five_minutes():
+    policy = RestartPolicy(first_wait_s=1.0)
+    assert [policy.wait_s(n) for n in (1, 2, 3, 20)] == [1, 2, 4, 300]
