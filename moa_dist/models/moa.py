@@ -14,6 +14,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
+from moa_dist.kernels.routed import Experts
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -72,9 +73,8 @@ class MoAttention(RoutedModule):
         routing = self.router(query, mask.query_real)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
-        rows = plan.dispatch(query.reshape(B * T, D), "token")
-        rows = self.apply_experts("q", rows, plan.counts, gathered)
-        q = plan.combine(rows, "slot", weighted=False)
+        experts = Experts(self.matrices("q", gathered))
+        q = plan.apply(experts, query.reshape(B * T, D), "token", "slot", weighted=False)
         q = q.view(B, T, K * h, -1).transpose(1, 2)
         k, v = (
             project(x).unflatten(-1, (h, -1)).transpose(1, 2)
@@ -86,7 +86,6 @@ class MoAttention(RoutedModule):
         heads = softmax_attention(q, k, v, mask)
 
         slots = heads.transpose(1, 2).reshape(B * T * K, -1)
-        rows = plan.dispatch(slots, "slot")
-        rows = self.apply_experts("o", rows, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True)
+        experts = Experts(self.matrices("o", gathered))
+        y = plan.apply(experts, slots, "slot", "token", weighted=True)
         return AttentionOutput(y.view(B, T, D), {"query": routing.statistics})

@@ -13,6 +13,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
+from moa_dist.kernels.routed import Experts
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -72,9 +73,9 @@ class SwitchHeadAttention(RoutedModule):
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
         value_routing = self.value_router(key, mask.key_real)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
-        rows = plan.dispatch(value.reshape(B * S, D), "token")
-        rows = self.apply_experts("v", rows, plan.counts, gathered)
-        v = plan.combine(rows, "head", weighted=True).view(B, S, H, -1).transpose(1, 2)
+        experts = Experts(self.matrices("v", gathered))
+        v = plan.apply(experts, value.reshape(B * S, D), "token", "head", weighted=True)
+        v = v.view(B, S, H, -1).transpose(1, 2)
 
         q, k = (
             apply_rope(project(x).unflatten(-1, (H, -1)).transpose(1, 2), self.config.rope)
@@ -84,8 +85,7 @@ class SwitchHeadAttention(RoutedModule):
 
         output_routing = self.output_router(query, mask.query_real)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        rows = plan.dispatch(heads, "head")
-        rows = self.apply_experts("o", rows, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True).view(B, T, D)
+        experts = Experts(self.matrices("o", gathered))
+        y = plan.apply(experts, heads, "head", "token", weighted=True).view(B, T, D)
         statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
         return AttentionOutput(y, statistics)

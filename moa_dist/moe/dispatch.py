@@ -1,4 +1,4 @@
-"""Dispatch and combine: one operation behind every routed projection, local or over ranks.
+"""Plans: one operation behind every routed projection, local or over ranks.
 
 A routed projection reads input rows, multiplies each assignment (token, group, slot) by its
 expert's matrices, and adds the results into output rows. What differs between its uses is
@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from moa_dist.kernels.routed import Experts, Trip, routed_experts
 from moa_dist.moe.router import Routing
 
 Level = Literal["token", "head", "slot"]
@@ -39,16 +40,15 @@ class DispatchPlan(Protocol):
         """Rows per local expert; they sum to A."""
         ...
 
-    def dispatch(self, x: Tensor, read: Level) -> Tensor:
-        """Rows [rows of `read`, D] of this rank -> [A, D] in expert-major order."""
-        ...
+    def apply(
+        self, experts: Experts, x: Tensor, read: Level, write: Level, *, weighted: bool
+    ) -> Tensor:
+        """Rows [rows of `read`, D] of this rank -> [rows of `write`, O] of this rank.
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
-        """Expert outputs [A, D] -> [rows of `write`, D] of this rank.
-
-        Sums the rows of each output row in fp32 or wider, weighted by the router if asked; sums
-        that travel between ranks do so in the type of `rows`.
-        Dropped assignments and padding contribute zero.
+        Every kept assignment sends its row through its expert, weighted by the router if asked;
+        what arrives at one row is summed in fp32 or wider, sums that travel between ranks in the
+        type of `x`. Dropped assignments and padding contribute zero. `experts` are those of this
+        rank.
         """
         ...
 
@@ -95,7 +95,7 @@ def assignments_of(routing: Routing) -> Assignments:
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """Gather rows into expert-major order; sum them back. The oracle of every other plan."""
+    """Rows and experts are on this rank. The oracle of every other plan."""
 
     counts: list[int]
     """Rows per expert."""
@@ -117,16 +117,20 @@ class LocalPlan:
             num_rows=assignments.num_rows,
         )
 
-    def dispatch(self, x: Tensor, read: Level) -> Tensor:
-        """See `DispatchPlan.dispatch`."""
-        return x.index_select(0, self.rows[read])
-
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
-        """See `DispatchPlan.combine`."""
-        wide = rows.to(self.weight.dtype)
-        if weighted:
-            wide = wide * self.weight[:, None]
-        return sum_rows(wide, self.rows[write], self.num_rows[write]).to(rows.dtype)
+    def apply(
+        self, experts: Experts, x: Tensor, read: Level, write: Level, *, weighted: bool
+    ) -> Tensor:
+        """See `DispatchPlan.apply`."""
+        # A shard of experts may end in one that no token ever takes.
+        unused = [0] * (len(experts.down) - len(self.counts))
+        trip = Trip(
+            read=self.rows[read],
+            write=self.rows[write],
+            num_written=self.num_rows[write],
+            counts=self.counts + unused,
+            weight=self.weight if weighted else None,
+        )
+        return routed_experts(experts, x, trip)
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:

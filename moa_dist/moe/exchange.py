@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
+from moa_dist.kernels.routed import Experts
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -55,20 +56,22 @@ class ExchangePlan:
         """See `DispatchPlan.counts`."""
         return self.local.counts
 
-    def dispatch(self, x: Tensor, read: Level) -> Tensor:
-        """See `DispatchPlan.dispatch`."""
-        route = self.routes[read]
-        sent = x.index_select(0, route.rows)
-        received = all_to_all_rows(sent, route.sent, route.received, self.group)
-        return self.local.dispatch(received, read)
+    def apply(
+        self, experts: Experts, x: Tensor, read: Level, write: Level, *, weighted: bool
+    ) -> Tensor:
+        """See `DispatchPlan.apply`."""
+        received = self._send(x, self.routes[read])
+        sums = self.local.apply(experts, received, read, write, weighted=weighted)
+        return self._return(sums, self.routes[write], self.num_rows[write])
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
-        """See `DispatchPlan.combine`."""
-        route = self.routes[write]
-        sums = self.local.combine(rows, write, weighted=weighted)
+    def _send(self, x: Tensor, route: _Route) -> Tensor:
+        sent = x.index_select(0, route.rows)
+        return all_to_all_rows(sent, route.sent, route.received, self.group)
+
+    def _return(self, sums: Tensor, route: _Route, num_rows: int) -> Tensor:
         returned = all_to_all_rows(sums, route.received, route.sent, self.group)
         wide = returned.to(self.local.weight.dtype)
-        return sum_rows(wide, route.rows, self.num_rows[write]).to(rows.dtype)
+        return sum_rows(wide, route.rows, num_rows).to(sums.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moa_dist.moe.experts import GroupedLinear
 
@@ -33,16 +32,15 @@ class RoutedModule(nn.Module):
     def gather_experts(self) -> dict[str, Tensor]:
         """Weights that travel: called once per forward and used by every repeat of a layer."""
         return {
-            name: child(None, [])
+            name: child()
             for name, child in self.named_children()
             if isinstance(child, GroupedLinear) and child.gather is not None
         }
 
-    def apply_experts(
-        self, name: str, rows: Tensor, counts: list[int], gathered: Gathered
-    ) -> Tensor:
-        """Rows [A, d_in] through the `GroupedLinear` called `name` -> [A, d_out]."""
+    def matrices(self, name: str, gathered: Gathered) -> Tensor:
+        """Weights [E, d_in, d_out] of the `GroupedLinear` called `name`: all, or this rank's."""
         if name in gathered:
-            return grouped_matmul(rows, gathered[name], counts)
-        result: Tensor = self.get_submodule(name)(rows, counts)
-        return result
+            return gathered[name]
+        layer = self.get_submodule(name)
+        assert isinstance(layer, GroupedLinear)
+        return layer.weight

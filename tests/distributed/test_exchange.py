@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa_dist.kernels.grouped_matmul import grouped_matmul
+from moa_dist.kernels.routed import Experts
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
 from moa_dist.moe.exchange import ExchangeDispatcher
 from moa_dist.moe.experts import shard_starts
@@ -79,8 +79,7 @@ def project_all(
     outcomes = []
     for read, write, weighted in PROJECTIONS:
         x = draw(case.num_rows(read, rank), D_IN, seed=10 + rank).requires_grad_()
-        rows = grouped_matmul(plan.dispatch(x, read), experts, plan.counts)
-        y = plan.combine(rows, write, weighted=weighted)
+        y = plan.apply(Experts(experts), x, read, write, weighted=weighted)
         sources = (x, experts, *([routing.weights] if weighted else []))
         upstream = draw(*y.shape, seed=20 + rank)
         gradients = torch.autograd.grad(y, sources, upstream, retain_graph=True)
