@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare": ("moa_dist.cli.prepare", "turn text into shards of tokens"),
     "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
     "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
+    "bench": ("moa_dist.cli.bench", "measure speed and memory, against dense models and peers"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }

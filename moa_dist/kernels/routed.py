@@ -35,6 +35,10 @@ class Experts(NamedTuple):
     activation: Callable[..., Tensor] | None = None
     """Elementwise, from as many [A, F] as there are `ups` to [A, F]."""
 
+    def matrices(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return (self.down, *self.ups)
+
     def hidden(self, *products: Tensor) -> Tensor:
         """[A, F] from the rows' products with `ups`."""
         assert self.activation is not None
@@ -78,15 +82,28 @@ def because(device: torch.device) -> str:
 
 def routed_at_once(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
     """`routed_experts` step by step under autograd; holds [A, D] and [A, O]."""
-    rows = x.index_select(0, trip.read)
+    return add_up(multiply(experts, gather(x, trip), trip.counts), trip)
+
+
+def gather(x: Tensor, trip: Trip) -> Tensor:
+    """[X, D] -> [A, D] in the order of experts."""
+    return x.index_select(0, trip.read)
+
+
+def multiply(experts: Experts, rows: Tensor, counts: list[int]) -> Tensor:
+    """[A, D] -> [A, O], each row by its expert."""
     if experts.ups:
-        rows = experts.hidden(*(grouped_matmul(rows, up, trip.counts) for up in experts.ups))
-    rows = grouped_matmul(rows, experts.down, trip.counts)
-    wide = rows.to(torch.promote_types(x.dtype, torch.float32))
+        rows = experts.hidden(*(grouped_matmul(rows, up, counts) for up in experts.ups))
+    return grouped_matmul(rows, experts.down, counts)
+
+
+def add_up(rows: Tensor, trip: Trip) -> Tensor:
+    """[A, O] -> [Y, O], weighted."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if trip.weight is not None:
         wide = wide * trip.weight[:, None]
     y = wide.new_zeros(trip.num_written, wide.shape[-1])
-    return y.index_add(0, trip.write, wide).to(x.dtype)
+    return y.index_add(0, trip.write, wide).to(rows.dtype)
 
 
 def routed_in_parts(experts: Experts, x: Tensor, trip: Trip) -> Tensor:

@@ -35,11 +35,6 @@ class DispatchPlan(Protocol):
     An immutable value: one plan serves several trips, as MoA's queries and outputs.
     """
 
-    @property
-    def counts(self) -> list[int]:
-        """Rows per local expert; they sum to A."""
-        ...
-
     def apply(
         self, experts: Experts, x: Tensor, read: Level, write: Level, *, weighted: bool
     ) -> Tensor:
@@ -121,16 +116,21 @@ class LocalPlan:
         self, experts: Experts, x: Tensor, read: Level, write: Level, *, weighted: bool
     ) -> Tensor:
         """See `DispatchPlan.apply`."""
-        # A shard of experts may end in one that no token ever takes.
-        unused = [0] * (len(experts.down) - len(self.counts))
-        trip = Trip(
+        return routed_experts(experts, x, self.trip(read, write, len(experts.down), weighted))
+
+    def trip(self, read: Level, write: Level, num_experts: int, weighted: bool) -> Trip:
+        """The rows' way from one level to another through `num_experts` matrices.
+
+        A shard of experts may end in one that no token ever takes.
+        """
+        unused = [0] * (num_experts - len(self.counts))
+        return Trip(
             read=self.rows[read],
             write=self.rows[write],
             num_written=self.num_rows[write],
             counts=self.counts + unused,
             weight=self.weight if weighted else None,
         )
-        return routed_experts(experts, x, trip)
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:

@@ -51,11 +51,6 @@ class ExchangePlan:
     local: LocalPlan
     """Plan over the received rows and the experts of this rank."""
 
-    @property
-    def counts(self) -> list[int]:
-        """See `DispatchPlan.counts`."""
-        return self.local.counts
-
     def apply(
         self, experts: Experts, x: Tensor, read: Level, write: Level, *, weighted: bool
     ) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.kernels.routed import Experts
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher, LocalPlan
 from moa_dist.moe.exchange import ExchangeDispatcher
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -84,7 +84,8 @@ def project_all(
         upstream = draw(*y.shape, seed=20 + rank)
         gradients = torch.autograd.grad(y, sources, upstream, retain_graph=True)
         outcomes.append(Outcome(y.detach(), *gradients, *([] if weighted else [None])))
-    return outcomes, plan.counts
+    local = plan if isinstance(plan, LocalPlan) else plan.local
+    return outcomes, local.counts
 
 
 def all_experts(case: Case) -> Tensor:
