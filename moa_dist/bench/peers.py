@@ -23,6 +23,7 @@ from moa_dist.bench.setting import Setting
 from moa_dist.config.model import DenseFFNConfig, ModelConfig, MoEFFNConfig
 from moa_dist.distributed.start import job
 from moa_dist.models.block import make_feed_forward
+from moa_dist.train.deepspeed_hooks import avoid_compilation
 
 _CAPACITY = 1.25
 
@@ -118,6 +119,7 @@ class _Expert(nn.Module):
 
 def _deepspeed(model: ModelConfig, ffn: MoEFFNConfig) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):
+        avoid_compilation()
         deepspeed.init_distributed(verbose=False)
         layer = MoE(
             model.d_model,
