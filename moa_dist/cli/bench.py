@@ -21,9 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     sections = "; ".join(f"{name}: {line}" for name, (_, line) in SECTIONS.items())
     parser.add_argument(
-        "what", nargs="*", metavar="SECTION|key=value", help=f"all if none is named ({sections})"
+        "sections", nargs="*", metavar="SECTION", help=f"all if none is named ({sections})"
     )
-    parser.add_argument("--config", required=True, help="YAML file of the model")
+    parser.add_argument(
+        "--config",
+        required=True,
+        nargs="+",
+        metavar=("FILE", "key=value"),
+        help="YAML file of the model, and changes to it",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument("--threads", type=between(int, 1), help="of a CPU, all if absent")
     parser.add_argument(
@@ -37,12 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, table by table."""
-    names = [word for word in args.what if "=" not in word]
+    path, *words = args.config  # sections may follow as well as precede it
+    overrides = [word for word in words if "=" in word]
+    names = [*args.sections, *(word for word in words if "=" not in word)]
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         listed = ", ".join(SECTIONS)
         raise ConfigError([f"no section `{name}`; there are {listed}" for name in unknown], "bench")
-    config = load_config(args.config, [word for word in args.what if "=" in word])
+    config = load_config(path, overrides)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["--device cuda, but torch sees no GPU; use --device cpu"], "bench")

@@ -21,7 +21,7 @@ FAST = ("--sequences", "2", "--repetitions", "1", "--device", "cpu")
 @pytest.mark.parametrize("name", ["small/moeut", "small/moa_moe"])
 def test_every_section_measures_something(name, capsys):
     config = ("--config", str(CONFIGS / f"{name}.yaml"))
-    assert main(["bench", *SECTIONS, *TINY, *config, *FAST, "--json"]) == 0
+    assert main(["bench", *SECTIONS, *config, *TINY, *FAST, "--json"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed[printed.index("{") :])
     assert result["where"]["tokens"] == 16
@@ -32,7 +32,7 @@ def test_every_section_measures_something(name, capsys):
 
 def test_tables_name_what_was_chosen_and_why(capsys):
     config = ("--config", str(CONFIGS / "small" / "moeut.yaml"))
-    assert main(["bench", "layers", *TINY, *config, *FAST]) == 0
+    assert main(["bench", *config, *TINY, "layers", *FAST]) == 0
     printed = capsys.readouterr().out
     assert "dense, equal work" in printed
     assert "because" in printed
