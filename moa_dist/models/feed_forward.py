@@ -1,6 +1,6 @@
 """Feed-forward parts: dense, and a mixture of experts (sigma-MoE or softmax MoE).
 
-Shapes: B sequences of S tokens, D model width, F hidden width, A assignments.
+Shapes: B sequences of S tokens, D model width, F hidden width.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
+from moa_dist.kernels.routed import Experts
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Trip
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -95,9 +96,9 @@ class MoEFeedForward(RoutedModule):
             "routers": self.router.macs(length),
         }
 
-    def trips(self) -> list[Trip]:
-        """See `RoutedModule.trips`."""
-        return [Trip("router", "token", self.up.d_in, "token", self.down.d_out, weighted=True)]
+    def uses(self) -> list[Use]:
+        """See `RoutedModule.uses`."""
+        return [Use("router", "token", self.up.d_in, "token", self.down.d_out, weighted=True)]
 
     def forward(
         self,
@@ -112,10 +113,16 @@ class MoEFeedForward(RoutedModule):
         """
         routing = self.router(router_input, token_real)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        rows = plan.dispatch(x.flatten(0, 1), "token").wait()
-        hidden = self.activation(self.apply_experts("up", rows, plan.counts, gathered))
-        if self.gate is not None:
-            hidden = hidden * self.apply_experts("gate", rows, plan.counts, gathered)
-        rows = self.apply_experts("down", hidden, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True).wait()
+        names = ("up",) if self.gate is None else ("up", "gate")
+        experts = Experts(
+            down=self.matrices("down", gathered),
+            ups=tuple(self.matrices(name, gathered) for name in names),
+            activation=self._activate,
+        )
+        sent = plan.send(x.flatten(0, 1), "token")
+        y = plan.apply(experts, sent, "token", "token", weighted=True).wait()
         return FeedForwardOutput(y.view_as(x), routing.statistics)
+
+    def _activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = self.activation(up)
+        return hidden if gate is None else hidden * gate

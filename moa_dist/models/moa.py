@@ -14,6 +14,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
+from moa_dist.kernels.routed import Experts
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -24,7 +25,7 @@ from moa_dist.models.attention import (
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Trip
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
 from moa_dist.moe.router import Router
 
 
@@ -62,12 +63,12 @@ class MoAttention(RoutedModule):
             "softmax": softmax_macs(length, length, K * width),
         }
 
-    def trips(self) -> list[Trip]:
-        """See `RoutedModule.trips`."""
+    def uses(self) -> list[Use]:
+        """See `RoutedModule.uses`."""
         D, width = self.q.d_in, self.q.d_out
         return [
-            Trip("router", "token", D, "slot", width, weighted=False),
-            Trip("router", "slot", width, "token", D, weighted=True),
+            Use("router", "token", D, "slot", width, weighted=False),
+            Use("router", "slot", width, "token", D, weighted=True),
         ]
 
     def forward(
@@ -85,19 +86,19 @@ class MoAttention(RoutedModule):
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
         # Keys and values are computed while rows travel.
-        arriving = plan.dispatch(query.reshape(B * T, D), "token")
+        sent = plan.send(query.reshape(B * T, D), "token")
         k = self.k(key).unflatten(-1, (h, -1)).transpose(1, 2)
-        rows = self.apply_experts("q", arriving.wait(), plan.counts, gathered)
-        arriving = plan.combine(rows, "slot", weighted=False)
+        experts = Experts(self.matrices("q", gathered))
+        returning = plan.apply(experts, sent, "token", "slot", weighted=False)
         v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
-        q = arriving.wait().view(B, T, K * h, -1).transpose(1, 2)
+        q = returning.wait().view(B, T, K * h, -1).transpose(1, 2)
         q, k = apply_rope(q, self.config.rope), apply_rope(k, self.config.rope)
         # Query heads are slot-major, (slot, head), so keys and values are tiled, not interleaved.
         k, v = (x[:, None].expand(-1, K, -1, -1, -1).flatten(1, 2) for x in (k, v))
         heads = softmax_attention(q, k, v, mask)
 
         slots = heads.transpose(1, 2).reshape(B * T * K, -1)
-        rows = plan.dispatch(slots, "slot").wait()
-        rows = self.apply_experts("o", rows, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True).wait()
+        experts = Experts(self.matrices("o", gathered))
+        sent = plan.send(slots, "slot")
+        y = plan.apply(experts, sent, "slot", "token", weighted=True).wait()
         return AttentionOutput(y.view(B, T, D), {"query": routing.statistics})

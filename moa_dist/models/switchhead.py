@@ -13,6 +13,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
+from moa_dist.kernels.routed import Experts
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -23,7 +24,7 @@ from moa_dist.models.attention import (
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Trip
+from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
 from moa_dist.moe.router import Router
 
 
@@ -60,12 +61,12 @@ class SwitchHeadAttention(RoutedModule):
             "softmax": softmax_macs(length, length, H * self.config.d_head),
         }
 
-    def trips(self) -> list[Trip]:
-        """See `RoutedModule.trips`."""
+    def uses(self) -> list[Use]:
+        """See `RoutedModule.uses`."""
         D, d = self.v.d_in, self.v.d_out
         return [
-            Trip("value_router", "token", D, "head", d, weighted=True),
-            Trip("output_router", "head", d, "token", D, weighted=True),
+            Use("value_router", "token", D, "head", d, weighted=True),
+            Use("output_router", "head", d, "token", D, weighted=True),
         ]
 
     def forward(
@@ -89,18 +90,18 @@ class SwitchHeadAttention(RoutedModule):
         value_routing = self.value_router(key, mask.key_real)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         # Queries and keys are computed while rows travel.
-        arriving = plan.dispatch(value.reshape(B * S, D), "token")
+        sent = plan.send(value.reshape(B * S, D), "token")
         q = heads_of(self.q(query))
-        rows = self.apply_experts("v", arriving.wait(), plan.counts, gathered)
-        arriving = plan.combine(rows, "head", weighted=True)
+        experts = Experts(self.matrices("v", gathered))
+        returning = plan.apply(experts, sent, "token", "head", weighted=True)
         k = heads_of(self.k(key))
-        v = arriving.wait().view(B, S, H, -1).transpose(1, 2)
+        v = returning.wait().view(B, S, H, -1).transpose(1, 2)
         heads = softmax_attention(q, k, v, mask).transpose(1, 2).reshape(B * T * H, -1)
 
         output_routing = self.output_router(query, mask.query_real)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        rows = plan.dispatch(heads, "head").wait()
-        rows = self.apply_experts("o", rows, plan.counts, gathered)
-        y = plan.combine(rows, "token", weighted=True).wait().view(B, T, D)
+        experts = Experts(self.matrices("o", gathered))
+        sent = plan.send(heads, "head")
+        y = plan.apply(experts, sent, "head", "token", weighted=True).wait().view(B, T, D)
         statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
         return AttentionOutput(y, statistics)

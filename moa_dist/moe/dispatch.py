@@ -1,4 +1,4 @@
-"""Dispatch and combine: one operation behind every routed projection, local or over ranks.
+"""Plans: one operation behind every routed projection, local or over ranks.
 
 A routed projection reads input rows, multiplies each assignment (token, group, slot) by its
 expert's matrices, and adds the results into output rows. What differs between its uses is
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from moa_dist.distributed.arriving import Arriving, here
+from moa_dist.kernels.routed import Experts, Trip, routed_experts
 from moa_dist.moe.router import Routing
 
 Level = Literal["token", "head", "slot"]
@@ -32,26 +33,24 @@ Level = Literal["token", "head", "slot"]
 class DispatchPlan(Protocol):
     """How the rows of one routing travel to the experts of this rank and back.
 
-    An immutable value: one plan serves several trips, as MoA's queries and outputs. A trip is
-    begun by `dispatch` or `combine` and over when its result is waited for; computation between
-    the two overlaps it.
+    An immutable value: one plan serves several trips, as MoA's queries and outputs. Rows travel
+    while other things are computed: between `send` and `apply` to the experts, between `apply` and
+    the wait for its result back.
     """
 
-    @property
-    def counts(self) -> list[int]:
-        """Rows per local expert; they sum to A."""
+    def send(self, x: Tensor, read: Level) -> Arriving:
+        """Rows [rows of `read`, D] of this rank, on their way to their experts."""
         ...
 
-    def dispatch(self, x: Tensor, read: Level) -> Arriving:
-        """Rows [rows of `read`, D] of this rank -> [A, D] in expert-major order."""
-        ...
+    def apply(
+        self, experts: Experts, sent: Arriving, read: Level, write: Level, *, weighted: bool
+    ) -> Arriving:
+        """Rows of level `read` that were sent -> [rows of `write`, O] of this rank.
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Arriving:
-        """Expert outputs [A, D] -> [rows of `write`, D] of this rank.
-
-        Sums the rows of each output row in fp32 or wider, weighted by the router if asked; sums
-        that travel between ranks do so in the type of `rows`.
-        Dropped assignments and padding contribute zero.
+        Every kept assignment sends its row through its expert, weighted by the router if asked;
+        what arrives at one row is summed in fp32 or wider, sums that travel between ranks in the
+        type of the rows. Dropped assignments and padding contribute zero. `experts` are those of
+        this rank.
         """
         ...
 
@@ -98,7 +97,7 @@ def assignments_of(routing: Routing) -> Assignments:
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """Gather rows into expert-major order; sum them back. The oracle of every other plan."""
+    """Rows and experts are on this rank. The oracle of every other plan."""
 
     counts: list[int]
     """Rows per expert."""
@@ -120,24 +119,30 @@ class LocalPlan:
             num_rows=assignments.num_rows,
         )
 
-    def dispatch(self, x: Tensor, read: Level) -> Arriving:
-        """See `DispatchPlan.dispatch`."""
-        return here(self.expand(x, read))
+    def send(self, x: Tensor, read: Level) -> Arriving:
+        """See `DispatchPlan.send`."""
+        return here(x)
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Arriving:
-        """See `DispatchPlan.combine`."""
-        return here(self.reduce(rows, write, weighted=weighted))
+    def apply(
+        self, experts: Experts, sent: Arriving, read: Level, write: Level, *, weighted: bool
+    ) -> Arriving:
+        """See `DispatchPlan.apply`."""
+        trip = self.trip(read, write, len(experts.down), weighted)
+        return here(routed_experts(experts, sent.wait(), trip))
 
-    def expand(self, x: Tensor, read: Level) -> Tensor:
-        """Rows [rows of `read`, D] -> [A, D] in expert-major order."""
-        return x.index_select(0, self.rows[read])
+    def trip(self, read: Level, write: Level, num_experts: int, weighted: bool) -> Trip:
+        """The rows' way from one level to another through `num_experts` matrices.
 
-    def reduce(self, rows: Tensor, write: Level, *, weighted: bool) -> Tensor:
-        """Expert outputs [A, D] -> [rows of `write`, D], summed as `DispatchPlan.combine` says."""
-        wide = rows.to(self.weight.dtype)
-        if weighted:
-            wide = wide * self.weight[:, None]
-        return sum_rows(wide, self.rows[write], self.num_rows[write]).to(rows.dtype)
+        A shard of experts may end in one that no token ever takes.
+        """
+        unused = [0] * (num_experts - len(self.counts))
+        return Trip(
+            read=self.rows[read],
+            write=self.rows[write],
+            num_written=self.num_rows[write],
+            counts=self.counts + unused,
+            weight=self.weight if weighted else None,
+        )
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:

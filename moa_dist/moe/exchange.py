@@ -18,6 +18,7 @@ from torch import Tensor
 from moa_dist.distributed.arriving import Arriving
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
 from moa_dist.distributed.traffic import Channel
+from moa_dist.kernels.routed import Experts
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -51,33 +52,26 @@ class ExchangePlan:
     local: LocalPlan
     """Plan over the received rows and the experts of this rank."""
 
-    @property
-    def counts(self) -> list[int]:
-        """See `DispatchPlan.counts`."""
-        return self.local.counts
-
-    def dispatch(self, x: Tensor, read: Level) -> Arriving:
-        """See `DispatchPlan.dispatch`."""
+    def send(self, x: Tensor, read: Level) -> Arriving:
+        """See `DispatchPlan.send`."""
         route = self.routes[read]
-        return all_to_all_rows(
-            x.index_select(0, route.rows), route.sent, route.received, self.channel, "dispatch"
-        ).then(lambda received: self.local.expand(received, read))
+        rows = x.index_select(0, route.rows)
+        return all_to_all_rows(rows, route.sent, route.received, self.channel, "dispatch")
 
-    def combine(self, rows: Tensor, write: Level, *, weighted: bool) -> Arriving:
-        """See `DispatchPlan.combine`."""
+    def apply(
+        self, experts: Experts, sent: Arriving, read: Level, write: Level, *, weighted: bool
+    ) -> Arriving:
+        """See `DispatchPlan.apply`."""
         route = self.routes[write]
 
         def add_up(returned: Tensor) -> Tensor:
             wide = returned.to(self.local.weight.dtype)
-            return sum_rows(wide, route.rows, self.num_rows[write]).to(rows.dtype)
+            return sum_rows(wide, route.rows, self.num_rows[write]).to(returned.dtype)
 
-        return all_to_all_rows(
-            self.local.reduce(rows, write, weighted=weighted),
-            route.received,
-            route.sent,
-            self.channel,
-            "combine",
-        ).then(add_up)
+        sums = self.local.apply(experts, sent, read, write, weighted=weighted).wait()
+        return all_to_all_rows(sums, route.received, route.sent, self.channel, "combine").then(
+            add_up
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Grouped experts: one weight matrix per expert, applied to rows in expert-major order.
-
-Shapes: A rows, E experts in all, E_local of them on this rank.
-"""
+"""Grouped experts: one weight matrix per expert, perhaps sharded over ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from moa_dist.distributed.arriving import Arriving
-from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.initialize import Initializer
 
 
@@ -21,7 +17,7 @@ def shard_starts(num_experts: int, num_ranks: int) -> list[int]:
 
 
 class GroupedLinear(nn.Module):
-    """Expert e multiplies its rows by `weight[e - first_expert]`; no bias.
+    """Holds the matrices by which experts multiply their rows: `weight[e - first_expert]`.
 
     `num_experts` counts all experts; `num_local` of them, from `first_expert` on, are here: all
     until `shard` is called. `gather`, if set, begins to turn the weights of this rank's experts
@@ -59,22 +55,13 @@ class GroupedLinear(nn.Module):
         """Multiply-accumulates for one row."""
         return self.d_in * self.d_out
 
-    def begin_gather(self) -> Arriving:
-        """Weights [E, d_in, d_out] of all experts, if `gather` is set."""
-        weights: Arriving = self(None, [])
-        return weights
+    def forward(self) -> Arriving:
+        """The weights [E, d_in, d_out] of all experts, on their way here.
 
-    def forward(self, rows: Tensor | None, counts: list[int]) -> Tensor | Arriving:
-        """Rows [A, d_in] in expert-major order, `counts` per local expert -> [A, d_out].
-
-        Without rows, what `begin_gather` says. Both are calls of this module, for ZeRO 3 gathers
-        parameters call by call.
+        A call of this module, for ZeRO 3 gathers parameters call by call.
         """
-        if rows is None:
-            assert self.gather is not None
-            return self.gather(self.weight)
-        unused = [0] * (len(self.weight) - self.num_local)
-        return grouped_matmul(rows, self.weight, counts + unused)
+        assert self.gather is not None
+        return self.gather(self.weight)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, GroupedLinear]]:

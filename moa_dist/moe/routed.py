@@ -14,7 +14,6 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moa_dist.distributed.arriving import Arriving
-from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.moe.dispatch import Dispatcher, Level, LocalDispatcher
 from moa_dist.moe.experts import GroupedLinear
 
@@ -26,7 +25,7 @@ NOTHING_GATHERED: Gathered = MappingProxyType({})
 """For modules whose experts are all here."""
 
 
-class Trip(NamedTuple):
+class Use(NamedTuple):
     """Rows go to their experts and back, as a module's forward lets them."""
 
     router: str
@@ -51,22 +50,21 @@ class RoutedModule(nn.Module, ABC):
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     @abstractmethod
-    def trips(self) -> list[Trip]:
+    def uses(self) -> list[Use]:
         """What travels in one forward if tokens do, for those who count it."""
 
     def gather_experts(self) -> dict[str, Arriving]:
         """Weights that travel: called once per forward and used by every repeat of a layer."""
         return {
-            name: child.begin_gather()
+            name: child()
             for name, child in self.named_children()
             if isinstance(child, GroupedLinear) and child.gather is not None
         }
 
-    def apply_experts(
-        self, name: str, rows: Tensor, counts: list[int], gathered: Gathered
-    ) -> Tensor:
-        """Rows [A, d_in] through the `GroupedLinear` called `name` -> [A, d_out]."""
+    def matrices(self, name: str, gathered: Gathered) -> Tensor:
+        """Weights [E, d_in, d_out] of the `GroupedLinear` called `name`: all, or this rank's."""
         if name in gathered:
-            return grouped_matmul(rows, gathered[name], counts)
-        result: Tensor = self.get_submodule(name)(rows, counts)
-        return result
+            return gathered[name]
+        layer = self.get_submodule(name)
+        assert isinstance(layer, GroupedLinear)
+        return layer.weight

@@ -141,8 +141,8 @@ def _tokens(
         more = Volume(calls * times, round(num_bytes * times))
         flows[flow] = flows[flow].plus(more) if flow in flows else more
 
-    trips = module.trips()
-    for name in dict.fromkeys(trip.router for trip in trips):
+    uses = module.uses()
+    for name in dict.fromkeys(use.router for use in uses):
         router = module.get_submodule(name)
         assert isinstance(router, Router)
         rows = rows_of(layer, name)
@@ -152,12 +152,12 @@ def _tokens(
         add(forward, forwards, calls * (layout.expert_parallel - 1) * num_numbers * _COUNT_BYTES)
         add(forward, forwards, rows.slot * num_numbers * _INDEX_BYTES)
         add(forward, forwards, rows.slot * layout.router_weight_bytes)
-        if any(trip.weighted for trip in trips if trip.router == name):
+        if any(use.weighted for use in uses if use.router == name):
             add(backward, 1, rows.slot * layout.router_weight_bytes)
-    for trip in trips:
-        rows = rows_of(layer, trip.router)
-        there = rows.of(trip.read) * trip.d_in * layout.element_bytes
-        back = rows.of(trip.write) * trip.d_out * layout.element_bytes
+    for use in uses:
+        rows = rows_of(layer, use.router)
+        there = rows.of(use.read) * use.d_in * layout.element_bytes
+        back = rows.of(use.write) * use.d_out * layout.element_bytes
         add(Flow(layer, "dispatch", False), forwards, there)
         add(Flow(layer, "dispatch", True), 1, there)
         add(Flow(layer, "combine", False), forwards, back)

@@ -23,6 +23,8 @@ from deepspeed.utils import groups
 from torch import nn
 
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.routed import RoutedModule
 
 _MARKER = "_deepspeed_expert_marker"
 
@@ -95,6 +97,20 @@ def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> li
     if experts:
         result.append({"params": experts, "moe": True, "name": _group_name(mesh)})
     return result
+
+
+def lend_expert_weights(model: nn.Module) -> None:
+    """Tell ZeRO 3 that a `RoutedModule` uses the weights of its `GroupedLinear`s itself.
+
+    ZeRO 3 gathers the parameters of a module when that is called, and these are not; but for
+    travelling weights.
+    """
+    for module in model.modules():
+        if not isinstance(module, RoutedModule):
+            continue
+        for child in module.children():
+            if isinstance(child, GroupedLinear) and child.gather is None:
+                deepspeed.zero.register_external_parameter(module, child.weight)
 
 
 class _ExpertMarker(AutoEPMoELayer):

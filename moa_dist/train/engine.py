@@ -82,6 +82,7 @@ class Engine:
         deepspeed_logger.setLevel(logging.WARNING)
         experts = [p for name, p in model.named_parameters() if name in self.expert_names]
         deepspeed_hooks.tag_expert_parameters(experts, mesh)
+        deepspeed_hooks.lend_expert_weights(model)
         self.optimizer = make_optimizer(
             config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
         )

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.distributed.traffic import Channel, Ledger
-from moa_dist.kernels.grouped_matmul import grouped_matmul
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher
+from moa_dist.kernels.routed import Experts
+from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher, LocalPlan
 from moa_dist.moe.exchange import ExchangeDispatcher
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -80,13 +80,13 @@ def project_all(
     outcomes = []
     for read, write, weighted in PROJECTIONS:
         x = draw(case.num_rows(read, rank), D_IN, seed=10 + rank).requires_grad_()
-        rows = grouped_matmul(plan.dispatch(x, read).wait(), experts, plan.counts)
-        y = plan.combine(rows, write, weighted=weighted).wait()
+        y = plan.apply(Experts(experts), plan.send(x, read), read, write, weighted=weighted).wait()
         sources = (x, experts, *([routing.weights] if weighted else []))
         upstream = draw(*y.shape, seed=20 + rank)
         gradients = torch.autograd.grad(y, sources, upstream, retain_graph=True)
         outcomes.append(Outcome(y.detach(), *gradients, *([] if weighted else [None])))
-    return outcomes, plan.counts
+    local = plan if isinstance(plan, LocalPlan) else plan.local
+    return outcomes, local.counts
 
 
 def all_experts(case: Case) -> Tensor:

@@ -5,6 +5,7 @@ from itertools import chain, product
 import pytest
 import torch
 
+from moa_dist.kernels.routed import Experts
 from moa_dist.moe.dispatch import LocalDispatcher
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, initialize
@@ -44,8 +45,8 @@ def test_routed_projection(read, write, drop):
     x = draw(num_rows(read), D_IN, seed=1).requires_grad_()
     plan = LocalDispatcher().plan(routing, G * E)
     for weighted in (True, False):
-        rows = experts(plan.dispatch(x, read).wait(), plan.counts)
-        ours = plan.combine(rows, write, weighted=weighted).wait()
+        sent = plan.send(x, read)
+        ours = plan.apply(Experts(experts.weight), sent, read, write, weighted=weighted).wait()
         theirs = one_assignment_at_a_time(routing, experts.weight, x, read, write, weighted)
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
         sources = (x, experts.weight, *([routing.weights] if weighted else []))
@@ -57,7 +58,7 @@ def test_routed_projection(read, write, drop):
 def test_rows_are_in_expert_major_order_and_tokens_stay_in_order():
     routing = random_routing(T, 1, E, K, drop=0.3)
     plan = LocalDispatcher().plan(routing, E)
-    tokens = plan.dispatch(torch.arange(T).double()[:, None], "token").wait().flatten().tolist()
+    tokens = plan.rows["token"].tolist()
     expected = [
         [t for t in range(T) if (routing.kept & (routing.expert_ids == e))[t].any()]
         for e in range(E)
@@ -72,8 +73,9 @@ def test_everything_dropped_gives_zeros_and_zero_gradients(write):
     assert not routing.kept.any()
     x = draw(T, D_IN).requires_grad_()
     plan = LocalDispatcher().plan(routing, G * E)
-    y = plan.combine(2 * plan.dispatch(x, "token").wait(), write, weighted=True).wait()
-    assert y.shape == (num_rows(write), D_IN)
+    experts = Experts(draw(G * E, D_IN, D_OUT))
+    y = plan.apply(experts, plan.send(x, "token"), "token", write, weighted=True).wait()
+    assert y.shape == (num_rows(write), D_OUT)
     assert not y.any()
     for gradient in torch.autograd.grad(y.sum(), (x, routing.weights)):
         assert not gradient.any()
@@ -83,11 +85,10 @@ def test_no_tokens():
     routing = random_routing(0, G, E, K)
     plan = LocalDispatcher().plan(routing, G * E)
     assert plan.counts == [0] * (G * E)
-    rows = plan.dispatch(draw(0, D_IN), "token").wait()
-    assert plan.combine(rows, "token", weighted=True).wait().shape == (
-        0,
-        D_IN,
-    )
+    experts = Experts(draw(G * E, D_IN, D_OUT))
+    sent = plan.send(draw(0, D_IN), "token")
+    y = plan.apply(experts, sent, "token", "token", weighted=True).wait()
+    assert y.shape == (0, D_OUT)
 
 
 def test_bfloat16_rows_are_summed_in_fp32():
@@ -95,7 +96,8 @@ def test_bfloat16_rows_are_summed_in_fp32():
     routing = random_routing(1, 1, 300, 300)
     routing = routing._replace(weights=torch.ones(1, 1, 300))
     plan = LocalDispatcher().plan(routing, 300)
-    rows = plan.dispatch(torch.ones(1, 1, dtype=torch.bfloat16), "token").wait()
-    y = plan.combine(rows, "token", weighted=True).wait()
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    experts = Experts(one.expand(300, 1, 1))
+    y = plan.apply(experts, plan.send(one, "token"), "token", "token", weighted=True).wait()
     assert y.dtype == torch.bfloat16
     assert y.item() == 300

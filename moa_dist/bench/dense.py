@@ -1,0 +1,75 @@
+"""Dense models to compare with: of equal work, and of equal parameters.
+
+Equal work leaves routers out, so that what they cost shows.
+"""
+
+from __future__ import annotations
+
+from moa_dist.config.model import (
+    DenseAttentionConfig,
+    DenseFFNConfig,
+    ModelConfig,
+    MoEFFNConfig,
+)
+from moa_dist.models.block import make_attention
+from moa_dist.models.counts import count
+
+_D_HEAD = 64
+
+
+def equal_work(model: ModelConfig, length: int) -> ModelConfig:
+    """Dense attention and FFN with the multiply-accumulates that `model`'s have per layer."""
+    return model.model_copy(
+        update={
+            "attention": _attention_of_equal_work(model, length),
+            "ffn": _ffn_of_equal_work(model),
+        }
+    )
+
+
+def _attention_of_equal_work(model: ModelConfig, length: int) -> DenseAttentionConfig:
+    if isinstance(model.attention, DenseAttentionConfig):
+        return model.attention
+    macs = make_attention(model.attention, model.d_model, 1.0).macs(length)
+    work = sum(macs.values()) - macs["routers"]
+    width = work / (4 * length * model.d_model + 2 * length**2)
+    num_heads = max(1, round(width / _D_HEAD))
+    return DenseAttentionConfig(
+        num_heads=num_heads, d_head=round(width / num_heads / 2) * 2, rope=model.attention.rope
+    )
+
+
+def _ffn_of_equal_work(model: ModelConfig) -> DenseFFNConfig:
+    if not isinstance(model.ffn, MoEFFNConfig):
+        return model.ffn
+    return DenseFFNConfig(
+        d_ff=model.ffn.router.top_k * model.ffn.d_expert,
+        activation=model.ffn.activation,
+        gated=model.ffn.gated,
+    )
+
+
+def equal_parameters(model: ModelConfig, length: int) -> ModelConfig:
+    """A pre-norm model without experts or sharing, of the same depth, width and parameters.
+
+    This is how the papers match their baselines: heads as wide as the model together, and an FFN
+    that takes what is left.
+    """
+    num_heads = max(1, round(model.d_model / _D_HEAD))
+    attention = DenseAttentionConfig(
+        num_heads=num_heads, d_head=model.d_model // num_heads // 2 * 2
+    )
+
+    def dense(d_ff: int) -> ModelConfig:
+        return model.model_copy(
+            update={
+                "num_distinct_layers": None,
+                "norm_placement": "pre",
+                "attention": attention,
+                "ffn": DenseFFNConfig(d_ff=d_ff),
+            }
+        )
+
+    base, step = (count(dense(d_ff), length).total for d_ff in (1, 2))
+    wanted = count(model, length).total
+    return dense(max(1, 1 + round((wanted - base) / (step - base))))

@@ -1,0 +1,165 @@
+"""Sections `layers`, `block`: experts against dense parts, and where a layer's time goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from torch import Tensor, nn
+
+from moa_dist.bench.dense import equal_work
+from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.recorder import Recorded, RecordingDispatcher
+from moa_dist.bench.setting import Setting, balance, gradients
+from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
+from moa_dist.kernels.routed import (
+    Experts,
+    Trip,
+    add_up,
+    because,
+    gather,
+    multiply,
+    routed_at_once,
+    routed_experts,
+)
+from moa_dist.models.block import Block, make_attention, make_feed_forward
+from moa_dist.moe.dispatch import LocalDispatcher
+from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.router import Router
+
+Way = Callable[[Experts, Tensor, Trip], Tensor]
+
+
+def layers(setting: Setting) -> list[Table]:
+    """The attention and the FFN of the configuration, those that have experts."""
+    model = setting.config.model
+    dense = equal_work(model, setting.config.data.sequence_length)
+    tables = []
+    if not isinstance(model.attention, DenseAttentionConfig):
+        attention = partial(make_attention, d_model=model.d_model, init_scale=1.0)
+        tables += _layer(
+            "attention",
+            setting,
+            setting.attention,
+            partial(attention, model.attention),
+            attention(dense.attention),
+        )
+    if not isinstance(model.ffn, DenseFFNConfig):
+        ffn = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
+        tables += _layer(
+            "ffn", setting, setting.feed_forward, partial(ffn, model.ffn), ffn(dense.ffn)
+        )
+    return tables
+
+
+def _layer(
+    title: str,
+    setting: Setting,
+    work_of: Callable[[nn.Module], Work],
+    make: Callable[[], nn.Module],
+    dense: nn.Module,
+) -> list[Table]:
+    layer = setting.ready(make())
+    assert isinstance(layer, RoutedModule)
+    work = {
+        "dense, equal work": work_of(setting.ready(dense)),
+        "experts, random router": work_of(layer),
+        "experts, even loads": work_of(balance(setting.ready(make()))),
+    }
+    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    title = f"{title}, forward and backward"
+    return [
+        Table(title, rows, setting.tokens, [f"kernel: {because(setting.device)}"]),
+        _parts(title, setting, layer, work_of),
+    ]
+
+
+def block(setting: Setting) -> list[Table]:
+    """A whole block: norms, attention and FFN."""
+    model = setting.config.model
+    dense = equal_work(model, setting.config.data.sequence_length)
+    work = {
+        "dense, equal work": setting.block(setting.ready(Block(dense))),
+        "experts, random router": setting.block(setting.ready(Block(model))),
+        "experts, even loads": setting.block(balance(setting.ready(Block(model)))),
+    }
+    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    return [Table("block, forward and backward", rows, setting.tokens)]
+
+
+def _parts(
+    title: str, setting: Setting, layer: RoutedModule, work_of: Callable[[nn.Module], Work]
+) -> Table:
+    """Each part of a layer by itself, on the inputs that it has there."""
+    recorder = RecordingDispatcher()
+    layer.dispatcher = recorder
+    work_of(layer)()
+    layer.dispatcher = LocalDispatcher()
+    applied = recorder.applied
+    work: dict[str, Work] = {
+        "the layer": work_of(layer),
+        "router": _all(_route(child, setting) for child in layer.children()),
+        "plan": _all(partial(LocalDispatcher().plan, *planned) for planned in recorder.planned),
+        "dispatch, experts, combine": _all(_whole_trip(a, routed_experts) for a in applied),
+        "  at once: all three": _all(_whole_trip(a, routed_at_once) for a in applied),
+        "  at once: dispatch": _all(map(_dispatch, applied)),
+        "  at once: experts": _all(map(_multiply, applied)),
+        "  at once: combine": _all(map(_combine, applied)),
+    }
+    rows = compare(work, setting.device, repetitions=setting.repetitions, memory=False)
+    title = f"{title} part by part; ratio: share of the layer"
+    return Table(title, rows, setting.tokens, [_loads(recorder)])
+
+
+def _all(parts: Iterable[Work | None]) -> Work:
+    """One after the other."""
+    present = [part for part in parts if part is not None]
+
+    def once() -> None:
+        for part in present:
+            part()
+
+    return once
+
+
+def _route(router: nn.Module, setting: Setting) -> Work | None:
+    """Both passes of a router, as far as weights and probabilities depend on it."""
+    if not isinstance(router, Router):
+        return None
+    x = setting.vectors().requires_grad_()
+
+    def forward() -> Tensor:
+        routing = router(x)
+        return routing.weights.sum() + routing.statistics.probability.sum()
+
+    return gradients(forward, [x, *router.parameters()])
+
+
+def _whole_trip(recorded: Recorded, way: Way) -> Work:
+    experts, x, trip = recorded
+    return gradients(lambda: way(experts, x, trip), recorded.sources())
+
+
+def _dispatch(recorded: Recorded) -> Work:
+    return gradients(lambda: gather(recorded.x, recorded.trip), [recorded.x])
+
+
+def _multiply(recorded: Recorded) -> Work:
+    experts, x, trip = recorded
+    rows = gather(x, trip).detach().requires_grad_()
+    return gradients(lambda: multiply(experts, rows, trip.counts), [rows, *experts.matrices()])
+
+
+def _combine(recorded: Recorded) -> Work:
+    experts, x, trip = recorded
+    rows = multiply(experts, gather(x, trip), trip.counts).detach().requires_grad_()
+    weight = [] if trip.weight is None else [trip.weight]
+    return gradients(lambda: add_up(rows, trip), [rows, *weight])
+
+
+def _loads(recorder: RecordingDispatcher) -> str:
+    """How uneven this random router is."""
+    fullest = (
+        max(a.trip.counts) * len(a.trip.counts) / sum(a.trip.counts) for a in recorder.applied
+    )
+    return f"fullest expert: {max(fullest):.2f} x the mean load"

@@ -1,0 +1,155 @@
+"""Time and memory of alternatives, measured side by side.
+
+A machine's speed drifts, so the alternatives take turns and are compared round by round: a ratio
+is the median over rounds of two times measured within seconds of each other.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One alternative, or one part of one."""
+
+    name: str
+    seconds: tuple[float, ...]
+    """One per round; empty where time was not measured."""
+    ratios: tuple[float, ...]
+    """Its time over the reference's, round by round."""
+    peak_bytes: int | None = None
+    """Memory at the fullest moment above what was held before; None where not measured."""
+    note: str = ""
+    """What a reader should know."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Alternatives that were measured together."""
+
+    title: str
+    rows: list[Row]
+    tokens: int
+    """Tokens per call, for rates."""
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(
+    work: Mapping[str, Work],
+    device: torch.device,
+    *,
+    repetitions: int,
+    notes: Mapping[str, str] | None = None,
+    memory: bool = True,
+) -> list[Row]:
+    """Time all `work`, taking turns; the first is the reference of all ratios."""
+    for once in work.values():
+        once()  # lazy initialisation, and the allocator's first blocks
+        once()
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repetitions):
+        for name, once in work.items():
+            seconds[name].append(_time(once, device))
+    reference = next(iter(seconds.values()))
+    return [
+        Row(
+            name,
+            tuple(times),
+            tuple(a / b for a, b in zip(times, reference, strict=True)),
+            peak_bytes(work[name], device) if memory else None,
+            (notes or {}).get(name, ""),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def _time(once: Work, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    once()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(once: Work, device: torch.device) -> int:
+    """Most bytes held at a time during one call, above what was held before it."""
+    if device.type == "cuda":
+        _synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        once()
+        _synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # torch counts a CPU's allocations only while it profiles, and tells only in the trace.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        once()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def as_text(table: Table) -> str:
+    """For people: medians, and the range of the ratios over the rounds."""
+    width = max(len(row.name) for row in table.rows)
+    lines = [
+        table.title,
+        f"  {'':<{width}}  {'median ms':>10} {'best ms':>9} {'ratio':>7} {'from - to':>13} "
+        f"{'tok/s':>9} {'peak B/tok':>11}",
+    ]
+    for row in table.rows:
+        best = f"{min(row.seconds) * 1e3:.1f}"
+        span = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / table.tokens:,.0f}"
+        lines.append(
+            f"  {row.name:<{width}}  {median(row.seconds) * 1e3:>10.1f} {best:>9} "
+            f"{median(row.ratios):>7.2f} {span:>13} "
+            f"{table.tokens / median(row.seconds):>9,.0f} {memory:>11}  {row.note}".rstrip()
+        )
+    return "\n".join([*lines, *(f"  {note}" for note in table.notes)])
+
+
+def as_json(table: Table) -> dict[str, object]:
+    """For programs: every round."""
+    return {
+        "title": table.title,
+        "tokens": table.tokens,
+        "notes": table.notes,
+        "rows": [
+            {
+                "name": row.name,
+                "median_s": median(row.seconds),
+                "ratio": median(row.ratios),
+                "seconds": row.seconds,
+                "ratios": row.ratios,
+                "peak_bytes_per_token": row.peak_bytes and row.peak_bytes / table.tokens,
+                "note": row.note,
+            }
+            for row in table.rows
+        ],
+    }

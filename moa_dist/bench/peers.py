@@ -1,0 +1,133 @@
+"""Section `peers`: other MoE layers that are installed, in the shape of the configuration's FFN.
+
+Our FFN is the reference: a ratio of 2 takes twice its time. Peers are taken as they come, with
+softmax routers and, where a peer has no dropless mode that one rank can afford, a capacity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import partial
+from importlib.util import find_spec
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.setting import Setting
+from moa_dist.config.model import DenseFFNConfig, ModelConfig, MoEFFNConfig
+from moa_dist.distributed.start import job
+from moa_dist.models.block import make_feed_forward
+from moa_dist.train.deepspeed_hooks import avoid_compilation
+
+_CAPACITY = 1.25
+
+
+def peers(setting: Setting) -> list[Table]:
+    """DeepSpeed's `MoE`, transformers' Mixtral block, and torch's grouped_mm put together."""
+    model = setting.config.model
+    if not isinstance(model.ffn, MoEFFNConfig):
+        return []
+    make = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
+    dense = DenseFFNConfig(d_ff=model.ffn.router.top_k * model.ffn.d_expert)
+    work = {
+        "ours": setting.feed_forward(setting.ready(make(model.ffn))),
+        "dense, equal work": setting.feed_forward(setting.ready(make(dense))),
+        "torch grouped_mm": _both_passes(setting, _GroupedMM(model.ffn, model.d_model)),
+    }
+    notes = {"torch grouped_mm": "sort, gather, grouped_mm twice, index_add"}
+    if find_spec("transformers"):
+        work["transformers Mixtral"] = _both_passes(setting, _mixtral(model.ffn, model.d_model))
+        notes["transformers Mixtral"] = "gated: 1.5 times the work"
+    with job():
+        work["DeepSpeed MoE"] = _both_passes(setting, _deepspeed(model, model.ffn))
+        notes["DeepSpeed MoE"] = f"capacity {_CAPACITY}"
+        rows = compare(work, setting.device, repetitions=setting.repetitions, notes=notes)
+        groups._EXPERT_PARALLEL_GROUP.clear()
+        groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+    return [Table("peers of the ffn, forward and backward", rows, setting.tokens)]
+
+
+def _both_passes(setting: Setting, layer: nn.Module) -> Work:
+    layer.to(setting.device, setting.dtype).train()
+
+    def forward(x: Tensor) -> Tensor:
+        output = layer(x)
+        y: Tensor = output[0] if isinstance(output, tuple) else output
+        return y
+
+    return setting.both_passes(layer, forward)
+
+
+class _GroupedMM(nn.Module):
+    """What one would write first with torch's grouped matrix product."""
+
+    def __init__(self, ffn: MoEFFNConfig, d_model: int) -> None:
+        super().__init__()
+        E, self.top_k = ffn.router.num_experts, ffn.router.top_k
+        self.router = nn.Linear(d_model, E, bias=False)
+        # Rows of a multiple of 16 bytes, or grouped_mm refuses.
+        self.width = -(-d_model // 8) * 8
+        self.up = nn.Parameter(torch.randn(E, self.width, ffn.d_expert) / self.width**0.5)
+        self.down = nn.Parameter(torch.randn(E, ffn.d_expert, self.width) / ffn.d_expert**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        rows = F.pad(x.flatten(0, 1), (0, self.width - x.shape[-1]))
+        weight, expert = self.router(x.flatten(0, 1)).sigmoid().topk(self.top_k)
+        order = expert.flatten().argsort(stable=True)
+        token = order // self.top_k
+        counts = expert.flatten().bincount(minlength=len(self.up))
+        ends = counts.cumsum(0, dtype=torch.int32)
+        hidden = F.grouped_mm(rows[token], self.up, offs=ends).relu()
+        out = F.grouped_mm(hidden, self.down, offs=ends) * weight.flatten()[order, None]
+        return torch.zeros_like(rows).index_add(0, token, out)[:, : x.shape[-1]].view_as(x)
+
+
+def _mixtral(ffn: MoEFFNConfig, d_model: int) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=d_model,
+        intermediate_size=ffn.d_expert,
+        num_local_experts=ffn.router.num_experts,
+        num_experts_per_tok=ffn.router.top_k,
+    )
+    block: nn.Module = MixtralSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=d_model**-0.5)
+    return block
+
+
+class _Expert(nn.Module):
+    def __init__(self, d_model: int, d_expert: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_expert, bias=False)
+        self.down = nn.Linear(d_expert, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        down: Tensor = self.down(self.up(x).relu())
+        return down
+
+
+def _deepspeed(model: ModelConfig, ffn: MoEFFNConfig) -> nn.Module:
+    with contextlib.redirect_stdout(io.StringIO()):
+        avoid_compilation()
+        deepspeed.init_distributed(verbose=False)
+        layer = MoE(
+            model.d_model,
+            _Expert(model.d_model, ffn.d_expert),
+            num_experts=ffn.router.num_experts,
+            k=ffn.router.top_k,
+            capacity_factor=_CAPACITY,
+        )
+        layer.set_deepspeed_parallelism()
+    result: nn.Module = layer
+    return result

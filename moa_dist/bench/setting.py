@@ -1,0 +1,119 @@
+"""What all sections of the benchmark share: what to measure, where, and modules ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moa_dist.bench.measure import Work
+from moa_dist.config.run import Config
+from moa_dist.models.attention import AttentionMask
+from moa_dist.moe.initialize import initialize
+from moa_dist.moe.router import Router, Routing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+"""By `train.precision`."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to measure, and where."""
+
+    config: Config
+    """Its model, `data.sequence_length` and `train.precision` count."""
+    device: torch.device
+    """One device; nothing here is distributed."""
+    sequences: int
+    """Per call."""
+    repetitions: int
+    """Rounds in which the alternatives take turns."""
+
+    @property
+    def tokens(self) -> int:
+        """Per call."""
+        return self.sequences * self.config.data.sequence_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and activations."""
+        return DTYPES[self.config.train.precision]
+
+    def ready(self, module: Module) -> Module:
+        """The module with initial weights, where it is to run."""
+        initialize(module, seed=0)
+        return module.to(self.device, self.dtype).train()
+
+    def vectors(self) -> Tensor:
+        """[B, S, D], standard normal."""
+        shape = (self.sequences, self.config.data.sequence_length, self.config.model.d_model)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    def both_passes(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Work:
+        """Forward, [B, S, D] to [B, S, D], and backward to the input and all parameters."""
+        x, upstream = self.vectors().requires_grad_(), self.vectors()
+        return gradients(lambda: forward(x), [x, *module.parameters()], upstream)
+
+    def attention(self, module: nn.Module) -> Work:
+        """Both passes of causal self-attention."""
+        mask = AttentionMask(causal=True)
+        return self.both_passes(module, lambda x: module(x, x, x, mask).y)
+
+    def feed_forward(self, module: nn.Module) -> Work:
+        """Both passes of a feed-forward part."""
+        return self.both_passes(module, lambda x: module(x, x, None).y)
+
+    def block(self, module: nn.Module) -> Work:
+        """Both passes of a block."""
+        return self.both_passes(module, lambda x: module(x, AttentionMask(causal=True)).x)
+
+
+def gradients(
+    forward: Callable[[], Tensor], sources: list[Tensor], upstream: Tensor | None = None
+) -> Work:
+    """Work that computes `forward()` and the gradients of all sources (upstream ones if None)."""
+
+    def once() -> None:
+        y = forward()
+        torch.autograd.grad(y, sources, torch.ones_like(y) if upstream is None else upstream)
+
+    return once
+
+
+class BalancedRouter(nn.Module):
+    """A router whose choices are replaced by perfectly even ones; all else costs the same.
+
+    Flatters: a real router's experts get uneven loads.
+    """
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    @property
+    def num_experts(self) -> int:
+        """See `Router.num_experts`."""
+        return self.router.num_experts
+
+    def forward(self, x: Tensor, token_real: Tensor | None = None) -> Routing:
+        """See `Router.forward`."""
+        routing = self.router(x, token_real)
+        T, G, K = routing.expert_ids.shape
+        E, device = self.num_experts // G, routing.expert_ids.device
+        ids = torch.arange(T * K, device=device).view(T, 1, K) % E
+        return routing._replace(expert_ids=ids + torch.arange(G, device=device)[:, None] * E)
+
+
+def balance(module: Module) -> Module:
+    """Replace all routers in `module` by balanced ones."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Router) and not isinstance(parent, BalancedRouter):
+                setattr(parent, name, BalancedRouter(child))
+    return module

@@ -1,0 +1,58 @@
+"""Section `step`: forward, loss, backward and optimizer step of whole models on one process.
+
+By plain torch: what DeepSpeed adds is the same for all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moa_dist.bench.dense import equal_parameters, equal_work
+from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.setting import Setting, balance
+from moa_dist.config.model import ModelConfig
+from moa_dist.models.counts import count
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.objective import Batch, objective
+from moa_dist.observe.units import short
+from moa_dist.train.optimizer import make_optimizer
+
+
+def step(setting: Setting) -> list[Table]:
+    """The model of the configuration against dense ones."""
+    model, length = setting.config.model, setting.config.data.sequence_length
+    configs = {
+        "dense, equal parameters": equal_parameters(model, length),
+        "dense, equal work": equal_work(model, length),
+        "the model": model,
+    }
+    work = {name: training_step(setting, config) for name, config in configs.items()}
+    work["the model, even loads"] = training_step(setting, model, even=True)
+    notes = {
+        name: f"{short(counts.total)} parameters, {short(counts.total_macs / length)} MACs/token"
+        for name, config in configs.items()
+        for counts in [count(config, length)]
+    }
+    rows = compare(work, setting.device, repetitions=setting.repetitions, notes=notes)
+    return [Table("step, optimizer included", rows, setting.tokens)]
+
+
+def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) -> Work:
+    """One step on random tokens."""
+    recompute = setting.config.train.recompute
+    model: LanguageModel = build_model(config, recompute=recompute)
+    model.to(setting.device, setting.dtype).train()
+    if even:
+        balance(model)
+    optimizer = make_optimizer(setting.config.optimizer, [{"params": list(model.parameters())}])
+    shape = (setting.sequences, setting.config.data.sequence_length + 1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    batch = Batch(tokens.to(setting.device))
+
+    def once() -> None:
+        optimizer.zero_grad()
+        objective(model, batch).loss(batch.num_targets()).backward()
+        optimizer.step()
+
+    return once

@@ -1,0 +1,84 @@
+"""`moa-dist bench`: ratios in one run. Arguments and printing only; see `moa_dist.bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import Any
+
+import torch
+
+from moa_dist.bench.measure import as_json, as_text
+from moa_dist.bench.sections import SECTIONS, load_section
+from moa_dist.bench.setting import Setting
+from moa_dist.cli.arguments import between
+from moa_dist.config import load_config
+from moa_dist.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    sections = "; ".join(f"{name}: {line}" for name, (_, line) in SECTIONS.items())
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"all if none is named ({sections})"
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        nargs="+",
+        metavar=("FILE", "key=value"),
+        help="YAML file of the model, and changes to it",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--threads", type=between(int, 1), help="of a CPU, all if absent")
+    parser.add_argument(
+        "--sequences", type=between(int, 1), help="per call, instead of train.micro_batch"
+    )
+    parser.add_argument(
+        "--repetitions", type=between(int, 1), default=7, help="rounds in which all take turns"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, with every round")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print, table by table."""
+    path, *words = args.config  # sections may follow as well as precede it
+    overrides = [word for word in words if "=" in word]
+    names = [*args.sections, *(word for word in words if "=" not in word)]
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        listed = ", ".join(SECTIONS)
+        raise ConfigError([f"no section `{name}`; there are {listed}" for name in unknown], "bench")
+    config = load_config(path, overrides)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(["--device cuda, but torch sees no GPU; use --device cpu"], "bench")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    setting = Setting(config, device, args.sequences or config.train.micro_batch, args.repetitions)
+    where = _where(setting)
+    if not args.json:
+        print(" ".join(f"{key} {value}" for key, value in where.items()))
+    results = []
+    for name in names or SECTIONS:
+        for table in load_section(name)(setting):
+            results.append({"section": name, **as_json(table)})
+            if not args.json:
+                print(f"\n{as_text(table)}", flush=True)
+    if args.json:
+        print(json.dumps({"where": where, "tables": results}, indent=2))
+    return 0
+
+
+def _where(setting: Setting) -> dict[str, Any]:
+    is_cuda = setting.device.type == "cuda"
+    name = torch.cuda.get_device_name(setting.device) if is_cuda else platform.processor()
+    return {
+        "model": setting.config.name,
+        "device": f"{setting.device.type} {name}".strip(),
+        "threads": torch.get_num_threads(),
+        "precision": setting.config.train.precision,
+        "tokens": setting.tokens,
+        "torch": torch.__version__,
+    }
