@@ -61,15 +61,12 @@ def _culprit(records: list[RankRecord]) -> RankRecord:
     bad = [r for r in records if r.status not in (ExitCode.DONE, ExitCode.PREEMPTED)]
     first = min(bad, key=_when)
     own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
-    known = [r for r in own if r.ended is not None]
-    if known:
-        culprit = min(known, key=_when)
-        return culprit if _when(culprit) <= _when(first) + _EFFECT_S else first
-    return own[0] if own else first
+    culprit = min(own, key=_when, default=first)
+    return culprit if _when(culprit) <= _when(first) + _EFFECT_S else first
 
 
 def _when(record: RankRecord) -> float:
-    """A keeper is killed along with its rank when a launcher loses patience: late."""
+    """Without an end: its keeper was killed, mostly late, by a launcher that lost patience."""
     return math.inf if record.ended is None else record.ended
 
 

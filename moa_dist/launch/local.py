@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -83,7 +84,12 @@ class LocalJob:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Free now, and not of those (from 32768 on, mostly) that the system gives away.
+
+    It is used seconds later, when the ranks have started.
+    """
+    while True:
+        port = random.randrange(15000, 32768)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
