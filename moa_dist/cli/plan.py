@@ -10,7 +10,17 @@ from moa_dist.cli.arguments import between
 from moa_dist.config import Config, find_layout_problems, load_config
 from moa_dist.errors import ConfigError
 from moa_dist.models.counts import Counts, States, count, states
+from moa_dist.observe.traffic import flow_name
 from moa_dist.observe.units import short
+from moa_dist.plan.exchange import (
+    PARTS,
+    Decision,
+    decide_exchange,
+    expected_state_traffic,
+    expected_traffic,
+    gathered_bytes,
+    meta_model,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=range(4),
         help="instead of the configuration's parallel.zero_stage",
     )
+    parser.add_argument(
+        "--memory-gib",
+        type=between(float, 0),
+        metavar="GIB",
+        help="memory of a rank, for expert_exchange auto (without it memory is no object)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -50,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(problems, f"{args.path} on {world_size} ranks")
     counts = count(config.model, config.data.sequence_length)
     plan = _as_json(config, world_size, counts, states(counts, config, world_size), problems)
+    memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
+    plan |= _traffic(config, world_size, decide_exchange(config, world_size, memory))
     print(json.dumps(plan, indent=2) if args.json else _as_text(plan))
     return 0
 
@@ -93,6 +111,52 @@ def _as_json(
     }
 
 
+def _traffic(config: Config, world_size: int, decision: Decision) -> dict[str, Any]:
+    """What a rank sends in a step, on average, and what it holds for that."""
+    model = meta_model(config)
+    flows = expected_traffic(config, world_size, decision.exchange, model)
+    state = expected_state_traffic(config, world_size, model)
+    gathered = sum(
+        gathered_bytes(config, model, part)
+        for part in PARTS
+        if part in decision.because and getattr(decision.exchange, part) == "weights"
+    )
+    return {
+        "expert_exchange": decision.because,
+        "traffic_per_rank_and_step": {
+            flow_name(flow): {
+                "messages": volume.messages // world_size,
+                "bytes": volume.num_bytes // world_size,
+            }
+            for flow, volume in flows.items()
+        },
+        "state_bytes_per_rank_and_step": {
+            name: num_bytes // world_size for name, num_bytes in state._asdict().items()
+        },
+        "travelling_weights_bytes": gathered,
+    }
+
+
+def _traffic_lines(plan: dict[str, Any]) -> list[str]:
+    """By part of a layer and purpose, layers added up."""
+    sums: dict[str, list[int]] = {}
+    for name, volume in plan["traffic_per_rank_and_step"].items():
+        layer, _, purpose = name.partition("/")
+        key = f"{layer.rpartition('.')[2]} {purpose.removesuffix('.backward')}"
+        sums.setdefault(key, [0, 0, 0])
+        sums[key][1 if purpose.endswith(".backward") else 0] += volume["bytes"]
+        sums[key][2] += volume["messages"]
+    lines = [
+        f"  {name:<20}{forward / 2**20:>12,.1f}{backward / 2**20:>12,.1f}{messages:>12,}"
+        for name, (forward, backward, messages) in sums.items()
+    ]
+    if lines:
+        lines.insert(0, f"  {'for experts':<20}{'forward':>12}{'backward':>12}{'messages':>12}")
+    for name, num_bytes in plan["state_bytes_per_rank_and_step"].items():
+        lines.append(f"  {name:<20}{num_bytes / 2**20:>12,.1f}")
+    return lines
+
+
 def _as_text(plan: dict[str, Any]) -> str:
     parameters, macs, layout = plan["parameters"], plan["macs"], plan["layout"]
     lines = [
@@ -114,6 +178,12 @@ def _as_text(plan: dict[str, Any]) -> str:
         "MiB of states on the fullest rank, without activations and buffers",
         *(f"  {name:<12}{n / 2**20:>16,.1f}" for name, n in plan["bytes_per_rank"].items()),
     ]
+    if plan["travelling_weights_bytes"]:
+        held = plan["travelling_weights_bytes"] / 2**20
+        lines.append(f"  experts of other ranks, until the backward pass is over: {held:,.1f} more")
+    lines += ["", "MiB that a rank sends to others in a step, if routers choose evenly"]
+    lines += _traffic_lines(plan)
+    lines += [f"  {part}: {why}" for part, why in plan["expert_exchange"].items()]
     if layout["problems"]:
         lines += ["", "to start on these ranks, first:"]
         lines += [f"  - {problem}" for problem in layout["problems"]]

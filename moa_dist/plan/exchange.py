@@ -19,7 +19,14 @@ from moa_dist.models.counts import ELEMENT_BYTES, count, states
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.router import Router
-from moa_dist.plan.traffic import Layout, Rows, expected_rows, expert_traffic
+from moa_dist.plan.traffic import (
+    Layout,
+    Rows,
+    StateTraffic,
+    expected_rows,
+    expert_traffic,
+    state_traffic,
+)
 
 Part = Literal["attention", "ffn"]
 PARTS: tuple[Part, ...] = ("attention", "ffn")
@@ -98,6 +105,20 @@ def expected_traffic(
     return expert_traffic(model, layout, rows_of)
 
 
+def expected_state_traffic(config: Config, world_size: int, model: nn.Module) -> StateTraffic:
+    """What ZeRO moves in one step, all ranks together."""
+    ep = config.parallel.expert_parallel
+    experts = dict(expert_layers(model))
+    dense = [
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.removesuffix(".weight") not in experts
+    ]
+    shards = [-(-e.num_experts // ep) * e.macs_per_row() for e in experts.values()]
+    layout = layout_of(config, world_size, config.parallel.expert_exchange)
+    return state_traffic(dense, shards, layout, config.parallel.zero_stage)
+
+
 def exchange_costs(config: Config, world_size: int) -> dict[Part, dict[str, Cost]]:
     """Cost of tokens and of weights for each part whose experts other ranks hold."""
     ep = config.parallel.expert_parallel
@@ -115,12 +136,12 @@ def exchange_costs(config: Config, world_size: int) -> dict[Part, dict[str, Cost
             costs[part][kind] = Cost(
                 sum(v.num_bytes for v in volumes) // world_size,
                 sum(v.messages for v in volumes) // world_size,
-                _gathered_bytes(config, model, part) if kind == "weights" else 0,
+                gathered_bytes(config, model, part) if kind == "weights" else 0,
             )
     return costs
 
 
-def _gathered_bytes(config: Config, model: nn.Module, part: Part) -> int:
+def gathered_bytes(config: Config, model: nn.Module, part: Part) -> int:
     """All experts of a part and their gradients: they wait for the backward pass of their layer."""
     elements = sum(
         layer.num_experts * layer.macs_per_row()

@@ -25,6 +25,10 @@ def test_json_keys_are_stable(capsys):
         "flops_per_token",
         "layout",
         "bytes_per_rank",
+        "expert_exchange",
+        "traffic_per_rank_and_step",
+        "state_bytes_per_rank_and_step",
+        "travelling_weights_bytes",
     }
     assert set(result["parameters"]) == {"total", "active", "experts", "dense", "per_rank"}
     assert set(result["macs"]) == {"by_part", "blocks", "head", "total"}

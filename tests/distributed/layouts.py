@@ -55,6 +55,7 @@ class Case:
     clip_norm: float | None = None
     momentum: float = 0.0
     exchange: str = "tokens"
+    overlap: bool = False
     recompute: bool = False
     padded: bool = True
     skewed: bool = False
@@ -211,7 +212,12 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
     model = build_model(
         config.model,
         recompute=case.recompute,
-        parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
+        parallelize=partial(
+            shard_experts,
+            mesh=mesh,
+            exchange=config.parallel.expert_exchange,
+            overlap=case.overlap,
+        ),
     )
     engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
     for step in range(1, case.steps + 1):

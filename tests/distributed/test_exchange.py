@@ -103,11 +103,11 @@ def channel(overlap: bool = False) -> Channel:
     return Channel(dist.group.WORLD, "layer", Ledger(), overlap)
 
 
-def on_rank(case: Case) -> tuple[list[Outcome], list[int]]:
+def on_rank(case: Case, overlap: bool = False) -> tuple[list[Outcome], list[int]]:
     """Runs on every rank of a pool."""
     rank = dist.get_rank()
     experts = all_experts(case)[my_experts(case, rank)].requires_grad_()
-    return project_all(case, rank, ExchangeDispatcher(channel()), experts)
+    return project_all(case, rank, ExchangeDispatcher(channel(overlap)), experts)
 
 
 CASES = {
@@ -124,11 +124,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["blocking", "overlapped"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_equals_local_dispatch(pools, case):
+def test_equals_local_dispatch(pools, case, overlap):
     """All pairs of levels, weighted or not, as trips of one plan."""
     num_ranks = len(case.tokens)
-    results = pools(num_ranks).run(on_rank, case)
+    results = pools(num_ranks).run(on_rank, case, overlap)
     experts = all_experts(case).requires_grad_()
     references = [project_all(case, r, LocalDispatcher(), experts) for r in range(num_ranks)]
     for i, projection in enumerate(PROJECTIONS):

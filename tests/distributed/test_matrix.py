@@ -27,6 +27,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "layout": ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)),  # W, ep
     "zero_stage": (0, 1, 2, 3),
     "exchange": ("tokens", "weights"),
+    "overlap": (False, True),
     "accumulation": (1, 2, 4),
     "recompute": (False, True),
     "capacity": ("dropless", "probability", "position"),
@@ -47,6 +48,7 @@ def impossible(cell: Cell) -> bool:
     return cell.get("attention") == cell.get("ffn") == "dense" and (
         cell.get("layout", (1, 1))[1] > 1
         or cell.get("exchange", "tokens") != "tokens"
+        or cell.get("overlap", False)
         or cell.get("capacity", "dropless") != "dropless"
     )
 
@@ -94,6 +96,7 @@ def name_of(cell: Cell) -> str:
     world_size, expert_parallel = cell["layout"]
     words = [
         f"W{world_size} ep{expert_parallel} ZeRO{cell['zero_stage']} {cell['exchange']}",
+        "overlap" if cell["overlap"] else "",
         f"accumulate{cell['accumulation']}",
         "recompute" if cell["recompute"] else "",
         cell["capacity"],
