@@ -65,7 +65,7 @@ def _verify(config: Config) -> int:
 
 def as_text(config: Config, this_job: Job, report: Report) -> str:
     """What was run, a line per comparison, and the verdict."""
-    layout = _layout(config, this_job)
+    layout = _layout(report.config, this_job)
     different = [check for check in report.checks if not check.equal]
     verdict = f"equal: {layout} takes the steps of one process"
     if different:

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from moa_dist.config.reduced import reduced, sequences_per_group
 from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.distributed.device import poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import shard_experts
+from moa_dist.plan.exchange import decide_exchange
 from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.compare import (
     BOUNDS,
@@ -85,7 +87,9 @@ def verify(config: Config, mesh: Mesh, device: torch.device) -> Report:
 
     `config` must fit the mesh. Raises TrainingError if some step cannot be taken.
     """
-    small = reduced(config, mesh.world_size)
+    decided = decide_exchange(config, mesh.world_size, poorest_memory(device)).exchange
+    parallel = config.parallel.model_copy(update={"expert_exchange": decided})
+    small = reduced(config.model_copy(update={"parallel": parallel}), mesh.world_size)
     precision = "fp64" if small.parallel.zero_stage == 0 else "fp32"
     plan: list[_Steps | None] = [_choose(small, precision) if mesh.rank == 0 else None]
     dist.broadcast_object_list(plan)
@@ -208,7 +212,12 @@ def _in_this_layout(
         config.model,
         seed=config.train.seed,
         recompute=config.train.recompute,
-        parallelize=partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange),
+        parallelize=partial(
+            shard_experts,
+            mesh=mesh,
+            exchange=config.parallel.expert_exchange,
+            overlap=travels_beside(config.parallel.overlap, dist.get_backend()),
+        ),
     )
     engine = Engine(model, config, mesh, device, _SIZES)
     micro_batches = _micro_batches(batch, mesh, config.train.micro_batch)

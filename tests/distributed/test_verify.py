@@ -88,7 +88,8 @@ def test_travelling_weights_on_four_ranks_are_equal(pools):
     config = config_of(
         "moeut",
         "parallel={expert_parallel: 2, zero_stage: 3}",
-        "parallel.expert_exchange={attention: weights, ffn: weights}",
+        "parallel.expert_exchange={attention: weights, ffn: auto}",  # decided for the whole
+        "parallel.overlap=on",
         "train={precision: fp32, recompute: true, micro_batch: 4}",
         "model.attention.router.group_sequences=2",
     )
