@@ -1,4 +1,4 @@
-"""`moa-dist generate`: continue a text; see `moa_dist.evaluate.generate`."""
+"""`moa-dist generate`: continue texts; see `moa_dist.evaluate.generate`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moa_dist.cli.arguments import between, utf8
 from moa_dist.evaluate.generate import generate, stream_text
+from moa_dist.evaluate.sampling import Sampling
 from moa_dist.evaluate.trained import load_trained
 
 
@@ -22,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         type=utf8,
         required=True,
+        action="append",
+        dest="prompts",
         metavar="TEXT",
-        help="text to continue; empty for the beginning of a document",
+        help="text to continue, empty for the beginning of a document; given several times, all "
+        "are continued at once, and the first is printed as it comes",
     )
     parser.add_argument(
         "--tokens", type=between(int, 1), default=100, metavar="N", help="the most to add (100)"
@@ -34,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.8,
         metavar="T",
         help="above 1 more surprising, below 1 less; 0 takes the most probable token (0.8)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=between(int, 1),
+        metavar="K",
+        help="draw from the K most probable tokens (all)",
     )
     parser.add_argument(
         "--top-p",
@@ -48,20 +58,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the prompt and what the model adds to it; returns the exit status."""
+    """Print each prompt and what the model adds to it; returns the exit status."""
     trained = load_trained(args.path)
-    ids = generate(
+    drawn = generate(
         trained.model,
-        trained.tokenizer.encode(args.prompt),
+        trained.tokenizer.encode_batch(args.prompts),
+        Sampling(args.temperature, args.top_k, args.top_p),
         max_new_tokens=args.tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
         seed=args.seed,
         end_of_document=trained.tokenizer.end_of_document,
         max_length=trained.config.data.sequence_length,
     )
-    print(args.prompt, end="", flush=True)
-    for text in stream_text(trained.tokenizer, ids):
-        print(text, end="", flush=True)
+    texts = list(args.prompts)
+    print(texts[0], end="", flush=True)
+    for prompt, text in stream_text(trained.tokenizer, drawn):
+        texts[prompt] += text
+        if prompt == 0:
+            print(text, end="", flush=True)
     print()
+    for text in texts[1:]:
+        print(f"\n{text}")
     return 0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import DenseAttentionConfig, RopeConfig
+from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered
@@ -21,14 +22,24 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query may see, and which tokens are padding."""
+    """Which keys a query may see, which tokens are padding, and where they stand."""
 
     causal: bool
-    """Query t sees keys 0 ... t only."""
+    """Query t sees keys 0 ... num_past + t only."""
     query_real: Tensor | None = None
     """[B, T] bool, true for real tokens; None when there is no padding."""
     key_real: Tensor | None = None
     """[B, S] bool, true for real tokens; None when there is no padding."""
+    num_past: int = 0
+    """How many of the keys, the first ones, come from a cache."""
+    position: Tensor | None = None
+    """[B, T] or [1, T] int64, of the queries and of the keys that come with them; None for
+    0 ... T - 1."""
+
+    @property
+    def new_key_real(self) -> Tensor | None:
+        """`key_real` of the keys that do not come from a cache."""
+        return None if self.key_real is None else self.key_real[:, self.num_past :]
 
 
 class AttentionOutput(NamedTuple):
@@ -38,34 +49,43 @@ class AttentionOutput(NamedTuple):
     """[B, T, D]."""
     statistics: dict[str, RoutingStatistics]
     """By the name of the router within the layer; empty for dense attention."""
+    cache: KeyValues | None = None
+    """With the new keys and values; None if the layer was given none."""
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt d) v for q [B, H, T, d] and k, v [B, H, S, d]; returns [B, H, T, d].
 
-    Without padding only `is_causal` is passed on: a mask tensor would rule out the fused kernels.
+    A mask tensor is made only where `is_causal` cannot say it, as it rules out the fused kernels.
     """
-    if mask.key_real is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal)
-    visible = mask.key_real[:, None, None, :]
-    if mask.causal:
-        visible = (
-            visible & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        )
+    T, S = q.shape[-2], k.shape[-2]
+    # A single query after those of the cache sees every key.
+    causal = mask.causal and not (mask.num_past and T == 1)
+    # `is_causal` lets query t see keys 0 ... t, whatever came before.
+    if mask.key_real is None and not (causal and mask.num_past):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    visible = torch.ones(T if causal else 1, S, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril(mask.num_past)
+    if mask.key_real is not None:
+        visible = visible & mask.key_real[:, None, None, :]
     # A query that sees no key (it can only be padding) would be 0 / 0: let it see all.
     visible = visible | ~visible.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
-def apply_rope(x: Tensor, config: RopeConfig | None) -> Tensor:
-    """Rotate the first part of the last dimension of x [..., T, d] by position 0 ... T - 1."""
+def apply_rope(x: Tensor, config: RopeConfig | None, position: Tensor | None = None) -> Tensor:
+    """Rotate the first part of the last dimension of x [..., T, d] by position 0 ... T - 1.
+
+    Or x [B, H, T, d] by `position` [B, T] or [1, T].
+    """
     if config is None:
         return x
     width = rotated_width(x.shape[-1], config)
     angle_dtype = torch.promote_types(x.dtype, torch.float32)
     pair = torch.arange(width // 2, dtype=angle_dtype, device=x.device)
-    position = torch.arange(x.shape[-2], dtype=angle_dtype, device=x.device)
-    angle = torch.outer(position, config.base ** (-2 * pair / width))
+    position = torch.arange(x.shape[-2], device=x.device) if position is None else position[:, None]
+    angle = position.to(angle_dtype)[..., None] * config.base ** (-2 * pair / width)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
@@ -114,12 +134,18 @@ class DenseAttention(nn.Module):
         value: Tensor,
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
+        cache: KeyValues | None = None,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; there are no experts."""
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; there are no experts.
+
+        With a cache, `key` and `value` are of the tokens that follow those in it.
+        """
         q, k, v = (
             project(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        q, k = apply_rope(q, self.config.rope), apply_rope(k, self.config.rope)
+        q, k = (apply_rope(x, self.config.rope, mask.position) for x in (q, k))
+        if cache is not None:
+            k, v = cache = extended(cache, k, v)
         heads = softmax_attention(q, k, v, mask)
-        return AttentionOutput(self.o(heads.transpose(1, 2).flatten(2)), {})
+        return AttentionOutput(self.o(heads.transpose(1, 2).flatten(2)), {}, cache)

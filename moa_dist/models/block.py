@@ -24,6 +24,7 @@ from moa_dist.config.model import (
 )
 from moa_dist.distributed.arriving import Arriving
 from moa_dist.models.attention import AttentionMask, DenseAttention
+from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.moa import MoAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
@@ -94,6 +95,8 @@ class BlockOutput(NamedTuple):
     """[B, S, D]."""
     statistics: dict[str, RoutingStatistics]
     """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`."""
+    cache: KeyValues | None = None
+    """With the new keys and values; None if the layer was given none."""
 
 
 class Block(nn.Module):
@@ -131,29 +134,33 @@ class Block(nn.Module):
         return ArrivingExperts(attention, ffn)
 
     def forward(
-        self, x: Tensor, mask: AttentionMask, gathered: GatheredExperts = _ALL_EXPERTS_HERE
+        self,
+        x: Tensor,
+        mask: AttentionMask,
+        gathered: GatheredExperts = _ALL_EXPERTS_HERE,
+        cache: KeyValues | None = None,
     ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]."""
         match self.placement:
             case "pre":
                 n = self.attention_norm(x)
-                attention = self.attention(n, n, n, mask, gathered.attention)
+                attention = self.attention(n, n, n, mask, gathered.attention, cache)
                 x = x + attention.y
                 n = self.ffn_norm(x)
                 ffn = self.ffn(n, n, mask.query_real, gathered.ffn)
                 x = x + ffn.y
             case "post":
-                attention = self.attention(x, x, x, mask, gathered.attention)
+                attention = self.attention(x, x, x, mask, gathered.attention, cache)
                 x = self.attention_norm(x + attention.y)
                 ffn = self.ffn(x, x, mask.query_real, gathered.ffn)
                 x = self.ffn_norm(x + ffn.y)
             case "peri":  # MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else
                 n = self.attention_norm(x)
-                attention = self.attention(n, n, x, mask, gathered.attention)
+                attention = self.attention(n, n, x, mask, gathered.attention, cache)
                 x = x + attention.y
                 ffn = self.ffn(x, self.ffn_norm(x), mask.query_real, gathered.ffn)
                 x = x + ffn.y
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
         if ffn.statistics is not None:
             named["ffn"] = ffn.statistics
-        return BlockOutput(x, named)
+        return BlockOutput(x, named, attention.cache)

@@ -14,9 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import BalanceConfig, ModelConfig
+from moa_dist.config.model import (
+    BalanceConfig,
+    DenseAttentionConfig,
+    DenseFFNConfig,
+    ModelConfig,
+    RouterConfig,
+)
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import NORMS
+from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
 from moa_dist.models.stack import LayerStack, RouterKey, Site
 from moa_dist.moe.initialize import Initializer, Normal, initialize
@@ -34,6 +41,8 @@ class LanguageModelOutput(NamedTuple):
     layers. Training adds them all to the cross-entropy."""
     statistics: dict[Site, RoutingStatistics]
     """One entry per router application."""
+    cache: Cache | None = None
+    """With the tokens of this forward; None if it was given none."""
 
 
 class TokenEmbedding(nn.Module):
@@ -86,19 +95,44 @@ class LanguageModel(nn.Module):
             else Linear(config.d_model, config.vocab_size, init, bias=config.head_bias)
         )
 
-    def forward(self, tokens: Tensor, token_real: Tensor | None = None) -> LanguageModelOutput:
+    def empty_cache(self) -> Cache:
+        """For a forward that begins texts which others are to continue."""
+        return Cache(layers=((),) * self.config.num_layers)
+
+    def forward(
+        self, tokens: Tensor, token_real: Tensor | None = None, cache: Cache | None = None
+    ) -> LanguageModelOutput:
         """Logits of the next token at every position.
 
-        `tokens` [B, S] int64; `token_real` [B, S] bool is false at padding, None for none.
+        `tokens` [B, S] int64; `token_real` [B, S] bool is false at padding, None for none. The
+        position of a token is the number of real ones before it: padding may stand anywhere.
+
+        With a `cache`, tokens follow those in it, the logits are those of a forward over all of
+        them, and there are no auxiliary losses. Raises ValueError if experts have a capacity:
+        see `dropless`.
         """
+        num_past, real = 0, token_real
+        if cache is not None:
+            if any(router.capacity for router in _routers(self.config).values()):
+                raise ValueError(
+                    "with a capacity, what an expert drops depends on the whole sequence, which "
+                    "a cache does not hold; use dropless(model)"
+                )
+            num_past, real = cache.length, cache.real_with(tokens, token_real)
+        position = positions(tokens, real, num_past)
         x = self.embedding(tokens)
         if self.config.position == "sinusoidal":
-            x = x + sinusoidal_positions(*x.shape[1:], dtype=x.dtype, device=x.device)
-        mask = AttentionMask(causal=True, query_real=token_real, key_real=token_real)
-        x, statistics = self.stack(x, mask)
-        x = self.final_norm(x)
+            x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
+        mask = AttentionMask(True, token_real, real, num_past, position)
+        output = self.stack(x, mask, None if cache is None else cache.layers)
+        x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
-        return LanguageModelOutput(logits, self._auxiliary(statistics), statistics)
+        if output.cache is None:
+            return LanguageModelOutput(
+                logits, self._auxiliary(output.statistics), output.statistics
+            )
+        longer = Cache(output.cache, num_past + tokens.shape[1], real)
+        return LanguageModelOutput(logits, {}, output.statistics, longer)
 
     def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:
         """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""
@@ -141,16 +175,25 @@ class LanguageModel(nn.Module):
         return {**self.stack.macs(length), "head": head}
 
 
-def sinusoidal_positions(
-    length: int, d_model: int, *, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[length, d_model], sines then cosines (Vaswani et al. 2017, section 3.5)."""
+def positions(tokens: Tensor, real: Tensor | None, num_past: int = 0) -> Tensor:
+    """How many real tokens stand before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
+
+    `real` [B, num_past + S] bool tells it of those that were read before, too.
+    """
+    if real is None:
+        return torch.arange(num_past, num_past + tokens.shape[1], device=tokens.device)[None]
+    # Padding in front of the first token shares its position.
+    return (real.cumsum(1)[:, num_past:] - 1).clamp(min=0)
+
+
+def sinusoidal_positions(position: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
+    """[B, S] -> [B, S, d_model], sines then cosines (Vaswani et al. 2017, section 3.5)."""
     half = d_model // 2
     frequency = torch.exp(
-        torch.arange(half, device=device) * (-math.log(10000.0) / max(half - 1, 1))
+        torch.arange(half, device=position.device) * (-math.log(10000.0) / max(half - 1, 1))
     )
-    angle = torch.arange(length, device=device)[:, None] * frequency
-    table = torch.cat([angle.sin(), angle.cos()], dim=1)
+    angle = position[..., None] * frequency
+    table = torch.cat([angle.sin(), angle.cos()], dim=-1)
     return F.pad(table, (0, d_model - 2 * half)).to(dtype)
 
 
@@ -173,3 +216,36 @@ def build_model(
     model.to_empty(device="cpu")
     initialize(model, seed)
     return model
+
+
+def dropless(model: LanguageModel) -> LanguageModel:
+    """The model with the same weights whose experts take every token that chooses them.
+
+    Capacity is relative to the length of a whole sequence, which is not known while it grows.
+    Nor must sequences come in groups. For a whole model on one process: what parallelism has put
+    on it is not kept.
+    """
+    without = {"capacity": None, "group_sequences": 1}
+    parts = {
+        part: getattr(model.config, part).model_copy(
+            update={"router": router.model_copy(update=without)}
+        )
+        for part, router in _routers(model.config).items()
+    }
+    config = model.config.model_copy(update=parts)
+    if config == model.config:
+        return model
+    with torch.device("meta"):
+        result = LanguageModel(config)
+    result.load_state_dict(model.state_dict(), assign=True)
+    return result.train(model.training)
+
+
+def _routers(config: ModelConfig) -> dict[str, RouterConfig]:
+    """By part of the layer: `attention`, `ffn`."""
+    parts = {"attention": config.attention, "ffn": config.ffn}
+    return {
+        name: part.router
+        for name, part in parts.items()
+        if not isinstance(part, DenseAttentionConfig | DenseFFNConfig)
+    }

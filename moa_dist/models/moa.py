@@ -22,6 +22,7 @@ from moa_dist.models.attention import (
     softmax_attention,
     softmax_macs,
 )
+from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
@@ -78,8 +79,12 @@ class MoAttention(RoutedModule):
         value: Tensor,
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
+        cache: KeyValues | None = None,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding."""
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
+
+        With a cache, `key` and `value` are of the tokens that follow those in it.
+        """
         B, T, D = query.shape
         K, h = self.config.router.top_k, self.config.heads_per_expert
         routing = self.router(query, mask.query_real)
@@ -92,7 +97,9 @@ class MoAttention(RoutedModule):
         returning = plan.apply(experts, sent, "token", "slot", weighted=False)
         v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
         q = returning.wait().view(B, T, K * h, -1).transpose(1, 2)
-        q, k = apply_rope(q, self.config.rope), apply_rope(k, self.config.rope)
+        q, k = (apply_rope(x, self.config.rope, mask.position) for x in (q, k))
+        if cache is not None:
+            k, v = cache = extended(cache, k, v)
         # Query heads are slot-major, (slot, head), so keys and values are tiled, not interleaved.
         k, v = (x[:, None].expand(-1, K, -1, -1, -1).flatten(1, 2) for x in (k, v))
         heads = softmax_attention(q, k, v, mask)
@@ -101,4 +108,4 @@ class MoAttention(RoutedModule):
         experts = Experts(self.matrices("o", gathered))
         sent = plan.send(slots, "slot")
         y = plan.apply(experts, sent, "slot", "token", weighted=True).wait()
-        return AttentionOutput(y.view(B, T, D), {"query": routing.statistics})
+        return AttentionOutput(y.view(B, T, D), {"query": routing.statistics}, cache)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block, BlockOutput, GatheredExperts
+from moa_dist.models.cache import KeyValues
 from moa_dist.models.recompute import recomputed
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
@@ -46,6 +47,8 @@ class StackOutput(NamedTuple):
     """[B, S, D]."""
     statistics: dict[Site, RoutingStatistics]
     """One entry per router application."""
+    cache: tuple[KeyValues, ...] | None = None
+    """By application of a layer, with the new keys and values; None if none was given."""
 
 
 class LayerStack(nn.Module):
@@ -77,9 +80,12 @@ class LayerStack(nn.Module):
             parts += Counter(layer.macs(length))
         return {part: count * self.num_repeats for part, count in parts.items()}
 
-    def forward(self, x: Tensor, mask: AttentionMask) -> StackOutput:
-        """x [B, S, D] -> x [B, S, D]."""
+    def forward(
+        self, x: Tensor, mask: AttentionMask, cache: tuple[KeyValues, ...] | None = None
+    ) -> StackOutput:
+        """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer."""
         statistics = {}
+        extended: list[KeyValues] = []
         # Weights that travel set out for all layers at once, and are awaited at their first use:
         # they arrive while the layers before compute.
         arriving = [layer.gather_experts() for layer in self._blocks()]
@@ -88,20 +94,28 @@ class LayerStack(nn.Module):
             for i, layer in enumerate(self._blocks()):
                 if repeat == 0:
                     gathered.append(arriving[i].wait())
-                output = self._apply_layer(layer, x, mask, gathered[i])
+                past = None if cache is None else cache[repeat * len(self.layers) + i]
+                output = self._apply_layer(layer, x, mask, gathered[i], past)
                 x = output.x
+                if output.cache is not None:
+                    extended.append(output.cache)
                 for router, value in output.statistics.items():
                     statistics[Site(i, repeat, router)] = value
-        return StackOutput(x, statistics)
+        return StackOutput(x, statistics, None if cache is None else tuple(extended))
 
     def _blocks(self) -> Iterable[Block]:
         return cast(Iterable[Block], self.layers)
 
     def _apply_layer(
-        self, layer: Block, x: Tensor, mask: AttentionMask, gathered: GatheredExperts
+        self,
+        layer: Block,
+        x: Tensor,
+        mask: AttentionMask,
+        gathered: GatheredExperts,
+        cache: KeyValues | None,
     ) -> BlockOutput:
         # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.
         gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
-            return layer(x, mask, gathered)
-        return recomputed(layer, x, mask, gathered)
+            return layer(x, mask, gathered, cache)
+        return recomputed(layer, x, mask, gathered, cache)

@@ -21,6 +21,7 @@ from moa_dist.models.attention import (
     softmax_attention,
     softmax_macs,
 )
+from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
@@ -76,18 +77,21 @@ class SwitchHeadAttention(RoutedModule):
         value: Tensor,
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
+        cache: KeyValues | None = None,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
 
         The value router reads `key`, the output router `query`: under peri-norm these are
-        normalised, while the value experts read the raw residual in `value`.
+        normalised, while the value experts read the raw residual in `value`. With a cache,
+        `key` and `value` are of the tokens that follow those in it.
         """
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
 
         def heads_of(x: Tensor) -> Tensor:
-            return apply_rope(x.unflatten(-1, (H, -1)).transpose(1, 2), self.config.rope)
+            x = x.unflatten(-1, (H, -1)).transpose(1, 2)
+            return apply_rope(x, self.config.rope, mask.position)
 
-        value_routing = self.value_router(key, mask.key_real)
+        value_routing = self.value_router(key, mask.new_key_real)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         # Queries and keys are computed while rows travel.
         sent = plan.send(value.reshape(B * S, D), "token")
@@ -96,6 +100,8 @@ class SwitchHeadAttention(RoutedModule):
         returning = plan.apply(experts, sent, "token", "head", weighted=True)
         k = heads_of(self.k(key))
         v = returning.wait().view(B, S, H, -1).transpose(1, 2)
+        if cache is not None:
+            k, v = cache = extended(cache, k, v)
         heads = softmax_attention(q, k, v, mask).transpose(1, 2).reshape(B * T * H, -1)
 
         output_routing = self.output_router(query, mask.query_real)
@@ -104,4 +110,4 @@ class SwitchHeadAttention(RoutedModule):
         sent = plan.send(heads, "head")
         y = plan.apply(experts, sent, "head", "token", weighted=True).wait().view(B, T, D)
         statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
-        return AttentionOutput(y, statistics)
+        return AttentionOutput(y, statistics, cache)

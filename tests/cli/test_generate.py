@@ -5,6 +5,7 @@ import pytest
 from moa_dist.cli.main import main
 from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.evaluate.generate import generate
+from moa_dist.evaluate.sampling import Sampling
 from moa_dist.models.language_model import build_model
 from tests.evaluate.runs import LENGTH, config
 
@@ -15,22 +16,28 @@ def printed(capsys, *arguments):
 
 
 def test_prompt_and_continuation(made, capsys):
-    options = ["--tokens", 30, "--temperature", 1.5, "--top-p", 0.9, "--seed", 5]
-    text = printed(capsys, made / "run", "--prompt", "the café", *options)
+    options = ["--tokens", 30, "--temperature", 1.5, "--top-p", 0.9, "--top-k", 200, "--seed", 5]
+    prompts = ["the café", "", "things in 日本"]
     tokenizer = load_tokenizer(made / "data/train")
-    ids = generate(
+    drawn = generate(
         build_model(config(made).model, seed=2).eval(),
-        tokenizer.encode("the café"),
+        tokenizer.encode_batch(prompts),
+        Sampling(1.5, 200, 0.9),
         max_new_tokens=30,
-        temperature=1.5,
-        top_p=0.9,
         seed=5,
         end_of_document=tokenizer.end_of_document,
         max_length=LENGTH,
     )
-    expected = tokenizer.decode(list(ids))
-    assert expected
-    assert text == f"the café{expected}\n"
+    ids = [[], [], []]
+    for prompt, token in drawn:
+        ids[prompt].append(token)
+    texts = [prompt + tokenizer.decode(new) for prompt, new in zip(prompts, ids, strict=True)]
+    assert texts[0] != prompts[0]
+    assert texts[1] != prompts[1]
+    one = printed(capsys, made / "run", "--prompt", prompts[0], *options)
+    assert one == f"{texts[0]}\n"
+    several = [part for prompt in prompts for part in ("--prompt", prompt)]
+    assert printed(capsys, made / "run", *several, *options) == "\n\n".join(texts) + "\n"
 
 
 def test_defaults_and_an_empty_prompt(made, capsys):
@@ -54,6 +61,7 @@ def test_no_checkpoint(tmp_path, capsys):
         ("--temperature", "nan", "must be at least 0"),
         ("--temperature", "inf", "must be at least 0"),
         ("--top-p", "1.1", "must be from 0 to 1"),
+        ("--top-k", "0", "must be at least 1"),
         ("--seed", "x", "invalid number value: 'x'"),
         ("--prompt", "\udcff", "is not valid UTF-8"),
     ],

@@ -8,35 +8,38 @@ from torch import nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.data.tokenizer import train_tokenizer
-from moa_dist.evaluate.generate import generate, stream_text
+from moa_dist.evaluate.generate import Drawn, generate, stream_text
+from moa_dist.evaluate.sampling import Sampling
+from moa_dist.models.cache import Cache
 from moa_dist.models.language_model import build_model
 from tests.evaluate.runs import ROUTER, one_thread
+from tests.models.small import small_config
 
-END = 0
-OPTIONS = {
-    "max_new_tokens": 12,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "seed": 3,
-    "end_of_document": END,
-    "max_length": 6,
-}
+END, NEVER = 0, 50  # the second is beyond the vocabulary
+GREEDY = Sampling(temperature=0.0)
+OPTIONS = {"max_new_tokens": 12, "seed": 3, "end_of_document": NEVER, "max_length": 6}
+PROMPTS = [[7, 8], [9], [], [4, 3, 2, 1, 5, 6, 7, 8], [7, 8]]
 
 
-@pytest.fixture(scope="module")
-def model():
+def make_model(**router):
     config = ModelConfig.model_validate(
         {
             "vocab_size": 50,
             "d_model": 16,
-            "num_layers": 2,
+            "num_layers": 4,
+            "num_distinct_layers": 2,
             "norm_placement": "pre",
             "attention": {"kind": "switchhead", "num_heads": 2, "d_head": 8, "router": ROUTER},
-            "ffn": {"kind": "moe", "d_expert": 8, "router": ROUTER},
+            "ffn": {"kind": "moe", "d_expert": 8, "router": ROUTER | router},
         }
     )
+    return build_model(config).double().eval()
+
+
+@pytest.fixture(scope="module")
+def model():
     with one_thread():
-        yield build_model(config).eval()
+        yield make_model()
 
 
 class Fixed(nn.Module):
@@ -44,78 +47,135 @@ class Fixed(nn.Module):
 
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
+        self.config = small_config(ffn="dense")
         self.logits = nn.Parameter(torch.tensor(probabilities).log())
-        self.seen: list[list[int]] = []
+        self.seen: list[list[list[int]]] = []
 
-    def forward(self, tokens):
-        self.seen.append(tokens[0].tolist())
-        return SimpleNamespace(logits=self.logits.expand(1, tokens.shape[1], -1))
+    def empty_cache(self):
+        return Cache(())
+
+    def forward(self, tokens, token_real, cache):
+        self.seen.append(tokens.tolist())
+        return SimpleNamespace(logits=self.logits.expand(*tokens.shape, -1), cache=cache)
+
+
+def continued(model, prompts, sampling=GREEDY, **options):
+    """New tokens of each prompt."""
+    texts = [[] for _ in prompts]
+    for prompt, token in generate(model, prompts, sampling, **OPTIONS | options):
+        texts[prompt].append(token)
+    return texts
 
 
 def test_the_seed_alone_decides(model):
-    options = OPTIONS | {"end_of_document": 50}  # beyond the vocabulary: never drawn
-    first = list(generate(model, [7, 8], **options))
+    first = continued(model, [[7, 8]], Sampling())
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    assert list(generate(model, [7, 8], **options)) == first
+    assert continued(model, [[7, 8]], Sampling()) == first
     assert torch.equal(torch.get_rng_state(), before), "drew from the global generator"
-    assert len(first) == 12
-    assert list(generate(model, [7, 8], **options | {"seed": 4})) != first
+    assert len(first[0]) == 12
+    assert continued(model, [[7, 8]], Sampling(), seed=4) != first
 
 
-def test_temperature_zero_takes_the_most_probable_token(model):
-    context = [7, 8]
-    for _ in range(12):
-        logits = model(torch.tensor([context[-6:]])).logits
-        context.append(int(logits[0, -1].argmax()))
-    assert END not in context
-    greedy = OPTIONS | {"temperature": 0.0}
-    assert list(generate(model, [7, 8], **greedy)) == context[2:]
+@pytest.mark.parametrize("max_length", [1, 5, 6, 100])
+def test_greedy_takes_the_most_probable_token_after_all_that_it_sees(model, max_length):
+    """By forwards without a cache; a text that outgrows the limit goes on from its last half."""
+    expected = []
+    for prompt in PROMPTS:
+        text, new = prompt[-max_length:] or [END], []
+        for _ in range(12):
+            new.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+            text = [*text, new[-1]]
+            if len(text) > max_length:
+                text = text[-((max_length + 1) // 2) :]
+        expected.append(new)
+    assert expected[1] != expected[2]
+    options = {"max_length": max_length, "end_of_document": END}
+    expected = [text[: [*text, END].index(END)] for text in expected]
+    assert continued(model, PROMPTS, **options) == expected
     # The limit from above is the same, and does not overflow.
-    assert list(generate(model, [7, 8], **greedy | {"temperature": 5e-324})) == context[2:]
+    assert continued(model, PROMPTS, Sampling(temperature=5e-324), **options) == expected
+    assert continued(model, PROMPTS, Sampling(top_k=1), **options) == expected
+
+
+def test_prompts_do_not_see_each_other(model):
+    """Nor the end of another's text, nor that another has outgrown the limit."""
+    together = continued(model, PROMPTS, Sampling(), end_of_document=13, max_new_tokens=40)
+    assert len({len(text) for text in together}) > 2, "all end together: the test proves nothing"
+    for i, prompt in enumerate(PROMPTS):
+        options = {"seed": OPTIONS["seed"] + i, "end_of_document": 13, "max_new_tokens": 40}
+        # Of an empty prompt the first token is the document's end.
+        assert continued(model, [prompt or [13]], Sampling(), **options) == [together[i]]
+    assert together[0] != together[4], "equal prompts with equal draws"
+
+
+def test_capacity_is_left_out():
+    capacity = {"capacity": {"factor": 0.5}, "group_sequences": 2}
+    free, limited = make_model(), make_model(**capacity)
+    prompts = [[7, 8], [9], [4, 3, 2]]
+    assert continued(limited, prompts) == continued(free, prompts)
+
+
+PROBABILITIES = [0.0, 0.3, 0.05, 0.5, 0.15]
 
 
 @pytest.mark.parametrize(
-    ("top_p", "drawn"),
+    ("top_k", "top_p", "drawn"),
     [
-        (0.0, {3}),
-        (0.45, {3}),
-        (0.55, {3, 1}),
-        (0.79, {3, 1}),
-        (0.81, {3, 1, 4}),
-        (1.0, {1, 2, 3, 4}),
+        (None, 0.0, {3}),
+        (None, 0.45, {3}),
+        (None, 0.55, {3, 1}),
+        (None, 0.79, {3, 1}),
+        (None, 0.81, {3, 1, 4}),
+        (None, 1.0, {1, 2, 3, 4}),
+        (1, 1.0, {3}),
+        (3, 1.0, {3, 1, 4}),
+        (99, 1.0, {1, 2, 3, 4}),
+        (2, 0.61, {3}),  # 0.5 of 0.8
+        (2, 0.64, {3, 1}),
     ],
 )
-def test_top_p_draws_from_the_smallest_set(top_p, drawn):
-    fixed = Fixed([0.0, 0.3, 0.05, 0.5, 0.15])
-    options = OPTIONS | {"max_new_tokens": 300, "top_p": top_p}
-    assert set(generate(fixed, [1], **options)) == drawn
+def test_top_k_and_top_p_draw_from_the_smallest_set(top_k, top_p, drawn):
+    (tokens,) = continued(
+        Fixed(PROBABILITIES), [[1]], Sampling(top_k=top_k, top_p=top_p), max_new_tokens=300
+    )
+    assert set(tokens) == drawn
 
 
 def test_temperature_divides_the_logits():
-    options = OPTIONS | {"max_new_tokens": 2000, "temperature": 0.5}
-    drawn = list(generate(Fixed([0.0, 1 / 3, 2 / 3]), [1], **options))
+    fixed, sampling = Fixed([0.0, 1 / 3, 2 / 3]), Sampling(temperature=0.5)
+    (drawn,) = continued(fixed, [[1]], sampling, max_new_tokens=2000)
     # Squared odds: 1 to 4. The bound is six standard deviations.
     assert abs(drawn.count(2) / 2000 - 0.8) < 0.054
 
 
 def test_it_ends_with_the_document_and_sees_no_more_than_it_may():
     fixed = Fixed([0.1, 0.9])
-    tokens = list(generate(fixed, [1] * 9, **OPTIONS | {"max_new_tokens": 1000}))
+    (tokens,) = continued(fixed, [[1] * 9], Sampling(), max_new_tokens=1000, end_of_document=END)
     assert 0 < len(tokens) < 1000
     assert END not in tokens
-    assert {len(context) for context in fixed.seen} == {6}
+    # The whole limit once, then its half; one token at a time in between.
+    assert [len(text) for (text,) in fixed.seen[:6]] == [6, 3, 1, 1, 1, 3]
+
+
+def test_texts_that_have_ended_are_not_read():
+    fixed = Fixed([0.1, 0.9])
+    tokens = continued(fixed, [[1]] * 3, Sampling(), max_new_tokens=1000, end_of_document=END)
+    lengths = sorted(map(len, tokens))
+    assert len(set(lengths)) == 3
+    for step, rows in enumerate(fixed.seen):
+        assert len(rows) == sum(length >= step for length in lengths)
 
 
 def test_an_empty_prompt_begins_a_document():
     fixed = Fixed([0.0, 1.0])
-    assert list(generate(fixed, [], **OPTIONS | {"max_new_tokens": 2})) == [1, 1]
-    assert fixed.seen == [[END], [END, 1]]
+    assert continued(fixed, [[]], max_new_tokens=2, end_of_document=END) == [[1, 1]]
+    assert fixed.seen == [[[END]], [[1]]]
 
 
 def test_tokens_come_one_by_one():
     fixed = Fixed([0.0, 1.0])
-    next(generate(fixed, [1], **OPTIONS))
+    assert next(generate(fixed, [[1], [1, 1]], GREEDY, **OPTIONS)) == (0, 1)
     assert len(fixed.seen) == 1
 
 
@@ -123,9 +183,15 @@ def test_text_comes_in_whole_characters():
     tokenizer = train_tokenizer(["a"], 257)  # one token per byte
     text = "café 日本🚢!"
     ids = tokenizer.encode(text)
-    pieces = list(stream_text(tokenizer, ids))
-    assert [piece for piece in pieces if piece] == list(text)
+    assert list(stream_text(tokenizer, (Drawn(0, i) for i in ids))) == [(0, c) for c in text]
     # Bytes that are no text: nothing is lost, and the replacement is the decoder's.
     broken = [ids[-2], ids[0], *ids[3:4], tokenizer.end_of_document, *ids[6:8]]
-    assert "".join(stream_text(tokenizer, broken)) == tokenizer.decode(broken)
-    assert list(stream_text(tokenizer, ids[:2])) == ["c", "a", ""]
+    pieces = stream_text(tokenizer, (Drawn(0, i) for i in broken))
+    assert "".join(piece for _, piece in pieces) == tokenizer.decode(broken)
+
+
+def test_texts_of_several_prompts_are_kept_apart():
+    tokenizer = train_tokenizer(["a"], 257)
+    first, second = (tokenizer.encode(text) for text in ("日本", "🚢é"))
+    turns = [Drawn(n, i) for pair in zip(first, second, strict=True) for n, i in enumerate(pair)]
+    assert list(stream_text(tokenizer, turns)) == [(0, "日"), (1, "🚢"), (0, "本"), (1, "é")]
