@@ -25,8 +25,9 @@ class MetricsFile:
 
     Each has a `step`: of a start that which training resumes after, of a note the last one
     written. A float is written with as many digits as its value needs, so reading it back gives
-    the same bits; one that is not finite is null, since JSON has no word for it. A resumed run cuts off what lies after its first step, and the file then
-    reads as that of one uninterrupted run; so does one that goes back to a checkpoint.
+    the same bits; one that is not finite is null, since JSON has no word for it. A resumed run
+    cuts off what lies after its first step, and the file then reads as that of one uninterrupted
+    run; so does one that goes back to a checkpoint.
     """
 
     def __init__(self) -> None:
