@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": ("moa_dist.cli.verify", "compare a layout, on its machines, with one process"),
     "bench": ("moa_dist.cli.bench", "measure speed and memory, against dense models and peers"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
+    "report": ("moa_dist.cli.report", "write a page of curves about a run, or compare several"),
     "checkpoint": ("moa_dist.cli.checkpoint", "show, verify or rewrite what a run has saved"),
     "export": ("moa_dist.cli.export", "write a trained model to one safetensors file"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),

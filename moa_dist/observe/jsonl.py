@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from moa_dist.errors import DataError
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.routing import routing_summary, site_name
 from moa_dist.observe.traffic import flow_name
 from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
@@ -20,13 +25,15 @@ class MetricsFile:
 
     Each has a `step`: of a start that which training resumes after, of a note the last one
     written. A float is written with as many digits as its value needs, so reading it back gives
-    the same bits. A resumed run cuts off what lies after its first step, and the file then
-    reads as that of one uninterrupted run; so does one that goes back to a checkpoint.
+    the same bits; one that is not finite is null, since JSON has no word for it. A resumed run
+    cuts off what lies after its first step, and the file then reads as that of one uninterrupted
+    run; so does one that goes back to a checkpoint.
     """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._step = 0
+        self._routing: dict[Site, RoutingReport] = {}
 
     def start(self, run: RunStart) -> None:
         """Open the file, cut it back, and write the configuration and sizes."""
@@ -40,6 +47,7 @@ class MetricsFile:
 
     def step(self, metrics: StepMetrics) -> None:
         """Write all values, of each router a summary, and what each layer sent."""
+        self._routing = metrics.routing
         values = _shallow(metrics)
         values["routing"] = {
             site_name(site): routing_summary(report) for site, report in metrics.routing.items()
@@ -50,8 +58,13 @@ class MetricsFile:
         self._write("step", metrics.step, values)
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Write all values."""
-        self._write("validation", metrics.step, asdict(metrics))
+        """Write all values, and every expert's load [G, E] in the step last reported."""
+        # Not at every step: there can be thousands of experts.
+        values = asdict(metrics)
+        values["load"] = {
+            site_name(site): report.load.tolist() for site, report in self._routing.items()
+        }
+        self._write("validation", metrics.step, values)
 
     def rewind(self, step: int) -> None:
         """Cut off what lies after this step."""
@@ -60,7 +73,7 @@ class MetricsFile:
         self._file.close()
         _cut(path, step, same_start=True)
         self._file = path.open("a", encoding="utf-8")
-        self._step = step
+        self._step, self._routing = step, {}
 
     def note(self, message: str) -> None:
         """Write the message."""
@@ -74,15 +87,19 @@ class MetricsFile:
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         assert self._file is not None, "start comes first"
         self._step = step
-        line = json.dumps({"kind": kind, "step": step} | values)
+        record = _strict({"kind": kind, "step": step} | values)
+        line = json.dumps(record, allow_nan=False)
         # Whole lines, at once: whoever reads along or after a crash misses one line at most.
         self._file.write(line + "\n")
         self._file.flush()
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file, without a last line that a crash cut short."""
-    return [record for record, _ in _records(Path(path))]
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file, without a last line that a crash cut short.
+
+    Floats that were not finite are None. Raises DataError at a line that holds no record.
+    """
+    return (record for record, _ in _records(Path(path)))
 
 
 def _cut(path: Path, first_step: int, *, same_start: bool = False) -> None:
@@ -103,17 +120,34 @@ def _cut(path: Path, first_step: int, *, same_start: bool = False) -> None:
         file.truncate(length)
 
 
-def _records(path: Path) -> list[tuple[dict[str, Any], int]]:
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Objects, each with the offset at which its line ends."""
-    records = []
     end = 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             end += len(line)
             # A crash can cut the last line short only, and then its end is missing.
             if line.endswith(b"\n"):
-                records.append((json.loads(line), end))
-    return records
+                yield _parse(line, f"{path}:{number}"), end
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if isinstance(record["kind"], str) and isinstance(record["step"], int):
+            return record
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise DataError(f"{where}: damaged: no record of a run; delete the line, or the file")
+
+
+def _strict(value: Any) -> Any:
+    """The same with None for floats that are not finite."""
+    if isinstance(value, dict):
+        return {name: _strict(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shallow(value: RunStart | StepMetrics) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Shapes: G router groups (heads in SwitchHead, else 1), E experts per router grou
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +20,12 @@ _CELL = (8, 4)
 def site_name(site: Site) -> str:
     """Such as `layer0.repeat1.ffn`; layers of one repeat count as repeat 0."""
     return f"layer{site.layer}.repeat{site.repeat}.{site.router}"
+
+
+def site_of(name: str) -> Site | None:
+    """What `site_name` names; None if it names nothing."""
+    found = re.fullmatch(r"layer(\d{1,9})\.repeat(\d{1,9})\.(.+)", name)
+    return Site(int(found[1]), int(found[2]), found[3]) if found else None
 
 
 def drop_share(report: RoutingReport) -> float:

@@ -12,6 +12,12 @@ def flow_name(flow: Flow) -> str:
     return f"{flow.layer}/{flow.purpose}{'.backward' if flow.backward else ''}"
 
 
+def layer_and_purpose(name: str) -> tuple[str, str]:
+    """What `flow_name` says of a flow, both directions alike."""
+    layer, _, purpose = name.removesuffix(".backward").rpartition("/")
+    return layer, purpose
+
+
 def traffic_summary(traffic: Traffic) -> dict[str, float]:
     """MiB by layer and by purpose, and the number of messages; all ranks together."""
     mib: dict[str, float] = defaultdict(float)

@@ -4,6 +4,9 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
+from moa_dist.errors import DataError
 from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
 from tests.observe.reports import step_metrics, validation_metrics
 
@@ -41,6 +44,10 @@ def test_round_trip_keeps_every_bit(run_start):
         "dead_experts": 2.0,
     }
     assert validation["perplexity"] == math.exp(4.5)
+    assert validation["load"] == {
+        "layer0.repeat0.ffn": [[6, 4, 0, 0]],
+        "layer0.repeat1.ffn": [[3, 3, 2, 2]],
+    }
     assert note == {"kind": "note", "step": 7, "message": "saved step 7"}
 
 
@@ -113,6 +120,44 @@ def test_lines_can_be_read_while_training(run_start):
     file.step(step_metrics(1))
     assert outline(Path(run.folder) / FILE_NAME) == [("start", 0), ("step", 1)]
     file.close()
+
+
+def test_what_is_not_finite_is_null_in_strict_json(run_start):
+    file = MetricsFile()
+    run = run_start(flops_per_token=math.inf)
+    file.start(run)
+    file.step(step_metrics(1, loss=math.nan, auxiliary={"z": -math.inf}, grad_norm=math.inf))
+    file.close()
+    path = Path(run.folder) / FILE_NAME
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    start, step = read_metrics(path)
+    assert start["flops_per_token"] is None
+    assert (step["loss"], step["auxiliary"], step["grad_norm"]) == (None, {"z": None}, None)
+    assert step["lr"] == step_metrics(1).lr
+
+
+@pytest.mark.parametrize("line", ["{", "1", "{}", '{"kind": "step", "step": "one"}', "\xff"])
+def test_a_damaged_line_is_named(run_start, line):
+    path = write(run_start(), 10)
+    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl:3: damaged"):
+        list(read_metrics(path))
+
+
+def test_after_going_back_loads_of_void_steps_are_forgotten(run_start):
+    file = MetricsFile()
+    file.start(run_start())
+    file.step(step_metrics(10))
+    file.rewind(0)
+    file.validation(validation_metrics(5))
+    file.close()
+    *_, validation = read_metrics(Path(run_start().folder) / FILE_NAME)
+    assert validation["load"] == {}
 
 
 def test_closing_before_the_start_does_nothing():

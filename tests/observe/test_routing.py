@@ -13,12 +13,15 @@ from moa_dist.observe.routing import (
     overall_drop_share,
     routing_summary,
     site_name,
+    site_of,
 )
 from tests.observe.reports import routing
 
 
 def test_site_name():
     assert site_name(Site(0, 1, "attention.value")) == "layer0.repeat1.attention.value"
+    assert site_of("layer0.repeat1.attention.value") == Site(0, 1, "attention.value")
+    assert site_of("elsewhere") is None
 
 
 def test_summary_over_router_groups():

@@ -1,0 +1,41 @@
+"""`moa-dist report`: runs as one HTML page. Arguments and writing only; see `moa_dist.report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from moa_dist.errors import DataError
+from moa_dist.observe.units import short
+from moa_dist.report.page import page
+from moa_dist.report.read import read_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; several are compared"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="page to write (report.html in RUN; of several, comparison.html in the first)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where; returns the exit status."""
+    runs = [read_run(folder) for folder in args.runs]
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    output: Path = args.output or args.runs[0] / name
+    # Names of files may hold what is no text.
+    content = page(runs).encode("utf-8", errors="replace")
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise DataError(
+            f"{output}: not written: {error.strerror}; choose another place with --output"
+        ) from error
+    print(f"{output}: {short(len(content))}B, open it in a browser")
+    return 0

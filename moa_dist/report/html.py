@@ -1,0 +1,80 @@
+"""Pieces of the page: everything that came from a file is escaped here or in a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from moa_dist.report.charts import Line
+from moa_dist.report.scale import readable
+from moa_dist.report.series import downsample
+
+_MOST_ROWS = 24
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
+    """Cells are text; the first of each row names it."""
+    columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="{css}"><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def figure(title: str, about: str, body: str, numbers: str, *, css: str = "") -> str:
+    """A picture with its caption, and folded below it a table of the numbers."""
+    folded = f"<details><summary>Numbers</summary>{numbers}</details>" if numbers else ""
+    return (
+        f'<figure class="card {css}"><figcaption><h3>{escape(title)}</h3>'
+        f"<p>{escape(about)}</p></figcaption>{body}{folded}</figure>"
+    )
+
+
+def legend(entries: Iterable[tuple[str, int, str]]) -> str:
+    """Of (label, colour, what to say after it)."""
+    items = "".join(
+        f'<li><svg aria-hidden="true" width="18" height="10" viewBox="0 0 18 10">'
+        f'<path class="line s{color}" d="M1 5H17"/></svg>'
+        f"{escape(label)} <b>{escape(value)}</b></li>"
+        for label, color, value in entries
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def curve_table(lines: Sequence[Line]) -> str:
+    """Some steps of every curve, and its extremes."""
+    rows: list[Sequence[str]] = []
+    if lines:
+        chosen = sorted({int(s) for ln in lines for s in downsample(ln.series, _MOST_ROWS).steps})
+        if len(chosen) > _MOST_ROWS:
+            chosen = chosen[:: -(-len(chosen) // _MOST_ROWS)] + chosen[-1:]
+        by_step = [
+            dict(zip(ln.series.steps.tolist(), ln.series.values.tolist(), strict=True))
+            for ln in lines
+        ]
+        for step in dict.fromkeys(chosen):
+            values = [readable(v[step]) if step in v else "" for v in by_step]
+            rows.append([f"{step:,}", *values])
+    for name, pick in (("lowest", "argmin"), ("highest", "argmax")):
+        cells = [name]
+        for line in lines:
+            finite = line.series.finite()
+            if not len(finite):
+                cells.append("")
+                continue
+            i = int(getattr(finite.values, pick)())
+            cells.append(f"{readable(finite.values[i])} (step {finite.steps[i]:,})")
+        rows.append(cells)
+    return table(["step", *(line.label for line in lines)], rows)
+
+
+def fold(title: str, body: str, *, is_open: bool = False) -> str:
+    """Something to be unfolded."""
+    state = " open" if is_open else ""
+    return f'<details class="card wide"{state}><summary>{escape(title)}</summary>{body}</details>'

@@ -1,0 +1,44 @@
+"""A run's folder as observers write it, and the page about it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moa_dist.config import to_yaml
+from moa_dist.observe.jsonl import MetricsFile
+from moa_dist.train.metrics import RunStart
+from tests.observe.reports import make_config, step_metrics, validation_metrics
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Make `tmp_path/name` with metrics of some steps and a configuration; returns the folder."""
+
+    def write(name: str = "tiny", steps=range(1, 21), label: str | None = None, **changes) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = make_config(name=label or name)
+        start = RunStart(
+            config=config,
+            folder=str(folder),
+            world_size=2,
+            device="cpu",
+            backend="gloo",
+            num_parameters=4_020_000,
+            num_active_parameters=1_310_000,
+            flops_per_token=1.5e7,
+            first_step=0,
+        )
+        file = MetricsFile()
+        file.start(start)
+        for step in steps:
+            file.step(step_metrics(step, **changes))
+            if step % 10 == 0:
+                file.validation(replace(validation_metrics(step), perplexity=90.0 + 1 / step))
+        file.note("step 21 refused: <b>spike</b>")
+        file.close()
+        (folder / "config.yaml").write_text(to_yaml(config))
+        return folder
+
+    return write
