@@ -15,6 +15,7 @@ COMMANDS = {
     "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
     "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
     "verify": ("moa_dist.cli.verify", "compare a layout, on its machines, with one process"),
+    "doctor": ("moa_dist.cli.doctor", "look for faults of this machine, or of a job's ranks"),
     "bench": ("moa_dist.cli.bench", "measure speed and memory, against dense models and peers"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
     "report": ("moa_dist.cli.report", "write a page of curves about a run, or compare several"),

@@ -23,7 +23,7 @@ class GpuTelemetry:
             return
         try:
             pynvml.nvmlInit()
-            self._handle = _handle(device)
+            self._handle = device_handle(device)
         except pynvml.NVMLError as error:
             self.reason = f"no GPU telemetry: {error}; curves lack gpu/*, training goes on"
 
@@ -48,7 +48,7 @@ class GpuTelemetry:
             self._handle = None
 
 
-def _handle(device: torch.device) -> Any:
+def device_handle(device: torch.device) -> Any:
     """NVML's handle of a torch device, by UUID.
 
     Not by index: torch counts the devices that CUDA_VISIBLE_DEVICES leaves, in its order or

@@ -1,0 +1,97 @@
+"""Whether a configuration fits this machine: its data, its checkpoints, its batches."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from moa_dist.config import find_layout_problems
+from moa_dist.config.run import Config, run_folder
+from moa_dist.doctor.finding import Finding, guarded
+
+_GIB = 2**30
+
+
+def check_configuration(config: Config, world_size: int) -> list[Finding]:
+    """All that the configuration asks of this machine and of `world_size` ranks."""
+    return [
+        *guarded("layout", lambda: _layout(config, world_size)),
+        *guarded("data", lambda: _data(config)),
+        *guarded("checkpoints", lambda: _checkpoints(config)),
+    ]
+
+
+def _layout(config: Config, world_size: int) -> Iterator[Finding]:
+    problems = find_layout_problems(config, world_size)
+    for problem in problems:
+        yield Finding("layout", "FAULT", problem)
+    if not problems:
+        train, ep = config.train, config.parallel.expert_parallel
+        accumulated = train.global_batch // (world_size * train.micro_batch)
+        text = (
+            f"W {world_size} = ep {ep} x edp {world_size // ep}; {train.global_batch} sequences a "
+            f"step = {world_size} ranks x {train.micro_batch} x {accumulated} accumulated"
+        )
+        yield Finding("layout", "ok", text)
+
+
+def _data(config: Config) -> Iterator[Finding]:
+    from moa_dist.data.check import check_data
+    from moa_dist.data.shards import read_shard
+    from moa_dist.errors import DataError
+
+    try:
+        # What the number of ranks does not divide is a matter of the layout.
+        train, valid = check_data(config.data, vocab_size=config.model.vocab_size, world_size=1)
+        for name, manifest in ((config.data.train, train), (config.data.valid, valid)):
+            if name is None or manifest is None:
+                continue
+            read_shard(Path(name), manifest, 0)
+            text = f"{name}: {len(manifest.shards)} shards in place, the first one read"
+            yield Finding("data", "ok", text)
+    except DataError as error:
+        for problem in str(error).splitlines():
+            yield Finding("data", "FAULT", problem)
+
+
+def _checkpoints(config: Config) -> Iterator[Finding]:
+    from moa_dist.train.checkpoint_files import checkpoints
+
+    folder = run_folder(config)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"0")
+    except OSError as error:
+        text = f"cannot write below {existing}: {error.strerror}"
+        remedy = "mend its permissions, or set `output` to a folder that all hosts can write"
+        yield Finding("checkpoints", "FAULT", text, remedy)
+        return
+    size = checkpoint_bytes(config)
+    # The oldest is deleted only when the next one is whole.
+    missing = max(1, config.checkpoint.keep_last + 1 - len(checkpoints(folder)))
+    free = shutil.disk_usage(existing).free
+    text = (
+        f"{folder} is writable; {missing} more of {size / _GIB:.2f} GiB need "
+        f"{missing * size / _GIB:.2f}, {free / _GIB:.2f} GiB are free"
+    )
+    if free < missing * size:
+        remedy = "make room, lower `checkpoint.keep_last`, or set `output` to another disk"
+        yield Finding("checkpoints", "FAULT", text, remedy)
+    else:
+        yield Finding("checkpoints", "ok", text)
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint: values as the optimizer updates them, and its moments.
+
+    That is what one rank would hold; a layout only spreads it over files.
+    """
+    from moa_dist.models.counts import count, states
+
+    alone = config.parallel.model_copy(update={"expert_parallel": 1})
+    counts = count(config.model, config.data.sequence_length)
+    held = states(counts, config.model_copy(update={"parallel": alone}), world_size=1)
+    return (held.master or held.parameters) + held.optimizer

@@ -1,0 +1,133 @@
+"""This machine: what runs on it, what it offers, and what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+from moa_dist.doctor.finding import Finding, guarded
+from moa_dist.doctor.packages import check_packages, code_hash
+
+DEFAULT_PORT = 29500
+"""What launchers use if they are not told otherwise."""
+_SHARED = Path("/dev/shm")
+_LEAST_SHARED = 2**30
+_GIB = 2**30
+
+
+def check_environment() -> list[Finding]:
+    """All that needs no configuration, no GPU and no other rank."""
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "system": _system,
+        "memory": _memory,
+        "disk": _disk,
+        "package": check_packages,
+        "torch": _torch,
+    }
+    return [finding for name, check in checks.items() for finding in guarded(name, check)]
+
+
+def _system() -> Iterator[Finding]:
+    python = f"Python {platform.python_version()} ({sys.executable})"
+    yield Finding("system", "ok", f"{python} on {platform.platform()}, host {platform.node()}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("system", "ok", f"{cores} of {os.cpu_count()} cores for us, {_processor()}")
+    yield Finding("system", "ok", f"sources of moa_dist {code_hash()}")
+
+
+def _processor() -> str:
+    """The model that Linux names; elsewhere, what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    free = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    yield Finding("memory", "ok", free)
+    if not _SHARED.is_dir():
+        return
+    total = shutil.disk_usage(_SHARED).total
+    text = f"{total / _GIB:.2f} GiB in {_SHARED}"
+    if total < _LEAST_SHARED:
+        remedy = "in a container NCCL and workers need more: docker run --shm-size=8g"
+        yield Finding("memory", "note", text, remedy)
+    else:
+        yield Finding("memory", "ok", text)
+
+
+def _disk() -> Iterator[Finding]:
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        usage = shutil.disk_usage(folder)
+        free = f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free in {folder}"
+        yield Finding("disk", "ok", free)
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        text = f"torch {torch.__version__} is built without torch.distributed or gloo"
+        yield Finding("torch", "FAULT", text, "install an official build of torch")
+        return
+    words = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda or 'none'}"]
+    if dist.is_nccl_available():
+        words.append(f"NCCL {nccl_version()}")
+    words.append(f"{torch.cuda.device_count()} GPUs")
+    yield Finding("torch", "ok", ", ".join(words))
+
+
+def nccl_version() -> str:
+    """Such as 2.27.3; `none` where torch was built without NCCL."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_nccl_available():
+        return "none"
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def check_port(port: int) -> Iterator[Finding]:
+    """Whether the port by which ranks meet is free, and what holds it."""
+    try:
+        with closing(socket.create_server(("", port))):
+            yield Finding("port", "ok", f"port {port} is free")
+    except OSError as error:
+        holder = _holder(port)
+        text = f"port {port} cannot be used ({os.strerror(error.errno or 0)})" + (
+            holder and f": {holder}"
+        )
+        remedy = "end that process, or start with another port: --master_port N"
+        yield Finding("port", "FAULT", text, remedy)
+
+
+def _holder(port: int) -> str:
+    """Which process listens there. Its arguments stay unsaid: reports are pasted in public."""
+    import psutil
+
+    try:
+        listening = [
+            connection
+            for connection in psutil.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        ]
+        pids = sorted({connection.pid for connection in listening if connection.pid})
+        if pids:
+            return "held by " + ", ".join(f"{psutil.Process(p).name()} (pid {p})" for p in pids)
+    except psutil.Error:  # it has ended meanwhile, or this system shows nobody's connections
+        return ""
+    return f"held by a process that only root can name (ss -ltnp 'sport = :{port}')"
