@@ -118,7 +118,7 @@ def _stretches(shade_C: NDArray[np.int64], group_C: NDArray[np.int64]) -> Sequen
 def _row_labels(rows: Sequence[str], row_height: int) -> list[str]:
     every = -(-_SPACE_OF_LABEL // row_height)
     return [
-        f'<text class="end" x="{_LABELS - 6}" y="{r * row_height + row_height / 2 + 4:.1f}">'
+        f'<text class="end" x="{_LABELS - 6}" y="{max(r * row_height + row_height / 2 + 4, 9):.1f}">'
         f"{escape(rows[r])}</text>"
         for r in range(0, len(rows), every)
     ]

@@ -48,7 +48,8 @@ def fit(values: NDArray[np.float64], start: float, stop: float) -> Axis:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low >= _WIDE:
         return Axis(low / 1.1, high * 1.1, start, stop, is_log=True)
-    margin = max((high - low) * 0.05, abs(high) * 1e-9) or 1.0
+    # Of values that hardly differ, ticks would all read the same.
+    margin = max((high - low) * 0.05, abs(high) * 0.01) or 1.0
     # Quantities that are never negative keep zero as their floor.
     floor = 0.0 if 0 <= low < (high - low) / 2 else low - margin
     return Axis(floor, high + margin, start, stop)
