@@ -64,10 +64,13 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 
 
 def readable(value: float) -> str:
-    """Four digits: 0.0003, 5.331, 12,300, 1.2e+09."""
+    """Four digits, or all before the point: 3e-4, 5.331, 12,300, 1.2e9."""
     if not math.isfinite(value):
         return "not finite"
     size = abs(value)
     if 1000 <= size < 1e6:
         return f"{value:,.0f}"
+    if size >= 1e6 or 0 < size < 1e-3:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     return f"{value + 0.0:.4g}"
