@@ -20,7 +20,7 @@ MOST_POINTS = 500
 """Drawn of one curve."""
 NARROW, WIDE = (520, 230), (1080, 320)
 """Sizes of a curve picture."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 26, 12, 26
 _BAR, _BAR_GAP, _BAR_LABELS = 16, 7, 210
 _MOST_MISSING = 100
 

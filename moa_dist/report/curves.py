@@ -91,7 +91,9 @@ def curves(
         finite = line.series.finite()
         missing = len(line.series) - len(finite)
         last = readable(finite.values[-1]) if len(finite) else ""
-        entries.append((line.label, line.color, last + (f", {missing} ✕" if missing else "")))
+        entries.append(
+            (line.label, line.color, last + (f", {missing} ✕" if missing else ""), line.is_dotted)
+        )
     if any(len(line.series.finite()) < len(line.series) for line in lines):
         about += "; ✕ was not finite"
     return figure(title, about, legend(entries) + drawn, curve_table(lines), css=css)
@@ -122,7 +124,7 @@ def _layers(by_layer: dict[str, dict[str, float]], colors: dict[str, int]) -> st
             for values in [[bar.parts.get(purpose, 0.0) for purpose in colors]]
         ],
     )
-    key = legend((purpose, color, "") for purpose, color in colors.items())
+    key = legend((purpose, color, "", False) for purpose, color in colors.items())
     return figure(title, about, key + drawn, numbers, css="wide")
 
 

@@ -116,9 +116,8 @@ def _stretches(shade_C: NDArray[np.int64], group_C: NDArray[np.int64]) -> Sequen
 
 
 def _row_labels(rows: Sequence[str], row_height: int) -> list[str]:
-    every = -(-_SPACE_OF_LABEL // row_height)
-    return [
-        f'<text class="end" x="{_LABELS - 6}" y="{r * row_height + row_height / 2 + 4:.1f}">'
-        f"{escape(rows[r])}</text>"
-        for r in range(0, len(rows), every)
-    ]
+    labels = []
+    for r in range(0, len(rows), -(-_SPACE_OF_LABEL // row_height)):
+        y = max((r + 0.5) * row_height + 4, 9)  # the first row may be lower than its label
+        labels.append(f'<text class="end" x="{_LABELS - 6}" y="{y:.1f}">{escape(rows[r])}</text>')
+    return labels

@@ -10,6 +10,7 @@ from moa_dist.report.scale import readable
 from moa_dist.report.series import downsample
 
 _MOST_ROWS = 24
+_DOT = '<circle class="f{}" cx="9" cy="5" r="4"/>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
@@ -36,13 +37,14 @@ def figure(title: str, about: str, body: str, numbers: str, *, css: str = "") ->
     )
 
 
-def legend(entries: Iterable[tuple[str, int, str]]) -> str:
-    """Of (label, colour, what to say after it)."""
+def legend(entries: Iterable[tuple[str, int, str, bool]]) -> str:
+    """Of (label, colour, what to say after it, whether the curve has dots)."""
     items = "".join(
         f'<li><svg aria-hidden="true" width="18" height="10" viewBox="0 0 18 10">'
-        f'<path class="line s{color}" d="M1 5H17"/></svg>'
+        f'<path class="line s{color}" d="M1 5H17"/>'
+        f"{_DOT.format(color) if is_dotted else ''}</svg>"
         f"{escape(label)} <b>{escape(value)}</b></li>"
-        for label, color, value in entries
+        for label, color, value, is_dotted in entries
     )
     return f'<ul class="legend">{items}</ul>'
 

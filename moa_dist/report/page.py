@@ -30,13 +30,14 @@ def page(runs: Sequence[Run]) -> str:
     body += _tiles(runs[0]) if len(runs) == 1 else _comparison(runs)
     curves = [*shared_curves(runs)]
     if len(runs) == 1:
+        body.append(_problems(runs[0]))
         body.append(_section("Curves", [*curves, *own_curves(runs[0])]))
         body += _about(runs[0])
     else:
         body.append(_section("Curves", curves))
         for run, label in zip(runs, labels(runs), strict=True):
             own = _section("Auxiliary losses and traffic", [*own_curves(run)])
-            parts = "".join([own, *_about(run)])
+            parts = "".join([_problems(run), own, *_about(run)])
             body.append(f'<section class="run"><h2>{escape(label)}</h2>{parts}</section>')
     style = files("moa_dist.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
@@ -101,10 +102,13 @@ def _marked(numbers: Sequence[Number]) -> Iterator[str]:
         yield f"{number.text}{' ★' if is_best else ''}{detail}"
 
 
+def _problems(run: Run) -> str:
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
+    warning = f'<ul class="card wide warn">{items}</ul>'
+    return _section("Missing or damaged", [warning] if items else [])
+
+
 def _about(run: Run) -> Iterator[str]:
-    if run.problems:
-        items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
-        yield _section("Missing or damaged", [f'<ul class="card wide warn">{items}</ul>'])
     about = (
         "Rows are layers L and their repeats R; of steps that share a column, the worst is shown"
     )
@@ -142,7 +146,7 @@ def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             [
                 str(attempt.get("attempt", "-")),
-                str(attempt.get("began", "-")),
+                str(attempt.get("began", "-")).replace("T", " "),
                 duration(seconds) if isinstance(seconds, int | float) else "-",
                 " to ".join(
                     str(attempt.get(f"checkpoint_{when}", "-")) for when in ("before", "after")

@@ -48,7 +48,8 @@ def fit(values: NDArray[np.float64], start: float, stop: float) -> Axis:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low >= _WIDE:
         return Axis(low / 1.1, high * 1.1, start, stop, is_log=True)
-    margin = max((high - low) * 0.05, abs(high) * 1e-9) or 1.0
+    # Of values that hardly differ, ticks would all read the same.
+    margin = max((high - low) * 0.05, abs(high) * 0.01) or 1.0
     # Quantities that are never negative keep zero as their floor.
     floor = 0.0 if 0 <= low < (high - low) / 2 else low - margin
     return Axis(floor, high + margin, start, stop)
@@ -63,10 +64,13 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 
 
 def readable(value: float) -> str:
-    """Four digits: 0.0003, 5.331, 12,300, 1.2e+09."""
+    """Four digits, or all before the point: 3e-4, 5.331, 12,300, 1.2e9."""
     if not math.isfinite(value):
         return "not finite"
     size = abs(value)
     if 1000 <= size < 1e6:
         return f"{value:,.0f}"
+    if size >= 1e6 or 0 < size < 1e-3:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     return f"{value + 0.0:.4g}"

@@ -81,7 +81,6 @@ def test_numbers_of_a_run(write_run):
         assert text in found.text, text
     # Of MiB, 3 forward and 1 backward.
     assert re.search(r"stack\.layers\.0\.ffn4", found.text)
-    assert "b" in found.tags
     assert "Missing or damaged" not in found.text
 
 

@@ -54,7 +54,15 @@ def test_spikes_make_an_axis_logarithmic():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (-0.0, "0"), (0.0003, "0.0003"), (5.33081, "5.331"), (12345.6, "12,346")],
+    [
+        (0.0, "0"),
+        (-0.0, "0"),
+        (0.0003, "3e-4"),
+        (5.33081, "5.331"),
+        (12345.6, "12,346"),
+        (1.2e9, "1.2e9"),
+        (-5e-324, "-4.941e-324"),
+    ],
 )
 def test_readable(value, text):
     assert readable(value) == text
