@@ -1,0 +1,84 @@
+"""A trained model as a model of Hugging Face transformers, an optional dependency.
+
+For tools that speak its interface: `from_export` wraps what `moa-dist export` wrote; then
+`save_pretrained`, `from_pretrained` and `AutoModelForCausalLM` work as for any other model, once
+this module is imported. Its `generate` is not there: ours (`moa_dist.evaluate.generate`) is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from moa_dist.config.model import ModelConfig
+from moa_dist.evaluate.export import load_export
+from moa_dist.models.language_model import LanguageModel
+
+
+class MoaDistConfig(PretrainedConfig):
+    """Holds the `model` section of a run's configuration."""
+
+    model_type = "moa_dist"
+    has_no_defaults_at_init = True
+
+    def __init__(self, model: dict[str, Any], **more: Any) -> None:
+        self.model = model
+        super().__init__(**more)
+
+
+class MoaDistForCausalLM(PreTrainedModel):
+    """A `LanguageModel` behind the interface of transformers."""
+
+    config_class = MoaDistConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: MoaDistConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(ModelConfig.model_validate(config.model))
+        self.post_init()
+
+    @classmethod
+    def from_export(cls, folder: str | Path) -> MoaDistForCausalLM:
+        """The model of `moa-dist export`, in fp32 and evaluation mode.
+
+        Raises DataError and ConfigError as `load_export`.
+        """
+        model, config, _ = load_export(Path(folder))
+        with torch.device("meta"):
+            result = cls(MoaDistConfig(config.model.model_dump(mode="json")))
+        result.model = model
+        return result.eval()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: weights come from a file."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Logits [B, S, V] for `input_ids` [B, S] int64.
+
+        `attention_mask` [B, S] is 0 at padding, wherever that stands. With `labels` [B, S], -100
+        where nothing is to be predicted, also the mean cross-entropy of each next one. Other
+        arguments, which ask for what these models do not return, have no effect.
+        """
+        real = None if attention_mask is None else attention_mask.bool()
+        logits = self.model(input_ids, real).logits
+        loss = None
+        if labels is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(MoaDistConfig.model_type, MoaDistConfig)
+AutoModelForCausalLM.register(MoaDistConfig, MoaDistForCausalLM)

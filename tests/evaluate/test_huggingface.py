@@ -1,0 +1,65 @@
+"""An export behind the interface of transformers says what the model says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from moa_dist.config import to_yaml
+from moa_dist.evaluate.export import CONFIG_FILE, MODEL_FILE
+from moa_dist.evaluate.huggingface import MoaDistForCausalLM
+from moa_dist.models.language_model import build_model
+from tests.evaluate.runs import config
+from tests.models.small import ATTENTION, small_config, tokens_of
+
+
+@pytest.fixture(params=[*ATTENTION, "tied", "biased"])
+def exported(request, tmp_path):
+    """A model, and the folder of its export."""
+    more = {"num_layers": 4, "num_distinct_layers": 2, "tie_embeddings": request.param == "tied"}
+    section = request.param
+    if section == "biased":
+        section = ATTENTION["moa"]
+        section = section | {"router": section["router"] | {"balance": {"bias_rate": 0.1}}}
+    run = config(tmp_path).model_copy(
+        update={"model": small_config("dense" if section == "tied" else section, **more)}
+    )
+    model = build_model(run.model, seed=5).eval()
+    for buffer in model.buffers():
+        buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / MODEL_FILE,
+    )
+    (folder / CONFIG_FILE).write_text(to_yaml(run), encoding="utf-8")
+    return model, folder
+
+
+def test_logits_are_equal_there_and_back(exported, tmp_path):
+    model, folder = exported
+    tokens = tokens_of(2)
+    expected = model(tokens).logits
+    wrapped = MoaDistForCausalLM.from_export(folder)
+    assert torch.equal(wrapped(tokens).logits, expected)
+    wrapped.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not loaded.training
+    assert torch.equal(loaded(tokens).logits, expected)
+
+
+def test_padding_and_labels(exported):
+    model, folder = exported
+    wrapped, tokens = MoaDistForCausalLM.from_export(folder), tokens_of(2)
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    labels = tokens.masked_fill(mask == 0, -100)
+    output = wrapped(tokens, attention_mask=mask, labels=labels)
+    first, second = model(tokens[:1]).logits[0], model(tokens[1:, 3:]).logits[0]
+    torch.testing.assert_close(output.logits[1, 3:], second)
+    # The first token of the second text is predicted, too: from padding.
+    predicted = torch.cat([first[:-1], output.logits[1, 2:3], second[:-1]])
+    targets = torch.cat([tokens[0, 1:], tokens[1, 3:]])
+    torch.testing.assert_close(output.loss, F.cross_entropy(predicted, targets))
