@@ -62,14 +62,19 @@ def run(config_file: str, overrides: list[str], preemption: Preemption) -> int:
         say_once(rank, str(error))
         return ExitCode.NOT_SAVED if isinstance(error, SaveError) else ExitCode.NOT_FINITE
     except PeerError as error:
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        # Not by way of the interpreter's end, where NCCL may wait for the lost rank.
-        sys.stdout.flush()
-        os._exit(ExitCode.LOST_PEER)
+        print(f"rank {rank}: {error}", file=sys.stderr)
+        return ExitCode.LOST_PEER
     except MoaDistError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return ExitCode.USER
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status not in (ExitCode.DONE, ExitCode.PREEMPTED):
+        # Not by way of the interpreter's end: process groups are still open, NCCL may wait there
+        # for a lost rank, and threads that still run may turn the status into an abort.
+        os._exit(status)
+    sys.exit(status)
