@@ -1,10 +1,15 @@
-"""`moa-dist eval`: perplexity on held-out text. Arguments and printing only."""
+"""`moa-dist eval`: perplexity on held-out text, zero-shot tasks. Arguments and printing only.
+
+Also started like training, once per rank, which then share the work.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,16 @@ from torch import Tensor
 
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
+from moa_dist.cli.ranks import say_once
 from moa_dist.data.manifest import Manifest, load_manifest
 from moa_dist.data.validation import validation_batches
-from moa_dist.errors import DataError
+from moa_dist.distributed.start import job
+from moa_dist.errors import DataError, MoaDistError
 from moa_dist.evaluate.perplexity import perplexity
+from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
+from moa_dist.evaluate.tasks.task import Mean, Result
 from moa_dist.evaluate.trained import Trained, load_trained
+from moa_dist.evaluate.zero_shot import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,34 +46,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batch", type=between(int, 1), default=8, metavar="B", help="sequences at once (8)"
     )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        type=_task,
+        default=[],
+        metavar="NAME=PATH",
+        help=f"zero-shot tasks, of {', '.join(TASKS)}, and the file or folder that holds each; a "
+        "name may come again for more files. Instead of perplexity, or besides it with --data",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _task(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not separator or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=PATH, such as blimp=blimp.jsonl")
+    if name not in TASKS:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a task; known are {', '.join(TASKS)}")
+    return name, Path(path)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the result; returns the exit status."""
+    if "RANK" not in os.environ:
+        _evaluate(args, rank=0, world_size=1)
+        return 0
+    try:
+        with job() as this_job:
+            _evaluate(args, this_job.rank, this_job.world_size)
+    except MoaDistError as error:
+        say_once(int(os.environ["RANK"]), str(error))
+        return 2
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
+    examples = _read_tasks(args.tasks)
     trained = load_trained(args.path)
+    report: dict[str, Any] = {"checkpoint": str(trained.folder), "step": trained.step}
+    if args.data is not None or not args.tasks:
+        report |= _perplexity(args, trained, rank, world_size)
+    results = _run_tasks(examples, scorer_of(trained, args.micro_batch), rank)
+    if rank == 0:
+        tasks = {"tasks": {name: _as_json(result) for name, result in results.items()}}
+        as_json = json.dumps(report | (tasks if results else {}), indent=2)
+        print(as_json if args.json else _as_text(report, results), flush=True)
+
+
+def _perplexity(
+    args: argparse.Namespace, trained: Trained, rank: int, world_size: int
+) -> dict[str, Any]:
     folder, manifest = _find_data(args.data, trained)
     batches = validation_batches(
         folder,
         manifest,
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=world_size,
         micro_batch=args.micro_batch,
         sequences=args.sequences,
     )
     total = min(args.sequences or manifest.num_samples, manifest.num_samples)
-    result = perplexity(trained.model, _with_progress(batches, total), trained.device)
-    report = {
-        "checkpoint": str(trained.folder),
+    if rank == 0:
+        batches = _with_progress(batches, total, world_size)
+    result = perplexity(trained.model, batches, trained.device)
+    return {
         "data": str(folder),
-        "step": trained.step,
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte(manifest.bytes_per_token),
     }
-    print(json.dumps(report, indent=2) if args.json else _as_text(report))
-    return 0
+
+
+def _read_tasks(tasks: list[tuple[str, Path]]) -> dict[str, list[Any]]:
+    """Examples by the name of their task; what is wrong with a file shows before the work."""
+    paths: dict[str, list[Path]] = {}
+    for name, path in tasks:
+        paths.setdefault(name, []).append(path)
+    return {name: TASKS[name].examples(several) for name, several in paths.items()}
+
+
+def _run_tasks(examples: dict[str, list[Any]], scorer: Scorer, rank: int) -> dict[str, Result]:
+    line = ProgressLine()
+
+    def score(name: str, requests: list[Request]) -> list[Score]:
+        return scorer.score(requests, partial(line, name) if rank == 0 else None)
+
+    return {
+        name: TASKS[name].run(several, partial(score, name)) for name, several in examples.items()
+    }
 
 
 def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
@@ -99,23 +171,50 @@ def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
 
 
 def _with_progress(
-    batches: Iterator[tuple[Tensor, Tensor]], total: int
+    batches: Iterator[tuple[Tensor, Tensor]], total: int, world_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of rank 0; the other ranks are about as far."""
     progress, done = ProgressLine(), 0
     progress("validating", done, total)
     for tokens, counts in batches:
         yield tokens, counts
-        done += int(counts.sum())
+        done = min(done + int(counts.sum()) * world_size, total)
         progress("validating", done, total)
 
 
-def _as_text(report: dict[str, Any]) -> str:
-    return "\n".join(
-        [
-            f"{report['checkpoint']} (step {report['step']:,}) on {report['data']}",
+def _as_json(result: Result) -> dict[str, Any]:
+    def each(means: dict[str, Mean]) -> dict[str, dict[str, float]]:
+        return {name: value._asdict() for name, value in means.items()}
+
+    return {
+        "examples": result.num_examples,
+        **each(result.metrics),
+        "groups": {kind: each(members) for kind, members in result.groups.items()},
+    }
+
+
+def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
+    lines = [f"{report['checkpoint']} (step {report['step']:,})"]
+    if "loss" in report:
+        lines += [
+            f"{report['data']}, {report['tokens']:,} tokens",
             f"  loss           {report['loss']:.4f}",
             f"  perplexity     {report['perplexity']:.3f}",
             f"  bits per byte  {report['bits_per_byte']:.4f}",
-            f"  tokens         {report['tokens']:,}",
         ]
-    )
+    for task, result in results.items():
+        lines.append(f"{task}, {result.num_examples:,} examples")
+        lines += _table("", result.metrics)
+        for kind, members in result.groups.items():
+            if len(members) > 1:
+                lines.append(f"  accuracy by {kind}")
+                lines += _table("  ", members)
+    return "\n".join(lines)
+
+
+def _table(indent: str, means: dict[str, Mean]) -> list[str]:
+    width = max(map(len, means))
+    return [
+        f"  {indent}{name:<{width}}  {value:.4f} ± {error:.4f}"
+        for name, (value, error) in means.items()
+    ]

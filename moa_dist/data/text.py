@@ -139,8 +139,8 @@ def _all_documents(
 ) -> Iterator[str]:
     finished_bytes = 0
     for path in files:
-        with _read_errors_named(path), path.open("rb") as raw:
-            for text in _documents_of(path, _decompressed(path, raw), options, counts):
+        with read_errors_named(path), path.open("rb") as raw:
+            for text in _documents_of(path, decompressed(path, raw), options, counts):
                 counts.input_bytes = finished_bytes + raw.tell()
                 yield text
         finished_bytes += path.stat().st_size
@@ -149,7 +149,7 @@ def _all_documents(
 
 def _files_in(folder: Path) -> list[Path]:
     known = PLAIN_SUFFIXES | JSONL_SUFFIXES
-    found = sorted(f for f in folder.rglob("*") if _content_suffix(f) in known and f.is_file())
+    found = sorted(f for f in folder.rglob("*") if content_suffix(f) in known and f.is_file())
     if not found:
         raise DataError(
             f"{folder}: no text files in this folder; known suffixes are "
@@ -160,13 +160,13 @@ def _files_in(folder: Path) -> list[Path]:
     return found
 
 
-def _content_suffix(path: Path) -> str:
+def content_suffix(path: Path) -> str:
     """Suffix that says what the file holds once decompressed."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
     return inner.suffix.lower()
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
+def decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     """Lines of the file, each with its newline."""
     match path.suffix.lower():
         case ".gz":
@@ -180,7 +180,8 @@ def _decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 @contextmanager
-def _read_errors_named(path: Path) -> Iterator[None]:
+def read_errors_named(path: Path) -> Iterator[None]:
+    """Turn what may go wrong while `path` is read into a DataError that names it."""
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -193,7 +194,7 @@ def _documents_of(
     path: Path, raw_lines: Iterator[bytes], options: TextOptions, counts: TextCounts
 ) -> Iterator[str]:
     lines = _decoded(path, raw_lines, options.errors, counts)
-    if _content_suffix(path) in JSONL_SUFFIXES:
+    if content_suffix(path) in JSONL_SUFFIXES:
         return _json_documents(path, lines, options, counts)
     if options.documents == "file":
         return iter(["".join(lines)])

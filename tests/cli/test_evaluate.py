@@ -54,7 +54,7 @@ def test_one_checkpoint_and_few_sequences(made, capsys):
     text = capsys.readouterr().out
     expected, _ = direct_loss(made, seed=1, sequences=3)
     assert f"loss           {expected:.4f}" in text
-    assert f"tokens         {3 * LENGTH}" in text
+    assert f"{3 * LENGTH} tokens" in text
     assert "(step 1)" in text
 
 

@@ -1,0 +1,113 @@
+"""Cloze in the form of the Children's Book Test (Hill et al. 2016): which word is left out?
+
+Plain text: 20 numbered sentences, then `21 SENTENCE<TAB>ANSWER<TAB><TAB>CANDIDATE|CANDIDATE|...`
+with XXXXX in the sentence, then a blank line. The tokens of these files stand apart from each
+other (`do n't`, `said ,`); they are joined again, since models are trained on text as it is
+written. Each candidate is scored together with the rest of the sentence, after all that precedes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moa_dist.errors import DataError
+from moa_dist.evaluate.scoring import Request, Score
+from moa_dist.evaluate.tasks.files import read_lines
+from moa_dist.evaluate.tasks.task import Result, Task, is_highest, mean, mean_by
+
+SENTENCES = 20
+BLANK = "XXXXX"
+_JOINED = (
+    (re.compile(r"``\s*"), '"'),
+    (re.compile(r"\s*''"), '"'),
+    (re.compile(r"-LRB-\s*"), "("),
+    (re.compile(r"\s*-RRB-"), ")"),
+    (re.compile(r"\s+(?=[.,:;!?]|n't\b|'(?:s|m|d|ll|re|ve)\b)"), ""),
+)
+
+
+class Question(NamedTuple):
+    """A sentence with a gap."""
+
+    before: str
+    """All text up to the gap."""
+    after: str
+    """The rest of the sentence."""
+    candidates: list[str]
+    """Each different from the others."""
+    answer: int
+    """Which of them was left out."""
+    file: str
+    """Name of the file it is from, which says what kind of word is left out."""
+
+
+def join_tokens(text: str) -> str:
+    """Undo the tokenisation of the Penn Treebank, as far as these files need it."""
+    for pattern, joined in _JOINED:
+        text = pattern.sub(joined, text)
+    return text
+
+
+def _read(file: Path) -> list[Question]:
+    return list(_questions(file))
+
+
+def _questions(file: Path) -> Iterator[Question]:
+    place, story = str(file), list[str]()
+    for place, line in read_lines(file):
+        if not line.strip():
+            continue
+        number, _, text = line.strip().partition(" ")
+        if number != str(len(story) + 1) or not text:
+            raise DataError(
+                f"{place}: expected sentence {len(story) + 1} of a question, as "
+                f"'{len(story) + 1} TEXT'; mend the line"
+            )
+        if len(story) < SENTENCES:
+            story.append(text)
+        else:
+            yield _question(place, join_tokens(" ".join(story)), text, file.name)
+            story = []
+    if story:
+        raise DataError(f"{place}: the file ends within a question; copy it again")
+
+
+def _question(place: str, story: str, line: str, file: str) -> Question:
+    sentence, *rest = (part for part in line.split("\t") if part)
+    if len(rest) != 2 or BLANK not in sentence:
+        raise DataError(
+            f"{place}: expected a sentence with {BLANK}, the answer and the candidates, "
+            "separated by tabs; mend the line"
+        )
+    answer = rest[0]
+    candidates = list(dict.fromkeys(word for word in rest[1].split("|") if word.strip()))
+    if answer not in candidates or len(candidates) < 2:
+        raise DataError(
+            f"{place}: the answer {answer!a} must be one of at least two candidates, but they "
+            f"are {', '.join(map(ascii, candidates))}; mend the line"
+        )
+    before, _, after = join_tokens(sentence).partition(BLANK)
+    return Question(f"{story} {before}", after, candidates, candidates.index(answer), file)
+
+
+def _requests(question: Question) -> list[Request]:
+    return [Request(question.before, word + question.after) for word in question.candidates]
+
+
+def _result(questions: list[Question], scores: list[list[Score]]) -> Result:
+    total, per_token = [], []
+    for question, several in zip(questions, scores, strict=True):
+        total.append(is_highest([score.log_likelihood for score in several], question.answer))
+        per_token.append(is_highest([score.per_token for score in several], question.answer))
+    metrics = {"accuracy": mean(total), "accuracy_per_token": mean(per_token)}
+    return Result(
+        len(questions),
+        metrics,
+        {"file": mean_by((question.file for question in questions), total)},
+    )
+
+
+CLOZE = Task((".txt",), _read, _requests, _result)
