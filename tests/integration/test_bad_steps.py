@@ -40,6 +40,7 @@ def folder(tmp_path_factory) -> Path:
     run(
         "-m", "moa_dist.cli.main", "prepare", "--input", str(ROOT / "moa_dist"), "--output",
         "text", "--valid-share", "0.1", "--vocab-size", "300", "--sequence-length", "32",
+        "--max-bytes", "100000",
         cwd=folder,
     )  # fmt: skip
     return folder

@@ -70,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
         [
             sys.executable, "-m", "moa_dist.cli.main", "prepare", "--input",
             str(ROOT / "moa_dist"), "--output", "text", "--valid-share", "0.1",
-            "--vocab-size", "300", "--sequence-length", "32",
+            "--vocab-size", "300", "--sequence-length", "32", "--max-bytes", "100000",
         ],
         cwd=folder, check=True, timeout=WAIT_S, capture_output=True,
     )  # fmt: skip
