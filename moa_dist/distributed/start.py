@@ -43,6 +43,21 @@ class Job:
 
 
 @contextmanager
+def _told_to_be_alone() -> Iterator[None]:
+    """The environment of a job of one rank, and what it was before afterwards."""
+    before = {name: os.environ.get(name) for name in _ALONE}
+    os.environ.update(_ALONE)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def job() -> Iterator[Job]:
     """Join the job that `deepspeed`, `torchrun` or plain `python` started this process in.
 
@@ -56,7 +71,9 @@ def job() -> Iterator[Job]:
                 "several tasks were started, but none was told its rank: start one task per node, "
                 "and in it `deepspeed` or `torchrun`"
             )
-        os.environ.update(_ALONE)
+        with _told_to_be_alone(), job() as alone:
+            yield alone
+        return
     missing = [name for name in _ALONE if name not in os.environ]
     if missing:
         raise ClusterError(
