@@ -12,16 +12,9 @@ from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
 from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
-from moa_dist.kernels.routed import (
-    Experts,
-    Trip,
-    add_up,
-    because,
-    gather,
-    multiply,
-    routed_at_once,
-    routed_experts,
-)
+from moa_dist.kernels.at_once import add_up, gather, multiply, routed_at_once
+from moa_dist.kernels.routed import because, routed_experts
+from moa_dist.kernels.trip import Experts, Trip
 from moa_dist.models.block import Block, make_attention, make_feed_forward
 from moa_dist.moe.dispatch import LocalDispatcher
 from moa_dist.moe.routed import RoutedModule
@@ -147,19 +140,19 @@ def _dispatch(recorded: Recorded) -> Work:
 def _multiply(recorded: Recorded) -> Work:
     experts, x, trip = recorded
     rows = gather(x, trip).detach().requires_grad_()
-    return gradients(lambda: multiply(experts, rows, trip.counts), [rows, *experts.matrices()])
+    return gradients(lambda: multiply(experts, rows, trip), [rows, *experts.matrices()])
 
 
 def _combine(recorded: Recorded) -> Work:
     experts, x, trip = recorded
-    rows = multiply(experts, gather(x, trip), trip.counts).detach().requires_grad_()
+    rows = multiply(experts, gather(x, trip), trip).detach().requires_grad_()
     weight = [] if trip.weight is None else [trip.weight]
     return gradients(lambda: add_up(rows, trip), [rows, *weight])
 
 
 def _loads(recorder: RecordingDispatcher) -> str:
     """How uneven this random router is."""
-    fullest = (
-        max(a.trip.counts) * len(a.trip.counts) / sum(a.trip.counts) for a in recorder.applied
+    fullest = max(
+        float(a.trip.counts.max() / a.trip.counts.double().mean()) for a in recorder.applied
     )
-    return f"fullest expert: {max(fullest):.2f} x the mean load"
+    return f"fullest expert: {fullest:.2f} x the mean load"

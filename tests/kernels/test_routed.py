@@ -5,12 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moa_dist.kernels import routed
-from moa_dist.kernels.routed import Experts, Trip, routed_at_once, routed_experts, routed_in_parts
+from moa_dist.kernels import in_parts
+from moa_dist.kernels.at_once import routed_at_once
+from moa_dist.kernels.in_parts import routed_in_parts
+from moa_dist.kernels.routed import routed_experts
+from moa_dist.kernels.trip import Experts, Trip, hidden_rows
 
 D, FF, HEADS = 6, 4, 3
 
@@ -41,25 +43,21 @@ COUNTS = {
     "one expert takes all": [0, 7, 0],
     "no rows": [0, 0, 0],
 }
-TOKENS = 5
-
-
-def activation(up: Tensor, gate: Tensor | None = None) -> Tensor:
-    return F.silu(up) if gate is None else F.silu(up) * gate
+TOKENS, DROPPED = 5, 2
 
 
 def inputs(
     use: Use, counts: list[int], dtype: torch.dtype = torch.float64
 ) -> tuple[Experts, Tensor, Trip, list[Tensor]]:
     """Operation, rows, trip, and all that has a gradient. Some rows are read or written by
-    nobody, as when assignments are dropped."""
+    nobody, and some assignments are no expert's, as when assignments are dropped."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return values.to(dtype).requires_grad_()
 
-    E, A = len(counts), sum(counts)
+    E, A = len(counts), sum(counts) + DROPPED
     num_rows = {"token": TOKENS, "head": TOKENS * HEADS, "slot": A + 2}
 
     def rows(level: str) -> Tensor:
@@ -71,18 +69,25 @@ def inputs(
     weight = draw(A, dtype=torch.promote_types(dtype, torch.float32)) if use.weighted else None
     ups = tuple(draw(E, use.d_in, FF) for _ in range(use.num_ups))
     down = draw(E, FF if ups else use.d_in, use.d_out)
-    trip = Trip(rows(use.read), rows(use.write), num_rows[use.write], counts, weight)
+    trip = Trip(
+        read=rows(use.read),
+        write=rows(use.write),
+        num_written=num_rows[use.write],
+        counts=torch.tensor(counts),
+        all_taken=False,
+        weight=weight,
+    )
     sources = [x, down, *ups, *([] if weight is None else [weight])]
-    return Experts(down, ups, activation if ups else None), x, trip, sources
+    return Experts(down, ups, "silu"), x, trip, sources
 
 
 def one_at_a_time(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
-    expert_of = [e for e, count in enumerate(trip.counts) for _ in range(count)]
+    expert_of = [e for e, count in enumerate(trip.counts.tolist()) for _ in range(count)]
     y = [x.new_zeros(experts.down.shape[2])] * trip.num_written
     for a, e in enumerate(expert_of):
         row = x[trip.read[a]]
         if experts.ups:
-            row = experts.hidden(*(row @ up[e] for up in experts.ups))
+            row = hidden_rows(tuple(row @ up[e] for up in experts.ups), experts.activation)
         row = row @ experts.down[e]
         write = int(trip.write[a])
         y[write] = y[write] + (row if trip.weight is None else trip.weight[a] * row)
@@ -97,7 +102,7 @@ def gradients(y: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
 @pytest.fixture(params=[1, 200, 1 << 20], ids=["expert by expert", "some experts", "one part"])
 def part_bytes(request):
     """How much is done at once must not change what is done."""
-    with mock.patch.object(routed, "_PART_BYTES", request.param):
+    with mock.patch.object(in_parts, "_PART_BYTES", request.param):
         yield
 
 
@@ -161,15 +166,15 @@ def test_many_bfloat16_rows_are_summed_in_fp32_also_backward():
     """300 ones: a bfloat16 sum stops at 256."""
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     zeros = torch.zeros(300, dtype=torch.int64)
-    trip = Trip(zeros, zeros, 1, [1] * 300, torch.ones(300))
+    trip = Trip(zeros, zeros, 1, torch.ones(300).long(), True, torch.ones(300))
     y = routed_in_parts(Experts(torch.ones(300, 1, 1, dtype=torch.bfloat16)), x, trip)
     y.backward()
     assert y.item() == 300
     assert x.grad.item() == 300
 
 
-@pytest.mark.parametrize("counts", [[2, 2], [2, 4]], ids=str)
+@pytest.mark.parametrize("counts", [[5], [4, 4]], ids=str)
 def test_counts_that_do_not_fit_raise(counts):
     experts, x, trip, _ = inputs(USES["sigma-MoE"], [2, 3])
-    with pytest.raises(ValueError, match=r"5 rows, but counts for"):
-        routed_experts(experts, x, trip._replace(counts=counts))
+    with pytest.raises(ValueError, match=r"7 rows and 2 experts, but counts"):
+        routed_experts(experts, x, trip._replace(counts=torch.tensor(counts)))
