@@ -13,7 +13,7 @@ from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
 from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
 from moa_dist.kernels.at_once import add_up, gather, multiply, routed_at_once
-from moa_dist.kernels.routed import because, routed_experts
+from moa_dist.kernels.routed import kernel_for, routed_experts
 from moa_dist.kernels.trip import Experts, Trip
 from moa_dist.models.block import Block, make_attention, make_feed_forward
 from moa_dist.moe.dispatch import LocalDispatcher
@@ -62,7 +62,7 @@ def _layer(
     rows = compare(work, setting.device, repetitions=setting.repetitions)
     title = f"{title}, forward and backward"
     return [
-        Table(title, rows, setting.tokens, [f"kernel: {because(setting.device)}"]),
+        Table(title, rows, setting.tokens),
         _parts(title, setting, layer, work_of),
     ]
 
@@ -101,7 +101,7 @@ def _parts(
     }
     rows = compare(work, setting.device, repetitions=setting.repetitions, memory=False)
     title = f"{title} part by part; ratio: share of the layer"
-    return Table(title, rows, setting.tokens, [_loads(recorder)])
+    return Table(title, rows, setting.tokens, [*_kernels(recorder), _loads(recorder)])
 
 
 def _all(parts: Iterable[Work | None]) -> Work:
@@ -148,6 +148,12 @@ def _combine(recorded: Recorded) -> Work:
     rows = multiply(experts, gather(x, trip), trip).detach().requires_grad_()
     weight = [] if trip.weight is None else [trip.weight]
     return gradients(lambda: add_up(rows, trip), [rows, *weight])
+
+
+def _kernels(recorder: RecordingDispatcher) -> list[str]:
+    """Which are taken, and why."""
+    taken = {kernel_for(applied.experts, applied.x).because for applied in recorder.applied}
+    return [f"kernel: {because}" for because in sorted(taken)]
 
 
 def _loads(recorder: RecordingDispatcher) -> str:

@@ -1,45 +1,24 @@
 """Routed experts on a CPU: a few experts at a time.
 
 The rows that a part gathers are still in the cache when they are multiplied and added to the
-result, and all of them are never held; the backward pass goes in the same order. Operators of
-torch, opaque to its compiler, which would otherwise cut the graph at the counts. Shapes as in
-`trip`.
+result, and all of them are never held; the backward pass goes in the same order. Deterministic.
+Shapes as in `trip`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.activations import ACTIVATIONS
-from moa_dist.kernels.trip import Experts, Trip, hidden_rows, sum_type
+from moa_dist.kernels.saved import hidden_gradient, room_to_save, weighs_results
+from moa_dist.kernels.trip import hidden_rows, sum_type
 
 _PART_BYTES = 4 << 20
 """Gathered rows per part: with the experts' matrices and as many results they should fit a cache
 shared by a few cores."""
-
-
-def routed_in_parts(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
-    """`routed_experts` by a few experts at a time; holds [A, F] only.
-
-    Weights multiply the narrower side of `down`. That of the hidden rows is where
-    `<y_a, grad>`, the gradient of a weight, costs least as well.
-    """
-    y, *_ = _forward(
-        x,
-        trip.weight,
-        experts.down,
-        list(experts.ups),
-        trip.read,
-        trip.write,
-        trip.counts,
-        trip.num_written,
-        experts.activation,
-    )
-    return y
 
 
 class _Part(NamedTuple):
@@ -90,11 +69,6 @@ def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows * weight[:, None]).to(rows.dtype)
 
 
-def _narrows(down: Tensor) -> bool:
-    """Whether results are narrower than what `down` multiplies."""
-    return down.shape[1] > down.shape[2]
-
-
 def _checked(counts: Tensor, num_rows: int, down: Tensor) -> list[int]:
     sizes: list[int] = counts.tolist()
     if len(sizes) != len(down) or sum(sizes) > num_rows:
@@ -102,8 +76,7 @@ def _checked(counts: Tensor, num_rows: int, down: Tensor) -> list[int]:
     return sizes
 
 
-@torch.library.custom_op("moa_dist::routed_in_parts", mutates_args=())
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor | None,
     down: Tensor,
@@ -114,16 +87,15 @@ def _forward(
     num_written: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """y [Y, O], and what backward would else compute again: the results [A, O] or the products
-    with `ups`, each [A, F], each only where it is the narrow side."""
+    """y [Y, O], and what is saved for `backward`, see `room_to_save`."""
     parts, most = _parts(
         _checked(counts, len(read), down), max(x.shape[1], down.shape[2]) * x.element_size()
     )
     # Buffers for one part serve all parts: fresh memory costs more than the products.
     gathered = x.new_empty(most, x.shape[1])
     results = x.new_empty(most, down.shape[2])
-    kept, products = _saved_shapes(x, weight, down, ups, len(read))
-    weighs_results = weight is not None and _narrows(down)
+    kept, products = room_to_save(x, weight, down, ups, len(read))
+    keeps = weighs_results(weight, down)
     y = x.new_zeros(num_written, down.shape[2], dtype=sum_type(x))
     for experts, rows, sizes in parts:
         n = rows.stop - rows.start
@@ -134,43 +106,17 @@ def _forward(
                 for up, product in zip(ups, products, strict=True)
             )
             hidden = hidden_rows(part, activation)
-        if weight is not None and not weighs_results:
+        if weight is not None and not keeps:
             hidden = _scaled(hidden, weight[rows])
-        out = kept[rows] if weighs_results else results[:n]
+        out = kept[rows] if keeps else results[:n]
         out = _multiply(hidden, down[experts], sizes, out)
-        if weight is not None and weighs_results:
+        if weight is not None and keeps:
             out = out * weight[rows, None]
         y.index_add_(0, write[rows], out.to(y.dtype))
     return y.to(x.dtype), kept, products
 
 
-def _saved_shapes(
-    x: Tensor, weight: Tensor | None, down: Tensor, ups: Sequence[Tensor], num_rows: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Room for results, none where they are not kept, and for products."""
-    keeps = weight is not None and _narrows(down)
-    kept = x.new_empty(num_rows if keeps else 0, down.shape[2])
-    return kept, [x.new_empty(num_rows, up.shape[2]) for up in ups]
-
-
-@_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    num_written: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    kept, products = _saved_shapes(x, weight, down, ups, len(read))
-    return x.new_empty(num_written, down.shape[2]), kept, products
-
-
-@torch.library.custom_op("moa_dist::routed_in_parts_backward", mutates_args=())
-def _backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -192,7 +138,7 @@ def _backward(
     grad_x = torch.zeros_like(x, dtype=wide)
     grad_weight = x.new_empty(0) if weight is None else torch.zeros_like(weight)
     grad_down, grad_ups = torch.empty_like(down), [torch.empty_like(up) for up in ups]
-    weighs_results = weight is not None and _narrows(down)
+    keeps = weighs_results(weight, down)
     for experts, rows, sizes in parts:
         n = rows.stop - rows.start
         from_x = hidden = torch.index_select(x, 0, read[rows], out=gathered[:n])
@@ -200,10 +146,10 @@ def _backward(
         part = tuple(product[rows] for product in products)
         if ups:
             hidden = hidden_rows(part, activation)
-        if weight is not None and weighs_results:
+        if weight is not None and keeps:
             torch.sum(kept[rows].to(wide) * grad_y, -1, out=grad_weight[rows])
             grad_y = torch.mul(grad_y, weight[rows, None], out=grad_y)
-        weighs_hidden = weight is not None and not weighs_results
+        weighs_hidden = weight is not None and not keeps
         scaled = _scaled(hidden, weight[rows]) if weight is not None and weighs_hidden else hidden
         _outer(scaled, grad_y, sizes, grad_down[experts])
         grad_h = _multiply(grad_y, down[experts].mT, sizes, hidden_grad[:n])
@@ -212,7 +158,7 @@ def _backward(
             grad_h = torch.mul(grad_h, weight[rows, None], out=grad_h)
         grad_rows = grad_h
         if ups:
-            grad_products = _hidden_gradient(grad_h, part, activation)
+            grad_products = hidden_gradient(grad_h, part, activation)
             for grad_product, grad_up in zip(grad_products, grad_ups, strict=True):
                 _outer(from_x, grad_product, sizes, grad_up[experts])
             grad_rows = from_x  # which is not needed any more
@@ -220,57 +166,3 @@ def _backward(
                 _multiply(grad_product, up[experts].mT, sizes, grad_rows, add=i > 0)
         grad_x.index_add_(0, read[rows], grad_rows.to(wide))
     return grad_x.to(x.dtype), grad_weight, grad_down, grad_ups
-
-
-def _hidden_gradient(
-    grad: Tensor, products: tuple[Tensor, ...], activation: str
-) -> tuple[Tensor, ...]:
-    """Gradients of the products [a, F] from that of `hidden_rows`."""
-    act = ACTIVATIONS[activation]
-    if len(products) == 1:
-        return (act.gradient(grad, products[0]),)
-    up, gate = products
-    return act.gradient(grad * gate, up), grad * act.value(up)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    kept: Tensor,
-    products: Sequence[Tensor],
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grad_weight = x.new_empty(0) if weight is None else torch.empty_like(weight)
-    return (
-        torch.empty_like(x),
-        grad_weight,
-        torch.empty_like(down),
-        [torch.empty_like(up) for up in ups],
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    x, weight, down, ups, read, write, counts, _, activation = inputs
-    _, kept, products = output
-    ctx.save_for_backward(x, weight, down, read, write, counts, kept, *ups, *products)
-    ctx.activation = activation
-
-
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, weight, down, read, write, counts, kept, *rest = ctx.saved_tensors
-    ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    grad_x, grad_weight, grad_down, grad_ups = _backward(
-        grad, x, weight, down, ups, read, write, counts, kept, products, ctx.activation
-    )
-    routing = None if weight is None else grad_weight
-    return grad_x, routing, grad_down, grad_ups, None, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)

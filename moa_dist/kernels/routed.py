@@ -1,31 +1,75 @@
 """Routed experts: gather rows, multiply each by its expert's matrices, add them up.
 
-Several kernels with one result, chosen by device; shapes as in `trip`.
+Several kernels with one result, chosen by device, type and widths; shapes as in `trip`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moa_dist.kernels.at_once import routed_at_once
-from moa_dist.kernels.in_parts import routed_in_parts
+from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
+from moa_dist.kernels.operator import routed_operator
 from moa_dist.kernels.trip import Experts, Trip
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+class Kernel(NamedTuple):
+    """One way to compute routed experts, and why it is taken."""
+
+    run: Callable[[Experts, Tensor, Trip], Tensor]
+    """As `routed_experts`."""
+    because: str
+    """Name and reason, to be printed."""
+
+
+_IN_PARTS = Kernel(
+    routed_operator,
+    "in parts, because on a CPU rows should be used while they are in its cache",
+)
+_GROUPED = Kernel(
+    routed_at_once,
+    "torch's grouped product, because it is fastest for bf16 in these widths on this GPU",
+)
+_TILES = Kernel(
+    routed_operator,
+    "Triton, because torch's grouped product is slow or refuses in this type, these widths or on "
+    "this GPU",
+)
+_LOOP = Kernel(
+    routed_at_once,
+    "a product per expert, because Triton is not installed, sums in a fixed order are asked for, "
+    "or the type is fp64",
+)
 
 
 def routed_experts(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
     """`y[write[a]] += weight[a] * expert(x[read[a]])` over all assignments a: [X, D] -> [Y, O].
 
     Sums in fp32 or wider, returns the type of `x`. Differentiable in x, the weights and all
-    matrices; an expert without rows gets a zero gradient. Deterministic on CPUs.
+    matrices; an expert without rows gets a zero gradient. Deterministic on CPUs, and on GPUs where
+    `torch.use_deterministic_algorithms` asks for it.
     """
+    return kernel_for(experts, x).run(experts, x, trip)
+
+
+def kernel_for(experts: Experts, x: Tensor) -> Kernel:
+    """The kernel that is taken for these experts and rows."""
     if x.device.type == "cpu":
-        return routed_in_parts(experts, x, trip)
-    return routed_at_once(experts, x, trip)
+        return _IN_PARTS
+    if grouped_matmul_fits(x, *experts.matrices()) and _has_fast_grouped_product(x.device):
+        return _GROUPED
+    ordered = torch.are_deterministic_algorithms_enabled()
+    if ordered or x.dtype == torch.float64 or not _HAS_TRITON:
+        return _LOOP
+    return _TILES
 
 
-def because(device: torch.device) -> str:
-    """Which kernel `routed_experts` takes on `device`, and why."""
-    if device.type == "cpu":
-        return "in parts, because on a CPU rows should be used while they are in its cache"
-    return "at once, because an accelerator wants all rows in one grouped matrix product"
+def _has_fast_grouped_product(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)

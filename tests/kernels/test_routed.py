@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels import in_parts
 from moa_dist.kernels.at_once import routed_at_once
-from moa_dist.kernels.in_parts import routed_in_parts
+from moa_dist.kernels.operator import routed_operator
 from moa_dist.kernels.routed import routed_experts
 from moa_dist.kernels.trip import Experts, Trip, hidden_rows
 
@@ -113,7 +113,7 @@ def test_equals_one_assignment_at_a_time(use, counts):
     experts, x, trip, sources = inputs(use, counts)
     expected = one_at_a_time(experts, x, trip)
     expected_gradients = gradients(expected, sources) if sum(counts) else None
-    for way in (routed_in_parts, routed_at_once):
+    for way in (routed_operator, routed_at_once):
         y = way(experts, x, trip)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         if expected_gradients is not None:
@@ -127,7 +127,7 @@ def test_equals_one_assignment_at_a_time(use, counts):
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_narrow_types_agree_with_fp64(use, dtype, tolerance):
     experts, x, trip, sources = inputs(use, COUNTS["uneven"], dtype)
-    y = routed_in_parts(experts, x, trip)
+    y = routed_operator(experts, x, trip)
     assert y.dtype == dtype
     exact = [source.detach().double().requires_grad_() for source in sources]
     num_ups = use.num_ups
@@ -146,7 +146,7 @@ def test_narrow_types_agree_with_fp64(use, dtype, tolerance):
 def test_an_expert_without_rows_has_a_zero_gradient_not_none(use, counts):
     """None would skip weight decay, or hang a rank that waits for the reduction."""
     experts, x, trip, _ = inputs(use, counts)
-    routed_in_parts(experts, x, trip).square().sum().backward()
+    routed_operator(experts, x, trip).square().sum().backward()
     for matrices in (experts.down, *experts.ups):
         for e, count in enumerate(counts):
             assert matrices.grad[e].any() == (count > 0)
@@ -155,8 +155,8 @@ def test_an_expert_without_rows_has_a_zero_gradient_not_none(use, counts):
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_recomputation_changes_nothing(use):
     experts, x, trip, sources = inputs(use, COUNTS["uneven"])
-    plain = routed_in_parts(experts, x, trip)
-    recomputed = checkpoint(routed_in_parts, experts, x, trip, use_reentrant=False)
+    plain = routed_operator(experts, x, trip)
+    recomputed = checkpoint(routed_operator, experts, x, trip, use_reentrant=False)
     assert torch.equal(plain, recomputed)
     for ours, theirs in zip(gradients(recomputed, sources), gradients(plain, sources), strict=True):
         assert torch.equal(ours, theirs)
@@ -167,7 +167,7 @@ def test_many_bfloat16_rows_are_summed_in_fp32_also_backward():
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     zeros = torch.zeros(300, dtype=torch.int64)
     trip = Trip(zeros, zeros, 1, torch.ones(300).long(), True, torch.ones(300))
-    y = routed_in_parts(Experts(torch.ones(300, 1, 1, dtype=torch.bfloat16)), x, trip)
+    y = routed_operator(Experts(torch.ones(300, 1, 1, dtype=torch.bfloat16)), x, trip)
     y.backward()
     assert y.item() == 300
     assert x.grad.item() == 300
