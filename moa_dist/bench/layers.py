@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from torch import Tensor, nn
 
 from moa_dist.bench.dense import equal_work
-from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
 from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
@@ -54,12 +54,12 @@ def _layer(
 ) -> list[Table]:
     layer = setting.ready(make())
     assert isinstance(layer, RoutedModule)
-    work = {
-        "dense, equal work": work_of(setting.ready(dense)),
-        "experts, random router": work_of(layer),
-        "experts, even loads": work_of(balance(setting.ready(make()))),
+    modules: dict[str, nn.Module] = {
+        "dense, equal work": setting.ready(dense),
+        "experts, random router": layer,
+        "experts, even loads": balance(setting.ready(make())),
     }
-    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    rows = _compare(setting, modules, work_of)
     title = f"{title}, forward and backward"
     return [
         Table(title, rows, setting.tokens),
@@ -71,13 +71,20 @@ def block(setting: Setting) -> list[Table]:
     """A whole block: norms, attention and FFN."""
     model = setting.config.model
     dense = equal_work(model, setting.config.data.sequence_length)
-    work = {
-        "dense, equal work": setting.block(setting.ready(Block(dense))),
-        "experts, random router": setting.block(setting.ready(Block(model))),
-        "experts, even loads": setting.block(balance(setting.ready(Block(model)))),
+    modules = {
+        "dense, equal work": setting.ready(Block(dense)),
+        "experts, random router": setting.ready(Block(model)),
+        "experts, even loads": balance(setting.ready(Block(model))),
     }
-    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    rows = _compare(setting, modules, setting.block)
     return [Table("block, forward and backward", rows, setting.tokens)]
+
+
+def _compare(
+    setting: Setting, modules: Mapping[str, nn.Module], work_of: Callable[[nn.Module], Work]
+) -> list[Row]:
+    work = {name: work_of(module) for name, module in modules.items()}
+    return compare(work, setting.device, repetitions=setting.repetitions, modules=modules)
 
 
 def _parts(

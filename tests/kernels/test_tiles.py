@@ -8,7 +8,7 @@ import torch
 
 from moa_dist.kernels import in_parts, tiles
 from moa_dist.kernels.saved import weighs_results
-from tests.kernels.test_routed import USES, inputs
+from tests.kernels.uses import USES, inputs
 
 COUNTS = {
     "more than a tile": [70, 1, 0, 5],
