@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from torch import Tensor, nn
 
 from moa_dist.bench.dense import equal_work
-from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
 from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
-from moa_dist.kernels.routed import (
-    Experts,
-    Trip,
-    add_up,
-    because,
-    gather,
-    multiply,
-    routed_at_once,
-    routed_experts,
-)
+from moa_dist.kernels.at_once import add_up, gather, multiply, routed_at_once
+from moa_dist.kernels.routed import kernel_for, routed_experts
+from moa_dist.kernels.trip import Experts, Trip
 from moa_dist.models.block import Block, make_attention, make_feed_forward
 from moa_dist.moe.dispatch import LocalDispatcher
 from moa_dist.moe.routed import RoutedModule
@@ -61,15 +54,15 @@ def _layer(
 ) -> list[Table]:
     layer = setting.ready(make())
     assert isinstance(layer, RoutedModule)
-    work = {
-        "dense, equal work": work_of(setting.ready(dense)),
-        "experts, random router": work_of(layer),
-        "experts, even loads": work_of(balance(setting.ready(make()))),
+    modules: dict[str, nn.Module] = {
+        "dense, equal work": setting.ready(dense),
+        "experts, random router": layer,
+        "experts, even loads": balance(setting.ready(make())),
     }
-    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    rows = _compare(setting, modules, work_of)
     title = f"{title}, forward and backward"
     return [
-        Table(title, rows, setting.tokens, [f"kernel: {because(setting.device)}"]),
+        Table(title, rows, setting.tokens),
         _parts(title, setting, layer, work_of),
     ]
 
@@ -78,13 +71,20 @@ def block(setting: Setting) -> list[Table]:
     """A whole block: norms, attention and FFN."""
     model = setting.config.model
     dense = equal_work(model, setting.config.data.sequence_length)
-    work = {
-        "dense, equal work": setting.block(setting.ready(Block(dense))),
-        "experts, random router": setting.block(setting.ready(Block(model))),
-        "experts, even loads": setting.block(balance(setting.ready(Block(model)))),
+    modules = {
+        "dense, equal work": setting.ready(Block(dense)),
+        "experts, random router": setting.ready(Block(model)),
+        "experts, even loads": balance(setting.ready(Block(model))),
     }
-    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    rows = _compare(setting, modules, setting.block)
     return [Table("block, forward and backward", rows, setting.tokens)]
+
+
+def _compare(
+    setting: Setting, modules: Mapping[str, nn.Module], work_of: Callable[[nn.Module], Work]
+) -> list[Row]:
+    work = {name: work_of(module) for name, module in modules.items()}
+    return compare(work, setting.device, repetitions=setting.repetitions, modules=modules)
 
 
 def _parts(
@@ -108,7 +108,7 @@ def _parts(
     }
     rows = compare(work, setting.device, repetitions=setting.repetitions, memory=False)
     title = f"{title} part by part; ratio: share of the layer"
-    return Table(title, rows, setting.tokens, [_loads(recorder)])
+    return Table(title, rows, setting.tokens, [*_kernels(recorder), _loads(recorder)])
 
 
 def _all(parts: Iterable[Work | None]) -> Work:
@@ -147,19 +147,25 @@ def _dispatch(recorded: Recorded) -> Work:
 def _multiply(recorded: Recorded) -> Work:
     experts, x, trip = recorded
     rows = gather(x, trip).detach().requires_grad_()
-    return gradients(lambda: multiply(experts, rows, trip.counts), [rows, *experts.matrices()])
+    return gradients(lambda: multiply(experts, rows, trip), [rows, *experts.matrices()])
 
 
 def _combine(recorded: Recorded) -> Work:
     experts, x, trip = recorded
-    rows = multiply(experts, gather(x, trip), trip.counts).detach().requires_grad_()
+    rows = multiply(experts, gather(x, trip), trip).detach().requires_grad_()
     weight = [] if trip.weight is None else [trip.weight]
     return gradients(lambda: add_up(rows, trip), [rows, *weight])
 
 
+def _kernels(recorder: RecordingDispatcher) -> list[str]:
+    """Which are taken, and why."""
+    taken = {kernel_for(applied.experts, applied.x).because for applied in recorder.applied}
+    return [f"kernel: {because}" for because in sorted(taken)]
+
+
 def _loads(recorder: RecordingDispatcher) -> str:
     """How uneven this random router is."""
-    fullest = (
-        max(a.trip.counts) * len(a.trip.counts) / sum(a.trip.counts) for a in recorder.applied
+    fullest = max(
+        float(a.trip.counts.max() / a.trip.counts.double().mean()) for a in recorder.applied
     )
-    return f"fullest expert: {max(fullest):.2f} x the mean load"
+    return f"fullest expert: {fullest:.2f} x the mean load"

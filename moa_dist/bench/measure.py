@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 Work = Callable[[], object]
@@ -52,9 +53,14 @@ def compare(
     *,
     repetitions: int,
     notes: Mapping[str, str] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
     memory: bool = True,
 ) -> list[Row]:
-    """Time all `work`, taking turns; the first is the reference of all ratios."""
+    """Time all `work`, taking turns; the first is the reference of all ratios.
+
+    The gradients of `modules`, one per work, are not counted as memory: there is one per parameter,
+    however many tokens come, and they stay after the call.
+    """
     for once in work.values():
         once()  # lazy initialisation, and the allocator's first blocks
         once()
@@ -63,12 +69,17 @@ def compare(
         for name, once in work.items():
             seconds[name].append(_time(once, device))
     reference = next(iter(seconds.values()))
+
+    def kept(name: str) -> int:
+        parameters = modules[name].parameters() if modules else ()
+        return sum(parameter.nbytes for parameter in parameters)
+
     return [
         Row(
             name,
             tuple(times),
             tuple(a / b for a, b in zip(times, reference, strict=True)),
-            peak_bytes(work[name], device) if memory else None,
+            peak_bytes(work[name], device) - kept(name) if memory else None,
             (notes or {}).get(name, ""),
         )
         for name, times in seconds.items()

@@ -35,19 +35,27 @@ def peers(setting: Setting) -> list[Table]:
         return []
     make = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
     dense = DenseFFNConfig(d_ff=model.ffn.router.top_k * model.ffn.d_expert)
-    work = {
-        "ours": setting.feed_forward(setting.ready(make(model.ffn))),
-        "dense, equal work": setting.feed_forward(setting.ready(make(dense))),
-        "torch grouped_mm": _both_passes(setting, _GroupedMM(model.ffn, model.d_model)),
+    ours: dict[str, nn.Module] = {
+        "ours": setting.ready(make(model.ffn)),
+        "dense, equal work": setting.ready(make(dense)),
     }
+    others: dict[str, nn.Module] = {"torch grouped_mm": _GroupedMM(model.ffn, model.d_model)}
     notes = {"torch grouped_mm": "sort, gather, grouped_mm twice, index_add"}
     if find_spec("transformers"):
-        work["transformers Mixtral"] = _both_passes(setting, _mixtral(model.ffn, model.d_model))
+        others["transformers Mixtral"] = _mixtral(model.ffn, model.d_model)
         notes["transformers Mixtral"] = "gated: 1.5 times the work"
     with job():
-        work["DeepSpeed MoE"] = _both_passes(setting, _deepspeed(model, model.ffn))
+        others["DeepSpeed MoE"] = _deepspeed(model, model.ffn)
         notes["DeepSpeed MoE"] = f"capacity {_CAPACITY}"
-        rows = compare(work, setting.device, repetitions=setting.repetitions, notes=notes)
+        work = {name: setting.feed_forward(layer) for name, layer in ours.items()}
+        work |= {name: _both_passes(setting, layer) for name, layer in others.items()}
+        rows = compare(
+            work,
+            setting.device,
+            repetitions=setting.repetitions,
+            notes=notes,
+            modules=ours | others,
+        )
         groups._EXPERT_PARALLEL_GROUP.clear()
         groups._EXPERT_DATA_PARALLEL_GROUP.clear()
     return [Table("peers of the ffn, forward and backward", rows, setting.tokens)]

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moa_dist.distributed.arriving import Arriving, here
-from moa_dist.kernels.routed import Experts, Trip, routed_experts
+from moa_dist.kernels.routed import routed_experts
+from moa_dist.kernels.trip import Experts, Trip
 from moa_dist.moe.dispatch import Level, LocalDispatcher, LocalPlan
 from moa_dist.moe.router import Routing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,6 +39,12 @@ class Setting:
     def tokens(self) -> int:
         """Per call."""
         return self.sequences * self.config.data.sequence_length
+
+    @property
+    def device_name(self) -> str:
+        """Of its maker."""
+        is_cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_cuda else platform.processor()
 
     @property
     def dtype(self) -> torch.dtype:

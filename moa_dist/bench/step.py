@@ -5,15 +5,19 @@ By plain torch: what DeepSpeed adds is the same for all.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import median
+
 import torch
 
 from moa_dist.bench.dense import equal_parameters, equal_work
-from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.setting import Setting, balance
 from moa_dist.config.model import ModelConfig
-from moa_dist.models.counts import count
+from moa_dist.models.counts import Counts, count
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch, objective
+from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.units import short
 from moa_dist.train.optimizer import make_optimizer
 
@@ -28,13 +32,22 @@ def step(setting: Setting) -> list[Table]:
     }
     work = {name: training_step(setting, config) for name, config in configs.items()}
     work["the model, even loads"] = training_step(setting, model, even=True)
-    notes = {
-        name: f"{short(counts.total)} parameters, {short(counts.total_macs / length)} MACs/token"
-        for name, config in configs.items()
-        for counts in [count(config, length)]
-    }
-    rows = compare(work, setting.device, repetitions=setting.repetitions, notes=notes)
+    rows = compare(work, setting.device, repetitions=setting.repetitions)
+    counts = {name: count(config, length) for name, config in configs.items()}
+    rows = [replace(row, note=_note(row, counts.get(row.name), setting)) for row in rows]
     return [Table("step, optimizer included", rows, setting.tokens)]
+
+
+def _note(row: Row, counts: Counts | None, setting: Setting) -> str:
+    """Sizes, and how much of the device's arithmetic is used where its peak is known."""
+    if counts is None:
+        return ""
+    macs = counts.total_macs / counts.sequence_length
+    note = f"{short(counts.total)} parameters, {short(macs)} MACs/token"
+    rate = counts.flops_per_token * setting.tokens / median(row.seconds)
+    peak = peak_flops(setting.device_name, setting.config.train.precision)
+    share = f", {rate / peak:.1%} MFU" if peak else ""
+    return f"{note}, {short(rate)} FLOP/s{share}"
 
 
 def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) -> Work:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from typing import Any
 
 import torch
@@ -72,11 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _where(setting: Setting) -> dict[str, Any]:
-    is_cuda = setting.device.type == "cuda"
-    name = torch.cuda.get_device_name(setting.device) if is_cuda else platform.processor()
     return {
         "model": setting.config.name,
-        "device": f"{setting.device.type} {name}".strip(),
+        "device": f"{setting.device.type} {setting.device_name}".strip(),
         "threads": torch.get_num_threads(),
         "precision": setting.config.train.precision,
         "tokens": setting.tokens,

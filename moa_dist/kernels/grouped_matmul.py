@@ -13,19 +13,22 @@ from torch import Tensor
 
 
 class _LoopGroupedMatmul(torch.autograd.Function):
-    """One matrix product per group, written in place: the oracle, and the path on CPUs.
+    """One matrix product per group, written in place: the oracle.
 
     A custom function rather than a loop under autograd, which would add a node per group
     and a full-size zero gradient of the weight for each.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        out = rows.new_empty(len(rows), weight.shape[-1])
+        ctx.counts = sizes = counts.tolist()
+        total = sum(sizes)
+        if len(sizes) != len(weight) or total > len(rows):
+            raise ValueError(f"{len(rows)} rows and {len(weight)} matrices, but counts {sizes}")
+        out = rows.new_zeros(len(rows), weight.shape[-1])
         for group, matrix, result in zip(
-            rows.split(counts), weight.unbind(), out.split(counts), strict=True
+            rows[:total].split(sizes), weight.unbind(), out[:total].split(sizes), strict=True
         ):
             torch.mm(group, matrix, out=result)
         return out
@@ -35,7 +38,7 @@ class _LoopGroupedMatmul(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         grad = grads[0]
         need_rows, need_weight, _ = ctx.needs_input_grad
-        grad_rows = torch.empty_like(rows) if need_rows else None
+        grad_rows = torch.zeros_like(rows) if need_rows else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         start = 0
         for e, count in enumerate(ctx.counts):
@@ -48,16 +51,21 @@ class _LoopGroupedMatmul(torch.autograd.Function):
         return grad_rows, grad_weight, None
 
 
-def grouped_matmul(rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+def grouped_matmul_fits(rows: Tensor, *weights: Tensor) -> bool:
+    """Whether torch's grouped product takes these types and widths, and is fast on them."""
+    if rows.dtype != torch.bfloat16 or rows.device.type == "cpu":
+        return False
+    return all(w * rows.element_size() % 16 == 0 for m in weights for w in m.shape[1:])
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`out[a] = rows[a] @ weight[e]` for the group e that row a is in.
 
-    `rows` [A, I] sorted by group, `weight` [E, I, O], `counts` E group sizes that sum to A.
-    Returns [A, O]. Every group stays in the graph: an empty one gets a zero gradient.
+    `rows` [A, I] sorted by group, `weight` [E, I, O], `counts` [E] int64 group sizes. Returns
+    [A, O]. Rows after the last group belong to none: what becomes of them, here and in the
+    gradient, is not defined. Every group stays in the graph: an empty one gets a zero gradient.
     """
-    aligned = all(width * rows.element_size() % 16 == 0 for width in weight.shape[1:])
-    # Otherwise grouped_mm is slow, or refuses.
-    if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned:
-        ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(rows, weight, offs=ends)
+    if grouped_matmul_fits(rows, weight):
+        return F.grouped_mm(rows, weight, offs=counts.cumsum(0, dtype=torch.int32))
     result: Tensor = _LoopGroupedMatmul.apply(rows, weight, counts)
     return result

@@ -6,27 +6,19 @@ Shapes: B sequences of S tokens, D model width, F hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
-from moa_dist.kernels.routed import Experts
+from moa_dist.kernels.activations import ACTIVATIONS
+from moa_dist.kernels.trip import Experts
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
-"""By the name in the configuration."""
 
 
 class FeedForwardOutput(NamedTuple):
@@ -47,7 +39,7 @@ class DenseFeedForward(nn.Module):
         self.up = Linear(d_model, config.d_ff, up)
         self.gate = Linear(d_model, config.d_ff, up) if config.gated else None
         self.down = Linear(config.d_ff, d_model, Normal(init_scale / math.sqrt(config.d_ff)))
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation].value
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""
@@ -86,7 +78,6 @@ class MoEFeedForward(RoutedModule):
         self.down = GroupedLinear(
             E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
         )
-        self.activation = ACTIVATIONS[config.activation]
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""
@@ -117,12 +108,8 @@ class MoEFeedForward(RoutedModule):
         experts = Experts(
             down=self.matrices("down", gathered),
             ups=tuple(self.matrices(name, gathered) for name in names),
-            activation=self._activate,
+            activation=self.config.activation,
         )
         sent = plan.send(x.flatten(0, 1), "token")
         y = plan.apply(experts, sent, "token", "token", weighted=True).wait()
         return FeedForwardOutput(y.view_as(x), routing.statistics)
-
-    def _activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
-        hidden = self.activation(up)
-        return hidden if gate is None else hidden * gate

@@ -13,7 +13,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
-from moa_dist.kernels.routed import Experts
+from moa_dist.kernels.trip import Experts
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moa_dist.config.model import CapacityConfig
+from moa_dist.moe.statistics import occurrences
 
 
 def expert_capacity(num_tokens: Tensor, factor: float, top_k: int, num_experts: int) -> Tensor:
@@ -51,7 +52,7 @@ def keep_within_capacity(
         order = order[queue[order].argsort(stable=True)]
     else:
         order = queue.argsort(stable=True)
-    lengths = queue.bincount(minlength=num_queues + 1)
+    lengths = occurrences(queue, num_queues + 1)
     starts = lengths.cumsum(0) - lengths
     place = torch.empty_like(queue)
     place[order] = torch.arange(len(queue), device=device) - starts[queue[order]]

@@ -11,8 +11,7 @@ only at which *level* rows are read and written:
     SwitchHead outputs       head  -> token      weighted
 
 Shapes: T tokens, G router groups (heads in SwitchHead, else 1), K slots per token and router
-group, A assignments that experts on this rank take. The levels token, head and slot have T, T * G
-and T * G * K rows.
+group, A assignments. The levels token, head and slot have T, T * G and T * G * K rows.
 """
 
 from __future__ import annotations
@@ -21,11 +20,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moa_dist.distributed.arriving import Arriving, here
-from moa_dist.kernels.routed import Experts, Trip, routed_experts
+from moa_dist.kernels.routed import routed_experts
+from moa_dist.kernels.trip import Experts, Trip
 from moa_dist.moe.router import Routing
+from moa_dist.moe.statistics import occurrences
 
 Level = Literal["token", "head", "slot"]
 
@@ -65,55 +67,62 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class Assignments:
-    """Kept assignments, as parallel vectors of length A."""
+    """Assignments as parallel vectors of length A."""
 
     expert: Tensor
-    """int64 expert ids."""
+    """int64 expert ids; those above the last expert belong to none."""
     weight: Tensor
     """Router weights in fp32 or wider."""
     rows: dict[Level, Tensor]
     """int64 row of each level."""
     num_rows: dict[Level, int]
     """Rows that each level has in all."""
+    all_taken: bool
+    """Whether all are known to belong to an expert."""
 
 
-def assignments_of(routing: Routing) -> Assignments:
-    """All kept assignments of a routing, token-major."""
+def assignments_of(routing: Routing, num_experts: int) -> Assignments:
+    """All assignments of a routing, token-major; no expert has those that are not kept."""
     T, G, K = routing.expert_ids.shape
-    device = routing.expert_ids.device
-    expert, weight = routing.expert_ids.flatten(), routing.weights.flatten()
-    if routing.kept is None:
-        slot = torch.arange(T * G * K, device=device)
-    else:
-        slot = routing.kept.flatten().nonzero().squeeze(-1)
-        expert, weight = expert[slot], weight[slot]
+    expert = routing.expert_ids
+    if routing.kept is not None:
+        expert = expert.where(routing.kept, num_experts)
+    slot = torch.arange(T * G * K, device=expert.device)
     return Assignments(
-        expert=expert,
-        weight=weight,
+        expert=expert.flatten(),
+        weight=routing.weights.flatten(),
         rows={"token": slot // (G * K), "head": slot // K, "slot": slot},
         num_rows={"token": T, "head": T * G, "slot": T * G * K},
+        all_taken=routing.kept is None,
     )
 
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """Rows and experts are on this rank. The oracle of every other plan."""
+    """Rows and experts are on this rank. The oracle of every other plan.
 
-    counts: list[int]
-    """Rows per expert."""
+    Making and following it never looks at a value, so no accelerator is waited for.
+    """
+
+    counts: Tensor
+    """[E] int64 rows per expert."""
+    all_taken: bool
+    """Whether they are known to be all."""
     weight: Tensor
-    """[A], expert-major."""
+    """[A], expert-major, those of no expert last."""
     rows: dict[Level, Tensor]
-    """[A] row of each level, expert-major."""
+    """[A] row of each level, in the same order."""
     num_rows: dict[Level, int]
     """Rows that each level has in all."""
 
     @classmethod
     def of(cls, assignments: Assignments, num_experts: int) -> LocalPlan:
         """Sort by expert, keeping the order of tokens within one."""
-        order = assignments.expert.argsort(stable=True)
+        expert = assignments.expert
+        order = expert.argsort(stable=True)
         return cls(
-            counts=assignments.expert.bincount(minlength=num_experts).tolist(),
+            counts=occurrences(expert, num_experts + 1)[:num_experts],
+            all_taken=assignments.all_taken,
             weight=assignments.weight[order],
             rows={level: rows[order] for level, rows in assignments.rows.items()},
             num_rows=assignments.num_rows,
@@ -135,12 +144,13 @@ class LocalPlan:
 
         A shard of experts may end in one that no token ever takes.
         """
-        unused = [0] * (num_experts - len(self.counts))
+        unused = num_experts - len(self.counts)
         return Trip(
             read=self.rows[read],
             write=self.rows[write],
             num_written=self.num_rows[write],
-            counts=self.counts + unused,
+            counts=F.pad(self.counts, (0, unused)) if unused else self.counts,
+            all_taken=self.all_taken,
             weight=self.weight if weighted else None,
         )
 
@@ -156,4 +166,4 @@ class LocalDispatcher:
 
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:
         """See `Dispatcher.plan`."""
-        return LocalPlan.of(assignments_of(routing), num_experts)
+        return LocalPlan.of(assignments_of(routing, num_experts), num_experts)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moa_dist.distributed.arriving import Arriving
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
 from moa_dist.distributed.traffic import Channel
-from moa_dist.kernels.routed import Experts
+from moa_dist.kernels.trip import Experts
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -84,7 +84,7 @@ class ExchangeDispatcher:
         """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
         group = self.channel.group
         num_ranks, rank = group.size(), group.rank()
-        home = assignments_of(routing)
+        home = _kept(assignments_of(routing, num_experts), num_experts)
         bounds = shard_starts(num_experts, num_ranks)
         starts = torch.tensor(bounds, device=home.expert.device)
         home, owner = _sort_by_owner(home, starts)
@@ -123,6 +123,23 @@ class ExchangeDispatcher:
         )
 
 
+def _kept(home: Assignments, num_experts: int) -> Assignments:
+    """Only those that an expert takes: the others need not travel."""
+    if home.all_taken:
+        return home
+    return _selected(home, (home.expert < num_experts).nonzero().squeeze(-1))
+
+
+def _selected(home: Assignments, which: Tensor) -> Assignments:
+    """Assignments by index."""
+    return replace(
+        home,
+        expert=home.expert[which],
+        weight=home.weight[which],
+        rows={level: rows[which] for level, rows in home.rows.items()},
+    )
+
+
 def _arrived(
     indices: Tensor,
     weight: Tensor,
@@ -144,20 +161,14 @@ def _arrived(
     rows = {level: places[i] + block_starts[:, 1 + i] for i, level in enumerate(levels)}
     rows.setdefault("head", rows["token"])
     rows["slot"] = torch.arange(num_assignments, device=device)
-    return Assignments(expert=expert, weight=weight, rows=rows, num_rows=num_rows)
+    return Assignments(expert, weight, rows, num_rows, all_taken=True)
 
 
 def _sort_by_owner(home: Assignments, starts: Tensor) -> tuple[Assignments, Tensor]:
     """Assignments in the order of the ranks that own their experts, and those ranks [A]."""
     owner = torch.searchsorted(starts, home.expert, right=True) - 1
     order = owner.argsort(stable=True)
-    sorted_home = replace(
-        home,
-        expert=home.expert[order],
-        weight=home.weight[order],
-        rows={level: rows[order] for level, rows in home.rows.items()},
-    )
-    return sorted_home, owner[order]
+    return _selected(home, order), owner[order]
 
 
 @dataclass(frozen=True)

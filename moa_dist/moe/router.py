@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -75,8 +76,14 @@ class RouterLogits(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, outputs]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _without_autocast(x_TD.device.type):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    if not torch.amp.is_autocast_available(device_type):  # the meta device has none
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 class Router(nn.Module):

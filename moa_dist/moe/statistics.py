@@ -15,6 +15,14 @@ import torch
 from torch import Tensor
 
 
+def occurrences(ids: Tensor, num_ids: int) -> Tensor:
+    """How often each of 0 to `num_ids` - 1 occurs in `ids` [A] int64: [num_ids].
+
+    Unlike `bincount` it never looks at a value, so no accelerator is waited for.
+    """
+    return ids.new_zeros(num_ids).scatter_add_(0, ids, torch.ones_like(ids))
+
+
 class RoutingStatistics(NamedTuple):
     """Sums over one application of a router (or, added up, over several)."""
 

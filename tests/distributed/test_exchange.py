@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.distributed.traffic import Channel, Ledger
-from moa_dist.kernels.routed import Experts
+from moa_dist.kernels.trip import Experts
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher, LocalPlan
 from moa_dist.moe.exchange import ExchangeDispatcher
 from moa_dist.moe.experts import shard_starts
@@ -86,7 +86,7 @@ def project_all(
         gradients = torch.autograd.grad(y, sources, upstream, retain_graph=True)
         outcomes.append(Outcome(y.detach(), *gradients, *([] if weighted else [None])))
     local = plan if isinstance(plan, LocalPlan) else plan.local
-    return outcomes, local.counts
+    return outcomes, local.counts.tolist()
 
 
 def all_experts(case: Case) -> Tensor:

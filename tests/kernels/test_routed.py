@@ -1,103 +1,30 @@
 """Routed experts in parts against one assignment at a time, and against all at once."""
 
-from dataclasses import dataclass
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moa_dist.kernels import routed
-from moa_dist.kernels.routed import Experts, Trip, routed_at_once, routed_experts, routed_in_parts
+from moa_dist.kernels import in_parts
+from moa_dist.kernels.at_once import routed_at_once
+from moa_dist.kernels.operator import routed_operator
+from moa_dist.kernels.routed import routed_experts
+from moa_dist.kernels.trip import Experts, Trip
+from tests.kernels.uses import USES, gradients, inputs, one_at_a_time
 
-D, FF, HEADS = 6, 4, 3
-
-
-@dataclass(frozen=True)
-class Use:
-    """One of the routed operations of the models."""
-
-    d_in: int
-    d_out: int
-    read: str
-    write: str
-    num_ups: int = 0
-    weighted: bool = True
-
-
-USES = {
-    "sigma-MoE": Use(D, D, "token", "token", num_ups=1),
-    "gated MoE": Use(D, D, "token", "token", num_ups=2),
-    "MoA queries": Use(D, FF, "token", "slot", weighted=False),
-    "MoA outputs": Use(FF, D, "slot", "token"),
-    "SwitchHead values": Use(D, FF, "token", "head"),
-    "SwitchHead outputs": Use(FF, D, "head", "token"),
-}
 COUNTS = {
     "uneven": [3, 1, 6, 2],
     "empty experts": [0, 5, 0, 0, 2, 0],
     "one expert takes all": [0, 7, 0],
     "no rows": [0, 0, 0],
 }
-TOKENS = 5
-
-
-def activation(up: Tensor, gate: Tensor | None = None) -> Tensor:
-    return F.silu(up) if gate is None else F.silu(up) * gate
-
-
-def inputs(
-    use: Use, counts: list[int], dtype: torch.dtype = torch.float64
-) -> tuple[Experts, Tensor, Trip, list[Tensor]]:
-    """Operation, rows, trip, and all that has a gradient. Some rows are read or written by
-    nobody, as when assignments are dropped."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return values.to(dtype).requires_grad_()
-
-    E, A = len(counts), sum(counts)
-    num_rows = {"token": TOKENS, "head": TOKENS * HEADS, "slot": A + 2}
-
-    def rows(level: str) -> Tensor:
-        if level == "slot":
-            return torch.randperm(A + 2, generator=generator)[:A]
-        return torch.randint(num_rows[level], (A,), generator=generator)
-
-    x = draw(num_rows[use.read], use.d_in)
-    weight = draw(A, dtype=torch.promote_types(dtype, torch.float32)) if use.weighted else None
-    ups = tuple(draw(E, use.d_in, FF) for _ in range(use.num_ups))
-    down = draw(E, FF if ups else use.d_in, use.d_out)
-    trip = Trip(rows(use.read), rows(use.write), num_rows[use.write], counts, weight)
-    sources = [x, down, *ups, *([] if weight is None else [weight])]
-    return Experts(down, ups, activation if ups else None), x, trip, sources
-
-
-def one_at_a_time(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
-    expert_of = [e for e, count in enumerate(trip.counts) for _ in range(count)]
-    y = [x.new_zeros(experts.down.shape[2])] * trip.num_written
-    for a, e in enumerate(expert_of):
-        row = x[trip.read[a]]
-        if experts.ups:
-            row = experts.hidden(*(row @ up[e] for up in experts.ups))
-        row = row @ experts.down[e]
-        write = int(trip.write[a])
-        y[write] = y[write] + (row if trip.weight is None else trip.weight[a] * row)
-    return torch.stack(y)
-
-
-def gradients(y: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
-    upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
-    return torch.autograd.grad(y, sources, upstream, materialize_grads=True)
 
 
 @pytest.fixture(params=[1, 200, 1 << 20], ids=["expert by expert", "some experts", "one part"])
 def part_bytes(request):
     """How much is done at once must not change what is done."""
-    with mock.patch.object(routed, "_PART_BYTES", request.param):
+    with mock.patch.object(in_parts, "_PART_BYTES", request.param):
         yield
 
 
@@ -108,7 +35,7 @@ def test_equals_one_assignment_at_a_time(use, counts):
     experts, x, trip, sources = inputs(use, counts)
     expected = one_at_a_time(experts, x, trip)
     expected_gradients = gradients(expected, sources) if sum(counts) else None
-    for way in (routed_in_parts, routed_at_once):
+    for way in (routed_operator, routed_at_once):
         y = way(experts, x, trip)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         if expected_gradients is not None:
@@ -122,7 +49,7 @@ def test_equals_one_assignment_at_a_time(use, counts):
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_narrow_types_agree_with_fp64(use, dtype, tolerance):
     experts, x, trip, sources = inputs(use, COUNTS["uneven"], dtype)
-    y = routed_in_parts(experts, x, trip)
+    y = routed_operator(experts, x, trip)
     assert y.dtype == dtype
     exact = [source.detach().double().requires_grad_() for source in sources]
     num_ups = use.num_ups
@@ -141,7 +68,7 @@ def test_narrow_types_agree_with_fp64(use, dtype, tolerance):
 def test_an_expert_without_rows_has_a_zero_gradient_not_none(use, counts):
     """None would skip weight decay, or hang a rank that waits for the reduction."""
     experts, x, trip, _ = inputs(use, counts)
-    routed_in_parts(experts, x, trip).square().sum().backward()
+    routed_operator(experts, x, trip).square().sum().backward()
     for matrices in (experts.down, *experts.ups):
         for e, count in enumerate(counts):
             assert matrices.grad[e].any() == (count > 0)
@@ -150,8 +77,8 @@ def test_an_expert_without_rows_has_a_zero_gradient_not_none(use, counts):
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_recomputation_changes_nothing(use):
     experts, x, trip, sources = inputs(use, COUNTS["uneven"])
-    plain = routed_in_parts(experts, x, trip)
-    recomputed = checkpoint(routed_in_parts, experts, x, trip, use_reentrant=False)
+    plain = routed_operator(experts, x, trip)
+    recomputed = checkpoint(routed_operator, experts, x, trip, use_reentrant=False)
     assert torch.equal(plain, recomputed)
     for ours, theirs in zip(gradients(recomputed, sources), gradients(plain, sources), strict=True):
         assert torch.equal(ours, theirs)
@@ -161,15 +88,15 @@ def test_many_bfloat16_rows_are_summed_in_fp32_also_backward():
     """300 ones: a bfloat16 sum stops at 256."""
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     zeros = torch.zeros(300, dtype=torch.int64)
-    trip = Trip(zeros, zeros, 1, [1] * 300, torch.ones(300))
-    y = routed_in_parts(Experts(torch.ones(300, 1, 1, dtype=torch.bfloat16)), x, trip)
+    trip = Trip(zeros, zeros, 1, torch.ones(300).long(), True, torch.ones(300))
+    y = routed_operator(Experts(torch.ones(300, 1, 1, dtype=torch.bfloat16)), x, trip)
     y.backward()
     assert y.item() == 300
     assert x.grad.item() == 300
 
 
-@pytest.mark.parametrize("counts", [[2, 2], [2, 4]], ids=str)
+@pytest.mark.parametrize("counts", [[5], [4, 4]], ids=str)
 def test_counts_that_do_not_fit_raise(counts):
     experts, x, trip, _ = inputs(USES["sigma-MoE"], [2, 3])
-    with pytest.raises(ValueError, match=r"5 rows, but counts for"):
-        routed_experts(experts, x, trip._replace(counts=counts))
+    with pytest.raises(ValueError, match=r"7 rows and 2 experts, but counts"):
+        routed_experts(experts, x, trip._replace(counts=torch.tensor(counts)))

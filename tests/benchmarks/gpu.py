@@ -1,0 +1,187 @@
+"""All that a GPU must show, in one call: right numbers, no waiting host, times, memory.
+
+    python -m tests.benchmarks.gpu [--device cpu]
+
+Needs torch, Triton and what configurations need, no data, no network, neither DeepSpeed nor
+webdataset. Kernels are checked against one assignment's arithmetic in fp64, timed against a dense
+layer of equal work; then layers, a block and a training step of MoEUT 244M in bf16 against dense
+ones. Exit status 1 if a number is wrong. With `--device cpu` it is a rehearsal in small sizes.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moa_dist.bench.measure import Table, Work, as_text, compare
+from moa_dist.bench.sections import load_section
+from moa_dist.bench.setting import Setting
+from moa_dist.config import load_config
+from moa_dist.kernels.at_once import routed_at_once
+from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
+from moa_dist.kernels.operator import routed_operator
+from moa_dist.kernels.routed import kernel_for, routed_experts
+from moa_dist.kernels.trip import Experts, Trip
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+Kernel = Callable[[Experts, Tensor, Trip], Tensor]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Of the largest deviation, relative to the largest number."""
+SHAPES: dict[
+    str, tuple[int, ...]
+] = {  # name: T, D, E, K, F; F is the hidden width of an FFN, the head width of a projection
+    "FFN 44M": (8192, 412, 155, 12, 128),
+    "FFN 244M": (8192, 1024, 387, 16, 128),
+    "FFN D 512": (8192, 512, 64, 8, 128),
+}
+REHEARSAL: dict[str, tuple[int, ...]] = {"FFN": (128, 44, 9, 3, 16)}
+
+
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gated: bool = False
+) -> tuple[Experts, Tensor, Trip]:
+    """A sigma-MoE of random weights, of which a tenth of all assignments is dropped."""
+    T, D, E, K, F = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(size, generator=generator) * scale
+        return values.to(device, dtype).requires_grad_()
+
+    chosen = torch.rand(T, E, generator=generator).topk(K).indices
+    chosen[torch.rand(T, K, generator=generator) < 0.1] = E
+    order = chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=E + 1)[:E]
+    rows = (torch.arange(T * K) // K)[order].to(device)
+    weight = torch.rand(T * K, generator=generator).to(device).requires_grad_()
+    trip = Trip(rows, rows, T, counts.to(device), all_taken=False, weight=weight)
+    ups = tuple(draw(E, D, F, scale=D**-0.5) for _ in range(1 + gated))
+    return Experts(draw(E, F, D, scale=F**-0.5), ups, "silu"), draw(T, D), trip
+
+
+def sources_of(experts: Experts, x: Tensor, trip: Trip) -> list[Tensor]:
+    assert trip.weight is not None
+    return [x, trip.weight, *experts.matrices()]
+
+
+def both_passes(kernel: Kernel, experts: Experts, x: Tensor, trip: Trip) -> list[Tensor]:
+    y = kernel(experts, x, trip)
+    return [y, *torch.autograd.grad(y, sources_of(experts, x, trip), y.detach())]
+
+
+def exact(experts: Experts, x: Tensor, trip: Trip) -> list[Tensor]:
+    """The same in fp64, by a product per expert."""
+
+    def wide(t: Tensor) -> Tensor:
+        return t.detach().double().requires_grad_()
+
+    assert trip.weight is not None
+    doubles = Experts(wide(experts.down), tuple(map(wide, experts.ups)), experts.activation)
+    return both_passes(routed_at_once, doubles, wide(x), trip._replace(weight=wide(trip.weight)))
+
+
+def kernels_for(experts: Experts, x: Tensor) -> dict[str, Kernel]:
+    """All that can compute this on this device."""
+    kernels: dict[str, Kernel] = {"operator": routed_operator}
+    if grouped_matmul_fits(x, *experts.matrices()):
+        kernels["grouped product"] = routed_at_once
+    return kernels
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Whatever makes the host wait for the GPU raises."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def check_numbers(shapes: dict[str, tuple[int, ...]], device: torch.device) -> list[str]:
+    """What is wrong, after a line per kernel."""
+    wrong = []
+    for name, shape in shapes.items():
+        for dtype, gated in product((torch.float32, torch.bfloat16), (False, True)):
+            case = inputs(shape, dtype, device, gated=gated)
+            expected = exact(*case)
+            for kind, kernel in kernels_for(*case[:2]).items():
+                both_passes(kernel, *case)  # compiles, which may wait
+                with no_waiting(device):
+                    results = both_passes(kernel, *case)
+                deviation = max(
+                    ((ours.double() - right).abs().max() / right.abs().max()).item()
+                    for ours, right in zip(results, expected, strict=True)
+                )
+                label = f"{name}{', gated' if gated else ''}, {str(dtype)[6:]}, {kind}"
+                print(f"  {label:<50} largest deviation {deviation:.1e}", flush=True)
+                if not deviation < TOLERANCE[dtype]:
+                    wrong.append(f"{label}: {deviation:.1e} > {TOLERANCE[dtype]:.0e}")
+    return wrong
+
+
+def dense_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+    """Both passes of a dense FFN of equal multiply-accumulates."""
+    T, D, _, K, F = shape
+    x, up, down = (
+        torch.randn(size, device=device).to(dtype).requires_grad_()
+        for size in ((T, D), (D, K * F), (K * F, D))
+    )
+
+    def once() -> object:
+        y = torch.nn.functional.silu(x @ up) @ down
+        return torch.autograd.grad(y, [x, up, down], y.detach())
+
+    return once
+
+
+def time_kernels(
+    shapes: dict[str, tuple[int, ...]], device: torch.device, repetitions: int
+) -> Iterator[Table]:
+    """Every kernel against dense of equal work."""
+    for name, shape in shapes.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            case = inputs(shape, dtype, device)
+            work: dict[str, Work] = {"dense, equal work": dense_of(shape, dtype, device)}
+            for kind, kernel in {**kernels_for(*case[:2]), "as chosen": routed_experts}.items():
+                work[kind] = partial(both_passes, kernel, *case)
+            rows = compare(work, device, repetitions=repetitions)
+            chosen = kernel_for(*case[:2]).because
+            yield Table(f"{name}, {str(dtype)[6:]}", rows, shape[0], [f"chosen: {chosen}"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    args = parser.parse_args()
+    device, rehearsal = torch.device(args.device), args.device == "cpu"
+    name = "rehearsal on a CPU" if rehearsal else torch.cuda.get_device_name(device)
+    print(f"{name}, torch {torch.__version__}")
+    shapes, repetitions = (REHEARSAL, 1) if rehearsal else (SHAPES, 9)
+    print("\nnumbers, against fp64, while no host may wait")
+    wrong = check_numbers(shapes, device)
+    for table in time_kernels(shapes, device, repetitions):
+        print(f"\n{as_text(table)}", flush=True)
+    config = (
+        load_config(CONFIGS / "small/moeut.yaml", ["data.sequence_length=64"])
+        if rehearsal
+        else load_config(CONFIGS / "moeut/244m.yaml", ["train.precision=bf16"])
+    )
+    setting = Setting(config, device, sequences=2 if rehearsal else 8, repetitions=repetitions)
+    for section in ("layers", "block", "step"):
+        for table in load_section(section)(setting):
+            print(f"\n{as_text(table)}", flush=True)
+    print("\n" + ("\n".join(["WRONG NUMBERS:", *wrong]) if wrong else "all numbers are right"))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The routed operations of the models, with random inputs, and the plainest way to compute them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moa_dist.kernels.trip import Experts, Trip, hidden_rows
+
+D, FF, HEADS = 6, 4, 3
+
+
+@dataclass(frozen=True)
+class Use:
+    """One of the routed operations of the models."""
+
+    d_in: int
+    d_out: int
+    read: str
+    write: str
+    num_ups: int = 0
+    weighted: bool = True
+
+
+USES = {
+    "sigma-MoE": Use(D, D, "token", "token", num_ups=1),
+    "gated MoE": Use(D, D, "token", "token", num_ups=2),
+    "MoA queries": Use(D, FF, "token", "slot", weighted=False),
+    "MoA outputs": Use(FF, D, "slot", "token"),
+    "SwitchHead values": Use(D, FF, "token", "head"),
+    "SwitchHead outputs": Use(FF, D, "head", "token"),
+}
+TOKENS, DROPPED = 5, 2
+
+
+def inputs(
+    use: Use, counts: list[int], dtype: torch.dtype = torch.float64
+) -> tuple[Experts, Tensor, Trip, list[Tensor]]:
+    """Operation, rows, trip, and all that has a gradient. Some rows are read or written by
+    nobody, and some assignments are no expert's, as when assignments are dropped."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return values.to(dtype).requires_grad_()
+
+    E, A = len(counts), sum(counts) + DROPPED
+    num_rows = {"token": TOKENS, "head": TOKENS * HEADS, "slot": A + 2}
+
+    def rows(level: str) -> Tensor:
+        if level == "slot":
+            return torch.randperm(A + 2, generator=generator)[:A]
+        return torch.randint(num_rows[level], (A,), generator=generator)
+
+    x = draw(num_rows[use.read], use.d_in)
+    weight = draw(A, dtype=torch.promote_types(dtype, torch.float32)) if use.weighted else None
+    ups = tuple(draw(E, use.d_in, FF) for _ in range(use.num_ups))
+    down = draw(E, FF if ups else use.d_in, use.d_out)
+    trip = Trip(
+        read=rows(use.read),
+        write=rows(use.write),
+        num_written=num_rows[use.write],
+        counts=torch.tensor(counts),
+        all_taken=False,
+        weight=weight,
+    )
+    sources = [x, down, *ups, *([] if weight is None else [weight])]
+    return Experts(down, ups, "silu"), x, trip, sources
+
+
+def one_at_a_time(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
+    expert_of = [e for e, count in enumerate(trip.counts.tolist()) for _ in range(count)]
+    y = [x.new_zeros(experts.down.shape[2])] * trip.num_written
+    for a, e in enumerate(expert_of):
+        row = x[trip.read[a]]
+        if experts.ups:
+            row = hidden_rows(tuple(row @ up[e] for up in experts.ups), experts.activation)
+        row = row @ experts.down[e]
+        write = int(trip.write[a])
+        y[write] = y[write] + (row if trip.weight is None else trip.weight[a] * row)
+    return torch.stack(y)
+
+
+def gradients(y: Tensor, sources: list[Tensor]) -> tuple[Tensor, ...]:
+    upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    return torch.autograd.grad(y, sources, upstream, materialize_grads=True)

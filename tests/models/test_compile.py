@@ -1,0 +1,92 @@
+"""Blocks compile as one graph, and never wait for the value of a tensor."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moa_dist.models.attention import AttentionMask
+from moa_dist.models.block import Block
+from moa_dist.moe.initialize import initialize
+from moa_dist.moe.losses import balance_losses
+from tests.models.small import ATTENTION, FFN, PLACEMENTS, small_config, with_capacity
+
+B, S, D = 2, 8, 16
+BALANCE = {"switch": 0.1, "z_loss": 0.1, "entropy": 0.1, "mutual_information": 0.1}
+
+
+def wide(section: dict[str, Any]) -> dict[str, Any]:
+    """Widths that torch's grouped product takes, and all balance losses."""
+    widths = {key: 8 for key in ("d_head", "d_expert") if key in section}
+    if "router" in section:
+        widths["router"] = section["router"] | {"balance": BALANCE}
+    return section | widths
+
+
+CASES = {
+    f"{attention}, {ffn}, {placement}": {
+        "attention": wide(ATTENTION[attention]),
+        "ffn": wide(FFN[ffn]),
+        "norm_placement": placement,
+    }
+    for attention, ffn, placement in [
+        ("moa", "moe gated", PLACEMENTS[0]),
+        ("moa", "dense", PLACEMENTS[1]),
+        ("switchhead", "moe", PLACEMENTS[2]),
+    ]
+} | {
+    f"capacity by {policy}": {k: wide(v) for k, v in with_capacity(policy).items()}
+    for policy in ("probability", "position")
+}
+
+
+def block_of(case: dict[str, Any]) -> Block:
+    block = Block(small_config(**case, d_model=D))
+    initialize(block, seed=0)
+    return block
+
+
+def loss_of(block: Block, x: Tensor, real: Tensor | None) -> Tensor:
+    output = block(x, AttentionMask(causal=True, query_real=real, key_real=real))
+    losses = [
+        loss
+        for name, router in block.routers().items()
+        for loss in balance_losses(output.statistics[name], router.config.balance).values()
+    ]
+    return output.x.float().square().sum() + sum(losses)
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["no padding", "padding"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_one_graph_with_the_same_result(case, padding):
+    block = block_of(case).double()
+    x = torch.randn(B, S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    real = torch.arange(S) < torch.tensor([[S], [S - 3]]) if padding else None
+    expected = loss_of(block, x, real)
+    sources = list(block.parameters())
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(block, x, real)
+    torch.testing.assert_close(compiled, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (
+        torch.autograd.grad(loss, sources, allow_unused=True) for loss in (compiled, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["no padding", "padding"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_value_is_looked_at(case, padding):
+    """A tensor on the meta device has none: whatever made the host wait for a GPU raises here."""
+    block = block_of(case).to("meta", torch.bfloat16)
+    x = torch.empty(B, S, D, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    real = torch.empty(B, S, device="meta", dtype=torch.bool) if padding else None
+    loss_of(block, x, real).backward()
+    assert x.grad is not None
+
+
+def test_looking_at_a_value_would_be_noticed():
+    ids = torch.empty(4, device="meta", dtype=torch.int64)
+    for look in (Tensor.tolist, Tensor.nonzero, Tensor.bincount, lambda t: bool(t.sum() > 1)):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            look(ids)
