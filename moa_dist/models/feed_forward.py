@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.kernels.routed import Experts
-from moa_dist.models.linear import Linear
+from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
@@ -86,6 +86,7 @@ class MoEFeedForward(RoutedModule):
         self.down = GroupedLinear(
             E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
         )
+        self.bias = Bias(d_model) if config.output_bias else None
         self.activation = ACTIVATIONS[config.activation]
 
     def macs(self, length: int) -> dict[str, int]:
@@ -107,7 +108,7 @@ class MoEFeedForward(RoutedModule):
         token_real: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
     ) -> FeedForwardOutput:
-        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D], zero at padding.
+        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D]; padding: the bias only.
 
         `token_real` [B, S] bool is true for real tokens; None when there is no padding.
         """
@@ -120,8 +121,10 @@ class MoEFeedForward(RoutedModule):
             activation=self._activate,
         )
         sent = plan.send(x.flatten(0, 1), "token")
-        y = plan.apply(experts, sent, "token", "token", weighted=True).wait()
-        return FeedForwardOutput(y.view_as(x), routing.statistics)
+        y = plan.apply(experts, sent, "token", "token", weighted=True).wait().view_as(x)
+        if self.bias is not None:
+            y = self.bias(y)
+        return FeedForwardOutput(y, routing.statistics)
 
     def _activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         hidden = self.activation(up)
