@@ -26,6 +26,7 @@ from moa_dist.train.background import Background
 from moa_dist.train.checkpoint_check import damage
 from moa_dist.train.checkpoint_files import (
     FORMAT,
+    MASTER,
     Index,
     Piece,
     Reader,
@@ -323,6 +324,9 @@ def load(engine: Engine, folder: Path) -> Index:
     reader.check_shapes(global_shapes(engine))
     make_optimizer_state(engine, reader.index.updates)
     for fragment in fragments(engine, owned_only=False):
+        if fragment.state != MASTER and reader.index.step == 0:
+            fragment.view.zero_()  # weights from elsewhere come without moments
+            continue
         name = f"{fragment.parameter}/{fragment.state}"
         reader.read_into(name, fragment.start, fragment.view)
     publish_masters(engine)

@@ -188,7 +188,7 @@ def _go_back(
 ) -> Resumed:
     """Restore the newest checkpoint, and the reports and the memory that belong to it."""
     resumed = checkpointer.resume(last_step=step)
-    policy.go_back(resumed.state["bad_steps"])
+    policy.go_back(resumed.state.get("bad_steps"))
     if listener:
         listener.rewind(resumed.step)
     _tell(listener, resumed.notes)
