@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-from moa_dist.cli.ranks import say_once
+from moa_dist.cli.ranks import say_once, say_unless_rank_0_does
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode, MoaDistError, PeerError, SaveError, TrainingError
 
@@ -65,7 +65,7 @@ def run(config_file: str, overrides: list[str], preemption: Preemption) -> int:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return ExitCode.LOST_PEER
     except MoaDistError as error:
-        print(f"rank {rank}: {error}", file=sys.stderr)
+        say_unless_rank_0_does(rank, str(error), lambda: preemption.requested)
         return ExitCode.USER
 
 

@@ -1,4 +1,4 @@
-"""`moa-dist export`: a trained model as one safetensors file; see `moa_dist.evaluate.export`."""
+"""`moa-dist export`: a trained model as a folder for us, or for transformers' own JetMoE."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import torch
 from moa_dist.evaluate.export import MODEL_FILE, export
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.units import short
+from moa_dist.transfer.jetmoe_files import export_jetmoe
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FORMATS = {
+    "moa-dist": (export, 'moa_dist.load_model("{}")'),
+    "jetmoe": (export_jetmoe, 'transformers.JetMoeForCausalLM.from_pretrained("{}")'),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
         type=Path,
         metavar="OUT",
-        help=f"folder to be made, with {MODEL_FILE}, config.yaml and tokenizer.json",
+        help=f"folder to be made, with {MODEL_FILE}, a configuration and tokenizer.json",
+    )
+    parser.add_argument(
+        "--format",
+        choices=_FORMATS,
+        default="moa-dist",
+        help="whose files to write: ours (moa-dist), or, for a model that is one, those of "
+        "transformers' JetMoE",
     )
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="fp32", help="of the weights in the file (fp32)"
@@ -35,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write it and say where; returns the exit status."""
+    write, how_to_load = _FORMATS[args.format]
     checkpoint = find_checkpoint(args.path)
-    written = export(checkpoint, args.output, _DTYPES[args.dtype])
+    written = write(checkpoint, args.output, _DTYPES[args.dtype])
     print(f"{args.output / MODEL_FILE}: {short(written.num_bytes)}B, from {checkpoint}")
-    print(f'in Python: moa_dist.load_model("{args.output}")')
+    print(f"in Python: {how_to_load.format(args.output)}")
     return 0

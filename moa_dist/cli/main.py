@@ -20,7 +20,9 @@ COMMANDS = {
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
     "report": ("moa_dist.cli.report", "write a page of curves about a run, or compare several"),
     "checkpoint": ("moa_dist.cli.checkpoint", "show, verify or rewrite what a run has saved"),
-    "export": ("moa_dist.cli.export", "write a trained model to one safetensors file"),
+    "export": ("moa_dist.cli.export", "write a trained model for us or for transformers"),
+    "import": ("moa_dist.cli.import_model", "make a run from a model of transformers"),
+    "upcycle": ("moa_dist.cli.upcycle", "make a run with experts from a dense one"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args)`, and its line in the help."""

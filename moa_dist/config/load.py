@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from moa_dist.config.merge import apply_overrides, read_config_file
+from moa_dist.config.merge import Merged, apply_overrides, read_config_file
 from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
 from moa_dist.config.validate import validate
@@ -24,12 +25,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises `ConfigError` with every problem found, each with the file and line or the override
     that it came from.
     """
-    merged = read_config_file(path)
+    return _checked(read_config_file(path), overrides, str(path))
+
+
+def config_of(data: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """The same from plain data, which `source` names in the error."""
+    return _checked(Merged(data), overrides, source)
+
+
+def _checked(merged: Merged, overrides: Sequence[str], source: str) -> Config:
     apply_overrides(merged, overrides)
     config, problems = validate(merged.data)
     texts = merged.problems + [_cite(problem, merged.sources) for problem in problems]
     if config is None or texts:
-        raise ConfigError(texts, str(path))
+        raise ConfigError(texts, source)
     return config
 
 

@@ -131,6 +131,8 @@ class MoAConfig(Section):
     """Chooses the experts of each query token."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
+    output_bias: bool = False
+    """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
 
 class SwitchHeadConfig(Section):
@@ -174,6 +176,8 @@ class MoEFFNConfig(Section):
     """Nonlinearity."""
     gated: bool = False
     """Multiply the activation by a second linear projection (GLU)."""
+    output_bias: bool = False
+    """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
 
 AttentionConfig = Annotated[
@@ -199,6 +203,11 @@ class ModelConfig(Section):
     softmax or a sigmoid: queries, keys and routers."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Kind of normalisation."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the variance before its root is taken, in every norm."""
+    final_norm_eps: PositiveFloat | None = None
+    """The same of the norm before the head; null for `norm_eps`. They differ in JetMoE as
+    transformers builds it."""
     position: Literal["none", "sinusoidal"] = "none"
     """Absolute positions added to the embedding, for models without rotary positions."""
     tie_embeddings: bool = False

@@ -14,6 +14,7 @@ from moa_dist.errors import DataError
 from moa_dist.evaluate.export import is_export, load_export
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.train import checkpoint_files
+from moa_dist.train.checkpoint_check import require_valid
 from moa_dist.train.checkpoint_files import INDEX_FILE, checkpoints, tokenizer_of
 
 
@@ -75,6 +76,7 @@ def load_model(path: str | Path) -> LanguageModel:
 def _load(folder: Path) -> tuple[LanguageModel, Config, int]:
     if is_export(folder):
         return load_export(folder)
+    require_valid(folder)
     model, index = checkpoint_files.load_model(folder)
     return model, index.config, index.step
 

@@ -39,6 +39,12 @@ NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
 """By the name in the configuration."""
 
 
+def make_norm(config: ModelConfig, eps: float) -> nn.LayerNorm | nn.RMSNorm:
+    """A norm over the model's width."""
+    # Torch's RMSNorm would else take the precision of its input's type: 0.008 for bfloat16.
+    return NORMS[config.norm](config.d_model, eps=eps)
+
+
 def make_attention(
     config: AttentionConfig, d_model: int, init_scale: float
 ) -> DenseAttention | MoAttention | SwitchHeadAttention:
@@ -106,12 +112,11 @@ class Block(nn.Module):
         super().__init__()
         self.placement = config.norm_placement
         init_scale = math.sqrt(2 / config.num_layers)
-        norm = NORMS[config.norm]
-        self.attention_norm = norm(config.d_model)
+        self.attention_norm = make_norm(config, config.norm_eps)
         self.attention = make_attention(config.attention, config.d_model, init_scale)
         # A dense FFN under peri-norm reads the raw residual and has no router to normalise for.
         unused = config.norm_placement == "peri" and isinstance(config.ffn, DenseFFNConfig)
-        self.ffn_norm = nn.Identity() if unused else norm(config.d_model)
+        self.ffn_norm = nn.Identity() if unused else make_norm(config, config.norm_eps)
         self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)
 
     def routers(self) -> dict[str, Router]:

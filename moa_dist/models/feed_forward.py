@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.kernels.trip import Experts
-from moa_dist.models.linear import Linear
+from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
@@ -78,6 +78,7 @@ class MoEFeedForward(RoutedModule):
         self.down = GroupedLinear(
             E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
         )
+        self.bias = Bias(d_model) if config.output_bias else None
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""
@@ -98,7 +99,7 @@ class MoEFeedForward(RoutedModule):
         token_real: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
     ) -> FeedForwardOutput:
-        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D], zero at padding.
+        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D]; padding: the bias only.
 
         `token_real` [B, S] bool is true for real tokens; None when there is no padding.
         """
@@ -111,5 +112,7 @@ class MoEFeedForward(RoutedModule):
             activation=self.config.activation,
         )
         sent = plan.send(x.flatten(0, 1), "token")
-        y = plan.apply(experts, sent, "token", "token", weighted=True).wait()
-        return FeedForwardOutput(y.view_as(x), routing.statistics)
+        y = plan.apply(experts, sent, "token", "token", weighted=True).wait().view_as(x)
+        if self.bias is not None:
+            y = self.bias(y)
+        return FeedForwardOutput(y, routing.statistics)

@@ -22,7 +22,7 @@ from moa_dist.config.model import (
     RouterConfig,
 )
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import NORMS
+from moa_dist.models.block import make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
 from moa_dist.models.stack import LayerStack, RouterKey, Site
@@ -87,7 +87,8 @@ class LanguageModel(nn.Module):
         self.stack = LayerStack(config, recompute=recompute)
         # After post-norm blocks the residual is normalised already.
         needs_norm = config.norm_placement != "post"
-        self.final_norm = NORMS[config.norm](config.d_model) if needs_norm else nn.Identity()
+        eps = config.final_norm_eps or config.norm_eps
+        self.final_norm = make_norm(config, eps) if needs_norm else nn.Identity()
         init = Normal(1 / math.sqrt(config.d_model))
         self.head = (
             None

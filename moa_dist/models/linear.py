@@ -1,8 +1,9 @@
-"""A linear map that knows how it is initialised and what it costs."""
+"""Linear maps and biases that know how they are initialised and what they cost."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moa_dist.moe.initialize import Constant, Initializer
 
@@ -24,3 +25,19 @@ class Linear(nn.Linear):
     def macs(self, num_rows: int) -> int:
         """Multiply-accumulates for `num_rows` rows."""
         return num_rows * self.in_features * self.out_features
+
+
+class Bias(nn.Module):
+    """Adds a vector, zero at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(width))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """How to draw each parameter."""
+        return {"value": Constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return x + self.value

@@ -23,7 +23,7 @@ from moa_dist.models.attention import (
     softmax_macs,
 )
 from moa_dist.models.cache import KeyValues, extended
-from moa_dist.models.linear import Linear
+from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
@@ -48,6 +48,7 @@ class MoAttention(RoutedModule):
         self.k = Linear(d_model, width, shared)
         self.v = Linear(d_model, width, shared)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
+        self.bias = Bias(d_model) if config.output_bias else None
 
     def routers(self) -> dict[str, Router]:
         """By the names under which their statistics are returned."""
@@ -81,7 +82,7 @@ class MoAttention(RoutedModule):
         gathered: Gathered = NOTHING_GATHERED,
         cache: KeyValues | None = None,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; padding: the bias only.
 
         With a cache, `key` and `value` are of the tokens that follow those in it.
         """
@@ -107,5 +108,7 @@ class MoAttention(RoutedModule):
         slots = heads.transpose(1, 2).reshape(B * T * K, -1)
         experts = Experts(self.matrices("o", gathered))
         sent = plan.send(slots, "slot")
-        y = plan.apply(experts, sent, "slot", "token", weighted=True).wait()
-        return AttentionOutput(y.view(B, T, D), {"query": routing.statistics}, cache)
+        y = plan.apply(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
+        if self.bias is not None:
+            y = self.bias(y)
+        return AttentionOutput(y, {"query": routing.statistics}, cache)

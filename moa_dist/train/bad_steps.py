@@ -98,5 +98,8 @@ class BadSteps:
         return f"step {step} refused: {error}; samples {first} to {stop - 1} are given up"
 
     def go_back(self, state: JsonValue) -> None:
-        """To the losses of a checkpoint; what was given up since stays given up."""
-        self._losses = cast(dict[str, Any], state)["losses"]
+        """To the losses of a checkpoint; what was given up since stays given up.
+
+        `state` is None for one that was made, not trained.
+        """
+        self._losses = [] if state is None else cast(dict[str, Any], state)["losses"]

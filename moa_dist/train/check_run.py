@@ -46,7 +46,8 @@ def _check_earlier_run(config: Config) -> None:
                 "cannot go on with this data: prepare it as before, or choose another `name`"
             )
     newest = newest_index(folder)
-    if newest is None:  # which the checkpointer will explain
+    # Without one, the checkpointer will explain; without samples there is no order to keep.
+    if newest is None or newest.samples == 0:
         return
     before = newest.config.data
     changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]

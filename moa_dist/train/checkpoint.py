@@ -26,6 +26,7 @@ from moa_dist.train.background import Background
 from moa_dist.train.checkpoint_check import damage
 from moa_dist.train.checkpoint_files import (
     FORMAT,
+    MASTER,
     Index,
     Piece,
     Reader,
@@ -119,7 +120,7 @@ class Checkpointer:
         or of this model, or if there is none to go back to; and like `save`.
         """
         notes = self._settle()
-        folders = _from_rank_0(self._tidy_and_list)
+        folders = from_rank_0(self._tidy_and_list)
         later = [f for f in folders if last_step is not None and step_of(f) > last_step]
         damaged = []
         for folder in reversed(folders[: len(folders) - len(later)]):
@@ -129,7 +130,7 @@ class Checkpointer:
                 damaged.append(f"{folder} is damaged ({problems[0]})")
                 continue
             index = load(self._engine, folder)
-            _from_rank_0(partial(_discard_all, later))
+            from_rank_0(partial(_discard_all, later))
             self._saved = (index.step, index.samples, index.state)
             notes += [*damaged, f"continuing from {folder}"]
             return Resumed(index.step, index.samples, index.state, notes)
@@ -168,7 +169,7 @@ class Checkpointer:
             return notes
         target = checkpoint_folder(self._folder, step)
         try:
-            _from_rank_0(partial(self._prepare, target))
+            from_rank_0(partial(self._prepare, target))
         except DataError as error:
             return [*notes, self._note_failure(target, str(error))]
         self._write = self._start_writing(target, identity)
@@ -255,7 +256,7 @@ class Checkpointer:
         ]
         if errors:
             write.cancelled.set()
-        error, seconds = _from_rank_0(partial(_outcome, write))
+        error, seconds = from_rank_0(partial(_outcome, write))
         if error is not None:
             return [self._note_failure(write.target, "; ".join(errors) or error)]
         self._saved, self._failed = write.identity, None
@@ -294,7 +295,7 @@ def _gather(value: Result) -> list[Result]:
     return values
 
 
-def _from_rank_0(function: Callable[[], Result]) -> Result:
+def from_rank_0(function: Callable[[], Result]) -> Result:
     """What `function` returns there, on all ranks.
 
     Rank 0 alone looks at names in the folder, which other nodes may see later. If it meets an
@@ -323,6 +324,9 @@ def load(engine: Engine, folder: Path) -> Index:
     reader.check_shapes(global_shapes(engine))
     make_optimizer_state(engine, reader.index.updates)
     for fragment in fragments(engine, owned_only=False):
+        if fragment.state != MASTER and reader.index.step == 0:
+            fragment.view.zero_()  # weights from elsewhere come without moments
+            continue
         name = f"{fragment.parameter}/{fragment.state}"
         reader.read_into(name, fragment.start, fragment.view)
     publish_masters(engine)

@@ -183,6 +183,7 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int | None) -> 
             discard(path)
 
 
+_IN_THE_WAY = "a file is in the way: remove it, or choose another `output` or `name`"
 _REMEDIES = {
     errno.ENOSPC: "free space there, lower checkpoint.keep_last, or choose another `output`; "
     "saving needs room for one checkpoint more than are kept",
@@ -192,6 +193,8 @@ _REMEDIES = {
     errno.EROFS: "mount it for writing, or choose another `output`",
     errno.EACCES: "give this user the right to write there, or choose another `output`",
     errno.EPERM: "give this user the right to write there, or choose another `output`",
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
     errno.ENOENT: "check that all nodes see the same folder and that nobody deletes it",
     errno.ESTALE: "check that the network file system is still there",
     errno.EIO: "check the disk",

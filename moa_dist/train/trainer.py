@@ -40,7 +40,7 @@ from moa_dist.plan.exchange import decide_exchange
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.boundary import agree, sum_routing, sum_traffic
 from moa_dist.train.check_run import KEPT_FILES
-from moa_dist.train.checkpoint import Checkpointer, Resumed
+from moa_dist.train.checkpoint import Checkpointer, Resumed, from_rank_0
 from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
@@ -90,8 +90,8 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
 
         listener = observer if mesh.rank == 0 else None
         try:
+            from_rank_0(partial(describe_run, config, folder))
             if listener:
-                _describe_run(config, folder)
                 run_start = _run_start(config, this_job, folder, step)
                 listener.start(
                     replace(
@@ -188,7 +188,7 @@ def _go_back(
 ) -> Resumed:
     """Restore the newest checkpoint, and the reports and the memory that belong to it."""
     resumed = checkpointer.resume(last_step=step)
-    policy.go_back(resumed.state["bad_steps"])
+    policy.go_back(resumed.state.get("bad_steps"))
     if listener:
         listener.rewind(resumed.step)
     _tell(listener, resumed.notes)
@@ -201,7 +201,8 @@ def _tell(listener: Observer | None, notes: Iterable[str]) -> None:
             listener.note(note)
 
 
-def _describe_run(config: Config, folder: Path) -> None:
+def describe_run(config: Config, folder: Path) -> None:
+    """Keep beside the checkpoints what they depend on. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     for file in KEPT_FILES:

@@ -130,6 +130,15 @@ def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, comm
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "a"]])
+def test_what_was_altered_is_not_used(run, capsys, command):
+    """Of no more than a bit, which no other check would see."""
+    alter(run / "step-00000002")
+    assert main([*command, str(run)]) == 2
+    assert "step-00000002 is damaged" in capsys.readouterr().err
+    assert main([*command, str(run / "step-00000001")]) == 0
+
+
 @pytest.mark.parametrize("kind", ["other model", "cut", "not a file of tensors"])
 def test_a_damaged_export_says_so(run, tmp_path, capsys, kind):
     target = tmp_path / "exported"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from moa_dist.cli.main import main
-from moa_dist.data.manifest import load_manifest
+from moa_dist.data.manifest import load_manifest, sha256_of
 from moa_dist.data.validation import validation_batches
 from moa_dist.models.language_model import build_model
 from tests.evaluate.runs import LENGTH, config, prepare_text
@@ -92,6 +92,10 @@ def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, messag
     content = json.loads(index.read_text())
     content["config"]["data"]["valid"] = valid
     index.write_text(json.dumps(content))
+    sums = run / "step-00000002/SHA256SUMS"
+    others = [line for line in sums.read_text().splitlines() if index.name not in line]
+    others.append(f"{sha256_of(index.read_bytes())}  {index.name}")
+    sums.write_text("\n".join(others) + "\n")
     assert message in refused(capsys, run)
 
 

@@ -81,4 +81,4 @@ def test_there_is_no_such_task(capsys, task, message):
 
 def test_a_file_that_is_not_there(made, tmp_path, capsys):
     assert main(["eval", str(made / "run"), "--tasks", f"piqa={tmp_path / 'gone'}"]) == 2
-    assert "gone: cannot be read" in capsys.readouterr().err
+    assert "gone: no such file" in capsys.readouterr().err

@@ -59,12 +59,16 @@ MODELS = {
         "num_distinct_layers": None,
         "norm_placement": "pre",
         "norm": "rmsnorm",
-        "attention": MOA | {"router": router(5, 2, "softmax", gate="renormalized_detached")},
+        "norm_eps": 1e-3,
+        "final_norm_eps": 1e-2,
+        "attention": MOA
+        | {"output_bias": True, "router": router(5, 2, "softmax", gate="renormalized_detached")},
         "ffn": {
             "kind": "moe",
             "d_expert": 8,
             "gated": True,
             "activation": "silu",
+            "output_bias": True,
             "router": router(64, 2, "softmax", balance={"switch": 0.1, "z_loss": 0.01}),
         },
     },

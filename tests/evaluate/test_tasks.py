@@ -191,7 +191,7 @@ def test_damaged_files(tmp_path, task, content, message):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_file(tmp_path, task):
-    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
         TASKS[task].examples([tmp_path / "gone.jsonl"])
     with pytest.raises(DataError, match="no file ending in"):
         TASKS[task].examples([tmp_path])

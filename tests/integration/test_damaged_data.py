@@ -12,6 +12,7 @@ import pytest
 
 from moa_dist.data.order import Exclusion, read_exclusions
 from moa_dist.train.checkpoint_files import Reader, checkpoint_folder
+from tests.integration.test_commands import BIN, free_port
 from tests.small_shards import write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +31,12 @@ logging: {every: 1, tensorboard: false}
 SKIP = ("data.on_damage=skip", "data.verify=checksums")
 
 
-def train(folder: Path, *overrides: str, expect: int) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def train(folder: Path, *overrides: str, expect: int, num_ranks: int = 1) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    several = ("deepspeed", "--num_gpus", str(num_ranks), "--master_port", free_port())
+    launcher = (sys.executable,) if num_ranks == 1 else several
     done = subprocess.run(
-        [sys.executable, ROOT / "launcher/train.py", "--config", "tiny.yaml", *overrides],
+        [*launcher, ROOT / "launcher/train.py", "--config", "tiny.yaml", *overrides],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -58,8 +61,9 @@ def test_damage_stops_a_run_or_is_left_out_from_then_on(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     alter(tmp_path / "data/shard-000002.tar")
 
-    stopped = train(tmp_path, "data.verify=checksums", expect=2)
-    assert "data/shard-000002.tar: altered or damaged" in stopped
+    overrides = ("data.verify=checksums", "train.micro_batch=4")
+    stopped = train(tmp_path, *overrides, expect=2, num_ranks=2)
+    assert stopped.count("data/shard-000002.tar: altered or damaged") == 1
     assert "set data.on_damage to skip" in stopped
 
     output = train(tmp_path, *SKIP, expect=0)

@@ -14,6 +14,8 @@ from moa_dist.errors import DataError
 def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """`path` itself, or the files in that folder with one of these suffixes, sorted."""
     try:
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder; check the path of the task")
         if not path.is_dir():
             return [path]
         found = sorted(f for f in path.iterdir() if content_suffix(f) in suffixes and f.is_file())
@@ -26,7 +28,7 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 def read_lines(file: Path) -> Iterator[tuple[str, str]]:
     """Each line of a UTF-8 file, compressed or not, after its place: `FILE, line N`."""
-    if file.exists() and not file.is_file():  # a pipe could block for ever
+    if not file.is_file():  # a pipe could block for ever
         raise DataError(f"{file}: not a regular file; give another path")
     with read_errors_named(file), file.open("rb") as raw:
         for number, line in enumerate(decompressed(file, raw), start=1):

@@ -1,0 +1,59 @@
+"""`moa-dist upcycle`: a run with experts that starts from a dense one; see `transfer.upcycle`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from moa_dist.config import load_config
+from moa_dist.config.run import run_folder
+from moa_dist.errors import ConfigError
+from moa_dist.evaluate.trained import find_checkpoint
+from moa_dist.train.checkpoint_check import require_valid
+from moa_dist.train.checkpoint_files import load_model, tokenizer_of
+from moa_dist.train.tensor_file import TensorSpec
+from moa_dist.transfer.new_run import write_new_run
+from moa_dist.transfer.upcycle import problems_of, upcycle
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "dense",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="folder of a dense run, for its newest checkpoint, or of one checkpoint",
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="YAML configuration of the new run, whose folder is made; training with the same "
+        "configuration goes on from there",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the run and say what was done; returns the exit status."""
+    config = load_config(args.config, args.overrides)
+    checkpoint = find_checkpoint(args.dense)
+    require_valid(checkpoint)
+    dense, index = load_model(checkpoint)
+    if problems := list(problems_of(index.config.model, config.model)):
+        raise ConfigError(problems, f"{args.config} from {checkpoint}")
+    model, parts = upcycle(dense, config.model, seed=config.train.seed)
+    state = model.state_dict()
+    tokenizer, target = tokenizer_of(checkpoint), run_folder(config)
+    write_new_run(
+        target,
+        config,
+        [TensorSpec(name, torch.float32, tuple(t.shape)) for name, t in state.items()],
+        (tensor.contiguous() for tensor in state.values()),
+        tokenizer if tokenizer.exists() else None,
+    )
+    for part in parts:
+        print(f"{part.name}: {part.how}")
+    print(f"{target}: at step 0, from {checkpoint}; train it with the same configuration")
+    return 0

@@ -1,0 +1,115 @@
+"""A trained model for lm-evaluation-harness (the extra `eval`), with the scorer of `moa-dist eval`.
+
+The harness' own command, which then knows the model `moa_dist`:
+
+    python -m moa_dist.evaluate.harness run --model moa_dist --model_args path=runs/one --tasks piqa
+
+or in Python `lm_eval.simple_evaluate(HarnessModel(scorer), tasks=["piqa"])`. Log-likelihoods are
+the scorer's, and so begin every sequence with the end-of-document token, which the harness's own
+models put before an empty context only.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import simple_parse_args_string
+
+from moa_dist.errors import DataError, MoaDistError
+from moa_dist.evaluate.generate import generate, stream_text
+from moa_dist.evaluate.sampling import Sampling
+from moa_dist.evaluate.scoring import Request, Scorer, scorer_of
+from moa_dist.evaluate.trained import load_trained
+
+_MICRO_BATCH = 8
+
+
+@register_model("moa_dist")
+class HarnessModel(LM):
+    """Answers the three kinds of requests that the harness makes, on one process."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.scorer = scorer
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> HarnessModel:
+        """From `--model_args path=RUN_OR_CHECKPOINT` and `--batch_size N`.
+
+        Raises DataError if there is no such model, or another argument.
+        """
+        if arg_dict.keys() != {"path"}:
+            raise DataError(
+                f"the arguments of the model are {', '.join(arg_dict) or 'none'}; give one, "
+                "path=FOLDER of a run, a checkpoint or an export"
+            )
+        batch = str((additional_config or {}).get("batch_size"))
+        micro_batch = int(batch) if batch.isdecimal() else _MICRO_BATCH  # it may be `auto`
+        return cls(scorer_of(load_trained(Path(str(arg_dict["path"]))), micro_batch))
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> HarnessModel:
+        """The same from text."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of continuations, in nats, and whether greedy decoding writes them."""
+        scores = self.scorer.score([Request(*request.args) for request in requests])
+        return [(score.log_likelihood, score.greedy) for score in scores]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Of whole documents, in nats; long ones in pieces, each token once."""
+        scores = self.scorer.score([Request("", *request.args) for request in requests])
+        return [score.log_likelihood for score in scores]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Continuations up to the first stop sequence, which is left out."""
+        return [self._continue(*request.args) for request in requests]
+
+    def _continue(self, context: str, options: dict[str, Any]) -> str:
+        tokenizer, chosen = self.scorer.tokenizer, normalize_gen_kwargs(options)
+        drawn = generate(
+            self.scorer.model,
+            [[tokenizer.end_of_document, *tokenizer.encode(context)]],
+            Sampling(
+                temperature=chosen.get("temperature", 0.0),
+                top_k=chosen.get("top_k"),
+                top_p=chosen.get("top_p", 1.0),
+            ),
+            max_new_tokens=chosen["max_gen_toks"],
+            seed=0,
+            end_of_document=tokenizer.end_of_document,
+            max_length=self.scorer.max_length,
+        )
+        text = ""
+        for _, piece in stream_text(tokenizer, drawn):
+            text += piece
+            found = [at for stop in chosen["until"] if stop and (at := text.find(stop)) >= 0]
+            if found:
+                return text[: min(found)]
+        return text
+
+
+def main() -> int:
+    """The harness' own command; returns the exit status."""
+    try:
+        cli_evaluate()
+    except MoaDistError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

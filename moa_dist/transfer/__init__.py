@@ -1,0 +1,1 @@
+"""Models from elsewhere and to elsewhere: transformers' JetMoE, dense models made sparse."""

@@ -1,0 +1,246 @@
+"""Reading and writing folders of JetMoE, as `JetMoeForCausalLM` of transformers does.
+
+Needs no transformers: a folder is `config.json`, safetensors files, and perhaps `tokenizer.json`.
+One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moa_dist.config.load import config_of
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.run import Config
+from moa_dist.data.manifest import read_regular_file
+from moa_dist.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, load_tokenizer
+from moa_dist.errors import ConfigError, DataError
+from moa_dist.evaluate.export import MODEL_FILE
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.train.checkpoint_check import require_valid
+from moa_dist.train.checkpoint_convert import make_partial
+from moa_dist.train.checkpoint_files import MASTER, FileName, Reader, parse, tokenizer_of
+from moa_dist.train.checkpoint_write import move_into_place
+from moa_dist.train.tensor_file import TensorSpec, Written, write_file, write_tensors
+from moa_dist.transfer.jetmoe import (
+    Entry,
+    JetMoeSettings,
+    entries,
+    model_config_of,
+    problems_of_model,
+    problems_of_settings,
+    settings_of,
+)
+from moa_dist.transfer.new_run import write_new_run
+
+_SETTINGS_FILE = "config.json"
+_SHARDS_FILE = "model.safetensors.index.json"
+
+
+class _Kind(BaseModel):
+    model_type: Literal["jetmoe"]
+
+
+class _Shards(BaseModel):
+    """Content of `model.safetensors.index.json`."""
+
+    weight_map: dict[str, FileName]
+
+
+class Imported(NamedTuple):
+    """What became of a folder of JetMoE."""
+
+    config: Config
+    num_bytes: int
+    """Of the weights."""
+    without_tokenizer: str | None
+    """Why the run has no tokenizer; None if it has."""
+
+
+def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -> Written:
+    """Write the model of a checkpoint as a folder that `JetMoeForCausalLM.from_pretrained` reads.
+
+    Raises ConfigError if JetMoE would not compute the same, and DataError if the checkpoint is
+    damaged, has no tokenizer, or `target` exists.
+    """
+    require_valid(checkpoint)
+    reader = Reader(checkpoint)
+    model = reader.index.config.model
+    if problems := list(problems_of_model(model)):
+        raise ConfigError(problems, f"{checkpoint} is no JetMoE")
+    tokenizer = tokenizer_of(checkpoint)
+    settings = settings_of(
+        model,
+        max_length=reader.index.config.data.sequence_length,
+        end_of_document=load_tokenizer(tokenizer).end_of_document,
+    )
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    for_tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+    }
+    shapes = _our_shapes(model)
+    specs = [TensorSpec(e.theirs, dtype, _their_shape(e, shapes, model)) for e in entries(model)]
+    values = (_their_values(e, reader, shapes, model).to(dtype) for e in entries(model))
+    partial = make_partial(target)
+    written = write_tensors(partial / MODEL_FILE, specs, values, {"format": "pt"})
+    for file, content in (
+        (_SETTINGS_FILE, settings),
+        ("tokenizer_config.json", for_tokenizer),
+    ):
+        write_file(partial / file, [json.dumps(content, indent=2).encode()])
+    shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+    move_into_place(partial, target)
+    return written
+
+
+def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> Imported:
+    """Make a run of ours, at step 0, from a folder that `JetMoeForCausalLM` has saved.
+
+    Args:
+        folder: the folder.
+        target: the run's, to be made.
+        overrides: `key.path=value` for its configuration, all but `model`.
+
+    Raises:
+        ConfigError: our model would not compute the same, or an override is wrong.
+        DataError: a file is missing or damaged, or `target` exists.
+    """
+    settings = _read_settings(folder)
+    config = config_of(
+        {
+            "name": target.name,
+            "output": str(target.parent),
+            "model": model_config_of(settings),
+            "data": {"train": "data/train", "sequence_length": settings.max_position_embeddings},
+            "train": {"steps": 1000, "global_batch": 32, "micro_batch": 1},
+        },
+        overrides,
+        str(folder / _SETTINGS_FILE),
+    )
+    if config.model != ModelConfig.model_validate(model_config_of(settings)):
+        raise ConfigError(["`model` is that of the folder: leave it as it is"], str(folder))
+    shapes = _our_shapes(config.model)
+    source = _Source(folder)
+    table = list(entries(config.model))
+    source.check({e.theirs: _their_shape(e, shapes, config.model) for e in table})
+    specs = [TensorSpec(name, torch.float32, shapes[name]) for e in table for name in e.ours]
+    values = (part.contiguous() for e in table for part in e.to_ours(source.read(e.theirs).float()))
+    tokenizer, problem = folder / TOKENIZER_FILE, None
+    try:
+        load_tokenizer(tokenizer)
+    except DataError as error:
+        problem = str(error)
+    num_bytes = write_new_run(target, config, specs, values, None if problem else tokenizer)
+    return Imported(config, num_bytes, problem)
+
+
+def _read_settings(folder: Path) -> JetMoeSettings:
+    path = folder / _SETTINGS_FILE
+    content = _read(path)
+    parse(_Kind, content, path)
+    settings = parse(JetMoeSettings, content, path)
+    if problems := list(problems_of_settings(settings)):
+        raise ConfigError(problems, str(path))
+    return settings
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_regular_file(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror}; give a folder that save_pretrained has written"
+        ) from error
+
+
+class _Source:
+    """Tensors of a folder, in one safetensors file or in several."""
+
+    def __init__(self, folder: Path) -> None:
+        shards = folder / _SHARDS_FILE
+        self._folder = folder
+        self._files: dict[Path, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        if shards.exists():
+            names = parse(_Shards, _read(shards), shards).weight_map
+            self._file_of = {name: folder / file for name, file in names.items()}
+        else:
+            path = folder / MODEL_FILE
+            self._file_of = dict.fromkeys(self._open(path).keys(), path)
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise DataError unless it has these tensors, and no others that would matter."""
+        # The head of a tied model may be stored twice; frequencies follow from the settings.
+        extra = {n for n in self._file_of.keys() - shapes if not n.endswith("rotary_emb.inv_freq")}
+        if extra == {"lm_head.weight"}:
+            extra = set()
+        if different := sorted(extra | (shapes.keys() - self._file_of.keys())):
+            raise DataError(
+                f"{self._folder}: {len(different)} tensors are missing, or are not of a JetMoE "
+                f"with this {_SETTINGS_FILE}, such as {different[0]}; copy the folder again"
+            )
+        for name, shape in shapes.items():
+            found = self._slice(name).get_shape()
+            if tuple(found) != shape:
+                raise DataError(
+                    f"{self._file_of[name]}: {name} has shape {tuple(found)}, but {_SETTINGS_FILE} "
+                    f"says {shape}; copy the folder again"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in the type that it was saved in."""
+        values: Tensor = self._slice(name)[:]
+        return values
+
+    def _slice(self, name: str) -> Any:
+        path = self._file_of[name]
+        try:
+            return self._open(path).get_slice(name)
+        except SafetensorError as error:
+            raise DataError(f"{path}: missing or damaged: {error}") from error
+
+    def _open(self, path: Path) -> Any:
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{path}: missing or damaged: {error}; only safetensors files are read"
+            ) from error
+        return self._files[path]
+
+
+def _our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        state = LanguageModel(model).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _their_shape(
+    entry: Entry, shapes: dict[str, tuple[int, ...]], model: ModelConfig
+) -> tuple[int, ...]:
+    if not entry.ours:
+        return (model.d_model,)
+    ours = [torch.empty(shapes[name], device="meta") for name in entry.ours]
+    return tuple(entry.to_theirs(ours).shape)
+
+
+def _their_values(
+    entry: Entry, reader: Reader, shapes: dict[str, tuple[int, ...]], model: ModelConfig
+) -> Tensor:
+    if not entry.ours:
+        return torch.zeros(model.d_model)
+    ours = [torch.empty(shapes[name]) for name in entry.ours]
+    for name, values in zip(entry.ours, ours, strict=True):
+        reader.read_into(f"{name}/{MASTER}", 0, values.view(-1))
+    return entry.to_theirs(ours).contiguous()

@@ -1,0 +1,71 @@
+"""A run that starts from given weights: its checkpoint of step 0, for any layout to continue.
+
+There are no moments in it: before the first update they are zero.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from moa_dist.config import to_yaml
+from moa_dist.config.run import Config
+from moa_dist.data.tokenizer import TOKENIZER_FILE
+from moa_dist.evaluate.export import CONFIG_FILE
+from moa_dist.train.checkpoint_convert import make_partial
+from moa_dist.train.checkpoint_files import FORMAT, MASTER, Index, Piece, checkpoint_folder
+from moa_dist.train.checkpoint_write import move_into_place, seal
+from moa_dist.train.tensor_file import TensorSpec, write_file, write_tensors
+
+_FILE = "weights.safetensors"
+
+
+def write_new_run(
+    target: Path,
+    config: Config,
+    specs: list[TensorSpec],
+    values: Iterable[Tensor],
+    tokenizer: Path | None,
+) -> int:
+    """Make the run's folder `target`, which does not exist yet, with a checkpoint of step 0.
+
+    Args:
+        target: the folder.
+        config: of the run.
+        specs: every parameter and buffer of the model, in any order.
+        values: theirs, one at a time, contiguous.
+        tokenizer: to be copied along; None if there is none.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        DataError: `target` exists.
+    """
+    partial = make_partial(target)
+    folder = checkpoint_folder(partial, 0)
+    folder.mkdir()
+    flat = [TensorSpec(f"{s.key}/{MASTER}", s.dtype, (math.prod(s.shape),)) for s in specs]
+    written = write_tensors(folder / _FILE, flat, values)
+    index = Index(
+        format=FORMAT,
+        step=0,
+        samples=0,
+        updates=0,
+        state={},
+        world_size=1,
+        config=config,
+        files={_FILE: written.num_bytes},
+        shapes={spec.key: spec.shape for spec in specs},
+        tensors={s.key: [Piece(_FILE, s.key, 0, s.shape[0])] for s in flat},
+    )
+    seal(folder, index, {_FILE: written.sha256})
+    write_file(partial / CONFIG_FILE, [to_yaml(config).encode()])
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+    move_into_place(partial, target)
+    return written.num_bytes

@@ -1,0 +1,221 @@
+"""Upcycling: a model with experts out of a dense one, which goes on from what that has learned.
+
+Komatsuzaki et al. 2022 (arXiv 2212.05055) copy a dense FFN into every expert; He et al. 2024 (arXiv
+2410.07524, "virtual groups") cut it into m slices and copy those, so that experts stay small. Both
+are one rule here, with m = 1 for whole copies: expert e holds slice e mod m, and the m experts of
+a group share one row of the router, so that tokens choose whole groups. Attention is copied whole.
+
+    FFN         sum over c chosen groups of w_g (sum of m slices) = (sum of w) / m  FFN(x)
+    MoA         sum over chosen of w_e  O attention(Q x, K, V)    = (sum of w)      attention(x)
+    SwitchHead  values and outputs, head by head                  = (sum of w)      V x, O r
+
+Dividing by the factor preserves the function: exactly if the chosen weights sum to one whatever
+the token. Else, as with raw sigmoids, the router is drawn ten times smaller, so that the sum hardly
+varies, and the factor is its mean for random inputs of the layer. If `top_k` is no multiple of m,
+a token gets some slices only, and only the mean over tokens is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moa_dist.config.model import (
+    DenseAttentionConfig,
+    DenseFFNConfig,
+    ModelConfig,
+    MoEFFNConfig,
+    RouterConfig,
+    SwitchHeadConfig,
+)
+from moa_dist.models.attention import DenseAttention
+from moa_dist.models.block import Block
+from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.moa import MoAttention
+from moa_dist.models.switchhead import SwitchHeadAttention
+from moa_dist.moe.router import Router
+
+_PARTS = ("attention", "ffn")
+_SAMPLE = 4096
+"""Random tokens over which weights are averaged."""
+_EVEN = 0.1
+"""Factor of a router whose weights should hardly vary; which experts it chooses stays the same."""
+
+
+class Part(NamedTuple):
+    """What was done to attention or FFN."""
+
+    name: str
+    """`attention` or `ffn`."""
+    exact: bool
+    """It computes what it did before, as long as no capacity drops tokens."""
+    how: str
+    """In a line."""
+
+
+def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
+    """Why a model of `config` cannot go on from one of `dense`, a line each."""
+    for name in ModelConfig.model_fields:
+        before, now = getattr(dense, name), getattr(config, name)
+        if name not in _PARTS and before != now:
+            yield f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
+    changed = [name for name in _PARTS if getattr(dense, name) != getattr(config, name)]
+    if not changed:
+        yield "`model.attention` and `model.ffn` are those of the dense model: nothing to do"
+    for name in changed:
+        before, now = getattr(dense, name), getattr(config, name)
+        if before.kind != "dense" or now.kind == "dense":
+            yield (
+                f"`model.{name}` is {now.kind}, and {before.kind} of other settings in the run: "
+                "experts are made of a dense part only, and any other stays as it is"
+            )
+    if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
+        yield from _attention_problems(dense.attention, config)
+    if isinstance(dense.ffn, DenseFFNConfig) and isinstance(config.ffn, MoEFFNConfig):
+        yield from _ffn_problems(dense.ffn, config.ffn)
+
+
+def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Iterator[str]:
+    attention = config.attention
+    if isinstance(attention, DenseAttentionConfig):
+        return
+    heads = "num_heads" if isinstance(attention, SwitchHeadConfig) else "heads_per_expert"
+    wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope}
+    for name, value in wanted.items():
+        if getattr(attention, name) != value:
+            yield (
+                f"`model.attention.{name}` is {getattr(attention, name)}; copies of the dense "
+                f"attention need {value}"
+            )
+
+
+def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[str]:
+    for name in ("activation", "gated"):
+        if getattr(ffn, name) != getattr(dense, name):
+            yield (
+                f"`model.ffn.{name}` is {getattr(ffn, name)}, but {getattr(dense, name)} in the "
+                "dense model; make them equal"
+            )
+    slices, rest = divmod(dense.d_ff, ffn.d_expert)
+    if rest or ffn.router.num_experts % slices:
+        yield (
+            f"`model.ffn`: {ffn.router.num_experts} experts of width {ffn.d_expert} are not whole "
+            f"copies of an FFN of width {dense.d_ff}; choose `d_expert` so that {dense.d_ff} = "
+            "m x `d_expert`, and `router.num_experts` as a multiple of m"
+        )
+
+
+@torch.no_grad()
+def upcycle(
+    dense: LanguageModel, config: ModelConfig, *, seed: int = 0
+) -> tuple[LanguageModel, list[Part]]:
+    """A model of `config`, without problems, with the weights of `dense`, and what was done.
+
+    In the type of `dense`. What has no counterpart there, routers above all, is drawn by `seed`.
+    """
+    dtype = dense.embedding.weight.dtype
+    model = build_model(config, seed=seed).to(dtype)
+    state, before = model.state_dict(), dense.state_dict()
+    for name in state.keys() & before.keys():
+        if state[name].shape == before[name].shape:  # else what is to become experts
+            state[name].copy_(before[name])
+    parts: dict[str, Part] = {}
+    for new, old in zip(model.stack.layers, dense.stack.layers, strict=True):
+        assert isinstance(new, Block)
+        assert isinstance(old, Block)
+        for part in _fill(new, old):
+            parts[part.name] = part
+    return model.eval(), list(parts.values())
+
+
+def _fill(new: Block, old: Block) -> Iterator[Part]:
+    """Make the experts of one layer."""
+    # Under post-norm, what a part reads was normalised behind the part before it.
+    norms = (new.attention_norm, new.ffn_norm)
+    before_attention, before_ffn = norms[::-1] if new.placement == "post" else norms
+    match new.attention, old.attention:
+        case MoAttention(), DenseAttention():
+            yield _fill_moa(new.attention, old.attention, before_attention)
+        case SwitchHeadAttention(), DenseAttention():
+            yield _fill_switchhead(new.attention, old.attention, before_attention)
+    match new.ffn, old.ffn:
+        case MoEFeedForward(), DenseFeedForward():
+            yield _fill_ffn(new.ffn, old.ffn, before_ffn)
+
+
+def _fill_moa(new: MoAttention, old: DenseAttention, norm: nn.Module) -> Part:
+    for ours, theirs in ((new.k, old.k), (new.v, old.v)):
+        ours.weight.copy_(theirs.weight)
+    new.q.weight.copy_(old.q.weight.T)
+    new.o.weight.copy_(old.o.weight.T / _even_out(new.router, norm))
+    exact = _sums_to_one(new.router.config)
+    return Part("attention", exact, _how("queries and outputs copied into every expert", exact))
+
+
+def _fill_switchhead(new: SwitchHeadAttention, old: DenseAttention, norm: nn.Module) -> Part:
+    new.q.weight.copy_(old.q.weight)
+    new.k.weight.copy_(old.k.weight)
+    H = new.config.num_heads
+    v_HDd = old.v.weight.unflatten(0, (H, -1)).mT
+    o_HdD = old.o.weight.T.unflatten(0, (H, -1))
+    for experts, matrices, router in (
+        (new.v, v_HDd, new.value_router),
+        (new.o, o_HdD, new.output_router),
+    ):
+        matrices = matrices / _even_out(router, norm)[:, None, None]
+        experts.weight.copy_(matrices.repeat_interleave(router.config.num_experts, 0))
+    exact = _sums_to_one(new.config.router)
+    how = "each head's values and outputs copied into its experts"
+    return Part("attention", exact, _how(how, exact))
+
+
+def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> Part:
+    router, d_expert = new.router.config, new.config.d_expert
+    num_slices = old.up.out_features // d_expert
+    num_groups = router.num_experts // num_slices
+    whole_groups = router.top_k % num_slices == 0
+    if whole_groups:
+        rows = new.router.logits.weight
+        rows.copy_(rows[::num_slices].repeat_interleave(num_slices, 0))
+    for experts, linear in ((new.up, old.up), (new.gate, old.gate)):
+        if experts is not None and linear is not None:
+            slices = linear.weight.unflatten(0, (num_slices, d_expert)).mT
+            experts.weight.copy_(slices.repeat(num_groups, 1, 1))
+    scale = num_slices / _even_out(new.router, norm)
+    slices = old.down.weight.T.unflatten(0, (num_slices, d_expert)) * scale
+    new.down.weight.copy_(slices.repeat(num_groups, 1, 1))
+    how = "copied into every expert"
+    if num_slices > 1:
+        how = f"cut into {num_slices} slices, {num_groups} experts of each"
+    if not whole_groups:
+        how += f", of which a token takes {router.top_k}"
+    exact = whole_groups and _sums_to_one(router)
+    return Part("ffn", exact, _how(how, exact))
+
+
+def _how(how: str, exact: bool) -> str:
+    return f"{how}; {'exact' if exact else 'approximate: compare the losses'}"
+
+
+def _sums_to_one(router: RouterConfig) -> bool:
+    """Whether the weights of a token's experts do, whatever the token."""
+    everything = router.score == "softmax" and router.top_k == router.num_experts
+    return router.gate != "raw" or everything
+
+
+def _even_out(router: Router, norm: nn.Module) -> Tensor:
+    """[G]: what a token's weights sum to; its mean over random inputs behind `norm`.
+
+    Where that varies from token to token, make the router smaller first.
+    """
+    if _sums_to_one(router.config):
+        return torch.ones(router.num_groups, dtype=router.logits.weight.dtype)
+    router.logits.weight.mul_(_EVEN)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _SAMPLE, router.logits.weight.shape[1], generator=generator)
+    weights = router.eval()(norm(x.to(router.logits.weight))).weights
+    return weights.sum(-1).mean(0)

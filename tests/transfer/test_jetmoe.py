@@ -1,0 +1,217 @@
+"""A model and its JetMoE in transformers say the same, either way; others are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, JetMoeConfig, JetMoeForCausalLM
+
+import moa_dist
+from moa_dist.cli.main import main
+from moa_dist.config import load_config
+from moa_dist.config.model import ModelConfig
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.train.checkpoint_check import damage
+from moa_dist.transfer.jetmoe import entries, problems_of_model
+from tests.transfer.jetmoes import batch, make_jetmoe
+from tests.transfer.runs import LENGTH, VOCABULARY, make_run, randomize
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ROUTER = {"num_experts": 4, "top_k": 2, "score": "softmax", "gate": "renormalized"}
+OURS = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "num_layers": 4,
+    "num_distinct_layers": 2,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-6,
+    "head_bias": False,
+    "attention": {
+        "kind": "moa",
+        "d_head": 6,
+        "heads_per_expert": 3,
+        "rope": {"fraction": 1.0},
+        "router": ROUTER,
+    },
+    "ffn": {
+        "kind": "moe",
+        "d_expert": 10,
+        "gated": True,
+        "activation": "silu",
+        "output_bias": True,
+        "router": ROUTER,
+    },
+}
+
+
+@torch.no_grad()
+def assert_equal(ours: LanguageModel, theirs: JetMoeForCausalLM) -> None:
+    """Up to what transformers computes in fp32 even of a model in fp64: norms and angles."""
+    tokens, real = batch()
+    for dtype, bound in ((torch.float32, 2e-5), (torch.float64, 2e-6)):
+        ours, theirs = ours.to(dtype), theirs.to(dtype)
+        for padded in (None, real):
+            mask = None if padded is None else padded.long()
+            shown = slice(None) if padded is None else padded
+            expected = theirs(tokens, attention_mask=mask).logits[shown]
+            found = ours(tokens, padded).logits[shown]
+            assert expected.std() > 0.5
+            deviation = (found - expected).abs().max() / expected.abs().max()
+            assert deviation < bound
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "10KB"])
+def test_import_says_the_same(tmp_path, capsys, tied, max_shard_size):
+    theirs = make_jetmoe(tmp_path / "jetmoe", max_shard_size, tie_word_embeddings=tied)
+    assert (tmp_path / "jetmoe/model.safetensors").exists() == (max_shard_size == "5GB")
+    run = tmp_path / "run"
+    assert main(["import", "jetmoe", str(tmp_path / "jetmoe"), str(run), "train.steps=7"]) == 0
+    assert "at step 0" in capsys.readouterr().out
+    assert damage(run / "step-00000000") == []
+    config = load_config(run / "config.yaml")
+    assert config.train.steps == 7
+    assert config.data.sequence_length == LENGTH
+    assert config.model.ffn.router.balance.z_loss == pytest.approx(0.001)
+    assert_equal(moa_dist.load_model(run), theirs)
+    assert main(["generate", str(run), "--prompt", "the cat", "--tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_says_the_same(tmp_path, capsys, tied):
+    """With layers that are shared here, and an attention without a bias."""
+    ours = build_model(ModelConfig.model_validate(OURS | {"tie_embeddings": tied})).eval()
+    randomize(ours)
+    make_run(tmp_path / "run", ours)
+    target = str(tmp_path / "jetmoe")
+    assert main(["export", str(tmp_path / "run"), target, "--format", "jetmoe"]) == 0
+    assert "JetMoeForCausalLM.from_pretrained" in capsys.readouterr().out
+    theirs, report = JetMoeForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(report.values()), report
+    assert theirs.dtype == torch.float32
+    assert_equal(ours, theirs)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.eos_token_id == theirs.config.eos_token_id == 0
+    assert tokenizer.decode(tokenizer("the cat sat").input_ids) == "the cat sat"
+
+
+def test_there_and_back_in_bf16(tmp_path):
+    """Values that bf16 holds come back bit for bit."""
+    make_jetmoe(tmp_path / "a")
+    for name, tensor in (tensors := load_file(tmp_path / "a/model.safetensors")).items():
+        tensors[name] = tensor.bfloat16()
+    save_file(tensors, tmp_path / "a/model.safetensors", {"format": "pt"})
+    assert main(["import", "jetmoe", str(tmp_path / "a"), str(tmp_path / "run")]) == 0
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "b"), "--format", "jetmoe"]
+    assert main([*command, "--dtype", "bf16"]) == 0
+    again = load_file(tmp_path / "b/model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    saved = json.loads((tmp_path / "b/config.json").read_text())
+    before = json.loads((tmp_path / "a/config.json").read_text())
+    for name in saved.keys() - {"bos_token_id", "eos_token_id", "dtype"}:
+        assert saved[name] == before[name], name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "tanh"}, "activation_function is tanh; known are relu"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is linear"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn"}}, "rope_type is yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type is linear"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"num_experts_per_tok": 1}, "the task would never train the router"),
+        ({"num_experts_per_tok": 5}, "choose at most 4"),
+        ({"model_type": "llama"}, "model_type: Input should be 'jetmoe'"),
+        ({"hidden_size": 18}, "has shape"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "model.layers.1"),
+    ],
+)
+def test_import_refuses_what_it_cannot_express(tmp_path, capsys, changes, message):
+    make_jetmoe(tmp_path / "jetmoe")
+    file = tmp_path / "jetmoe/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert main(["import", "jetmoe", str(tmp_path / "jetmoe"), str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damaged", ["cut", "missing", "only pickles", "no folder"])
+def test_import_refuses_damaged_folders(tmp_path, capsys, damaged):
+    make_jetmoe(tmp_path / "jetmoe")
+    file = tmp_path / "jetmoe/model.safetensors"
+    if damaged == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif damaged == "missing":
+        tensors = load_file(file)
+        del tensors["model.norm.weight"]
+        save_file(tensors, file)
+    elif damaged == "only pickles":
+        file.rename(tmp_path / "jetmoe/pytorch_model.bin")
+    else:
+        (tmp_path / "jetmoe").rename(tmp_path / "elsewhere")
+    assert main(["import", "jetmoe", str(tmp_path / "jetmoe"), str(tmp_path / "run")]) == 2
+    assert str(tmp_path / "jetmoe") in capsys.readouterr().err
+
+
+def test_import_without_a_tokenizer_of_ours_says_so(tmp_path, capsys):
+    make_jetmoe(tmp_path / "jetmoe")
+    (tmp_path / "jetmoe/tokenizer.json").unlink()
+    assert main(["import", "jetmoe", str(tmp_path / "jetmoe"), str(tmp_path / "run")]) == 0
+    assert "without a tokenizer" in capsys.readouterr().out
+
+
+def test_the_model_of_the_folder_stays(tmp_path, capsys):
+    make_jetmoe(tmp_path / "jetmoe")
+    folders = [str(tmp_path / "jetmoe"), str(tmp_path / "run")]
+    assert main(["import", "jetmoe", *folders, "model.norm_eps=1"]) == 2
+    assert "leave it as it is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_placement": "peri"}, "`model.norm_placement` is peri"),
+        ({"norm_eps": 1e-5}, "`model.norm_eps` is 1e-05"),
+        ({"head_bias": True}, "`model.head_bias` is True"),
+        ({"position": "sinusoidal"}, "`model.position` is sinusoidal"),
+        ({"attention": OURS["attention"] | {"rope": {"fraction": 0.5}}}, "model.attention.rope"),
+        ({"attention": {"kind": "dense", "num_heads": 2, "d_head": 8}}, "JetMoE has moa"),
+        ({"ffn": {"kind": "dense", "d_ff": 8}}, "JetMoE has moe"),
+        ({"ffn": OURS["ffn"] | {"gated": False}}, "JetMoE has gated experts"),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"gate": "raw"}}}, "softmax, raw"),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"num_experts": 5}}}, "one number for both"),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"capacity": {"factor": 1}}}}, "drops tokens"),
+        (
+            {"ffn": OURS["ffn"] | {"router": ROUTER | {"balance": {"bias_rate": 0.1}}}},
+            "has made a bias",
+        ),
+    ],
+)
+def test_export_refuses_what_jetmoe_cannot_express(changes, message):
+    (problem,) = problems_of_model(ModelConfig.model_validate(OURS | changes))
+    assert message in problem
+
+
+def test_a_refused_export_names_every_reason(tmp_path, capsys):
+    model = build_model(ModelConfig.model_validate(OURS | {"norm_eps": 1e-5, "head_bias": True}))
+    make_run(tmp_path / "run", model)
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "jetmoe"), "--format", "jetmoe"]
+    assert main(command) == 2
+    assert "is no JetMoE: 2 problems" in capsys.readouterr().err
+    assert not (tmp_path / "jetmoe").exists()
+
+
+def test_jetmoe_8b_has_the_parameters_of_transformers():
+    model = load_config(CONFIGS / "jetmoe/8b.yaml").model
+    assert list(problems_of_model(model)) == []
+    with torch.device("meta"):
+        ours = LanguageModel(model)
+        theirs = JetMoeForCausalLM(JetMoeConfig(num_hidden_layers=24))
+    expected = sum(p.numel() for p in theirs.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == expected
+    assert {e.theirs for e in entries(model)} == dict(theirs.named_parameters()).keys()

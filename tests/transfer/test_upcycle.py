@@ -1,0 +1,160 @@
+"""A dense model made sparse says what it said, where the method can promise that."""
+
+import pytest
+import torch
+
+from moa_dist.cli.main import main
+from moa_dist.config import load_config, to_yaml
+from moa_dist.config.model import ModelConfig
+from moa_dist.evaluate.trained import load_trained
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.transfer.upcycle import problems_of, upcycle
+from tests.transfer.runs import LENGTH, VOCABULARY, make_run, randomize
+
+DENSE = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "num_layers": 4,
+    "num_distinct_layers": 2,
+    "attention": {"kind": "dense", "num_heads": 3, "d_head": 8},
+    "ffn": {"kind": "dense", "d_ff": 24},
+}
+
+
+def router(num_experts: int, top_k: int, score: str, gate: str = "renormalized", **more):
+    return {"num_experts": num_experts, "top_k": top_k, "score": score, "gate": gate, **more}
+
+
+def moa(*arguments: object, **more: object) -> dict:
+    routing = router(*arguments)
+    return {"kind": "moa", "heads_per_expert": 3, "d_head": 8, "router": routing} | more
+
+
+def switchhead(*arguments: object) -> dict:
+    return {"kind": "switchhead", "num_heads": 3, "d_head": 8, "router": router(*arguments)}
+
+
+def moe(d_expert: int, *arguments: object, **more: object) -> dict:
+    return {"kind": "moe", "d_expert": d_expert, "router": router(*arguments)} | more
+
+
+EXACT = {
+    "copies": {"ffn": moe(24, 4, 2, "softmax")},
+    "copies, one chosen": {"ffn": moe(24, 4, 1, "softmax", "renormalized_detached")},
+    "slices, a group chosen": {"ffn": moe(8, 6, 3, "softmax")},
+    "slices, two groups chosen": {"ffn": moe(8, 9, 6, "sigmoid")},
+    "slices, all chosen": {"ffn": moe(8, 6, 6, "softmax", "raw")},
+    "slices and a bias": {"ffn": moe(12, 4, 2, "softmax", output_bias=True)},
+    "moa": {"attention": moa(5, 2, "softmax")},
+    "moa, all chosen": {"attention": moa(2, 2, "softmax", "raw")},
+    "switchhead": {"attention": switchhead(4, 2, "sigmoid")},
+    "both": {"attention": moa(5, 2, "sigmoid"), "ffn": moe(4, 12, 6, "softmax")},
+}
+APPROXIMATE = {
+    "sigma-moe, all chosen": ({"ffn": moe(4, 6, 6, "sigmoid", "raw")}, 0.04),
+    "sigma-moe, a group chosen": ({"ffn": moe(4, 24, 6, "sigmoid", "raw")}, 0.02),
+    "sigma-moe, some slices": ({"ffn": moe(4, 24, 4, "sigmoid", "raw")}, 0.8),
+    "switchhead": ({"attention": switchhead(4, 2, "sigmoid", "raw")}, 0.04),
+    "moa": ({"attention": moa(5, 2, "softmax", "raw")}, 0.02),
+}
+"""With the relative deviation of logits that is still fine."""
+
+
+def make_dense(**more) -> LanguageModel:
+    model = build_model(ModelConfig.model_validate(DENSE | more)).double().eval()
+    randomize(model)
+    return model
+
+
+def logits(model: LanguageModel) -> torch.Tensor:
+    tokens = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    real = torch.arange(LENGTH) < torch.tensor([LENGTH, 7, LENGTH])[:, None]
+    with torch.no_grad():
+        return model(tokens, real).logits[real]
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "peri"])
+@pytest.mark.parametrize("changes", EXACT.values(), ids=EXACT)
+def test_the_function_is_preserved(changes, placement):
+    dense = make_dense(norm_placement=placement)
+    config = ModelConfig.model_validate(DENSE | {"norm_placement": placement} | changes)
+    assert list(problems_of(dense.config, config)) == []
+    model, parts = upcycle(dense, config)
+    assert [part.name for part in parts] == list(changes)
+    assert all(part.exact for part in parts)
+    expected = logits(dense)
+    assert (logits(model) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gated_experts(gated):
+    more = {"gated": gated, "activation": "silu"}
+    dense = make_dense(ffn=DENSE["ffn"] | more)
+    config = ModelConfig.model_validate(DENSE | {"ffn": moe(8, 6, 3, "softmax", **more)})
+    expected = logits(dense)
+    found = logits(upcycle(dense, config)[0])
+    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("changes", "bound"), APPROXIMATE.values(), ids=APPROXIMATE)
+def test_where_weights_vary_it_comes_close(changes, bound):
+    dense = build_model(ModelConfig.model_validate(DENSE)).double().eval()
+    config = ModelConfig.model_validate(DENSE | changes)
+    model, (part,) = upcycle(dense, config)
+    assert not part.exact
+    assert "compare the losses" in part.how
+    expected = logits(dense)
+    deviation = (logits(model) - expected).norm() / expected.norm()
+    assert 1e-6 < deviation < bound
+
+
+def test_routers_are_drawn_and_experts_of_a_group_share_a_row():
+    dense = make_dense()
+    config = ModelConfig.model_validate(DENSE | {"ffn": moe(8, 6, 3, "softmax")})
+    first, again, other = (upcycle(dense, config, seed=s)[0].state_dict() for s in (0, 0, 1))
+    rows = first["stack.layers.0.ffn.router.logits.weight"]
+    assert torch.equal(rows, again["stack.layers.0.ffn.router.logits.weight"])
+    assert not torch.equal(rows, other["stack.layers.0.ffn.router.logits.weight"])
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[2], rows[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "nothing to do"),
+        ({"ffn": moe(24, 4, 2, "softmax"), "d_model": 32}, "`model.d_model` is 32, but 16"),
+        ({"ffn": moe(10, 4, 2, "softmax")}, "4 experts of width 10 are not whole copies"),
+        ({"ffn": moe(8, 4, 2, "softmax")}, "choose `d_expert` so that 24 = m x"),
+        ({"ffn": moe(24, 4, 2, "softmax", activation="silu")}, "`model.ffn.activation` is silu"),
+        ({"attention": moa(4, 2, "softmax", heads_per_expert=1)}, "heads_per_expert` is 1"),
+        ({"attention": moa(4, 2, "softmax", rope=None)}, "rope` is None"),
+        ({"ffn": {"kind": "dense", "d_ff": 48}}, "experts are made of a dense part only"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(changes, message):
+    config = ModelConfig.model_validate(DENSE | changes)
+    (problem,) = problems_of(ModelConfig.model_validate(DENSE), config)
+    assert message in problem
+
+
+def test_command(tmp_path, capsys):
+    dense = make_dense().float()
+    config = make_run(tmp_path / "dense", dense)
+    changes = {"name": "sparse", "model": ModelConfig.model_validate(DENSE | EXACT["both"])}
+    file = tmp_path / "sparse.yaml"
+    file.write_text(to_yaml(config.model_copy(update=changes)))
+    command = ["upcycle", str(tmp_path / "dense"), str(file)]
+    assert main([*command, "train.seed=5"]) == 0
+    out = capsys.readouterr().out
+    assert "attention: queries and outputs copied into every expert; exact" in out
+    assert "ffn: cut into 6 slices, 2 experts of each; exact" in out
+    trained = load_trained(tmp_path / "sparse")
+    assert trained.step == 0
+    assert trained.config == load_config(file, ["train.seed=5"])
+    expected = logits(dense)
+    assert (logits(trained.model) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert main(command) == 2
+    assert "sparse exists already" in capsys.readouterr().err
+    assert main([*command, "name=other", "model.d_model=32"]) == 2
+    assert "make them equal" in capsys.readouterr().err
