@@ -122,7 +122,7 @@ class _Report:
     def add(self, finding: Finding) -> None:
         self._findings.append(finding)
         if self._speaks and not self._as_json:
-            print(as_text(finding), flush=True)
+            print(finding, flush=True)
 
     def finish(self) -> int:
         """Print what comes last; returns the exit status."""
@@ -133,9 +133,3 @@ class _Report:
         elif self._speaks:
             print(f"{faults} faults" if faults != 1 else "1 fault", flush=True)
         return 1 if faults else 0
-
-
-def as_text(finding: Finding) -> str:
-    """A line, and one for what to do."""
-    line = f"{finding.status:<6}{finding.check:<16} {finding.text}"
-    return f"{line}\n{'':<23}-> {finding.remedy}" if finding.remedy else line

@@ -37,22 +37,25 @@ class Cause:
         return self.exit_code not in (ExitCode.DEFECT, ExitCode.LOST_PEER)
 
 
-def find_cause(folder: Path, oom_kills: int | None) -> Cause:
+def find_cause(folder: Path, problem: str | None = None) -> Cause:
     """Judge the attempt whose records and logs are in `folder`; all its ranks have ended.
 
-    `oom_kills` is how many processes the kernel killed meanwhile for want of memory in this
-    control group, None where that cannot be read.
+    `problem` is what the launcher knows of, such as a host that is gone; it counts where no rank
+    has said better.
     """
     records = read_records(folder)
     if not records:
-        return Cause(f"no rank was started: {_last_line(folder / 'launcher.log')}", ExitCode.DEFECT)
+        text = problem or f"no rank was started: {_last_line(folder / 'launcher.log')}"
+        return Cause(text, ExitCode.DEFECT)
     codes = {record.status for record in records}
     if codes == {ExitCode.DONE}:
         return Cause("done", ExitCode.DONE)
     if codes <= {ExitCode.DONE, ExitCode.PREEMPTED}:
         return Cause("preempted: saved, to be continued by the same command", ExitCode.PREEMPTED)
     culprit = _culprit(records)
-    text, code = _explain(culprit, folder, oom_kills)
+    if problem is not None and (culprit.orphaned or culprit.status is None):
+        return Cause(problem, ExitCode.LOST_PEER)
+    text, code = _explain(culprit, folder)
     return Cause(f"rank {culprit.rank} (host {culprit.host}) {text}", code, culprit.rank)
 
 
@@ -70,7 +73,7 @@ def _when(record: RankRecord) -> float:
     return math.inf if record.ended is None else record.ended
 
 
-def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[str, ExitCode]:
+def _explain(record: RankRecord, folder: Path) -> tuple[str, ExitCode]:
     log = folder / record.log
     status = record.status
     if record.orphaned:
@@ -78,7 +81,7 @@ def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[s
     if status is None:
         return "vanished together with the process that watched it", ExitCode.DEFECT
     if status < 0:
-        return _explain_signal(record, log, oom_kills), ExitCode.DEFECT
+        return _explain_signal(record, log), ExitCode.DEFECT
     if status == ExitCode.USER:
         return f"found what only you can mend: {_last_line(log)}", ExitCode.USER
     if status in (ExitCode.NOT_FINITE, ExitCode.NOT_SAVED):
@@ -95,15 +98,15 @@ def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[s
     return f"failed: {error}", ExitCode.DEFECT
 
 
-def _explain_signal(record: RankRecord, log: Path, oom_kills: int | None) -> str:
+def _explain_signal(record: RankRecord, log: Path) -> str:
     assert record.status is not None
     number = -record.status
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     text = f"was killed by {name}"
     if number == signal.SIGKILL:
-        if oom_kills:
+        if record.oom_kills:
             text += ": the kernel ended it, out of host memory (use fewer data.workers)"
-        elif oom_kills == 0:
+        elif record.oom_kills == 0:
             text += " from outside; it was not for want of memory"
         else:
             text += ": from outside, or the kernel was out of memory (see `dmesg`)"

@@ -9,11 +9,16 @@ from moa_dist.launch.cause import find_cause
 from moa_dist.launch.record import RankRecord, write_record
 
 
-def attempt(folder: Path, *ranks: tuple[int | None, str], orphaned: bool = False) -> Path:
+def attempt(
+    folder: Path,
+    *ranks: tuple[int | None, str],
+    orphaned: bool = False,
+    oom_kills: int | None = None,
+) -> Path:
     """Ranks by status and last words, which ended one after the other, a second apart."""
     for rank, (status, words) in enumerate(ranks):
         ended = None if status is None else 100.0 + rank
-        write_record(folder, RankRecord(rank, "node-a", 7, status, ended, orphaned=orphaned))
+        write_record(folder, RankRecord(rank, "node-a", 7, status, ended, orphaned, oom_kills))
         (folder / f"rank-{rank}.log").write_text(f"step 1\n{words}\n")
     return folder
 
@@ -61,7 +66,7 @@ LOST = (ExitCode.LOST_PEER, "rank 0: rank 1 (host node-a) is gone; this rank end
     ],
 )
 def test_cause(tmp_path, ranks, oom_kills, code, rank, text):
-    cause = find_cause(attempt(tmp_path, *ranks), oom_kills)
+    cause = find_cause(attempt(tmp_path, *ranks, oom_kills=oom_kills))
     assert cause.exit_code is code
     assert cause.rank == rank
     assert text in cause.text
@@ -72,16 +77,16 @@ def test_cause(tmp_path, ranks, oom_kills, code, rank, text):
 def test_a_rank_killed_long_after_another_lost_it_was_hanging(tmp_path):
     attempt(tmp_path, LOST)
     write_record(tmp_path, RankRecord(1, "node-a", 8, -9, ended=140.0))
-    assert "lost another" in find_cause(tmp_path, 0).text
+    assert "lost another" in find_cause(tmp_path).text
 
 
 def test_ranks_without_a_launcher_do_not_blame_each_other(tmp_path):
-    cause = find_cause(attempt(tmp_path, (-9, ""), (-9, ""), orphaned=True), 0)
+    cause = find_cause(attempt(tmp_path, (-9, ""), (-9, ""), orphaned=True))
     assert "launcher on its host is gone" in cause.text
     assert cause.exit_code is ExitCode.DEFECT
 
 
 def test_job_without_ranks_shows_what_the_launcher_said(tmp_path):
     (tmp_path / "launcher.log").write_text("deepspeed: error: no such option\n")
-    cause = find_cause(tmp_path, 0)
+    cause = find_cause(tmp_path)
     assert cause.text == "no rank was started: deepspeed: error: no such option"
