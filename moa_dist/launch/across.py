@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from moa_dist.errors import ExitCode
+from moa_dist.errors import ClusterError, ExitCode
 from moa_dist.launch import ssh
 from moa_dist.launch.cause import Cause
 from moa_dist.launch.checked_host import CheckedHost, HostProcess
@@ -159,7 +159,9 @@ class HostsLauncher:
 
 
 def check_hosts(hosts: Sequence[Host], wanted: Wanted, ssh_args: str) -> Preflight:
-    """Preflight of hosts that ssh reaches."""
+    """Preflight of hosts that ssh reaches. Raises ClusterError if there is no ssh."""
+    if shutil.which("ssh") is None:
+        raise ClusterError("`ssh`, to reach other hosts, is not installed on this one")
     with ExitStack() as stack:
         checked: dict[str, CheckedHost] = {}
         for host in hosts:

@@ -90,3 +90,20 @@ def test_job_without_ranks_shows_what_the_launcher_said(tmp_path):
     (tmp_path / "launcher.log").write_text("deepspeed: error: no such option\n")
     cause = find_cause(tmp_path)
     assert cause.text == "no rank was started: deepspeed: error: no such option"
+
+
+def test_what_the_launcher_knows_counts_where_no_rank_has_said_better(tmp_path):
+    silent = "host node-b has been silent for 32 s"
+    assert find_cause(tmp_path, silent).text == silent
+    cause = find_cause(attempt(tmp_path, (-9, ""), (None, ""), orphaned=True), silent)
+    assert (cause.text, cause.exit_code) == (silent, ExitCode.LOST_PEER)
+    cause = find_cause(attempt(tmp_path, LOST, (1, traceback("ValueError: wrong"))), silent)
+    assert "rank 1 (host node-a) failed: ValueError: wrong" in cause.text
+
+
+def test_rank_on_a_host_that_is_cut_off_is_named_by_the_others(tmp_path):
+    silent = "rank 1 (host node-b) has been silent for 20 s: stopped, or cut off"
+    attempt(tmp_path, (ExitCode.LOST_PEER, f"rank 0: {silent}; this rank ends"), (None, ""))
+    cause = find_cause(tmp_path, "host node-b has been silent for 32 s")
+    assert silent in cause.text
+    assert (cause.rank, cause.exit_code) == (0, ExitCode.LOST_PEER)
