@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="compare the hosts that it lists (NAME slots=RANKS), as the launcher does by ssh",
     )
-    parser.add_argument("--ssh-args", default="", metavar="ARGS", help='such as "-p 2222"')
+    parser.add_argument(
+        "--ssh-args",
+        metavar="ARGS",
+        help='for ssh to them, such as "-p 2222"; default: PDSH_SSH_ARGS_APPEND',
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -98,11 +102,13 @@ def _hosts(args: argparse.Namespace) -> list[Finding]:
     from moa_dist.launch.across import check_hosts
     from moa_dist.launch.hostfile import read_hostfile
     from moa_dist.launch.preflight import Wanted
+    from moa_dist.launch.ssh import given_arguments
 
     config = load_config(args.config, args.overrides) if args.config else None
     port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
     wanted = Wanted(config, args.config, args.overrides, master_port=port, may_pick_port=False)
-    return check_hosts(read_hostfile(args.hostfile), wanted, args.ssh_args).findings
+    ssh_args = given_arguments() if args.ssh_args is None else args.ssh_args
+    return check_hosts(read_hostfile(args.hostfile), wanted, ssh_args).findings
 
 
 def _all_gpus() -> Iterator[Finding]:

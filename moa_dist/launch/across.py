@@ -67,12 +67,11 @@ class HostsJob:
         hostfile = folder.absolute() / "hostfile"
         write_hostfile(hostfile, meeting.hosts)
         write_start(folder, start)
-        append = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
         self._launcher = DeepSpeedLauncher(
             folder,
             launcher_arguments(folder.absolute(), hostfile, meeting),
             environment={
-                "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.ssh_options(f"{append} {ssh_args}")),
+                "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.ssh_options(ssh_args)),
                 "PYTHONPATH": ssh.python_path(),
             },
             cwd="/",  # which `pdsh` need not quote; keepers go to the right folder
