@@ -88,7 +88,7 @@ class HostsJob:
 
     def preempt(self) -> None:
         """Ask one rank of each host to stop, which lets all of them stop in order."""
-        for link in self._hub.links.values():
+        for link in list(self._hub.links.values()):
             link.send({"preempt": True})
 
     def end(self) -> None:
@@ -97,7 +97,7 @@ class HostsJob:
         self._launcher.finish(END_S)
 
     def _find_problem(self) -> str | None:
-        for node, link in self._hub.links.items():
+        for node, link in list(self._hub.links.items()):
             if link.lost is not None and "silent" in link.lost:
                 return f"host {self._hosts[node]} {link.lost}"
         missing = [name for node, name in enumerate(self._hosts) if node not in self._hub.links]

@@ -7,13 +7,13 @@ machine alone, and hands names to `pdsh`, which takes some for patterns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moa_dist.errors import ClusterError
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+_LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})")
 _NAME = re.compile(r"(?:\w[\w.-]*@)?\w[\w.-]*")
 
 
@@ -47,14 +47,12 @@ def read_hostfile(path: Path) -> list[Host]:
         words = line.split("#", 1)[0].strip()
         if not words:
             continue
-        parts = words.split()[0], hosts
-        problem = next(_problems(words, *parts), None)
-        if problem is not None:
-            problems.append(f"  - {path}:{number}: {problem}")
-            continue
         match = _LINE.fullmatch(words)
-        assert match is not None
-        hosts[match[1]] = Host(match[1], int(match[2]))
+        problem = _problem(words, match, hosts)
+        if match is None or problem is not None:
+            problems.append(f"  - {path}:{number}: {problem}")
+        else:
+            hosts[match[1]] = Host(match[1], int(match[2]))
     if not hosts and not problems:
         problems.append(f"  - {path}: no host; write a line for each, such as `node-1 slots=8`")
     if problems:
@@ -67,13 +65,14 @@ def write_hostfile(path: Path, hosts: Sequence[Host]) -> None:
     path.write_text("".join(f"{host.name} slots={host.slots}\n" for host in hosts))
 
 
-def _problems(line: str, name: str, before: dict[str, Host]) -> Iterator[str]:
-    match = _LINE.fullmatch(line)
+def _problem(line: str, match: re.Match[str] | None, before: dict[str, Host]) -> str | None:
     if match is None:
-        yield f"`{line}` is not `NAME slots=RANKS`; write `{name} slots=8` for 8 ranks there"
-    elif not _NAME.fullmatch(name):
-        yield f"`{name}` is no host name or IPv4 address; write one line for each host"
-    elif int(match[2]) == 0:
-        yield f"no slots on `{name}`; leave the host out, or start a rank per GPU there"
-    elif name in before:
-        yield f"`{name}` comes a second time; write one line with all its slots"
+        return f"`{line}` is not `NAME slots=RANKS`, such as `{line.split()[0]} slots=8`"
+    name = match[1]
+    if not _NAME.fullmatch(name):
+        return f"`{name}` is no host name or IPv4 address; write one line for each host"
+    if int(match[2]) == 0:
+        return f"no slots on `{name}`; leave the host out, or start a rank per GPU there"
+    if name in before:
+        return f"`{name}` comes a second time; write one line with all its slots"
+    return None

@@ -196,7 +196,7 @@ class NodesLauncher:
 
     def __exit__(self, *_: object) -> None:
         """All nodes end with the same status."""
-        for link in self._hub.links.values():
+        for link in list(self._hub.links.values()):
             link.send({"exit": self.ends_with})
         self._hub.close()
 
@@ -233,7 +233,7 @@ class NodesLauncher:
 
     def _refuse(self) -> None:
         nodes = self._node.nodes
-        for node, link in self._hub.links.items():
+        for node, link in list(self._hub.links.items()):
             if link.hello["nodes"] != nodes or not 0 < node < nodes:
                 text = f"node 0 was started with --nodes {nodes}, which lacks node {node}"
                 if link.hello["nodes"] != nodes:

@@ -270,8 +270,9 @@ def _choose_meeting(
             )
             found.findings.append(Finding("network", "FAULT", text, remedy))
     ways = ", ".join(f"{name} by {a['interface']}" for name, a in reached.items() if a["interface"])
-    text = f"ranks meet at {address}:{held['port']}: {ways}"
-    found.findings.append(Finding("network", "ok", text))
+    if ways:
+        text = f"ranks meet at {address}:{held['port']}: {ways}"
+        found.findings.append(Finding("network", "ok", text))
 
 
 def meeting_address(answers: Sequence[Message]) -> str | None:

@@ -27,7 +27,7 @@ def test_hosts_keep_their_order_and_comments_are_left_out(tmp_path):
     [
         ("", "no host; write a line for each"),
         ("# none\n", "no host"),
-        ("a slots=1\nb\n", "hosts:2: `b` is not `NAME slots=RANKS`; write `b slots=8`"),
+        ("a slots=1\nb\n", "hosts:2: `b` is not `NAME slots=RANKS`, such as `b slots=8`"),
         ("a slots=two\n", "`a slots=two` is not"),
         ("a slots=1 max_slots=2\n", "is not `NAME slots=RANKS`"),
         ("a slots=0\n", "no slots on `a`"),
