@@ -71,7 +71,7 @@ def read_records(folder: Path) -> list[RankRecord]:
 
 def write_start(folder: Path, start: Start) -> None:
     """For keepers to read; for nobody but this user, since it holds the token."""
-    _replace(folder / START_FILE, asdict(start))
+    _replace(folder / START_FILE, asdict(start), mode=0o600)
 
 
 def read_start(folder: Path) -> Start:
@@ -79,8 +79,8 @@ def read_start(folder: Path) -> Start:
     return Start(**json.loads((folder / START_FILE).read_text()))
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
+def _replace(path: Path, content: dict[str, Any], mode: int = 0o666) -> None:
     partial = path.with_suffix(".partial")
-    with open(partial, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+    with open(partial, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(json.dumps(content) + "\n")
     os.replace(partial, path)
