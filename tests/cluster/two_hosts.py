@@ -151,14 +151,17 @@ def find_faults(folder: Path, a: Host) -> None:
     shown(f"preflight found {', '.join(expected)}; nothing was started, exit status 2", began)
 
 
-def cut_and_mend(job: Job, hosts: Sequence[Host]) -> None:
-    """The cable of node-b is cut in mid-run: all ends, and goes on when it is back."""
+def cut_and_mend(job: Job, hosts: Sequence[Host], strangers: Sequence[int] = ()) -> None:
+    """The cable of node-b is cut in mid-run: all ends, and goes on when it is back.
+
+    `strangers`: processes on the hosts that are not the job's.
+    """
     earlier = job.steps()
     job.until(lambda: job.steps() >= earlier + 3, "3 steps")
-    supervisors = {process.pid for process in job.supervisors}
+    others = {*strangers, *(process.pid for process in job.supervisors)}
 
     def working() -> list[psutil.Process]:
-        return [p for host in hosts for p in host.processes() if p.pid not in supervisors]
+        return [p for host in hosts for p in host.processes() if p.pid not in others]
 
     check(len(working()) >= 6, "launchers, keepers and ranks on both hosts")
     before = working()
@@ -207,8 +210,8 @@ def check_history(job: Job, calm: Job) -> None:
     check(history(job) == history(calm), "the same losses and norms as undisturbed")
 
 
-def by_ssh(folder: Path, hosts: Sequence[Host], calm: Job) -> None:
-    """DeepSpeed's own path."""
+def by_ssh(folder: Path, hosts: Sequence[Host], calm: Job, holder: int) -> None:
+    """DeepSpeed's own path, while process `holder` has its port."""
     job, began = Job(folder, "ssh"), time.monotonic()
     (folder / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
     arguments = ["--hostfile", "hosts", "--ssh-args", f"-F {folder}/ssh_config"]
@@ -226,7 +229,7 @@ def by_ssh(folder: Path, hosts: Sequence[Host], calm: Job) -> None:
         shown("SIGTERM: saved, exit status 75", began)
         began = time.monotonic()
         job.start(hosts[0], *arguments)
-        cut_and_mend(job, hosts)
+        cut_and_mend(job, hosts, [holder])
         check(job.finish() == [0], "exit status 0")
         check_history(job, calm)
         shown(f"ended after step {STEPS}, bit for bit like an undisturbed run on one host", began)
@@ -292,7 +295,7 @@ def prove(folder: Path, parts: Sequence[str]) -> None:
                 check(calm.finish() == [0], "the undisturbed run")
                 shown(f"{STEPS} steps on one host, to compare with", began)
                 if "ssh" in parts:
-                    by_ssh(folder, hosts, calm)
+                    by_ssh(folder, hosts, calm, holder.pid)
             finally:
                 holder.kill()
                 holder.wait()
