@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moa_dist.distributed.network import host_name
 from moa_dist.errors import ExitCode, PeerError
 
 INTERVAL_S = 2.0
@@ -245,7 +246,7 @@ def heartbeat(device: torch.device, *, silence_s: float = SILENCE_S) -> Iterator
         lost = beat.lost(NOTICE_S) if is_effect else None
         if lost is None:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-            beat.close(f"rank {rank} (host {socket.gethostname()}) failed: {reason}")
+            beat.close(f"rank {rank} (host {host_name()}) failed: {reason}")
             if is_effect and "timed out" in str(error).lower():
                 raise PeerError(
                     "a collective timed out though every rank is alive: one of them is stuck, or "
@@ -264,7 +265,7 @@ def _connect(rank: int, device: torch.device, silence_s: float) -> Heartbeat:
     listener = None
     if rank == 0:
         listener = _listen(host)
-        where = [(listener.getsockname()[1], secrets.token_hex(16), socket.gethostname())]
+        where = [(listener.getsockname()[1], secrets.token_hex(16), host_name())]
     dist.broadcast_object_list(where, device=device)
     port, token, hub_host = where[0]
     if rank == 0:
@@ -278,7 +279,7 @@ def _connect(rank: int, device: torch.device, silence_s: float) -> Heartbeat:
             "ports through between the nodes of a job"
         ) from error
     connection.settimeout(INTERVAL_S)
-    hello = {"hello": token, "rank": rank, "host": socket.gethostname()}
+    hello = {"hello": token, "rank": rank, "host": host_name()}
     connection.sendall(json.dumps(hello).encode() + b"\n")
     hub = _Peer(f"rank 0 (host {hub_host})", time.monotonic(), known=True)
     return Heartbeat(rank, {connection: hub}, None, token, expected=set(), silence_s=silence_s)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore
+
+from moa_dist.distributed.network import choose_interfaces, is_loopback
 
 
 def local_store(rank: int, world_size: int, timeout: timedelta) -> Store | None:
@@ -29,13 +30,15 @@ def local_store(rank: int, world_size: int, timeout: timedelta) -> Store | None:
         OSError: MASTER_PORT is taken.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if not _is_loopback(host):
+    if not is_loopback(host):
+        choose_interfaces(os.environ)
         return None
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     if rank == 0:
-        listener = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
         store = TCPStore(
             host,
             listener.getsockname()[1],
@@ -47,11 +50,3 @@ def local_store(rank: int, world_size: int, timeout: timedelta) -> Store | None:
     else:
         store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)
     return PrefixStore("default_pg", store)
-
-
-def _is_loopback(host: str) -> bool:
-    """By its spelling: a machine's own name may resolve to loopback on that machine alone."""
-    try:
-        return ipaddress.IPv4Address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -24,6 +24,15 @@ class RankReport:
     """What must be the same everywhere, such as `torch` -> `2.11.0`."""
     findings: Sequence[Finding]
     """Of its own checks."""
+
+
+Naming = Callable[[Sequence[int], Sequence[str]], str]
+"""Words for some of the reporters, given by number, and the host of each of all."""
+
+
+def name_hosts(numbers: Sequence[int], hosts: Sequence[str]) -> str:
+    """Such as `host a and host b`, where every host reports once; `hosts` is by number."""
+    return " and ".join(f"host {hosts[number]}" for number in numbers)
 
 
 def name_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
@@ -50,53 +59,70 @@ def _runs(numbers: list[int]) -> str:
 
 def others_findings(reports: Sequence[RankReport]) -> Iterator[Finding]:
     """What rank 0 has not said of itself: faults and notes of the others, each once."""
+    for finding, ranks in said_by(reports):
+        if ranks[0] != 0:
+            yield finding
+
+
+def said_by(
+    reports: Sequence[RankReport], name: Naming = name_ranks
+) -> Iterator[tuple[Finding, list[int]]]:
+    """Faults and notes, each once, with who says so, in the text and by number."""
     hosts = [report.host for report in reports]
-    said_by: dict[Finding, list[int]] = {}
-    for rank, report in enumerate(reports):
+    sayers: dict[Finding, list[int]] = {}
+    for number, report in enumerate(reports):
         for finding in dict.fromkeys(report.findings):
-            said_by.setdefault(finding, []).append(rank)
-    for finding, ranks in said_by.items():
-        if finding.status == "ok" or ranks[0] == 0:
-            continue
-        text = f"{name_ranks(ranks, hosts)}: {finding.text}"
-        yield Finding(finding.check, finding.status, text, finding.remedy)
+            sayers.setdefault(finding, []).append(number)
+    for finding, numbers in sayers.items():
+        if finding.status != "ok":
+            text = f"{name(numbers, hosts)}: {finding.text}"
+            yield Finding(finding.check, finding.status, text, finding.remedy), numbers
 
 
-def alike(reports: Sequence[RankReport]) -> Iterator[Finding]:
-    """Whether code, packages and drivers are the same; ranks in the minority are named."""
+def alike(reports: Sequence[RankReport], name: Naming = name_ranks) -> Iterator[Finding]:
+    """Whether code, packages and drivers are the same; those in the minority are named."""
     hosts = [report.host for report in reports]
-    names = list(dict.fromkeys(name for report in reports for name in report.facts))
+    facts = list(dict.fromkeys(fact for report in reports for fact in report.facts))
     same = True
-    for name in names:
-        values = [report.facts.get(name, "unknown") for report in reports]
-        usual, num_usual = Counter(values).most_common(1)[0]  # rank 0's, if two are as frequent
+    for fact in facts:
+        values = [report.facts.get(fact, "unknown") for report in reports]
+        usual, num_usual = Counter(values).most_common(1)[0]  # the first's, if two are as frequent
         for value in dict.fromkeys(values):
             if value == usual:
                 continue
             same = False
-            ranks = [rank for rank, own in enumerate(values) if own == value]
-            text = f"{name_ranks(ranks, hosts)}: {name} {value}, but {usual} on {num_usual} others"
+            who = [number for number, own in enumerate(values) if own == value]
+            on = "on the other" if len(values) == 2 else f"on {num_usual} others"
+            text = f"{name(who, hosts)}: {fact} {value}, but {usual} {on}"
             remedy = "install the same on all hosts, and start ranks in the same environment"
             yield Finding("alike", "FAULT", text, remedy)
     if same:
         num_hosts = len(set(hosts))
-        where = f"{len(hosts)} ranks on {num_hosts} {'host' if num_hosts == 1 else 'hosts'}"
-        text = f"{len(names)} versions of code, packages and drivers: the same for {where}"
+        where = f"{num_hosts} {'host' if num_hosts == 1 else 'hosts'}"
+        if name is name_ranks:
+            where = f"{len(hosts)} ranks on {where}"
+        text = f"{len(facts)} versions of code, packages and drivers: the same for {where}"
         yield Finding("alike", "ok", text)
 
 
-def clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Iterator[Finding]:
-    """`offsets`: seconds that each rank's clock is ahead of rank 0's."""
+def clocks(
+    offsets: Sequence[float],
+    hosts: Sequence[str],
+    name: Naming = name_ranks,
+    reference: str = "rank 0",
+) -> Iterator[Finding]:
+    """`offsets`: seconds that each reporter's clock is ahead of that of `reference`."""
     wrong = [rank for rank, offset in enumerate(offsets) if abs(offset) > _MOST_APART_S]
     for host in dict.fromkeys(hosts[rank] for rank in wrong):
         ranks = [rank for rank in wrong if hosts[rank] == host]
         offset = offsets[ranks[0]]
         direction = "ahead of" if offset > 0 else "behind"
-        text = f"{name_ranks(ranks, hosts)}: {abs(offset):.1f} s {direction} rank 0"
+        text = f"{name(ranks, hosts)}: {abs(offset):.1f} s {direction} {reference}"
         yield Finding("clocks", "FAULT", text, "let chrony or systemd-timesyncd set that clock")
     if not wrong:
         most = max(map(abs, offsets))
-        yield Finding("clocks", "ok", f"at most {most * 1e3:.1f} ms from rank 0's, as seen here")
+        text = f"at most {most * 1e3:.1f} ms from {reference}'s, as seen here"
+        yield Finding("clocks", "ok", text)
 
 
 def results(name: str, problems: Sequence[str | None], hosts: Sequence[str]) -> Iterator[Finding]:

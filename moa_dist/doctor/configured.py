@@ -16,8 +16,17 @@ _GIB = 2**30
 
 def check_configuration(config: Config, world_size: int) -> list[Finding]:
     """All that the configuration asks of this machine and of `world_size` ranks."""
+    return [*check_layout(config, world_size), *check_on_host(config)]
+
+
+def check_layout(config: Config, world_size: int) -> list[Finding]:
+    """What it asks of the number of ranks."""
+    return guarded("layout", lambda: _layout(config, world_size))
+
+
+def check_on_host(config: Config) -> list[Finding]:
+    """What it asks of the disks that this machine sees."""
     return [
-        *guarded("layout", lambda: _layout(config, world_size)),
         *guarded("data", lambda: _data(config)),
         *guarded("checkpoints", lambda: _checkpoints(config)),
     ]

@@ -107,7 +107,7 @@ def check_port(port: int) -> Iterator[Finding]:
         with closing(socket.create_server(("", port))):
             yield Finding("port", "ok", f"port {port} is free")
     except OSError as error:
-        holder = _holder(port)
+        holder = port_holder(port)
         text = f"port {port} cannot be used ({os.strerror(error.errno or 0)})" + (
             holder and f": {holder}"
         )
@@ -115,8 +115,11 @@ def check_port(port: int) -> Iterator[Finding]:
         yield Finding("port", "FAULT", text, remedy)
 
 
-def _holder(port: int) -> str:
-    """Which process listens there. Its arguments stay unsaid: reports are pasted in public."""
+def port_holder(port: int) -> str:
+    """Which process listens there, in words; empty if none does any more.
+
+    Its arguments stay unsaid: reports are pasted in public.
+    """
     import psutil
 
     try:

@@ -31,6 +31,11 @@ class Finding:
         """Whether the command must end with status 1."""
         return self.status == "FAULT"
 
+    def __str__(self) -> str:
+        """A line, and one for what to do."""
+        line = f"{self.status:<6}{self.check:<16} {self.text}"
+        return f"{line}\n{'':<23}-> {self.remedy}" if self.remedy else line
+
 
 def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """The findings of `check`; an exception becomes the last of them."""

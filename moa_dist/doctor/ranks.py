@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moa_dist.distributed.network import host_name
 from moa_dist.distributed.start import Job
 from moa_dist.doctor import compare
 from moa_dist.doctor.compare import RankReport
@@ -33,7 +33,7 @@ def check_ranks(job: Job, own: Sequence[Finding]) -> Iterator[Finding]:
         job: that this process has joined.
         own: what this rank found by itself; those of rank 0 are known to its reader already.
     """
-    reports: list[RankReport] = gather(RankReport(socket.gethostname(), facts(job), own))
+    reports: list[RankReport] = gather(RankReport(host_name(), facts(job), own))
     hosts = [report.host for report in reports]
     yield from compare.others_findings(reports)
     yield from compare.alike(reports)

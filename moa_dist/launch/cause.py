@@ -14,6 +14,8 @@ from moa_dist.errors import ExitCode
 from moa_dist.launch.record import RankRecord, read_records
 
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b.*)")
+_TRACKER = "resource_tracker"
+"""What Python says, from a process of its own, after one that it served has ended at once."""
 _TAIL_BYTES = 100_000
 _EFFECT_S = 5.0
 """A rank that reports a lost peer so much before any other ends was the first to know: the other
@@ -37,22 +39,25 @@ class Cause:
         return self.exit_code not in (ExitCode.DEFECT, ExitCode.LOST_PEER)
 
 
-def find_cause(folder: Path, oom_kills: int | None) -> Cause:
+def find_cause(folder: Path, problem: str | None = None) -> Cause:
     """Judge the attempt whose records and logs are in `folder`; all its ranks have ended.
 
-    `oom_kills` is how many processes the kernel killed meanwhile for want of memory in this
-    control group, None where that cannot be read.
+    `problem` is what the launcher knows of, such as a host that is gone; it counts where no rank
+    has said better.
     """
     records = read_records(folder)
     if not records:
-        return Cause(f"no rank was started: {_last_line(folder / 'launcher.log')}", ExitCode.DEFECT)
+        text = problem or f"no rank was started: {_last_line(folder / 'launcher.log')}"
+        return Cause(text, ExitCode.DEFECT)
     codes = {record.status for record in records}
     if codes == {ExitCode.DONE}:
         return Cause("done", ExitCode.DONE)
     if codes <= {ExitCode.DONE, ExitCode.PREEMPTED}:
         return Cause("preempted: saved, to be continued by the same command", ExitCode.PREEMPTED)
     culprit = _culprit(records)
-    text, code = _explain(culprit, folder, oom_kills)
+    if problem is not None and (culprit.orphaned or culprit.status is None):
+        return Cause(problem, ExitCode.LOST_PEER)
+    text, code = _explain(culprit, folder)
     return Cause(f"rank {culprit.rank} (host {culprit.host}) {text}", code, culprit.rank)
 
 
@@ -62,7 +67,12 @@ def _culprit(records: list[RankRecord]) -> RankRecord:
     first = min(bad, key=_when)
     own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
     culprit = min(own, key=_when, default=first)
-    return culprit if _when(culprit) <= _when(first) + _EFFECT_S else first
+    if _when(culprit) > _when(first) + _EFFECT_S:
+        culprit = first
+    # Where the network has parted, each side misses the other; rank 0's is the one that goes on.
+    if culprit.status == ExitCode.LOST_PEER and bad[0].rank == 0:
+        return bad[0] if bad[0].status == ExitCode.LOST_PEER else culprit
+    return culprit
 
 
 def _when(record: RankRecord) -> float:
@@ -70,7 +80,7 @@ def _when(record: RankRecord) -> float:
     return math.inf if record.ended is None else record.ended
 
 
-def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[str, ExitCode]:
+def _explain(record: RankRecord, folder: Path) -> tuple[str, ExitCode]:
     log = folder / record.log
     status = record.status
     if record.orphaned:
@@ -78,14 +88,16 @@ def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[s
     if status is None:
         return "vanished together with the process that watched it", ExitCode.DEFECT
     if status < 0:
-        return _explain_signal(record, log, oom_kills), ExitCode.DEFECT
+        return _explain_signal(record, log), ExitCode.DEFECT
     if status == ExitCode.USER:
         return f"found what only you can mend: {_last_line(log)}", ExitCode.USER
     if status in (ExitCode.NOT_FINITE, ExitCode.NOT_SAVED):
         return f"stopped: {_last_line(log)}", ExitCode(status)
     if status == ExitCode.LOST_PEER:
-        said = _last_line(log).removeprefix(f"rank {record.rank}: ")
-        return f"lost another: {said}", ExitCode.LOST_PEER
+        begin = f"rank {record.rank}: "
+        lines = reversed(last_lines(log, 50))
+        said = next((line for line in lines if line.startswith(begin)), _last_line(log))
+        return f"lost another: {said.removeprefix(begin)}", ExitCode.LOST_PEER
     error = _last_error(log) or f"exit code {status}: {_last_line(log)}"
     if "OutOfMemoryError" in error or "CUDA out of memory" in error:
         hint = "halve train.micro_batch, or set train.recompute"
@@ -95,15 +107,15 @@ def _explain(record: RankRecord, folder: Path, oom_kills: int | None) -> tuple[s
     return f"failed: {error}", ExitCode.DEFECT
 
 
-def _explain_signal(record: RankRecord, log: Path, oom_kills: int | None) -> str:
+def _explain_signal(record: RankRecord, log: Path) -> str:
     assert record.status is not None
     number = -record.status
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     text = f"was killed by {name}"
     if number == signal.SIGKILL:
-        if oom_kills:
+        if record.oom_kills:
             text += ": the kernel ended it, out of host memory (use fewer data.workers)"
-        elif oom_kills == 0:
+        elif record.oom_kills == 0:
             text += " from outside; it was not for want of memory"
         else:
             text += ": from outside, or the kernel was out of memory (see `dmesg`)"
@@ -138,7 +150,8 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def _last_line(path: Path) -> str:
-    return next((line for line in reversed(last_lines(path, 50)) if line.strip()), "(no output)")
+    lines = (line for line in last_lines(path, 50) if line.strip() and _TRACKER not in line)
+    return next(reversed(list(lines)), "(no output)")
 
 
 def _last_error(path: Path) -> str | None:

@@ -1,11 +1,34 @@
-"""What is known of a rank of one attempt, as a file that its keeper writes and all may read."""
+"""What is known of an attempt, as files in its folder that all its hosts may read."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+START_FILE = "start.json"
+"""What keepers on other hosts cannot be told by their command line, which shells would mangle."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Content of `start.json`."""
+
+    command: Sequence[str]
+    """To be run as every rank."""
+    folder: str
+    """Where it runs."""
+    environment: Mapping[str, str]
+    """To be added to that of each host."""
+    hosts: Sequence[str]
+    """Names by node."""
+    port: int
+    """Where the supervisor listens, on the host that ssh came from."""
+    token: str
+    """By which it knows its own keepers."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,9 @@ class RankRecord:
     """When, in seconds since 1970."""
     orphaned: bool = False
     """Its keeper ended it, since nobody watched over the job any more."""
+    oom_kills: int | None = None
+    """Processes that the kernel killed on that host meanwhile for want of memory, in the keeper's
+    control group; None where that cannot be read."""
 
     @property
     def log(self) -> str:
@@ -34,13 +60,27 @@ class RankRecord:
 
 def write_record(folder: Path, record: RankRecord) -> None:
     """Replace the rank's record; a reader sees the old or the new one."""
-    path = folder / f"rank-{record.rank}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record)) + "\n")
-    os.replace(partial, path)
+    _replace(folder / f"rank-{record.rank}.json", asdict(record))
 
 
 def read_records(folder: Path) -> list[RankRecord]:
     """All ranks that were started, in order."""
     found = [RankRecord(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
     return sorted(found, key=lambda record: record.rank)
+
+
+def write_start(folder: Path, start: Start) -> None:
+    """For keepers to read; for nobody but this user, since it holds the token."""
+    _replace(folder / START_FILE, asdict(start), mode=0o600)
+
+
+def read_start(folder: Path) -> Start:
+    """As `write_start` wrote it."""
+    return Start(**json.loads((folder / START_FILE).read_text()))
+
+
+def _replace(path: Path, content: dict[str, Any], mode: int = 0o666) -> None:
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(json.dumps(content) + "\n")
+    os.replace(partial, path)

@@ -1,7 +1,7 @@
 """Starting a job again until it is done: watch an attempt, say why it ended, decide, wait, go on.
 
-Knows ranks by the records and logs that they leave in the attempt's folder, and a way to start
-them as a function; so it serves every launcher whose ranks see the run's folder.
+Knows ranks by the records and logs that they leave in the attempt's folder, and a launcher that
+starts them; so it serves every launcher whose ranks see the run's folder.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Protocol, TextIO
 from moa_dist.config.run import Config, run_folder
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode
-from moa_dist.launch.cause import Cause, count_oom_kills, find_cause, last_lines
+from moa_dist.launch.cause import Cause, find_cause, last_lines
 from moa_dist.train.checkpoint_files import checkpoints
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -33,6 +32,10 @@ _SHOWN_LINES = 20
 class Attempt(Protocol):
     """A job that was started."""
 
+    @property
+    def problem(self) -> str | None:
+        """What the launcher knows of why it ends, such as a host that is gone."""
+
     def wait(self, timeout_s: float) -> bool:
         """Whether every process of it has ended; waits for it that long."""
 
@@ -41,6 +44,16 @@ class Attempt(Protocol):
 
     def end(self) -> None:
         """End every process of it; returns when they have ended."""
+
+
+class Launcher(Protocol):
+    """A way to start ranks."""
+
+    def ready(self) -> Cause | None:
+        """Wait until an attempt can be started; returns why none can, None if one can."""
+
+    def start(self, folder: Path) -> Attempt:
+        """Start an attempt, given its folder."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +72,25 @@ class RestartPolicy:
 
 def supervise(
     config: Config,
-    start: Callable[[Path], Attempt],
+    launcher: Launcher,
     policy: RestartPolicy,
     preemption: Preemption,
     console: TextIO,
 ) -> ExitCode:
-    """Run attempts, which `start` starts given their folder, until one ends the job.
+    """Run attempts, one after the other, until one ends the job.
 
     Returns what the last attempt came to. Ends no attempt's ranks but its own.
     """
     run = run_folder(config)
     restarts = 0
     while True:
+        if (hindrance := launcher.ready()) is not None:
+            print(hindrance.text, file=console, flush=True)
+            return hindrance.exit_code
         number, folder = _new_folder(run / "logs")
         before = _newest_step(run)
         began = datetime.now(UTC)
-        cause = _watch(folder, start(folder), preemption, console)
+        cause = _watch(folder, launcher.start(folder), preemption, console)
         after = _newest_step(run)
         restarts = 1 if after > before else restarts + 1
         if preemption.requested and not cause.is_final:
@@ -112,7 +128,6 @@ def supervise(
 
 def _watch(folder: Path, attempt: Attempt, preemption: Preemption, console: TextIO) -> Cause:
     """Until all ranks have ended; shows rank 0's output meanwhile."""
-    oom_kills = count_oom_kills()
     deadline, shown = None, 0
     try:
         while not attempt.wait(_POLL_S):
@@ -125,8 +140,7 @@ def _watch(folder: Path, attempt: Attempt, preemption: Preemption, console: Text
     finally:
         attempt.end()
     _copy(folder / "rank-0.log", shown, console)
-    killed = count_oom_kills()
-    return find_cause(folder, None if killed is None or oom_kills is None else killed - oom_kills)
+    return find_cause(folder, attempt.problem)
 
 
 def _copy(path: Path, offset: int, console: TextIO) -> int:

@@ -10,6 +10,7 @@ from moa_dist.config import load_config
 from moa_dist.config.run import Config
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode
+from moa_dist.launch.cause import Cause
 from moa_dist.launch.record import RankRecord, write_record
 from moa_dist.launch.supervisor import RestartPolicy, supervise
 
@@ -23,7 +24,12 @@ class Script:
         self.run, self.ends, self.folders = run, list(ends), []
         self.preempted = 0
 
-    def __call__(self, folder: Path) -> "Script":
+    problem = None
+
+    def ready(self) -> Cause | None:
+        return None
+
+    def start(self, folder: Path) -> "Script":
         self.folders.append(folder)
         return self
 
