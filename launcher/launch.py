@@ -30,10 +30,12 @@ from moa_dist.distributed.preemption import Preemption
 from moa_dist.doctor.environment import DEFAULT_PORT
 from moa_dist.errors import ExitCode, MoaDistError
 from moa_dist.launch.across import HostsLauncher
+from moa_dist.launch.follower import follow
 from moa_dist.launch.hostfile import read_hostfile
 from moa_dist.launch.local import LocalLauncher
-from moa_dist.launch.nodes import Node, NodesLauncher, follow
+from moa_dist.launch.nodes import Node, NodesLauncher
 from moa_dist.launch.preflight import Wanted
+from moa_dist.launch.ssh import given_arguments
 from moa_dist.launch.supervisor import RestartPolicy, supervise
 from moa_dist.launch.waiting import HOST_WAIT_S, Waiting
 
@@ -60,7 +62,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="lines `NAME slots=RANKS`")
     parser.add_argument(
-        "--ssh-args", default="", metavar="ARGS", help='for ssh to them, such as "-p 2222"'
+        "--ssh-args",
+        default=given_arguments(),
+        metavar="ARGS",
+        help='for ssh to them, such as "-p 2222"; default: PDSH_SSH_ARGS_APPEND',
     )
     parser.add_argument(
         "--nodes",

@@ -1,7 +1,7 @@
 """`moa-dist doctor`: is this machine, or are the ranks of this job, fit to train? Printing only.
 
-Alone it reports on this machine. Started like training, once per rank, it compares and times the
-ranks. See `moa_dist.doctor`.
+Alone it reports on this machine, with `--hostfile` on all hosts of a job beside each other. Started
+like training, once per rank, it compares and times the ranks. See `moa_dist.doctor`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from moa_dist.cli.arguments import between
 from moa_dist.cli.ranks import let_rank_0_speak
@@ -31,6 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="number of ranks to check it for (under a launcher, its own; else expert_parallel)",
     )
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="compare the hosts that it lists (NAME slots=RANKS), as the launcher does by ssh",
+    )
+    parser.add_argument(
+        "--ssh-args",
+        metavar="ARGS",
+        help='for ssh to them, such as "-p 2222"; default: PDSH_SSH_ARGS_APPEND',
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -41,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # else ranks on CPUs would slow each other
     is_rank, rank = "RANK" in os.environ, os.environ.get("RANK", "0")
     report = _Report(speaks=rank == "0", as_json=args.json)
+    if args.hostfile is not None:
+        for finding in _hosts(args):
+            report.add(finding)
+        return report.finish()
     own = _own_findings(args, is_rank)
     for finding in own:
         report.add(finding)
@@ -77,6 +93,22 @@ def _own_findings(args: argparse.Namespace, is_rank: bool) -> list[Finding]:
     if args.config:
         findings += guarded("configuration", lambda: _configuration(args, is_rank))
     return findings
+
+
+def _hosts(args: argparse.Namespace) -> list[Finding]:
+    """What the launcher would find before it starts a job on them."""
+    from moa_dist.config import load_config
+    from moa_dist.doctor.environment import DEFAULT_PORT
+    from moa_dist.launch.across import check_hosts
+    from moa_dist.launch.hostfile import read_hostfile
+    from moa_dist.launch.preflight import Wanted
+    from moa_dist.launch.ssh import given_arguments
+
+    config = load_config(args.config, args.overrides) if args.config else None
+    port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
+    wanted = Wanted(config, args.config, args.overrides, master_port=port, may_pick_port=False)
+    ssh_args = given_arguments() if args.ssh_args is None else args.ssh_args
+    return check_hosts(read_hostfile(args.hostfile), wanted, ssh_args).findings
 
 
 def _all_gpus() -> Iterator[Finding]:

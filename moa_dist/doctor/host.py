@@ -143,7 +143,7 @@ class Door:
             return {"port": port, "problem": None}
         except OSError as error:
             holder = port_holder(port)
-            problem = f"port {port} on {address} cannot be used ({os.strerror(error.errno or 0)})"
+            problem = f"port {port} cannot be used ({os.strerror(error.errno or 0)})"
             problem += f": {holder}" if holder else ""
         if not request["may_pick"]:
             return {"port": None, "problem": problem}

@@ -1,5 +1,7 @@
 """Starting a job's ranks, watching them, saying why they ended, starting them again.
 
-`supervisor` decides and knows nothing of how ranks are started; `local` starts them through the
-`deepspeed` launcher; `rank` is what runs around each of them.
+`supervisor` decides and knows nothing of how ranks are started: `local` starts them on this machine
+through the `deepspeed` launcher, `across` on the hosts of a hostfile by its pdsh path, `nodes` with
+a launcher of our own on every node. `rank` is what runs around each of them, `link` what connects
+it with the supervisor's host, and `preflight` what is found before anything starts.
 """

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from moa_dist.errors import ExitCode
+from moa_dist.errors import ClusterError, ExitCode
 from moa_dist.launch import ssh
 from moa_dist.launch.cause import Cause
 from moa_dist.launch.checked_host import CheckedHost, HostProcess
@@ -67,12 +67,11 @@ class HostsJob:
         hostfile = folder.absolute() / "hostfile"
         write_hostfile(hostfile, meeting.hosts)
         write_start(folder, start)
-        append = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
         self._launcher = DeepSpeedLauncher(
             folder,
             launcher_arguments(folder.absolute(), hostfile, meeting),
             environment={
-                "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.ssh_options(f"{append} {ssh_args}")),
+                "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.ssh_options(ssh_args)),
                 "PYTHONPATH": ssh.python_path(),
             },
             cwd="/",  # which `pdsh` need not quote; keepers go to the right folder
@@ -159,7 +158,9 @@ class HostsLauncher:
 
 
 def check_hosts(hosts: Sequence[Host], wanted: Wanted, ssh_args: str) -> Preflight:
-    """Preflight of hosts that ssh reaches."""
+    """Preflight of hosts that ssh reaches. Raises ClusterError if there is no ssh."""
+    if shutil.which("ssh") is None:
+        raise ClusterError("`ssh`, to reach other hosts, is not installed on this one")
     with ExitStack() as stack:
         checked: dict[str, CheckedHost] = {}
         for host in hosts:

@@ -14,6 +14,8 @@ from moa_dist.errors import ExitCode
 from moa_dist.launch.record import RankRecord, read_records
 
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b.*)")
+_TRACKER = "resource_tracker"
+"""What Python says, from a process of its own, after one that it served has ended at once."""
 _TAIL_BYTES = 100_000
 _EFFECT_S = 5.0
 """A rank that reports a lost peer so much before any other ends was the first to know: the other
@@ -65,7 +67,12 @@ def _culprit(records: list[RankRecord]) -> RankRecord:
     first = min(bad, key=_when)
     own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
     culprit = min(own, key=_when, default=first)
-    return culprit if _when(culprit) <= _when(first) + _EFFECT_S else first
+    if _when(culprit) > _when(first) + _EFFECT_S:
+        culprit = first
+    # Where the network has parted, each side misses the other; rank 0's is the one that goes on.
+    if culprit.status == ExitCode.LOST_PEER and bad[0].rank == 0:
+        return bad[0] if bad[0].status == ExitCode.LOST_PEER else culprit
+    return culprit
 
 
 def _when(record: RankRecord) -> float:
@@ -87,8 +94,10 @@ def _explain(record: RankRecord, folder: Path) -> tuple[str, ExitCode]:
     if status in (ExitCode.NOT_FINITE, ExitCode.NOT_SAVED):
         return f"stopped: {_last_line(log)}", ExitCode(status)
     if status == ExitCode.LOST_PEER:
-        said = _last_line(log).removeprefix(f"rank {record.rank}: ")
-        return f"lost another: {said}", ExitCode.LOST_PEER
+        begin = f"rank {record.rank}: "
+        lines = reversed(last_lines(log, 50))
+        said = next((line for line in lines if line.startswith(begin)), _last_line(log))
+        return f"lost another: {said.removeprefix(begin)}", ExitCode.LOST_PEER
     error = _last_error(log) or f"exit code {status}: {_last_line(log)}"
     if "OutOfMemoryError" in error or "CUDA out of memory" in error:
         hint = "halve train.micro_batch, or set train.recompute"
@@ -141,7 +150,8 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def _last_line(path: Path) -> str:
-    return next((line for line in reversed(last_lines(path, 50)) if line.strip()), "(no output)")
+    lines = (line for line in last_lines(path, 50) if line.strip() and _TRACKER not in line)
+    return next(reversed(list(lines)), "(no output)")
 
 
 def _last_error(path: Path) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from moa_dist.errors import ClusterError
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
-_NAME = re.compile(r"(?:[\w.-]+@)?[\w.-]+")
+_NAME = re.compile(r"(?:\w[\w.-]*@)?\w[\w.-]*")
 
 
 @dataclass(frozen=True)

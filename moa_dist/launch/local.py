@@ -16,6 +16,7 @@ from moa_dist.distributed.network import HOST_VARIABLE, free_port
 from moa_dist.distributed.preemption import signals_blocked
 from moa_dist.launch.cause import Cause
 from moa_dist.launch.hostfile import Host, write_hostfile
+from moa_dist.launch.rank import VISIBLE_VARIABLE
 
 LAUNCHER_LOG = "launcher.log"
 """What the launcher itself says, in an attempt's folder."""
@@ -113,6 +114,8 @@ class LocalJob:
             where = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(place.node)]
             where += ["--master_addr", place.master_addr, "--master_port", str(place.master_port)]
             environment[HOST_VARIABLE] = place.hosts[place.node].name
+            if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+                environment[VISIBLE_VARIABLE] = visible
         keeper = ["--no_local_rank", "--module", "moa_dist.launch.rank", str(folder), *command]
         lifeline, self._lifeline = os.pipe()
         self._launcher = DeepSpeedLauncher(

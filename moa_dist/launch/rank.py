@@ -32,6 +32,9 @@ from moa_dist.launch.cause import count_oom_kills
 from moa_dist.launch.link import Link, LinkLostError, connect
 from moa_dist.launch.record import RankRecord, Start, read_start, write_record
 
+VISIBLE_VARIABLE = "MOA_DIST_VISIBLE_DEVICES"
+"""The GPUs that this node was given, such as by Slurm; given a hostfile, `deepspeed` counts from
+the machine's first one instead."""
 _POLL_S = 0.2
 _CONNECT_S = 20.0
 _PR_SET_PDEATHSIG = 1
@@ -104,6 +107,8 @@ def main(argv: list[str]) -> int:
 
 def _keep(folder: Path, command: list[str], lifeline: Lifeline) -> int:
     rank = int(os.environ["RANK"])
+    if (visible := os.environ.pop(VISIBLE_VARIABLE, None)) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     started: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: object) -> None:

@@ -13,6 +13,11 @@ _ALIVE_S, _ALIVE_COUNT = 5, 4
 """A connection that is cut is given up after their product, and by that pdsh ends."""
 
 
+def given_arguments() -> str:
+    """What the user told pdsh to give to ssh."""
+    return os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+
+
 def ssh_options(extra: str) -> list[str]:
     """For `ssh` itself and, as PDSH_SSH_ARGS_APPEND, through pdsh: never ask, never hang.
 

@@ -111,3 +111,26 @@ def test_a_checkpoint_has_the_size_that_was_foretold(made, stage):
     foretold = checkpoint_bytes(run.model_copy(update={"parallel": parallel}))
     saved = sum(f.stat().st_size for f in (made / "run/step-00000002").glob("*.safetensors"))
     assert foretold < saved < 1.5 * foretold
+
+
+def test_hostfile_that_is_missing_is_an_error_of_the_user(capsys, tmp_path):
+    assert main(["doctor", "--hostfile", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere cannot be read" in capsys.readouterr().err
+
+
+def test_hosts_of_a_hostfile_are_asked_by_ssh_and_compared(capsys, file, tmp_path, monkeypatch):
+    ssh = tmp_path / "ssh"  # the host `far` is gone, others are this machine
+    ssh.write_text(
+        '#!/bin/bash\nhost="${@: -2:1}" script="${@: -1}"\n'
+        'if [ "$host" = far ]; then echo "ssh: no route" >&2; exit 255; fi\n'
+        'SSH_CONNECTION="127.0.0.1 1 127.0.0.1 22" exec bash -c "$script"\n'
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "hosts").write_text("near slots=1\nfar slots=1\n")
+    findings, faults = doctor(capsys, "--hostfile", str(tmp_path / "hosts"), "--config", file)
+    assert [(check, text) for check, text in faults if "far" in text] == [
+        ("host", "host far cannot be reached by ssh: ssh: no route")
+    ]
+    assert len(faults) == 1
+    assert {f["check"] for f in findings} >= {"clocks", "network"}

@@ -90,3 +90,37 @@ def test_job_without_ranks_shows_what_the_launcher_said(tmp_path):
     (tmp_path / "launcher.log").write_text("deepspeed: error: no such option\n")
     cause = find_cause(tmp_path)
     assert cause.text == "no rank was started: deepspeed: error: no such option"
+
+
+def test_what_the_launcher_knows_counts_where_no_rank_has_said_better(tmp_path):
+    silent = "host node-b has been silent for 32 s"
+    assert find_cause(tmp_path, silent).text == silent
+    cause = find_cause(attempt(tmp_path, (-9, ""), (None, ""), orphaned=True), silent)
+    assert (cause.text, cause.exit_code) == (silent, ExitCode.LOST_PEER)
+    cause = find_cause(attempt(tmp_path, LOST, (1, traceback("ValueError: wrong"))), silent)
+    assert "rank 1 (host node-a) failed: ValueError: wrong" in cause.text
+
+
+def test_rank_on_a_host_that_is_cut_off_is_named_by_the_others(tmp_path):
+    silent = "rank 1 (host node-b) has been silent for 20 s: stopped, or cut off"
+    later = "x.py:254: UserWarning: resource_tracker: 11\n  warnings.warn('resource_tracker: %d '"
+    said = f"rank 0: {silent}; this rank ends\n{later}"
+    attempt(tmp_path, (ExitCode.LOST_PEER, said), (None, ""))
+    cause = find_cause(tmp_path, "host node-b has been silent for 32 s")
+    assert silent in cause.text
+    assert (cause.rank, cause.exit_code) == (0, ExitCode.LOST_PEER)
+
+
+def test_what_python_says_after_the_end_is_no_reason(tmp_path):
+    attempt(
+        tmp_path, (2, "a.yaml: 1 problem\nUserWarning: resource_tracker: There appear to be 11")
+    )
+    assert find_cause(tmp_path).text.endswith("a.yaml: 1 problem")
+
+
+def test_where_the_network_has_parted_the_side_of_rank_0_is_believed(tmp_path):
+    for rank, ended in ((0, 109.0), (1, 101.0)):
+        words = f"rank {rank}: rank {1 - rank} (host {'ba'[rank]}) has been silent"
+        (tmp_path / f"rank-{rank}.log").write_text(words + "\n")
+        write_record(tmp_path, RankRecord(rank, "ab"[rank], 7, ExitCode.LOST_PEER, ended))
+    assert "rank 1 (host b) has been silent" in find_cause(tmp_path).text

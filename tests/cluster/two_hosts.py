@@ -1,0 +1,322 @@
+"""A job on two hosts: checked before it starts, cut off in mid-run, continued.
+
+    sudo env PATH=$PATH python -m tests.cluster.two_hosts
+
+The hosts are network namespaces with their own addresses, sshd and host names, joined by a cable
+that can be cut (`network.py`). DeepSpeed starts the ranks by pdsh and ssh; attention and FFN
+experts are sharded across the hosts. Then the same without ssh. Prints what was shown and how long
+it took; exit status 1 if something was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from tests.cluster.network import Host, missing_tools, two_hosts
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LAUNCH = str(ROOT / "launcher/launch.py")
+STEPS = 60
+PORT = 29500
+PACKAGE, OTHER_VERSION = "tokenizers", "0.22.0"
+"""Planted on one host; within the range that pyproject.toml asks for."""
+END_S = 60.0
+"""All processes of a job that is cut must have ended by then."""
+WAIT_S = 400.0
+CONFIG = f"""
+name: ssh
+model:
+  vocab_size: 300
+  d_model: 16
+  num_layers: 2
+  attention:
+    kind: switchhead
+    num_heads: 2
+    d_head: 8
+    router: {{num_experts: 3, top_k: 2, score: sigmoid, balance: {{entropy: 0.001}}}}
+  ffn:
+    kind: moe
+    d_expert: 8
+    router: {{num_experts: 5, top_k: 2, score: sigmoid, balance: {{entropy: 0.01}}}}
+data: {{train: text/train, valid: text/valid, sequence_length: 32}}
+parallel: {{expert_parallel: 2, zero_stage: 2}}
+optimizer: {{lr: 1.0e-3}}
+schedule: {{warmup_steps: 2}}
+train: {{steps: {STEPS}, global_batch: 8, micro_batch: 2}}
+logging: {{every: 1, tensorboard: false}}
+checkpoint: {{every: 2}}
+"""
+
+
+class NotShownError(Exception):
+    """Something was not as it should be."""
+
+
+def check(holds: bool, what: str) -> None:
+    """Raises NotShownError unless it holds."""
+    if not holds:
+        raise NotShownError(what)
+
+
+def shown(what: str, since: float) -> None:
+    """Say what was proved."""
+    print(f"shown  {what} ({time.monotonic() - since:.1f} s)", flush=True)
+
+
+class Job:
+    """A run and the processes that supervise it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.run, self.log = folder / "runs" / name, folder / f"{name}.log"
+        self.supervisors: list[subprocess.Popen[bytes]] = []
+
+    def start(self, host: Host, *arguments: str, log: Path | None = None) -> None:
+        """Start the launcher on a host."""
+        words = [sys.executable, LAUNCH, "--config", "tiny.yaml", f"name={self.name}", *arguments]
+        process = host.start(*words, log=log or self.log, cwd=self.folder, **ENVIRONMENT)
+        self.supervisors.append(process)
+
+    def output(self) -> str:
+        """What the leading supervisor has said."""
+        return self.log.read_text()
+
+    def steps(self) -> int:
+        """Steps that were taken, repetitions included."""
+        return self.output().count("\nstep ")
+
+    def until(self, happens: Callable[[], bool], what: str, limit_s: float = WAIT_S) -> None:
+        """Wait while the supervisors live."""
+        deadline = time.monotonic() + limit_s
+        while not happens():
+            alive = all(process.poll() is None for process in self.supervisors)
+            check(alive, f"a supervisor ended before: {what}")
+            check(time.monotonic() < deadline, f"not within {limit_s:g} s: {what}")
+            time.sleep(0.2)
+
+    def finish(self) -> list[int]:
+        """Exit statuses of the supervisors."""
+        statuses = [process.wait(timeout=WAIT_S) for process in self.supervisors]
+        self.supervisors.clear()
+        return statuses
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        for process in self.supervisors:
+            process.kill()
+            process.wait()
+
+
+def find_faults(folder: Path, a: Host) -> None:
+    """Four faults in one preflight, each with what to do."""
+    (folder / "hosts-bad").write_text("node-a slots=1\nodd-b slots=1\nnode-c slots=1\n")
+    job, began = Job(folder, "faults"), time.monotonic()
+    arguments = ["--hostfile", "hosts-bad", "--ssh-args", f"-F {folder}/ssh_config"]
+    job.start(a, *arguments, "--master-port", str(PORT))
+    statuses = job.finish()
+    output = job.output()
+    print(output)
+    check(statuses == [2], f"exit status {statuses}")
+    expected = {
+        "an unreachable host": ("host node-c cannot be reached by ssh", "is it up"),
+        "another package version": (f"odd-b: {PACKAGE} {OTHER_VERSION}", "install the same"),
+        "a folder that is not shared": ("not the same folder", "mount"),
+        "a busy port": (f"port {PORT} cannot be used", "--master-port"),
+    }
+    lines = output.splitlines()
+    for what, (finding, remedy) in expected.items():
+        places = [number for number, line in enumerate(lines) if finding in line]
+        check(bool(places), f"{what}: not found")
+        check(remedy in lines[places[0]] + lines[places[0] + 1], f"{what}: no remedy")
+    check(not (job.run / "attempts.jsonl").exists(), "something was started")
+    words = ["-m", "moa_dist.cli.main", "doctor", *arguments, "--json"]
+    doctor = a.start(sys.executable, *words, log=folder / "doctor.json", cwd=folder, **ENVIRONMENT)
+    check(doctor.wait(timeout=WAIT_S) == 1, "the doctor finds faults")
+    faults = json.loads((folder / "doctor.json").read_text())["faults"]
+    check(faults == 3, f"the doctor, which was asked for no shared folder, finds {faults} faults")
+    shown(f"preflight found {', '.join(expected)}; nothing was started, exit status 2", began)
+
+
+def cut_and_mend(job: Job, hosts: Sequence[Host]) -> None:
+    """The cable of node-b is cut in mid-run: all ends, and goes on when it is back."""
+    earlier = job.steps()
+    job.until(lambda: job.steps() >= earlier + 3, "3 steps")
+    supervisors = {process.pid for process in job.supervisors}
+
+    def working() -> list[psutil.Process]:
+        return [p for host in hosts for p in host.processes() if p.pid not in supervisors]
+
+    check(len(working()) >= 6, "launchers, keepers and ranks on both hosts")
+    before = working()
+    hosts[1].cable("down")
+    cut = time.monotonic()
+    left = before
+    while left and time.monotonic() - cut < END_S:
+        time.sleep(0.5)
+        left = [process for process in before if is_alive(process)]
+    check(not left, f"{END_S:g} s after the cable was cut there are {[str(p) for p in left]}")
+    shown(f"cable cut: all {len(before)} processes on both hosts ended", cut)
+    job.until(lambda: "waiting up to" in job.output().rpartition("attempt-")[2], "it waits")
+    causes = attempts(job)
+    named = "rank 1 (host node-b) has been silent" in causes[-1]["cause"]
+    check(named, f"the missing host is not named: {causes[-1]['cause']}")
+    print(f"       it said: {causes[-1]['cause']}")
+    hosts[1].cable("up")
+    mended, reached = time.monotonic(), job.steps()
+    job.until(lambda: job.steps() > reached, "it goes on")
+    shown(f"cable mended: continued from step {causes[-1]['checkpoint_after']}", mended)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Not even waiting for its parent to notice its end."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def attempts(job: Job) -> list[dict]:
+    """What was recorded of each."""
+    return [json.loads(line) for line in (job.run / "attempts.jsonl").read_text().splitlines()]
+
+
+def check_history(job: Job, calm: Job) -> None:
+    """Every step once, and each the same as in an undisturbed run on one host."""
+    names = ("step", "samples", "digest", "loss", "grad_norm")
+
+    def history(one: Job) -> list[tuple]:
+        records = map(json.loads, (one.run / "metrics.jsonl").read_text().splitlines())
+        return [tuple(r[name] for name in names) for r in records if r["kind"] == "step"]
+
+    check([step for step, *_ in history(job)] == list(range(1, STEPS + 1)), "every step once")
+    check(history(job) == history(calm), "the same losses and norms as undisturbed")
+
+
+def by_ssh(folder: Path, hosts: Sequence[Host], calm: Job) -> None:
+    """DeepSpeed's own path."""
+    job, began = Job(folder, "ssh"), time.monotonic()
+    (folder / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    arguments = ["--hostfile", "hosts", "--ssh-args", f"-F {folder}/ssh_config"]
+    try:
+        job.start(hosts[0], *arguments)
+        job.until(lambda: job.steps() >= 2, "2 steps")
+        check(f"port {PORT} cannot be used" in job.output(), "the busy port is named")
+        for rank, name in enumerate(("node-a", "node-b")):
+            log = (job.run / f"logs/attempt-01/rank-{rank}.log").read_text()
+            check(f"host {name}: GLOO_SOCKET_IFNAME=eth0" in log, f"{name}'s interface")
+        shown("a job across both trains, ep 2; another port and eth0 were chosen", began)
+        began = time.monotonic()
+        job.supervisors[0].send_signal(signal.SIGTERM)
+        check(job.finish() == [75], "exit status 75")
+        shown("SIGTERM: saved, exit status 75", began)
+        began = time.monotonic()
+        job.start(hosts[0], *arguments)
+        cut_and_mend(job, hosts)
+        check(job.finish() == [0], "exit status 0")
+        check_history(job, calm)
+        shown(f"ended after step {STEPS}, bit for bit like an undisturbed run on one host", began)
+    except BaseException:
+        print(job.output())
+        raise
+    finally:
+        job.end()
+
+
+def without_ssh(folder: Path, hosts: Sequence[Host], calm: Job) -> None:
+    """One launcher on each host, as Slurm and Kubernetes start them."""
+    job, began = Job(folder, "no-ssh"), time.monotonic()
+    common = ["--nodes", "2", "--master-addr", hosts[0].address, "--master-port", "29600"]
+    try:
+        job.start(hosts[0], *common, "--node-rank", "0")
+        job.start(hosts[1], *common, "--node-rank", "1", log=folder / "no-ssh-1.log")
+        cut_and_mend(job, hosts)
+        check(job.finish() == [0, 0], "exit status 0 on both")
+        check_history(job, calm)
+        shown("without ssh: cut, mended, ended bit for bit like an undisturbed run", began)
+    except BaseException:
+        print(job.output())
+        print((folder / "no-ssh-1.log").read_text())
+        raise
+    finally:
+        job.end()
+
+
+def prove(folder: Path) -> None:
+    """All of it, in a folder of its own."""
+    (folder / "tiny.yaml").write_text(CONFIG)
+    began = time.monotonic()
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "moa_dist.cli.main", "prepare", "--output", "text"),
+            *("--input", str(ROOT / "moa_dist"), "--valid-share", "0.1", "--vocab-size", "300"),
+            *("--sequence-length", "32", "--max-bytes", "100000"),
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        timeout=WAIT_S,
+        env=os.environ | ENVIRONMENT,
+    )
+    installed = metadata.version(PACKAGE)
+    site = Path(str(metadata.distribution(PACKAGE).locate_file("")))
+    metadata_file = site / f"{PACKAGE}-{installed}.dist-info/METADATA"
+    old, text = folder / "METADATA", metadata_file.read_text()
+    old.write_text(text.replace(f"\nVersion: {installed}\n", f"\nVersion: {OTHER_VERSION}\n"))
+    hidden = folder / "runs/faults"
+    hidden.mkdir(parents=True)
+    with two_hosts(folder, {metadata_file: old}, hidden) as hosts:
+        calm = Job(folder, "calm")
+        calm.start(hosts[0], "--ranks", "2")
+        try:
+            busy = 'import socket,time; s=socket.create_server(("", int("%d"))); time.sleep(9999)'
+            words = [sys.executable, "-c", busy % PORT]
+            holder = hosts[0].start(*words, log=folder / "busy.log")
+            try:
+                find_faults(folder, hosts[0])
+                check(calm.finish() == [0], "the undisturbed run")
+                shown(f"{STEPS} steps on one host, to compare with", began)
+                by_ssh(folder, hosts, calm)
+            finally:
+                holder.kill()
+                holder.wait()
+            without_ssh(folder, hosts, calm)
+            left = [p.cmdline() for host in hosts for p in host.processes()]
+            check(not left, f"left behind: {left}")
+        finally:
+            calm.end()
+
+
+def main() -> int:
+    """Returns the exit status."""
+    missing = missing_tools()
+    if missing or os.geteuid():
+        words = f"needs root, and: apt install {' '.join(missing)}" if missing else "needs root"
+        print(words, file=sys.stderr)
+        return 2
+    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="two-hosts-"))
+    try:
+        prove(folder)
+    except (NotShownError, RuntimeError, subprocess.SubprocessError) as error:
+        print(f"not shown: {error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    shown("all of it", began)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
