@@ -3,7 +3,7 @@
 Three objects: the whole configuration (ConfigMap), a headless Service that gives pods their
 names, and the Job. The launchers start failed ranks again themselves, so Kubernetes only replaces
 pods that are gone: by exit status, a preempted one or one that lost another is replaced without
-counting, one that knows that a new start is in vain fails the job.
+counting, one that knows that a new start is in vain fails the job. Needs Kubernetes 1.31 or newer.
 """
 
 from __future__ import annotations
