@@ -21,9 +21,13 @@ if [[ ${1:-} != --inside ]]; then
     fi
     install_slurm
     work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    export PYTHONPATH="$repository" OMP_NUM_THREADS=1 work # both nodes are this machine
-    unshare --mount --net --pid --fork --mount-proc --kill-child bash "$0" --inside
+    # Both nodes are this machine, so a rank gets one thread.
+    export PYTHONPATH="$repository" OMP_NUM_THREADS=1 work
+    unshare --mount --net --pid --fork --mount-proc --kill-child bash "$0" --inside &
+    inside=$!
+    trap 'kill -KILL "$inside" 2>/dev/null || true; rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    wait "$inside"
     exit
 fi
 
