@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What clusters send some time before they kill a job; Kubernetes and `deepspeed` the first,
 Slurm (`--signal`) whichever is configured."""
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started here do not die of the signals, which go to all processes of a job.
+
+    Neither do those that they start, until one of them unblocks the signals. The other threads of
+    this process still take a signal that comes meanwhile.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Preemption:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moa_dist.distributed.network import HOST_VARIABLE, free_port
+from moa_dist.distributed.preemption import signals_blocked
 from moa_dist.launch.cause import Cause
 from moa_dist.launch.hostfile import Host, write_hostfile
 from moa_dist.launch.rank import VISIBLE_VARIABLE
@@ -39,15 +40,16 @@ class DeepSpeedLauncher:
         """Start with `arguments`, and `environment` beside this process's own."""
         output, their_output = os.pipe()
         self._folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "deepspeed.launcher.runner", *arguments],
-            stdin=stdin,
-            stdout=their_output,
-            stderr=their_output,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-            cwd=cwd,
-            start_new_session=True,  # so that Ctrl-C reaches this process alone
-        )
+        with signals_blocked():  # DeepSpeed would end the ranks instead of letting them save
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "deepspeed.launcher.runner", *arguments],
+                stdin=stdin,
+                stdout=their_output,
+                stderr=their_output,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                cwd=cwd,
+                start_new_session=True,  # so that Ctrl-C reaches this process alone
+            )
         """The first of them, and leader of their group."""
         os.close(their_output)
         self.gone = threading.Event()

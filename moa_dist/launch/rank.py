@@ -117,6 +117,7 @@ def _keep(folder: Path, command: list[str], lifeline: Lifeline) -> int:
 
     for number in PREEMPTION_SIGNALS:
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)  # see `signals_blocked`
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def die_with_keeper() -> None:

@@ -1,0 +1,232 @@
+"""A job for Kubernetes: an indexed Job with one launcher per pod, which find each other by name.
+
+Three objects: the whole configuration (ConfigMap), a headless Service that gives pods their
+names, and the Job. The launchers start failed ranks again themselves, so Kubernetes only replaces
+pods that are gone: by exit status, a preempted one or one that lost another is replaced without
+counting, one that knows that a new start is in vain fails the job. Needs Kubernetes 1.31 or newer.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from moa_dist.config import to_yaml
+from moa_dist.config.run import Config
+from moa_dist.errors import ConfigError, ExitCode
+
+WORK_FOLDER = "/app"
+"""Of the image (docker/Dockerfile): what relative paths in a configuration start from."""
+USER_ID = 10001
+"""Of the image."""
+PORT = 29500
+"""Every pod has an address of its own, so any will do."""
+_CONFIG_FOLDER = "/etc/moa-dist"
+_MOST_LOST_LAUNCHERS = 20
+_LONGEST_NAME = 63
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kMGTPE]i?|m)?")
+
+
+@dataclass(frozen=True)
+class KubernetesJob:
+    """What a Job asks Kubernetes for."""
+
+    nodes: int
+    """Pods."""
+    ranks_per_node: int
+    """Ranks in each."""
+    gpus: bool
+    """A GPU for each rank; otherwise they compute on CPUs."""
+    image: str
+    """Built by docker/Dockerfile."""
+    volumes: tuple[tuple[str, str], ...]
+    """Persistent volume claims, and where each is mounted."""
+    grace_s: int
+    """From SIGTERM to the end, for one step and one save."""
+    cpu: str | None = None
+    """CPUs to ask for, in each pod."""
+    memory: str | None = None
+    """Memory to ask for and to be held to, in each pod."""
+    shared_memory: str = "8Gi"
+    """The most that /dev/shm may take: batches, and NCCL's traffic inside a node."""
+
+
+def manifest(config: Config, job: KubernetesJob) -> str:
+    """The objects as YAML, for `kubectl apply -f -`.
+
+    Raises:
+        ConfigError: with everything that Kubernetes would refuse, or that would lose the run.
+    """
+    name = _object_name(config.name)
+    problems = [*_name_problems(config, name, job.nodes), *_problems(config, job)]
+    if problems:
+        raise ConfigError(problems, "Kubernetes job")
+    metadata = {"name": name, "labels": {"app.kubernetes.io/name": "moa-dist"}}
+    objects: list[dict[str, Any]] = [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": metadata,
+            "immutable": True,
+            "data": {"config.yaml": to_yaml(config)},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {
+                "clusterIP": "None",
+                "selector": {"batch.kubernetes.io/job-name": name},
+                "publishNotReadyAddresses": True,  # pods need each other's names to become ready
+                "ports": [{"name": "launcher", "port": PORT}],
+            },
+        },
+        {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": _job(name, job)},
+    ]
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False)
+
+
+def _job(name: str, job: KubernetesJob) -> dict[str, Any]:
+    final = [ExitCode.DEFECT, ExitCode.USER, ExitCode.NOT_FINITE, ExitCode.NOT_SAVED]
+    again = [ExitCode.PREEMPTED, ExitCode.LOST_PEER]
+    return {
+        "completionMode": "Indexed",
+        "completions": job.nodes,
+        "parallelism": job.nodes,
+        "backoffLimit": _MOST_LOST_LAUNCHERS,
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": _one_of(final)},
+                {"action": "Ignore", "onExitCodes": _one_of(again)},
+                {
+                    "action": "Ignore",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
+            ]
+        },
+        "template": {"spec": _pod(name, job)},
+    }
+
+
+def _one_of(codes: list[ExitCode]) -> dict[str, Any]:
+    return {"operator": "In", "values": sorted(code.value for code in codes)}
+
+
+def _pod(name: str, job: KubernetesJob) -> dict[str, Any]:
+    gpus = {"nvidia.com/gpu": str(job.ranks_per_node)} if job.gpus else {}
+    memory = {"memory": job.memory} if job.memory else {}
+    mounts = {f"claim-{n}": volume for n, volume in enumerate(job.volumes)}
+    return {
+        "restartPolicy": "Never",  # the failure policy demands it
+        "subdomain": name,
+        "terminationGracePeriodSeconds": job.grace_s,
+        "securityContext": {"runAsNonRoot": True, "runAsUser": USER_ID, "fsGroup": USER_ID},
+        "containers": [
+            {
+                "name": "launcher",
+                "image": job.image,
+                "args": _arguments(name, job),
+                "resources": {
+                    "requests": ({"cpu": job.cpu} if job.cpu else {}) | memory,
+                    "limits": gpus | memory,
+                },
+                "volumeMounts": [
+                    {"name": "config", "mountPath": _CONFIG_FOLDER, "readOnly": True},
+                    {"name": "shared-memory", "mountPath": "/dev/shm"},
+                    *({"name": key, "mountPath": path} for key, (_, path) in mounts.items()),
+                ],
+            }
+        ],
+        "volumes": [
+            {"name": "config", "configMap": {"name": name}},
+            {
+                "name": "shared-memory",
+                "emptyDir": {"medium": "Memory", "sizeLimit": job.shared_memory},
+            },
+            *(
+                {"name": key, "persistentVolumeClaim": {"claimName": claim}}
+                for key, (claim, _) in mounts.items()
+            ),
+        ],
+    }
+
+
+def _arguments(name: str, job: KubernetesJob) -> list[str]:
+    """Of `launcher/launch.py`; the pods of an indexed Job are named after it and their index."""
+    values = {
+        "--config": f"{_CONFIG_FOLDER}/config.yaml",
+        "--nodes": str(job.nodes),
+        "--node-rank": "$(JOB_COMPLETION_INDEX)",
+        "--master-addr": f"{name}-0.{name}",
+        "--master-port": str(PORT),
+        "--ranks": str(job.ranks_per_node),
+    }
+    return [word for pair in values.items() for word in pair]
+
+
+def _object_name(name: str) -> str:
+    """A run's name as Kubernetes allows it."""
+    return re.sub(r"[_. ]+", "-", name.lower())
+
+
+def _name_problems(config: Config, name: str, nodes: int) -> list[str]:
+    longest = _LONGEST_NAME - len(f"-{nodes - 1}")  # the pod's name is its host name
+    if _LABEL.fullmatch(name) and not name[0].isdigit() and len(name) <= longest:
+        return []
+    return [
+        f'`name` is "{config.name}", which cannot name a Job and its Service: begin with a letter, '
+        f"use letters, digits and single hyphens, at most {longest} characters"
+    ]
+
+
+def _problems(config: Config, job: KubernetesJob) -> list[str]:
+    problems = []
+    for option, quantity in (
+        ("--cpu", job.cpu),
+        ("--memory", job.memory),
+        ("--shared-memory", job.shared_memory),
+    ):
+        if quantity is not None and not _QUANTITY.fullmatch(quantity):
+            problems.append(f"{option} is `{quantity}`; write a quantity such as 16 or 64Gi")
+    for claim, path in job.volumes:
+        if not all(map(_LABEL.fullmatch, claim.split("."))):
+            problems.append(f"--volume: `{claim}` cannot be the name of a persistent volume claim")
+        if not path.startswith("/") or ":" in path or posixpath.normpath(path) == "/":
+            problems.append(f"--volume: `{path}` is no folder; write CLAIM:/FOLDER")
+    if len({path for _, path in job.volumes}) < len(job.volumes):
+        problems.append("--volume: two claims are mounted at the same place")
+    places = {"output": config.output, "data.train": config.data.train}
+    if config.data.valid is not None:
+        places["data.valid"] = config.data.valid
+    for field, place in places.items():
+        inside = posixpath.normpath(posixpath.join(WORK_FOLDER, place))
+        if not any(
+            posixpath.commonpath([inside, path]) == posixpath.normpath(path)
+            for _, path in job.volumes
+            if path.startswith("/")
+        ):
+            problems.append(
+                f"`{field}` is {place}, in a pod {inside}, which is on none of its volumes: give "
+                f"--volume CLAIM:{posixpath.dirname(inside) if field != 'output' else inside}"
+            )
+    return problems
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as they are, and repeats what is said twice."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
