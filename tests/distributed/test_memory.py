@@ -104,16 +104,21 @@ def most_of(case: Case, mesh: Mesh) -> dict[str, int]:
     return most
 
 
-@pytest.mark.parametrize("precision", ["plain", "bf16"])
-@pytest.mark.parametrize("expert_parallel", [1, 2, 4])
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("zero_stage", "expert_parallel", "precision"),
+    [
+        (0, 2, "fp64"),
+        (1, 1, "fp32"),
+        (1, 4, "bf16"),
+        (2, 2, "fp32"),
+        (2, 4, "bf16"),
+        (3, 1, "bf16"),
+        (3, 4, "fp32"),
+    ],
+)
 def test_predicted_states_are_those_of_the_fullest_rank(
     pools, zero_stage, expert_parallel, precision
 ):
-    if precision == "plain":
-        precision = "fp32" if zero_stage else "fp64"
-    elif not zero_stage:
-        precision = "fp32"  # there is no bf16
     case = Case(
         world_size=4,
         expert_parallel=expert_parallel,
@@ -139,7 +144,7 @@ def predicted(case: Case) -> dict[str, int]:
     return {name: total(lines) for name, lines in result.parts().items()}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [2, 3])
 def test_predicted_states_are_those_of_one_of_1024_ranks(zero_stage):
     """DeepSpeed's world is that of a process, so this takes one of its own."""
     experts = {"kind": "moe", "d_expert": 8, "router": router(70, 2)}
