@@ -10,10 +10,14 @@ import argparse
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from moa_dist.cli.ranks import say_once, say_unless_rank_0_does
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode, MoaDistError, PeerError, SaveError, TrainingError
+
+if TYPE_CHECKING:
+    from moa_dist.config import Config
 
 
 def share_cores() -> None:
@@ -30,14 +34,27 @@ def main() -> int:
     """Train; returns the process's exit status, see `moa_dist.errors.ExitCode`."""
     parser = argparse.ArgumentParser(description="Train a model as configured.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take one step, report memory and time, write nothing",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="W",
+        help="with --dry-run, in one process: play rank 0 of a job of so many ranks",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
+    if args.world_size is not None and (args.world_size < 1 or not args.dry_run):
+        parser.error("--world-size goes with --dry-run, and is at least 1")
     with Preemption() as preemption:
-        return run(args.config, args.overrides, preemption)
+        return run(args, preemption)
 
 
-def run(config_file: str, overrides: list[str], preemption: Preemption) -> int:
+def run(args: argparse.Namespace, preemption: Preemption) -> int:
     """Check, train, and turn errors into an exit status."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
@@ -51,12 +68,14 @@ def run(config_file: str, overrides: list[str], preemption: Preemption) -> int:
     from moa_dist.train.trainer import train
 
     try:
-        config = load_config(config_file, overrides)
-        check_run(config, world_size)
+        config = load_config(args.config, args.overrides)
+        check_run(config, args.world_size or world_size)
     except MoaDistError as error:
         say_once(rank, str(error))
         return ExitCode.USER
     try:
+        if args.dry_run:
+            return _dry_run(config, args.world_size, rank)
         return train(config, Observers(config), preemption)
     except TrainingError as error:
         say_once(rank, str(error))
@@ -67,6 +86,16 @@ def run(config_file: str, overrides: list[str], preemption: Preemption) -> int:
     except MoaDistError as error:
         say_unless_rank_0_does(rank, str(error), lambda: preemption.requested)
         return ExitCode.USER
+
+
+def _dry_run(config: Config, world_size: int | None, rank: int) -> int:
+    from moa_dist.cli.dry_run import as_text
+    from moa_dist.train.dry_run import dry_run
+
+    result = dry_run(config, world_size)
+    if rank == 0:
+        print(as_text(result))
+    return ExitCode.DONE
 
 
 if __name__ == "__main__":

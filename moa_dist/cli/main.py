@@ -66,9 +66,22 @@ def _run(argv: list[str]) -> int:
         if name == chosen:
             command = cast(Command, importlib.import_module(module))
             command.add_arguments(subparser)
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     assert command is not None, "argparse refuses an unknown or missing subcommand"
     return command.run(args)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Like `parse_args`, but `key=value` may also stand after options, as it may before them.
+
+    argparse has `parse_intermixed_args` for this, but not for parsers with subcommands.
+    """
+    args, rest = parser.parse_known_args(argv)
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if not hasattr(args, "overrides") or len(late) < len(rest):
+        return parser.parse_args(argv)  # which says what is wrong, if anything is
+    args.overrides += late
+    return args
 
 
 if __name__ == "__main__":

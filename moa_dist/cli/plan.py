@@ -1,54 +1,92 @@
-"""`moa-dist plan`: what a run costs. Arguments and printing only; see `moa_dist.models.counts`."""
+"""`moa-dist plan`: what a run costs. Arguments and choices; the rest is in `moa_dist.plan`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from moa_dist.cli.arguments import between
+from moa_dist.cli.plan_cluster import cluster_as_json, cluster_as_text
+from moa_dist.cli.plan_counts import counts_as_json, counts_as_text
 from moa_dist.config import Config, find_layout_problems, load_config
 from moa_dist.errors import ConfigError
-from moa_dist.models.counts import Counts, States, count, states
-from moa_dist.observe.traffic import flow_name
-from moa_dist.observe.units import short
-from moa_dist.plan.exchange import (
-    PARTS,
-    Decision,
-    decide_exchange,
-    expected_state_traffic,
-    expected_traffic,
-    gathered_bytes,
-    meta_model,
-)
+from moa_dist.plan.cluster import GPUS, Cluster, with_figures
+from moa_dist.plan.time import Assumptions
+
+_MOST_GPUS = 65536
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("path", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
-    parser.add_argument(
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    layout = parser.add_argument_group("layout")
+    layout.add_argument(
         "--world-size", type=between(int, 1), metavar="W", help="number of ranks (expert_parallel)"
     )
-    parser.add_argument(
+    layout.add_argument(
         "--expert-parallel",
         type=between(int, 1),
         metavar="EP",
         help="instead of the configuration's parallel.expert_parallel",
     )
-    parser.add_argument(
+    layout.add_argument(
         "--zero-stage",
         type=int,
         choices=range(4),
         help="instead of the configuration's parallel.zero_stage",
     )
-    parser.add_argument(
+    layout.add_argument(
         "--memory-gib",
         type=between(float, 0),
         metavar="GIB",
-        help="memory of a rank, for expert_exchange auto (without it memory is no object)",
+        help="memory of a rank, for expert_exchange auto (without it memory is no object), and "
+        "with --gpus instead of the data sheet's",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    cluster = parser.add_argument_group(
+        "cluster", "memory, time and the best layouts on GPUs, in place of counts"
+    )
+    cluster.add_argument(
+        "--gpus", type=between(int, 1, _MOST_GPUS), metavar="N", help="how many there are"
+    )
+    cluster.add_argument("--gpu", choices=GPUS, default="h100", help="which (default %(default)s)")
+    cluster.add_argument(
+        "--gpus-per-node",
+        type=between(int, 1, _MOST_GPUS),
+        default=8,
+        metavar="N",
+        help="joined by fast links (default %(default)s)",
+    )
+    for option, meaning in (
+        ("--link-gb", "GB/s that a GPU sends to others of its node"),
+        ("--network-gb", "GB/s that a GPU sends to other nodes"),
+    ):
+        cluster.add_argument(
+            option,
+            type=between(float, 1e-3),
+            metavar="GB",
+            help=f"{meaning}, instead of the data sheet's",
+        )
+    for name, meaning in (
+        ("matmul", "the peak FLOPs that products reach"),
+        ("memory", "the memory's bandwidth that rows of experts reach"),
+        ("network", "a link's bandwidth that collectives reach"),
+    ):
+        cluster.add_argument(
+            f"--{name}-efficiency",
+            type=between(float, 0.01, 1),
+            default=getattr(Assumptions, f"{name}_efficiency"),
+            metavar="SHARE",
+            help=f"share of {meaning} (default %(default)s)",
+        )
+    cluster.add_argument(
+        "--layouts",
+        type=between(int, 1),
+        default=8,
+        metavar="N",
+        help="how many of the best to show (default %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,132 +97,46 @@ def run(args: argparse.Namespace) -> int:
     if args.zero_stage is not None:
         overrides.append(f"parallel.zero_stage={args.zero_stage}")
     config = load_config(args.path, overrides)
+    if args.gpus is not None:
+        cluster = _cluster(args, config)
+        assumed = Assumptions(
+            args.matmul_efficiency, args.memory_efficiency, args.network_efficiency
+        )
+        plan = cluster_as_json(config, cluster, assumed, args.layouts)
+        print(json.dumps(plan, indent=2) if args.json else cluster_as_text(plan))
+        return 0
     ep = config.parallel.expert_parallel
     world_size = args.world_size or ep
-    problems = find_layout_problems(config, world_size)
     if world_size % ep:
+        problems = find_layout_problems(config, world_size)
         raise ConfigError(problems, f"{args.path} on {world_size} ranks")
-    counts = count(config.model, config.data.sequence_length)
-    plan = _as_json(config, world_size, counts, states(counts, config, world_size), problems)
-    memory = None if args.memory_gib is None else int(args.memory_gib * 2**30)
-    plan |= _traffic(config, world_size, decide_exchange(config, world_size, memory))
-    print(json.dumps(plan, indent=2) if args.json else _as_text(plan))
+    plan = counts_as_json(config, world_size, _bytes(args.memory_gib))
+    print(json.dumps(plan, indent=2) if args.json else counts_as_text(plan))
     return 0
 
 
-def _as_json(
-    config: Config, world_size: int, counts: Counts, held: States, problems: list[str]
-) -> dict[str, Any]:
-    ep = config.parallel.expert_parallel
-    return {
-        "name": config.name,
-        "parameters": {
-            "total": counts.total,
-            "active": counts.active,
-            "experts": counts.experts,
-            "dense": counts.dense,
-            "per_rank": held.num_parameters,
-        },
-        "sequence_length": counts.sequence_length,
-        "macs": {
-            "by_part": counts.macs,
-            "blocks": counts.block_macs,
-            "head": counts.head_macs,
-            "total": counts.total_macs,
-        },
-        "flops_per_token": counts.flops_per_token,
-        "layout": {
-            "world_size": world_size,
-            "expert_parallel": ep,
-            "expert_data_parallel": world_size // ep,
-            "zero_stage": config.parallel.zero_stage,
-            "precision": config.train.precision,
-            "problems": problems,
-        },
-        "bytes_per_rank": {
-            "parameters": held.parameters,
-            "gradients": held.gradients,
-            "optimizer": held.optimizer,
-            "master": held.master,
-            "total": held.total,
-        },
-    }
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
 
 
-def _traffic(config: Config, world_size: int, decision: Decision) -> dict[str, Any]:
-    """What a rank sends in a step, on average, and what it holds for that."""
-    model = meta_model(config)
-    flows = expected_traffic(config, world_size, decision.exchange, model)
-    state = expected_state_traffic(config, world_size, model)
-    gathered = sum(
-        gathered_bytes(config, model, part)
-        for part in PARTS
-        if part in decision.because and getattr(decision.exchange, part) == "weights"
+def _cluster(args: argparse.Namespace, config: Config) -> Cluster:
+    if args.world_size not in (None, args.gpus):
+        raise ConfigError(["--gpus is the number of ranks already: leave out --world-size"])
+    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+        raise ConfigError(
+            [f"{args.gpus} GPUs do not fill nodes of {args.gpus_per_node}: see --gpus-per-node"]
+        )
+    gpu = with_figures(
+        GPUS[args.gpu],
+        memory=_bytes(args.memory_gib),
+        link_bandwidth=args.link_gb and args.link_gb * 1e9,
+        network_bandwidth=args.network_gb and args.network_gb * 1e9,
     )
-    return {
-        "expert_exchange": decision.because,
-        "traffic_per_rank_and_step": {
-            flow_name(flow): {
-                "messages": volume.messages // world_size,
-                "bytes": volume.num_bytes // world_size,
-            }
-            for flow, volume in flows.items()
-        },
-        "state_bytes_per_rank_and_step": {
-            name: num_bytes // world_size for name, num_bytes in state._asdict().items()
-        },
-        "travelling_weights_bytes": gathered,
-    }
-
-
-def _traffic_lines(plan: dict[str, Any]) -> list[str]:
-    """By part of a layer and purpose, layers added up."""
-    sums: dict[str, list[int]] = {}
-    for name, volume in plan["traffic_per_rank_and_step"].items():
-        layer, _, purpose = name.partition("/")
-        key = f"{layer.rpartition('.')[2]} {purpose.removesuffix('.backward')}"
-        sums.setdefault(key, [0, 0, 0])
-        sums[key][1 if purpose.endswith(".backward") else 0] += volume["bytes"]
-        sums[key][2] += volume["messages"]
-    lines = [
-        f"  {name:<20}{forward / 2**20:>12,.1f}{backward / 2**20:>12,.1f}{messages:>12,}"
-        for name, (forward, backward, messages) in sums.items()
-    ]
-    if lines:
-        lines.insert(0, f"  {'for experts':<20}{'forward':>12}{'backward':>12}{'messages':>12}")
-    for name, num_bytes in plan["state_bytes_per_rank_and_step"].items():
-        lines.append(f"  {name:<20}{num_bytes / 2**20:>12,.1f}")
-    return lines
-
-
-def _as_text(plan: dict[str, Any]) -> str:
-    parameters, macs, layout = plan["parameters"], plan["macs"], plan["layout"]
-    lines = [
-        f"{plan['name']} on W {layout['world_size']} = ep {layout['expert_parallel']} x edp "
-        f"{layout['expert_data_parallel']}, ZeRO {layout['zero_stage']}, {layout['precision']}",
-        "",
-        "parameters",
-        *(f"  {name.replace('_', ' '):<12}{n:>16,}" for name, n in parameters.items()),
-        "",
-        f"multiply-accumulates, forward over one sequence of {plan['sequence_length']} tokens",
-        *(
-            f"  {name:<12}{short(n):>16}"
-            for name, n in (
-                macs["by_part"] | {"blocks": macs["blocks"], "total": macs["total"]}
-            ).items()
-        ),
-        f"  {short(plan['flops_per_token'])} FLOPs per token, forward and backward",
-        "",
-        "MiB of states on the fullest rank, without activations and buffers",
-        *(f"  {name:<12}{n / 2**20:>16,.1f}" for name, n in plan["bytes_per_rank"].items()),
-    ]
-    if plan["travelling_weights_bytes"]:
-        held = plan["travelling_weights_bytes"] / 2**20
-        lines.append(f"  experts of other ranks, until the backward pass is over: {held:,.1f} more")
-    lines += ["", "MiB that a rank sends to others in a step, if routers choose evenly"]
-    lines += _traffic_lines(plan)
-    lines += [f"  {part}: {why}" for part, why in plan["expert_exchange"].items()]
-    if layout["problems"]:
-        lines += ["", "to start on these ranks, first:"]
-        lines += [f"  - {problem}" for problem in layout["problems"]]
-    return "\n".join(lines)
+    if gpu.flops(config.train.precision) is None:
+        raise ConfigError(
+            [
+                f"`train.precision` is {config.train.precision}, for which no GPU's speed is "
+                "known; add train.precision=bf16"
+            ]
+        )
+    return Cluster(args.gpus, min(args.gpus_per_node, args.gpus), gpu)

@@ -18,7 +18,7 @@ from moa_dist.errors import ClusterError, PeerError
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for other ranks in one collective before the job fails."""
 
-_ALONE = {
+ALONE = {
     "RANK": "0",
     "LOCAL_RANK": "0",
     "WORLD_SIZE": "1",
@@ -39,14 +39,14 @@ class Job:
     device: torch.device
     """This rank's device."""
     backend: str
-    """`nccl` or `gloo`."""
+    """`nccl`, `gloo`, or that of `moa_dist.distributed.mirror`."""
 
 
 @contextmanager
-def _told_to_be_alone() -> Iterator[None]:
-    """The environment of a job of one rank, and what it was before afterwards."""
-    before = {name: os.environ.get(name) for name in _ALONE}
-    os.environ.update(_ALONE)
+def told(environment: dict[str, str]) -> Iterator[None]:
+    """While open, these environment variables are as a launcher would have set them."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         yield
     finally:
@@ -55,6 +55,20 @@ def _told_to_be_alone() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def device_of(rank: int, local_rank: int) -> torch.device:
+    """The GPU that a rank takes, made torch's current one, or the CPU where there are none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ClusterError(
+            f"rank {rank} is process {local_rank + 1} of its node, which has "
+            f"{torch.cuda.device_count()} GPUs: start fewer processes per node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
@@ -71,10 +85,10 @@ def job() -> Iterator[Job]:
                 "several tasks were started, but none was told its rank: start one task per node, "
                 "and in it `deepspeed` or `torchrun`"
             )
-        with _told_to_be_alone(), job() as alone:
+        with told(ALONE), job() as alone:
             yield alone
         return
-    missing = [name for name in _ALONE if name not in os.environ]
+    missing = [name for name in ALONE if name not in os.environ]
     if missing:
         raise ClusterError(
             f"RANK is set but {', '.join(missing)} is not: start with `deepspeed` or `torchrun`"
@@ -82,16 +96,8 @@ def job() -> Iterator[Job]:
     rank, local_rank, world_size = (
         int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     )
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ClusterError(
-                f"rank {rank} is process {local_rank + 1} of its node, which has "
-                f"{torch.cuda.device_count()} GPUs: start fewer processes per node"
-            )
-        device, backend = torch.device("cuda", local_rank), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    device = device_of(rank, local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
             backend,

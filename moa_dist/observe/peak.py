@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _PEAKS: tuple[tuple[str, float, float], ...] = (
+    (r"B200", 2250e12, 75e12),
     (r"H200 NVL", 835e12, 60e12),
     (r"H200", 989e12, 67e12),
     (r"H100 PCIe", 756e12, 51e12),

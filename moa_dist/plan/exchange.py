@@ -19,6 +19,7 @@ from moa_dist.models.counts import ELEMENT_BYTES, count, states
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.router import Router
+from moa_dist.plan.memory import sizes_of
 from moa_dist.plan.traffic import (
     Layout,
     Rows,
@@ -107,16 +108,9 @@ def expected_traffic(
 
 def expected_state_traffic(config: Config, world_size: int, model: nn.Module) -> StateTraffic:
     """What ZeRO moves in one step, all ranks together."""
-    ep = config.parallel.expert_parallel
-    experts = dict(expert_layers(model))
-    dense = [
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if name.removesuffix(".weight") not in experts
-    ]
-    shards = [-(-e.num_experts // ep) * e.macs_per_row() for e in experts.values()]
+    sizes = sizes_of(model, config.parallel.expert_parallel)
     layout = layout_of(config, world_size, config.parallel.expert_exchange)
-    return state_traffic(dense, shards, layout, config.parallel.zero_stage)
+    return state_traffic(sizes.dense, sizes.experts, layout, config.parallel.zero_stage)
 
 
 def exchange_costs(config: Config, world_size: int) -> dict[Part, dict[str, Cost]]:

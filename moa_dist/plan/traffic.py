@@ -11,8 +11,10 @@ chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from math import comb, prod
 from typing import NamedTuple
@@ -29,10 +31,11 @@ from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes
 
 _COUNT_BYTES, _INDEX_BYTES = 8, 4
 """Of one number in a plan's counts (int64) and in its indices (int32)."""
-_MASTER_BYTES = 4
-_ALIGNMENT = 2
+MASTER_BYTES = 4
+"""Of an element of ZeRO's masters, and of what optimizers keep for it."""
+ALIGNMENT = 2
 """Elements to which DeepSpeed's stages 1 and 2 pad a partition."""
-_STAGE3_KEPT = 10**9
+STAGE3_KEPT = 10**9
 """Elements that stage 3 keeps gathered from forward to backward by default."""
 
 
@@ -59,19 +62,30 @@ def expected_rows(
     A token's K of E experts are random without repetition, so it misses m experts of a rank with
     probability C(E - m, K) / C(E, K). A row goes once to each rank that it does not miss.
     """
-    token = head = slot = 0.0
-    for first, stop in pairwise(shard_starts(num_groups * num_experts, num_ranks)):
-        # Experts of this rank in each router group.
-        held = [
-            max(0, min(stop, (g + 1) * num_experts) - max(first, g * num_experts))
-            for g in range(num_groups)
-        ]
-        missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
-        token += 1 - prod(missed)
-        head += sum(1 - p for p in missed)
-        slot += sum(top_k * m / num_experts for m in held)
+    of_a_token = _rows_of_a_token(num_groups, num_experts, top_k, num_ranks)
     to_others = num_tokens * (num_ranks - 1) / num_ranks
-    return Rows(token * to_others, head * to_others, slot * to_others)
+    return Rows(*(rows * to_others for rows in of_a_token))
+
+
+@cache
+def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: int) -> Rows:
+    """Rows for all ranks, the token's own included."""
+    token = head = slot = 0.0
+    shards = pairwise(shard_starts(num_groups * num_experts, num_ranks))
+    # Ranks differ only by how many experts of each router group they hold.
+    alike = Counter(_held_by_group(first, stop, num_experts) for first, stop in shards)
+    for held, num_alike in alike.items():
+        missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
+        token += num_alike * (1 - prod(missed))
+        head += num_alike * sum(1 - p for p in missed)
+        slot += num_alike * sum(top_k * m / num_experts for m in held)
+    return Rows(token, head, slot)
+
+
+def _held_by_group(first: int, stop: int, num_experts: int) -> tuple[int, ...]:
+    """How many of the flat experts [first, stop) each router group has that has any."""
+    groups = range(first // num_experts, -(-stop // num_experts))
+    return tuple(min(stop, (g + 1) * num_experts) - max(first, g * num_experts) for g in groups)
 
 
 @dataclass(frozen=True)
@@ -175,8 +189,8 @@ class StateTraffic(NamedTuple):
 
 
 def state_traffic(
-    dense: list[int],
-    experts: list[int],
+    dense: Sequence[int],
+    experts: Sequence[int],
     layout: Layout,
     zero_stage: int,
     sizes: ZeroSizes = FOR_LARGE_MODELS,
@@ -186,13 +200,13 @@ def state_traffic(
     `dense` and `experts`: elements of each parameter on one rank, experts sharded. Stages 1 and 2
     all-reduce gradients and gather parameters, stage 1 once a step, stage 2 once per micro-batch.
     Stage 3 scatters gradients per micro-batch. It gathers small parameters once a step, others
-    once per micro-batch as long as all of them fit in what it keeps, else in each forward and
-    each backward; its first step, in which it learns the order of modules, costs more.
+    once per micro-batch as long as all of them fit in what it keeps, else at each use, forward
+    and backward, all repeats; its first step, in which it learns the order of modules, costs more.
     """
     world_size, copies = layout.world_size, layout.world_size // layout.expert_parallel
     reductions = 1 if zero_stage < 2 else layout.num_micro_batches
     # Gradients are reduced in the type of the masters: fp32 but at stage 0.
-    gradient_bytes = _MASTER_BYTES if zero_stage else layout.element_bytes
+    gradient_bytes = MASTER_BYTES if zero_stage else layout.element_bytes
     gradients = parameters = 0
     for numels, num_ranks in ((dense, world_size), (experts, copies)):
         if num_ranks == 1 or not numels:
@@ -202,17 +216,18 @@ def state_traffic(
         if zero_stage < 3:
             gradients += 2 * factor * sum(numels) * gradient_bytes * reductions
             if zero_stage:
-                whole = _round_up(sum(numels), _ALIGNMENT * num_ranks)
+                whole = round_up(sum(numels), ALIGNMENT * num_ranks)
                 parameters += factor * whole * layout.element_bytes
         else:
-            whole = sum(_round_up(size, num_ranks) for size in numels)
+            whole = sum(round_up(size, num_ranks) for size in numels)
             gradients += factor * whole * gradient_bytes * reductions
-            small = sum(_round_up(n, num_ranks) for n in numels if n <= sizes.persistent)
-            passes = 1 if sum(dense) + sum(experts) <= _STAGE3_KEPT else 2
+            small = sum(round_up(n, num_ranks) for n in numels if n <= sizes.persistent)
+            passes = 1 if sum(dense) + sum(experts) <= STAGE3_KEPT else 2 * layout.num_repeats
             gathered = small + (whole - small) * passes * layout.num_micro_batches
             parameters += factor * gathered * layout.element_bytes
     return StateTraffic(gradients, parameters)
 
 
-def _round_up(number: int, step: int) -> int:
+def round_up(number: int, step: int) -> int:
+    """The multiple of `step` that is not below `number`."""
     return -(-number // step) * step

@@ -146,12 +146,16 @@ def refuse_step(engine: Any) -> None:
 
     DeepSpeed does so when their norm is not finite, and offers no other way to give up a step.
     """
-    gradients = [
-        gradient
-        for group in engine.optimizer.averaged_gradients.values()
-        for gradient in group or []
-        if gradient is not None
-    ]
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "bf16_groups"):  # DeepSpeed's own class for bf16 at stage 1
+        gradients = list(optimizer.fp32_groups_gradients_flat)
+    else:
+        gradients = [
+            gradient
+            for group in optimizer.averaged_gradients.values()
+            for gradient in group or []
+            if gradient is not None
+        ]
     for gradient in gradients:
         gradient.fill_(math.nan)
     engine.step()

@@ -82,3 +82,50 @@ def test_there_is_no_layout_of_zero_ranks(capsys, option):
     with pytest.raises(SystemExit):
         main(["plan", CONFIG, option, "0"])
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_changes_may_stand_anywhere(capsys):
+    before = plan(capsys, "train.precision=bf16", "--expert-parallel", "1")
+    assert plan(capsys, "--expert-parallel", "1", "train.precision=bf16") == before
+    assert main(["config", "check", "--world-size", "4", CONFIG, "train.steps=5000"]) == 0
+    assert main(["config", "check", CONFIG, "--world-size", "3", "train.steps=5000"]) == 2
+    with pytest.raises(SystemExit):
+        main(["plan", CONFIG, "--json", "neither"])
+    assert "unrecognized arguments: neither" in capsys.readouterr().err
+
+
+def test_cluster(capsys):
+    arguments = ["--gpus", "8", "--gpu", "a100", "--gpus-per-node", "4", "data.readers=8"]
+    result = plan(capsys, *arguments, "--network-gb", "10", "--layouts", "3")
+    assert result["cluster"]["network_bandwidth"] == 10e9
+    assert result["problems"] == []
+    detailed = result["detailed"]
+    assert detailed["title"] == "as configured"
+    lines = [line for part in detailed["memory"].values() for line in part]
+    passing = sum(line["bytes"] for line in detailed["memory"]["updating"])
+    assert detailed["bytes"] == (
+        sum(line["bytes"] for line in lines) - passing + detailed["margin_bytes"]
+    )
+    assert len(result["layouts"]) == 3
+    # What it proposes is planned as proposed.
+    best = result["layouts"][0]
+    again = plan(capsys, *best["overrides"], *arguments, "--network-gb", "10")["detailed"]
+    assert again["seconds"] == best["seconds"]
+    assert again["bytes"] == best["bytes"]
+    assert main(["plan", CONFIG, *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "layers 16 x" in text
+    assert "MFU" in text
+
+
+def test_configuration_that_does_not_fit_the_cluster(capsys):
+    """The best layout takes its place; without any it is an error."""
+    result = plan(capsys, "--gpus", "64")
+    assert result["problems"]
+    assert result["detailed"]["title"] == "the best layout"
+    assert main(["plan", CONFIG, "--gpus", "128"]) == 2
+    assert "`train.global_batch` is 64" in capsys.readouterr().err
+    assert main(["plan", CONFIG, "--gpus", "12"]) == 2
+    assert "see --gpus-per-node" in capsys.readouterr().err
+    assert main(["plan", CONFIG, "--gpus", "8", "train.precision=fp64", "--zero-stage", "0"]) == 2
+    assert "add train.precision=bf16" in capsys.readouterr().err

@@ -196,6 +196,20 @@ def test_layout_that_does_not_fit_is_refused_once_before_ranks_meet(trained):
     assert "Traceback" not in output
 
 
+def test_dry_run_plays_a_rank_of_a_large_job_and_leaves_nothing(trained):
+    before = sorted(trained.rglob("*"))
+    output = run(
+        sys.executable, str(ROOT / "launcher/train.py"), "--config", "tiny.yaml", "name=dry",
+        "--dry-run", "--world-size", "64", "data.readers=64", "train.global_batch=256",
+        "train.precision=bf16", "parallel.zero_stage=1", "parallel.expert_parallel=4",
+        cwd=trained,
+    )  # fmt: skip
+    assert "rank 0 of 64, the other 63 its mirror images" in output
+    assert "4 sequences of this rank, 8.19k tokens of all; loss" in output
+    assert "planned" in output
+    assert sorted(trained.rglob("*")) == before
+
+
 def endless(folder: Path, name: str) -> subprocess.Popen[str]:
     """A run without an end on two ranks, which has taken a step."""
     process = subprocess.Popen(

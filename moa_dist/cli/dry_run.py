@@ -1,0 +1,37 @@
+"""What a dry run says."""
+
+from __future__ import annotations
+
+from moa_dist.observe.units import short
+from moa_dist.plan.terms import total
+from moa_dist.train.dry_run import DryRun
+
+
+def as_text(result: DryRun) -> str:
+    """For people: measured beside planned."""
+    planned = result.planned
+    tensors = planned.of_states + planned.computing
+    others = result.world_size - 1
+    who = f"rank 0 of {result.world_size:,}"
+    if result.mirrored:
+        who += f", the other {others:,} its mirror images: communication took no time"
+    memory = "tensors of the GPU" if result.device == "cuda" else "growth of the process"
+    lines = [
+        f"dry run   {who}; nothing was written",
+        f"step      {result.seconds:.3f} s for {result.sequences} sequences of this rank, "
+        f"{short(result.tokens)} tokens of all; loss {result.loss:.3f}",
+        f"memory    {_gib(result.peak)} at the peak ({memory}); planned {_gib(tensors)}",
+    ]
+    if result.reserved:
+        lines.append(
+            f"          {_gib(result.reserved)} reserved by the allocator; planned "
+            f"{_gib(tensors + planned.margin)}, and {_gib(total(planned.context))} for the context"
+        )
+    parts = {name: total(lines_of) for name, lines_of in planned.parts().items()}
+    lines += [f"          {name:<12}{_gib(size):>14}" for name, size in parts.items() if size]
+    lines += [f"exchange  {part}: {why}" for part, why in result.exchange.items()]
+    return "\n".join(lines)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB"

@@ -1,0 +1,209 @@
+"""What `moa-dist plan --gpus` says of a run on a cluster: memory, time, the best layouts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from moa_dist.config import Config, find_layout_problems
+from moa_dist.errors import ConfigError
+from moa_dist.observe.units import duration, short
+from moa_dist.plan.cluster import Cluster
+from moa_dist.plan.exchange import decide_exchange
+from moa_dist.plan.layouts import Planned, Planner, why_too_much
+from moa_dist.plan.memory import FRAGMENTED
+from moa_dist.plan.time import Assumptions
+
+_TITLES = {
+    "masters": "fp32 masters",
+    "moments": "optimizer moments",
+    "gathered": "gathered, waiting",
+    "kept": "activations",
+    "working": "passing activations",
+    "buffers": "communication buffers",
+    "updating": "while updating, when activations are gone",
+    "context": "context",
+}
+
+
+def cluster_as_json(
+    config: Config, cluster: Cluster, assumed: Assumptions, num_layouts: int
+) -> dict[str, Any]:
+    """Everything by name. Raises `ConfigError` if the cluster has no layout at all."""
+    planner = Planner(config, cluster, assumed)
+    problems = find_layout_problems(config, cluster.num_gpus)
+    fitting, reasons = planner.ranked()
+    if not fitting and not reasons:
+        raise ConfigError(problems, f"{config.name} on {cluster.num_gpus} GPUs")
+    counts, gpu = planner.counts, cluster.gpu
+    detailed = _configured(planner)
+    if detailed is None and fitting:
+        detailed = {"title": "the best layout"} | _in_detail(fitting[0], gpu.memory)
+    return {
+        "name": config.name,
+        "parameters": {"total": counts.total, "active": counts.active},
+        "cluster": {
+            "gpus": cluster.num_gpus,
+            "gpus_per_node": cluster.gpus_per_node,
+            "gpu": gpu.name,
+            "memory_bytes": gpu.memory,
+            "memory_bandwidth": gpu.memory_bandwidth,
+            "flops": gpu.flops(config.train.precision),
+            "precision": config.train.precision,
+            "link_bandwidth": gpu.link_bandwidth,
+            "network_bandwidth": gpu.network_bandwidth,
+            "link_latency": cluster.link_latency,
+            "network_latency": cluster.network_latency,
+        },
+        "assumed": asdict(assumed) | {"fragmented": FRAGMENTED},
+        "problems": problems,
+        "detailed": detailed,
+        "layouts": [_in_short(planned) for planned in fitting[:num_layouts]],
+        "num_fitting": len(fitting),
+        "do_not_fit": reasons,
+    }
+
+
+def _configured(planner: Planner) -> dict[str, Any] | None:
+    """The configuration's own layout, None if it has no meaning on the cluster."""
+    config, num_gpus = planner.config, planner.cluster.num_gpus
+    parallel, train = config.parallel, config.train
+    if num_gpus % parallel.expert_parallel or train.global_batch % (num_gpus * train.micro_batch):
+        return None
+    available = planner.cluster.gpu.memory
+    decision = decide_exchange(config, num_gpus, available)
+    decided = parallel.model_copy(update={"expert_exchange": decision.exchange})
+    planned = planner.plan(config.model_copy(update={"parallel": decided}))
+    return {"title": "as configured", "expert_exchange": decision.because} | _in_detail(
+        planned, available
+    )
+
+
+def _in_detail(planned: Planned, available: int) -> dict[str, Any]:
+    """Line by line."""
+    memory = planned.memory
+    return _in_short(planned) | {
+        "memory": {
+            part: [
+                {"name": line.name, "formula": line.formula, "bytes": line.value}
+                for line in lines
+                if line.value
+            ]
+            for part, lines in memory.parts().items()
+        },
+        "margin_bytes": memory.margin,
+        "too_much": why_too_much(memory, available) if memory.total > available else None,
+        "time": [span._asdict() for span in planned.time.spans],
+    }
+
+
+def _in_short(planned: Planned) -> dict[str, Any]:
+    time = planned.time
+    return {
+        "layout": planned.name,
+        "overrides": planned.overrides,
+        "bytes": planned.memory.total,
+        "seconds": time.seconds,
+        "mfu": time.mfu,
+        "tokens_per_second": time.tokens_per_second,
+        "days": planned.config.train.steps * time.seconds / 86400,
+    }
+
+
+def cluster_as_text(plan: dict[str, Any]) -> str:
+    """The same for people."""
+    cluster, parameters = plan["cluster"], plan["parameters"]
+    lines = [
+        f"{plan['name']}, {parameters['total']:,} parameters, {parameters['active']:,} of them "
+        f"for a token, on {cluster['gpus']:,} {cluster['gpu']} in nodes of "
+        f"{cluster['gpus_per_node']}",
+    ]
+    if plan["detailed"]:
+        lines += ["", f"{plan['detailed']['title']}: {plan['detailed']['layout']}"]
+        lines += _memory_lines(plan["detailed"], cluster["memory_bytes"])
+        lines += _time_lines(plan["detailed"])
+    if plan["problems"]:
+        lines += ["", "to start as configured on these GPUs, first:"]
+        lines += [f"  - {problem}" for problem in plan["problems"]]
+    lines += _layout_lines(plan)
+    lines += ["", "assumed", *(f"  {line}" for line in _assumptions(plan))]
+    return "\n".join(lines)
+
+
+def _memory_lines(detailed: dict[str, Any], available: int) -> list[str]:
+    rows: list[tuple[str, int]] = []
+    for part, entries in detailed["memory"].items():
+        if entries:
+            whole = sum(entry["bytes"] for entry in entries)
+            rows.append((f"  {_TITLES.get(part, part)}", whole))
+            rows += [(f"    {e['name']}: {e['formula']}", e["bytes"]) for e in entries]
+    rows += [
+        ("  margin", detailed["margin_bytes"]),
+        ("  total", detailed["bytes"]),
+        ("  there is", available),
+    ]
+    width = max(len(text) for text, _ in rows)
+    lines = ["", "MiB of a GPU at the peak"]
+    lines += [f"{text:<{width}}{num_bytes / 2**20:>12,.1f}" for text, num_bytes in rows]
+    if detailed["too_much"]:
+        lines.append(f"  does not fit: {detailed['too_much']}")
+    return lines
+
+
+def _time_lines(detailed: dict[str, Any]) -> list[str]:
+    rows = [
+        (f"  {span['name']}: {span['formula']}", span["seconds"], span["exposed"])
+        for span in detailed["time"]
+    ]
+    width = max(len(text) for text, *_ in rows)
+    lines = ["", f"{'ms of a step':<{width}}{'alone':>10}{'exposed':>10}"]
+    for text, alone, exposed in rows:
+        lines.append(f"{text:<{width}}{alone * 1e3:>10,.1f}{exposed * 1e3:>10,.1f}")
+    lines.append(f"{'  step':<{width + 10}}{detailed['seconds'] * 1e3:>10,.1f}")
+    lines.append(
+        f"  {detailed['mfu']:.1%} MFU, {short(detailed['tokens_per_second'])} tokens/s, "
+        f"{duration(detailed['days'] * 86400)} for all steps"
+    )
+    return lines
+
+
+def _layout_lines(plan: dict[str, Any]) -> list[str]:
+    shown, num_fitting = plan["layouts"], plan["num_fitting"]
+    lines = [""]
+    if shown:
+        lines.append(f"the best {len(shown)} of {num_fitting:,} layouts that fit")
+        lines.append(
+            f"  {'':<74}{'GiB':>8}{'s/step':>9}{'MFU':>7}{'tokens/s':>10}{'all steps':>11}"
+        )
+    for entry in shown:
+        lines.append(
+            f"  {entry['layout']:<74}{entry['bytes'] / 2**30:>8.1f}{entry['seconds']:>9.3f}"
+            f"{entry['mfu']:>7.1%}{short(entry['tokens_per_second']):>10}"
+            f"{duration(entry['days'] * 86400):>11}"
+        )
+    if shown:
+        lines.append(f"  the first by: {' '.join(shown[0]['overrides'])}")
+    if plan["do_not_fit"]:
+        lines += ["", "do not fit, with what each needs at least"]
+        lines += [f"  {reason}" for reason in plan["do_not_fit"]]
+    return lines
+
+
+def _assumptions(plan: dict[str, Any]) -> list[str]:
+    cluster, assumed = plan["cluster"], plan["assumed"]
+    return [
+        f"{cluster['gpu']} by its data sheet, dense: {short(cluster['flops'])} FLOPs/s in "
+        f"{cluster['precision']}, {short(cluster['memory_bytes'])} B of memory at "
+        f"{short(cluster['memory_bandwidth'])} B/s",
+        f"a GPU sends {short(cluster['link_bandwidth'])} B/s inside a node and "
+        f"{short(cluster['network_bandwidth'])} B/s to others; a collective takes "
+        f"{cluster['link_latency'] * 1e6:g} or {cluster['network_latency'] * 1e6:g} us more",
+        f"reached: {assumed['matmul_efficiency']:.0%} of FLOPs by products, "
+        f"{assumed['memory_efficiency']:.0%} of the memory's bandwidth by rows, "
+        f"{assumed['network_efficiency']:.0%} of links by collectives",
+        "routers choose evenly, nothing is dropped or padded; norms, routers' scores and the "
+        "softmax take no time of their own",
+        "hidden behind computation: gradients at ZeRO 2 and 3 and parameters at ZeRO 3, each "
+        "behind half of it; nothing else",
+        f"the allocator loses {assumed['fragmented']:.0%} of all but states",
+    ]

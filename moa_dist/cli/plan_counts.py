@@ -1,0 +1,146 @@
+"""What `moa-dist plan` says of a model and of one layout of it: counts, states, traffic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moa_dist.config import Config, find_layout_problems
+from moa_dist.models.counts import Counts, States, count, states
+from moa_dist.observe.traffic import flow_name
+from moa_dist.observe.units import short
+from moa_dist.plan.exchange import (
+    PARTS,
+    Decision,
+    decide_exchange,
+    expected_state_traffic,
+    expected_traffic,
+    gathered_bytes,
+    meta_model,
+)
+
+
+def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[str, Any]:
+    """Everything by name; `memory` is that of a rank, for `expert_exchange` auto."""
+    problems = find_layout_problems(config, world_size)
+    counts = count(config.model, config.data.sequence_length)
+    plan = _as_json(config, world_size, counts, states(counts, config, world_size), problems)
+    return plan | _traffic(config, world_size, decide_exchange(config, world_size, memory))
+
+
+def _as_json(
+    config: Config, world_size: int, counts: Counts, held: States, problems: list[str]
+) -> dict[str, Any]:
+    ep = config.parallel.expert_parallel
+    return {
+        "name": config.name,
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "experts": counts.experts,
+            "dense": counts.dense,
+            "per_rank": held.num_parameters,
+        },
+        "sequence_length": counts.sequence_length,
+        "macs": {
+            "by_part": counts.macs,
+            "blocks": counts.block_macs,
+            "head": counts.head_macs,
+            "total": counts.total_macs,
+        },
+        "flops_per_token": counts.flops_per_token,
+        "layout": {
+            "world_size": world_size,
+            "expert_parallel": ep,
+            "expert_data_parallel": world_size // ep,
+            "zero_stage": config.parallel.zero_stage,
+            "precision": config.train.precision,
+            "problems": problems,
+        },
+        "bytes_per_rank": {
+            "parameters": held.parameters,
+            "gradients": held.gradients,
+            "optimizer": held.optimizer,
+            "master": held.master,
+            "total": held.total,
+        },
+    }
+
+
+def _traffic(config: Config, world_size: int, decision: Decision) -> dict[str, Any]:
+    """What a rank sends in a step, on average, and what it holds for that."""
+    model = meta_model(config)
+    flows = expected_traffic(config, world_size, decision.exchange, model)
+    state = expected_state_traffic(config, world_size, model)
+    gathered = sum(
+        gathered_bytes(config, model, part)
+        for part in PARTS
+        if part in decision.because and getattr(decision.exchange, part) == "weights"
+    )
+    return {
+        "expert_exchange": decision.because,
+        "traffic_per_rank_and_step": {
+            flow_name(flow): {
+                "messages": volume.messages // world_size,
+                "bytes": volume.num_bytes // world_size,
+            }
+            for flow, volume in flows.items()
+        },
+        "state_bytes_per_rank_and_step": {
+            name: num_bytes // world_size for name, num_bytes in state._asdict().items()
+        },
+        "travelling_weights_bytes": gathered,
+    }
+
+
+def _traffic_lines(plan: dict[str, Any]) -> list[str]:
+    """By part of a layer and purpose, layers added up."""
+    sums: dict[str, list[int]] = {}
+    for name, volume in plan["traffic_per_rank_and_step"].items():
+        layer, _, purpose = name.partition("/")
+        key = f"{layer.rpartition('.')[2]} {purpose.removesuffix('.backward')}"
+        sums.setdefault(key, [0, 0, 0])
+        sums[key][1 if purpose.endswith(".backward") else 0] += volume["bytes"]
+        sums[key][2] += volume["messages"]
+    lines = [
+        f"  {name:<20}{forward / 2**20:>12,.1f}{backward / 2**20:>12,.1f}{messages:>12,}"
+        for name, (forward, backward, messages) in sums.items()
+    ]
+    if lines:
+        lines.insert(0, f"  {'for experts':<20}{'forward':>12}{'backward':>12}{'messages':>12}")
+    for name, num_bytes in plan["state_bytes_per_rank_and_step"].items():
+        lines.append(f"  {name:<20}{num_bytes / 2**20:>12,.1f}")
+    return lines
+
+
+def counts_as_text(plan: dict[str, Any]) -> str:
+    """The same for people."""
+    parameters, macs, layout = plan["parameters"], plan["macs"], plan["layout"]
+    lines = [
+        f"{plan['name']} on W {layout['world_size']} = ep {layout['expert_parallel']} x edp "
+        f"{layout['expert_data_parallel']}, ZeRO {layout['zero_stage']}, {layout['precision']}",
+        "",
+        "parameters",
+        *(f"  {name.replace('_', ' '):<12}{n:>16,}" for name, n in parameters.items()),
+        "",
+        f"multiply-accumulates, forward over one sequence of {plan['sequence_length']} tokens",
+        *(
+            f"  {name:<12}{short(n):>16}"
+            for name, n in (
+                macs["by_part"] | {"blocks": macs["blocks"], "total": macs["total"]}
+            ).items()
+        ),
+        f"  {short(plan['flops_per_token'])} FLOPs per token, forward and backward",
+        "",
+        "MiB of states on the fullest rank, without activations and buffers",
+        *(f"  {name:<12}{n / 2**20:>16,.1f}" for name, n in plan["bytes_per_rank"].items()),
+    ]
+    if plan["travelling_weights_bytes"]:
+        held = plan["travelling_weights_bytes"] / 2**20
+        lines.append(f"  experts of other ranks, until the backward pass is over: {held:,.1f} more")
+    lines += ["", "MiB that a rank sends to others in a step, if routers choose evenly"]
+    lines += _traffic_lines(plan)
+    lines += [f"  {part}: {why}" for part, why in plan["expert_exchange"].items()]
+    if layout["problems"]:
+        lines += ["", "to start on these ranks, first:"]
+        lines += [f"  - {problem}" for problem in layout["problems"]]
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""Every layout of a run on a cluster: what each needs, how long a step takes, which is best.
+
+Varied are expert parallelism, ZeRO's stage, the micro-batch, recomputation and what travels. The
+model, the global batch and the precision stay: all layouts train the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+from moa_dist.config.checks import check_fields
+from moa_dist.config.run import Config, ExpertExchangeConfig
+from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.plan.cluster import Cluster
+from moa_dist.plan.exchange import PARTS, expected_traffic, layout_of, meta_model
+from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
+from moa_dist.plan.terms import total
+from moa_dist.plan.time import Assumptions, RowBytes, StepTime, row_bytes, step_time
+
+_STATES = {"masters": "fp32 masters", "moments": "optimizer moments"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One layout."""
+
+    config: Config
+    """With the layout in it."""
+    memory: Budget
+    """Of a rank."""
+    time: StepTime
+    """Of a step."""
+
+    @property
+    def name(self) -> str:
+        """In a line."""
+        parallel, train = self.config.parallel, self.config.train
+        exchange = parallel.expert_exchange
+        travels = "" if parallel.expert_parallel == 1 else _travels(self.config, exchange)
+        again = ", recompute" if train.recompute else ""
+        return (
+            f"ep {parallel.expert_parallel}, ZeRO {parallel.zero_stage}, "
+            f"micro-batch {train.micro_batch}{again}{travels}"
+        )
+
+    @property
+    def overrides(self) -> list[str]:
+        """That make the configuration so."""
+        parallel, train = self.config.parallel, self.config.train
+        found = [
+            f"parallel.expert_parallel={parallel.expert_parallel}",
+            f"parallel.zero_stage={parallel.zero_stage}",
+            f"train.micro_batch={train.micro_batch}",
+            f"train.recompute={str(train.recompute).lower()}",
+        ]
+        if parallel.expert_parallel > 1:
+            found += [
+                f"parallel.expert_exchange.{part}={getattr(parallel.expert_exchange, part)}"
+                for part in _routed(self.config)
+            ]
+        return found
+
+
+def _routed(config: Config) -> list[str]:
+    return [part for part in PARTS if getattr(config.model, part).kind != "dense"]
+
+
+def _travels(config: Config, exchange: ExpertExchangeConfig) -> str:
+    kinds = {part: getattr(exchange, part) for part in _routed(config)}
+    if len(set(kinds.values())) == 1:
+        return f", {next(iter(kinds.values()))} travel"
+    return "".join(f", {part} {kind}" for part, kind in kinds.items())
+
+
+class Planner:
+    """Plans layouts of one run; remembers what layouts have in common."""
+
+    def __init__(self, config: Config, cluster: Cluster, assumed: Assumptions) -> None:
+        self.config, self.cluster, self.assumed = config, cluster, assumed
+        self._sizes: dict[int, Sizes] = {}
+        self._flows: dict[tuple[object, ...], dict[Flow, Volume]] = {}
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The whole one, without memory."""
+        return meta_model(self.config)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Of the model."""
+        return count(self.config.model, self.config.data.sequence_length)
+
+    @cached_property
+    def _rows_moved(self) -> RowBytes:
+        return row_bytes(self.model, ELEMENT_BYTES[self.config.train.precision])
+
+    def plan(self, config: Config) -> Planned:
+        """Of a layout whose exchange is decided, and that fits the cluster's number of GPUs."""
+        layout = layout_of(config, self.cluster.num_gpus, config.parallel.expert_exchange)
+        ep = layout.expert_parallel
+        if ep not in self._sizes:
+            self._sizes[ep] = sizes_of(self.model, ep)
+        sizes = self._sizes[ep]
+        memory = budget(self.model, sizes, config, layout)
+        time = step_time(
+            config,
+            self.counts,
+            self._rows_moved,
+            layout,
+            self._traffic(config),
+            sizes,
+            self.cluster,
+            self.assumed,
+        )
+        return Planned(config, memory, time)
+
+    def _traffic(self, config: Config) -> dict[Flow, Volume]:
+        """What travels for experts: it does not depend on ZeRO."""
+        parallel, train = config.parallel, config.train
+        exchange = parallel.expert_exchange
+        key = (parallel.expert_parallel, train.micro_batch, train.recompute, repr(exchange))
+        if key not in self._flows:
+            self._flows[key] = expected_traffic(config, self.cluster.num_gpus, exchange, self.model)
+        return self._flows[key]
+
+    def candidates(self) -> Iterator[Config]:
+        """Every layout that means something."""
+        world_size, train = self.cluster.num_gpus, self.config.train
+        per_rank = train.global_batch // world_size
+        routed = _routed(self.config)
+        for ep, stage in product(_divisors(world_size), range(4)):
+            exchanges = product(("tokens", "weights"), repeat=len(routed) if ep > 1 else 0)
+            for kinds in exchanges:
+                exchange = dict.fromkeys(PARTS, "tokens") | dict(zip(routed, kinds, strict=False))
+                for micro_batch, recompute in product(_divisors(per_rank), (False, True)):
+                    config = with_layout(self.config, ep, stage, micro_batch, recompute, exchange)
+                    if not check_fields(config) and not _accumulates_in_vain(config, per_rank):
+                        yield config
+
+    def ranked(self) -> tuple[list[Planned], list[str]]:
+        """Layouts that fit, fastest first; and for each (ep, ZeRO) of which none fits, why."""
+        fitting: list[Planned] = []
+        smallest: dict[tuple[int, int], Planned] = {}
+        for config in self.candidates():
+            planned = self.plan(config)
+            if planned.memory.total <= self.cluster.gpu.memory:
+                fitting.append(planned)
+            parallel = config.parallel
+            key = (parallel.expert_parallel, parallel.zero_stage)
+            best = smallest.get(key)
+            if best is None or planned.memory.total < best.memory.total:
+                smallest[key] = planned
+        fitting.sort(key=lambda planned: planned.time.seconds)
+        memory = self.cluster.gpu.memory
+        reasons = [
+            f"{planned.name}: {why_too_much(planned.memory, memory)}"
+            for planned in smallest.values()
+            if planned.memory.total > memory
+        ]
+        return fitting, reasons
+
+
+def with_layout(
+    config: Config,
+    expert_parallel: int,
+    zero_stage: int,
+    micro_batch: int,
+    recompute: bool,
+    exchange: dict[str, str],
+) -> Config:
+    """The same run laid out so; unchecked."""
+    parallel = config.parallel.model_copy(
+        update={
+            "expert_parallel": expert_parallel,
+            "zero_stage": zero_stage,
+            "expert_exchange": ExpertExchangeConfig.model_validate(exchange),
+        }
+    )
+    train = config.train.model_copy(update={"micro_batch": micro_batch, "recompute": recompute})
+    return config.model_copy(update={"parallel": parallel, "train": train})
+
+
+def _accumulates_in_vain(config: Config, per_rank: int) -> bool:
+    """`global_batch` balance needs all tokens of a step in one forward."""
+    routers = [getattr(config.model, part).router for part in _routed(config)]
+    whole = any(router.balance.scope == "global_batch" for router in routers)
+    return whole and config.train.micro_batch != per_rank
+
+
+def why_too_much(memory: Budget, available: int) -> str:
+    """The largest part of what does not fit, in a sentence."""
+    parts = {name: total(lines) for name, lines in memory.parts().items()}
+    name, largest = max(parts.items(), key=lambda part: part[1])
+    names = _STATES | {"kept": "activations", "working": "passing activations"}
+    of_all = f"{_gib(memory.total)} of which {_gib(largest)} are {names.get(name, name)}"
+    return f"{of_all}, for a GPU of {_gib(available)}"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

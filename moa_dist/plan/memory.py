@@ -1,0 +1,305 @@
+"""Memory of one rank, part by part, before it is needed.
+
+States are exact: `tests/distributed/test_memory.py` compares them with DeepSpeed's tensors. What
+the forward keeps is predicted to a few percent (`moa_dist.plan.activations`), and the rest is said
+for what it is, an allowance.
+
+Shapes: W ranks, P that share experts, N that hold the same parameter: W for dense ones, W / P for
+experts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.routed import RoutedModule
+from moa_dist.plan.activations import Batch, exchange_terms, kept, working_terms
+from moa_dist.plan.terms import Term, term, total
+from moa_dist.plan.traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
+from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes
+
+_REDUCED_AT_ONCE = 500_000_000
+"""Elements that DeepSpeed's bf16 optimizer, its choice at stage 1, copies for an all-reduce."""
+CONTEXT = term("CUDA context, NCCL, libraries", ("GiB", 2), ("B", 2**30))
+"""An allowance."""
+FRAGMENTED = 0.1
+"""Of everything but states, what the allocator loses: an allowance."""
+
+Device = Literal["cuda", "cpu"]
+
+
+class Sizes(NamedTuple):
+    """Elements of each parameter that one rank holds, in the model's order."""
+
+    dense: tuple[int, ...]
+    """The same on all ranks."""
+    experts: tuple[int, ...]
+    """Shards of expert tensors; the fullest, as they are padded to it."""
+
+    @property
+    def whole(self) -> int:
+        """All elements."""
+        return sum(self.dense) + sum(self.experts)
+
+
+def sizes_of(model: nn.Module, expert_parallel: int) -> Sizes:
+    """Of `model`, whole and on any device, when its experts are sharded."""
+    experts = dict(expert_layers(model))
+    dense = tuple(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if name.removesuffix(".weight") not in experts
+    )
+    shards = tuple(
+        -(-layer.num_experts // expert_parallel) * layer.macs_per_row()
+        for layer in experts.values()
+    )
+    return Sizes(dense, shards)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes from step to step, each as lines for dense and for expert parameters."""
+
+    parameters: list[Term]
+    """What forward and backward compute with."""
+    gradients: list[Term]
+    """The most there are of them in a step."""
+    masters: list[Term]
+    """ZeRO's fp32 copy, which it updates."""
+    moments: list[Term]
+    """What the optimizer keeps."""
+
+    def parts(self) -> dict[str, list[Term]]:
+        """By name."""
+        return dict(vars(self))
+
+
+def states(
+    sizes: Sizes,
+    layout: Layout,
+    zero_stage: int,
+    optimizer: OptimizerConfig,
+    zero_sizes: ZeroSizes = FOR_LARGE_MODELS,
+) -> States:
+    """Exact bytes of a rank (the fullest), as deepspeed 0.19 keeps them."""
+    result = States([], [], [], [])
+    element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
+    moments = ("moments", num_moments(optimizer))
+    copies = layout.world_size // layout.expert_parallel
+    for name, numels, num_ranks in (
+        ("dense", sizes.dense, layout.world_size),
+        ("experts", sizes.experts, copies),
+    ):
+        if not numels:
+            continue
+        plain = ("elements", sum(numels))
+        if zero_stage == 0:
+            result.parameters.append(term(name, plain, element))
+            result.gradients.append(term(name, plain, element))
+            result.moments.append(term(name, moments, plain, element))
+            continue
+        padded = ("elements", round_up(sum(numels), ALIGNMENT * num_ranks))
+        part = ("elements", padded[1] // num_ranks)
+        if zero_stage == 3:
+            part = ("elements", sum(-(-numel // num_ranks) for numel in numels))
+            small = ("elements", sum(n for n in numels if n <= zero_sizes.persistent))
+            result.parameters.append(term(name, part, element))
+            result.parameters.append(term(f"{name}, small ones whole", small, element))
+        else:
+            result.parameters.append(term(name, padded, element))
+        match zero_stage, layout.element_bytes:
+            case 1, 2:  # kept until the last micro-batch, in both types
+                result.gradients.append(term(f"{name} in bf16", plain, element))
+                result.gradients.append(term(f"{name} in fp32", padded, master))
+            case 1, _:
+                result.gradients.append(term(name, plain, master))
+            case 2, 4:
+                touched = ("elements", _touched(numels, part[1], num_ranks))
+                result.gradients.append(term(f"{name} of which it has a part", touched, master))
+            case _:
+                result.gradients.append(term(name, part, master))
+        result.masters.append(term(name, part, master))
+        result.moments.append(term(name, moments, part, master))
+    return result
+
+
+def num_moments(optimizer: OptimizerConfig) -> int:
+    """Values that the optimizer keeps per parameter."""
+    if optimizer.kind == "adamw":
+        return 2
+    return 1 if optimizer.momentum else 0
+
+
+def _touched(numels: Sequence[int], part: int, num_ranks: int) -> int:
+    """Elements of the parameters of which a rank has some of the flat partition; the most."""
+    ends = list(accumulate(numels))
+    most = 0
+    for rank in range(min(num_ranks, -(-ends[-1] // part))):
+        first, last = bisect_right(ends, rank * part), bisect_left(ends, (rank + 1) * part)
+        most = max(most, sum(numels[first : last + 1]))
+    return most
+
+
+@dataclass(frozen=True)
+class Budget:
+    """All memory of a rank at its peak."""
+
+    states: States
+    """From step to step."""
+    gathered: list[Term]
+    """Parameters of other ranks while they are computed with, gradients before they are sent."""
+    kept: list[Term]
+    """Activations between forward and backward."""
+    working: list[Term]
+    """Passing memory of the hungriest operation."""
+    buffers: list[Term]
+    """Of communication."""
+    updating: list[Term]
+    """Passing memory of the optimizer, when activations are gone."""
+    context: list[Term]
+    """Before the first tensor."""
+
+    @property
+    def computing(self) -> int:
+        """The most beside states: while computing, or while updating."""
+        computing = total([*self.gathered, *self.kept, *self.working, *self.buffers])
+        return max(computing, total(self.updating))
+
+    @property
+    def margin(self) -> int:
+        """Lost to fragmentation."""
+        return round(FRAGMENTED * self.computing)
+
+    @property
+    def of_states(self) -> int:
+        """All states."""
+        return sum(total(lines) for lines in self.states.parts().values())
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.of_states + self.computing + self.margin + total(self.context)
+
+    def parts(self) -> dict[str, list[Term]]:
+        """By name; their sum is the total but for what passes at another time, and the margin."""
+        own = {name: lines for name, lines in vars(self).items() if name != "states"}
+        return self.states.parts() | own
+
+
+def budget(
+    model: LanguageModel, sizes: Sizes, config: Config, layout: Layout, device: Device = "cuda"
+) -> Budget:
+    """The fullest rank's memory.
+
+    `model`: the whole one, on any device; `sizes` of it; `config` has the layout of `layout`.
+    """
+    stage = config.parallel.zero_stage
+    batch = Batch(
+        config.train.micro_batch,
+        config.data.sequence_length,
+        layout.element_bytes,
+        in_parts=device == "cpu",
+    )
+    held = states(sizes, layout, stage, config.optimizer)
+    masters = total(held.masters) or total(held.parameters)
+    return Budget(
+        states=held,
+        gathered=[
+            *_gathered(model, layout),
+            *_whole_parameters(sizes, layout, stage),
+            *_waiting_gradients(sizes, layout, stage),
+        ],
+        kept=kept(
+            config.model,
+            batch,
+            recompute=layout.recompute,
+            of_exchange=_of_exchange(model, layout, batch),
+        ),
+        working=working_terms(config.model, batch),
+        buffers=_buffers(sizes, layout, stage, device),
+        updating=[term("optimizer's temporaries", ("kept", 2), ("B", masters))],
+        context=[CONTEXT] if device == "cuda" else [],
+    )
+
+
+def _travelling(layout: Layout, part: str) -> str:
+    return str(getattr(layout.exchange, part)) if layout.expert_parallel > 1 else "nothing"
+
+
+def _of_exchange(model: LanguageModel, layout: Layout, batch: Batch) -> dict[str, list[Term]]:
+    block: Any = model.stack.layers[0]
+    parts = {part: getattr(block, part) for part in ("attention", "ffn")}
+    return {
+        part: exchange_terms(module, part, layout.expert_parallel, batch)
+        for part, module in parts.items()
+        if isinstance(module, RoutedModule) and _travelling(layout, part) == "tokens"
+    }
+
+
+def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
+    """Experts of a part that travel, and their gradients, until its backward pass is over."""
+    for part in ("attention", "ffn"):
+        if _travelling(layout, part) == "weights":
+            elements = sum(
+                layer.num_experts * layer.macs_per_row()
+                for name, layer in expert_layers(model)
+                if name.split(".")[-2] == part
+            )
+            both = ("weights and gradients", 2)
+            element = ("B", layout.element_bytes)
+            yield term(f"all experts of {part}", both, ("elements", elements), element)
+
+
+def _whole_parameters(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
+    """What ZeRO 3 keeps gathered from forward to backward, or the two largest: an FFN's."""
+    if zero_stage < 3:
+        return []
+    of_a_layer = sum(sorted((*sizes.dense, *sizes.experts))[-2:])
+    whole = ("elements", max(min(sizes.whole, STAGE3_KEPT), of_a_layer))
+    return [term("parameters gathered by ZeRO 3", whole, ("B", layout.element_bytes))]
+
+
+def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
+    """Gradients that are there before ZeRO may take them.
+
+    Those of a shared layer are summed over its repeats, the first of which comes last: none is
+    complete before the backward pass nears its end. Else they come layer by layer.
+    """
+    element = ("B", layout.element_bytes)
+    if layout.num_repeats > 1:
+        once = zero_stage < 2 and layout.num_micro_batches == 1
+        if once and not (zero_stage == 1 and layout.element_bytes == 2):
+            return []  # they become the gradients that are counted above
+        return [term("gradients that wait for all repeats", ("elements", sizes.whole), element)]
+    of_a_layer = sum(sorted((*sizes.dense, *sizes.experts))[-2:])
+    return [term("gradients of a layer", ("elements", of_a_layer), element)]
+
+
+def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> list[Term]:
+    bucket = ("elements", FOR_LARGE_MODELS.bucket)
+    master = ("B", MASTER_BYTES)
+    match zero_stage, layout.element_bytes:
+        case 0, _:
+            # Gradients in one piece, and in fp64 with their squares: Engine._reduce_and_clip.
+            largest = max(sum(sizes.dense), sum(sizes.experts))
+            return [
+                term("flat gradients", ("elements", sizes.whole), ("B", layout.element_bytes)),
+                term("their squares in fp64", ("elements", largest), ("B", 16)),
+            ]
+        case 1, 2:
+            copied = ("elements", min(sizes.whole, _REDUCED_AT_ONCE))
+            return [term("gradients on their way", copied, master)]
+        case 3, _:
+            return [term("bucket of gradients", bucket, master)]
+    double = ("buckets", 2 if device == "cuda" else 1)
+    return [term("buckets of gradients", double, bucket, master)]

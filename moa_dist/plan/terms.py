@@ -1,0 +1,50 @@
+"""Numbers that a reader can check: products of named factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+Factor = tuple[str, float]
+"""What it is, such as `tokens`, and how many."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of a budget: `value` is the product of the factors."""
+
+    name: str
+    """What needs it."""
+    factors: tuple[Factor, ...]
+    """The last is a number of bytes, named `B`."""
+
+    @property
+    def value(self) -> int:
+        """The product, rounded."""
+        return round(prod(number for _, number in self.factors))
+
+    def times(self, name: str, number: float) -> Term:
+        """The same so many times."""
+        return Term(self.name, ((name, number), *self.factors))
+
+    @property
+    def formula(self) -> str:
+        """Such as `tokens 8,192 x top_k 24 x d_model 1,536 x 2 B`."""
+        return " x ".join(
+            f"{_number(number)} B" if name == "B" else f"{name} {_number(number)}"
+            for name, number in self.factors
+        )
+
+
+def term(name: str, *factors: Factor) -> Term:
+    """A line of a budget."""
+    return Term(name, factors)
+
+
+def total(terms: list[Term]) -> int:
+    """Sum of all lines."""
+    return sum(line.value for line in terms)
+
+
+def _number(number: float) -> str:
+    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.4g}"

@@ -1,0 +1,241 @@
+"""How long a step would take: an estimate, with every assumption in it said.
+
+    step = products + rows + update + communication that nothing hides
+
+Products run at a share of the GPU's peak. Rows are what routed experts move through memory around
+their products, gathered, weighted and added up: where experts are small that takes longer than the
+products. Communication is bytes over a link plus a latency per collective.
+
+Shapes: W ranks, P that share experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moa_dist.config.run import Config
+from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.models.counts import Counts
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.router import Router
+from moa_dist.observe.units import short
+from moa_dist.plan.cluster import Cluster, Link
+from moa_dist.plan.memory import Sizes
+from moa_dist.plan.traffic import Layout, state_traffic
+from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS
+
+_BYTES_PER_UPDATE = 32
+"""Of memory per master: AdamW reads and writes it and two moments and reads a gradient, all fp32,
+and writes a parameter."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What cannot be counted."""
+
+    matmul_efficiency: float = 0.5
+    """Share of the peak FLOPs that products reach."""
+    memory_efficiency: float = 0.7
+    """Share of the memory's bandwidth that rows and updates reach."""
+    network_efficiency: float = 0.8
+    """Share of a link's bandwidth that collectives reach."""
+
+
+class Span(NamedTuple):
+    """One part of a step."""
+
+    name: str
+    """What takes time."""
+    formula: str
+    """How much of what over which rate."""
+    seconds: float
+    """If it ran alone."""
+    exposed: float
+    """Seconds of it during which nothing else runs."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A predicted optimizer step."""
+
+    spans: tuple[Span, ...]
+    """Its parts."""
+    model_flops: float
+    """FLOPs per rank that the model needs, recomputation left out."""
+    peak_flops: float
+    """Of a GPU."""
+    tokens: int
+    """Of all ranks."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return sum(span.exposed for span in self.spans)
+
+    @property
+    def mfu(self) -> float:
+        """Share of the peak that the model's FLOPs come to."""
+        return self.model_flops / (self.seconds * self.peak_flops)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return self.tokens / self.seconds
+
+
+def step_time(
+    config: Config,
+    counts: Counts,
+    rows_moved: RowBytes,
+    layout: Layout,
+    flows: Mapping[Flow, Volume],
+    sizes: Sizes,
+    cluster: Cluster,
+    assumed: Assumptions,
+) -> StepTime:
+    """Predict a step; `flows` is what travels for experts, all ranks together."""
+    peak = cluster.gpu.flops(config.train.precision)
+    assert peak is not None, "checked when the cluster was described"
+    sequences = layout.num_micro_batches * config.train.micro_batch
+    forwards = 4 if layout.recompute else 3  # the backward pass costs two
+    blocks = 2 * forwards * counts.block_macs * sequences
+    head = 2 * 3 * counts.head_macs * sequences
+    products = _span("products", blocks + head, "FLOPs", assumed.matmul_efficiency, peak)
+    of_a_token = rows_moved.forward * (2 if layout.recompute else 1) + rows_moved.backward
+    moved = of_a_token * sequences * counts.sequence_length
+    reach = assumed.memory_efficiency
+    rows = _span("rows of experts", moved, "B", reach, cluster.gpu.memory_bandwidth)
+    stage = config.parallel.zero_stage
+    copies = layout.world_size // layout.expert_parallel
+    share = (layout.world_size, copies) if stage else (1, 1)
+    masters = sum(sizes.dense) / share[0] + sum(sizes.experts) / share[1]
+    update = _span("update", _BYTES_PER_UPDATE * masters, "B", reach, cluster.gpu.memory_bandwidth)
+    spans = [products, rows, update]
+    spans += _expert_spans(flows, layout, cluster, assumed)
+    spans += _state_spans(sizes, layout, stage, cluster, assumed, products.seconds + rows.seconds)
+    return StepTime(
+        spans=tuple(spans),
+        model_flops=2 * 3 * counts.total_macs * sequences,
+        peak_flops=peak,
+        tokens=sequences * counts.sequence_length * layout.world_size,
+    )
+
+
+def _span(name: str, amount: float, unit: str, efficiency: float, rate: float) -> Span:
+    seconds = amount / (efficiency * rate)
+    formula = f"{short(amount)} {unit} / ({efficiency:g} x {short(rate)} {unit}/s)"
+    return Span(name, formula, seconds, seconds)
+
+
+class RowBytes(NamedTuple):
+    """Bytes of memory that routed rows of one token move, all layers."""
+
+    forward: float
+    """In a forward."""
+    backward: float
+    """In a backward pass."""
+
+
+def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
+    """By the steps of `moa_dist.kernels.routed.routed_at_once` and their gradients.
+
+    Shared layers count once per repeat.
+    """
+    element, wide = element_bytes, max(element_bytes, 4)
+    forward = backward = 0.0
+    for module in model.modules():
+        if not isinstance(module, RoutedModule):
+            continue
+        layers = {n: c for n, c in module.named_children() if isinstance(c, GroupedLinear)}
+        for use in module.uses():
+            router = module.get_submodule(use.router)
+            assert isinstance(router, Router)
+            chosen = router.num_groups * router.config.top_k
+            hidden = sum(c.d_out for n, c in layers.items() if n != "down") * ("down" in layers)
+            weighing = 2 * wide * use.weighted
+            # Gather, read; through the hidden width; write, widen, weigh, add up.
+            forward += chosen * 3 * element * use.d_in + chosen * 4 * element * hidden
+            forward += chosen * (2 * element + 4 * wide + weighing) * use.d_out
+            # Its gradients, by rows and by matrices; see above from right to left.
+            backward += chosen * 5 * element * use.d_in + chosen * 8 * element * hidden
+            backward += chosen * (3 * element + 3 * wide + 2 * weighing) * use.d_out
+    repeats = model.stack.num_repeats
+    return RowBytes(forward * repeats, backward * repeats)
+
+
+def _expert_spans(
+    flows: Mapping[Flow, Volume], layout: Layout, cluster: Cluster, assumed: Assumptions
+) -> list[Span]:
+    """Rows and weights that travel: nothing hides them for sure."""
+    kinds = {
+        "rows that travel": (cluster.all_to_all(layout.expert_parallel), False),
+        "weights that travel": (cluster.ring(layout.expert_parallel, 1), True),
+    }
+    spans = []
+    for name, (link, of_weights) in kinds.items():
+        volumes = [v for flow, v in flows.items() if (flow.purpose == "gather") == of_weights]
+        if volumes:
+            num_bytes = sum(v.num_bytes for v in volumes) / layout.world_size
+            messages = sum(v.messages for v in volumes) / layout.world_size
+            spans.append(_sent(name, num_bytes, messages, link, assumed, hidden_by=0.0))
+    return spans
+
+
+def _state_spans(
+    sizes: Sizes,
+    layout: Layout,
+    zero_stage: int,
+    cluster: Cluster,
+    assumed: Assumptions,
+    computing: float,
+) -> list[Span]:
+    """Gradients and parameters. Those that ZeRO sends while it computes hide behind that.
+
+    These are gradients at stages 2 and 3, behind the backward pass of their micro-batch, and
+    parameters at stage 3; half of the computing time is taken to hide each.
+    """
+    copies = layout.world_size // layout.expert_parallel
+    gradients_beside = computing / 2 if zero_stage >= 2 else 0.0
+    parameters_beside = computing / 2 if zero_stage == 3 else 0.0
+    spans = []
+    for kind, dense, experts, link in (
+        ("dense", sizes.dense, (), cluster.ring(layout.world_size, 1)),
+        ("expert", (), sizes.experts, cluster.ring(copies, layout.expert_parallel)),
+    ):
+        moved = state_traffic(dense, experts, layout, zero_stage)
+        for what, num_bytes, hidden_by in (
+            ("gradients", moved.gradients, gradients_beside),
+            ("parameters", moved.parameters, parameters_beside),
+        ):
+            if not num_bytes:
+                continue
+            of_rank = num_bytes / layout.world_size
+            messages = max(1, of_rank / (FOR_LARGE_MODELS.bucket * layout.element_bytes))
+            span = _sent(f"{kind} {what}", of_rank, messages, link, assumed, hidden_by)
+            spans.append(span)
+            if what == "gradients":
+                gradients_beside = max(0.0, gradients_beside - span.seconds)
+            else:
+                parameters_beside = max(0.0, parameters_beside - span.seconds)
+    return spans
+
+
+def _sent(
+    name: str,
+    num_bytes: float,
+    messages: float,
+    link: Link,
+    assumed: Assumptions,
+    hidden_by: float,
+) -> Span:
+    reach = assumed.network_efficiency
+    seconds = num_bytes / (reach * link.bandwidth) + messages * link.latency
+    formula = (
+        f"{short(num_bytes)} B / ({reach:g} x {short(link.bandwidth)} B/s) + "
+        f"{messages:,.0f} x {link.latency * 1e6:g} us"
+    )
+    return Span(name, formula, seconds, max(0.0, seconds - hidden_by))

@@ -1,0 +1,130 @@
+"""Predicted activations are those that autograd saves, to 3 %."""
+
+import gc
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.distributed.mesh import make_mesh
+from moa_dist.distributed.mirror import mirrored_job
+from moa_dist.kernels.routed import routed_at_once
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.objective import Batch as Data
+from moa_dist.models.objective import objective
+from moa_dist.moe.sharding import shard_experts
+from moa_dist.plan.activations import Batch, exchange_terms, kept
+from moa_dist.plan.exchange import PARTS
+from moa_dist.plan.terms import total
+from tests.distributed.layouts import Case, router
+
+TOLERANCE = 0.03
+SEQUENCES, LENGTH, VOCABULARY = 2, 64, 50
+SWITCHHEAD = {"kind": "switchhead", "num_heads": 3, "d_head": 16, "router": router(5, 2)}
+MOA = {"kind": "moa", "d_head": 16, "heads_per_expert": 2, "router": router(6, 3, "softmax")}
+DENSE = {"kind": "dense", "num_heads": 4, "d_head": 16}
+MOE = {"kind": "moe", "d_expert": 32, "router": router(9, 4)}
+GATED = MOE | {"gated": True, "activation": "silu"}
+DENSE_FFN = {"kind": "dense", "d_ff": 200, "gated": True, "activation": "gelu"}
+
+
+def case(attention: dict[str, Any], ffn: dict[str, Any], norm: str) -> Any:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 4, "num_distinct_layers": 2}
+    model = sizes | {"attention": attention, "ffn": ffn, "norm_placement": norm}
+    return Case(model=model).config().model
+
+
+def saved(model: LanguageModel, *, at_once: bool) -> int:
+    """Bytes of the tensors that a forward saves, parameters left out, and of the logits.
+
+    What is recomputed is not saved by autograd, but held by closures.
+    """
+    existing = [t.untyped_storage().data_ptr() for t in all_tensors()]
+    others = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            storages[storage.data_ptr()] = storage  # kept, so that no other takes its place
+        return tensor
+
+    as_on_gpus = patch("moa_dist.moe.dispatch.routed_experts", routed_at_once)
+    with (
+        as_on_gpus if at_once else nullcontext(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        result = objective(model, Data(torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1))))
+    of_result = [part for value in result.output.statistics.values() for part in value]
+    others |= {*existing, *(part.untyped_storage().data_ptr() for part in of_result)}
+    for tensor in all_tensors():
+        pack(tensor)
+    storages.pop(result.output.logits.untyped_storage().data_ptr(), None)
+    return sum(s.nbytes() for s in storages.values()) + result.output.logits.nbytes
+
+
+def all_tensors() -> list[Tensor]:
+    """That Python can see."""
+    found = [item for item in gc.get_objects() if type(item) is Tensor]
+    return [tensor for tensor in found if tensor.dtype != torch.uint8]  # a state of random numbers
+
+
+def predicted(config: Any, dtype: torch.dtype, *, at_once: bool, **of_exchange: Any) -> int:
+    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize, in_parts=not at_once)
+    return total(kept(config, batch, recompute=False, **of_exchange))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", [SWITCHHEAD, MOA], ids=["switchhead", "moa"])
+def test_recomputed_layers_keep_their_input_and_choices(attention, dtype):
+    config = case(attention, MOE, "pre")
+    found = saved(build_model(config, recompute=True).to(dtype), at_once=True)
+    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize)
+    lines = kept(config, batch, recompute=True)
+    between = [line for line in lines if not line.name.startswith("recomputed")]
+    assert total(between) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["as on GPUs", "as on CPUs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("attention", "ffn", "norm"),
+    [
+        (SWITCHHEAD, MOE, "peri"),
+        (SWITCHHEAD, MOE, "post"),
+        (MOA, GATED, "pre"),
+        (MOA, DENSE_FFN, "post"),
+        (DENSE, DENSE_FFN, "pre"),
+    ],
+    ids=["moeut", "switchhead-post", "moa-gated", "moa-dense", "dense"],
+)
+def test_activations_are_those_that_autograd_saves(attention, ffn, norm, dtype, at_once):
+    config = case(attention, ffn, norm)
+    found = saved(build_model(config).to(dtype), at_once=at_once)
+    assert predicted(config, dtype, at_once=at_once) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["as on GPUs", "as on CPUs"])
+@pytest.mark.parametrize("attention", [SWITCHHEAD, MOA], ids=["switchhead", "moa"])
+def test_rows_that_travel_are_kept_too(attention, at_once):
+    """On one of 4 ranks that hold equally many experts, all of which every token takes."""
+    every = attention["router"] | {"num_experts": 4, "top_k": 4}
+    ffn = MOE | {"router": router(8, 8)}
+    config = case(attention | {"router": every}, ffn, "peri")
+    with mirrored_job(1, 4):
+        mesh = make_mesh(4)
+        model = build_model(
+            config,
+            parallelize=partial(shard_experts, mesh=mesh, exchange=ExpertExchangeConfig()),
+        )
+        found = saved(model, at_once=at_once)
+    batch = Batch(SEQUENCES, LENGTH, 4, in_parts=not at_once)
+    block = build_model(config).stack.layers[0]
+    more = {part: exchange_terms(getattr(block, part), part, 4, batch) for part in PARTS}
+    whole = predicted(config, torch.float32, at_once=at_once, of_exchange=more)
+    assert whole == pytest.approx(found, rel=TOLERANCE)
