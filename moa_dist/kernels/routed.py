@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moa_dist.kernels.grouped_matmul import grouped_matmul
+from moa_dist.labels import is_part
 
 _PART_BYTES = 4 << 20
 """Gathered rows per part: with the experts' matrices and as many results they should fit a cache
@@ -60,6 +61,7 @@ class Trip(NamedTuple):
     """[A] in fp32 or wider; None for no weights."""
 
 
+@is_part("experts")
 def routed_experts(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
     """`y[write[a]] += weight[a] * expert(x[read[a]])` over all assignments a: [X, D] -> [Y, O].
 
@@ -216,6 +218,7 @@ class _RoutedInParts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @is_part("experts")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, read, write, kept, *rest = ctx.saved_tensors
         ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moa_dist.distributed.arriving import Arriving, here
 from moa_dist.kernels.routed import Experts, Trip, routed_experts
+from moa_dist.labels import is_part
 from moa_dist.moe.router import Routing
 
 Level = Literal["token", "head", "slot"]
@@ -109,6 +110,7 @@ class LocalPlan:
     """Rows that each level has in all."""
 
     @classmethod
+    @is_part("dispatch")
     def of(cls, assignments: Assignments, num_experts: int) -> LocalPlan:
         """Sort by expert, keeping the order of tokens within one."""
         order = assignments.expert.argsort(stable=True)

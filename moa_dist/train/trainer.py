@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,13 +36,14 @@ from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange
 from moa_dist.train.bad_steps import BadSteps
-from moa_dist.train.boundary import agree, sum_routing, sum_traffic
+from moa_dist.train.boundary import agree, gather_interval, names_of_hosts
 from moa_dist.train.check_run import KEPT_FILES
 from moa_dist.train.checkpoint import Checkpointer, Resumed
 from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
-from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.train.metrics import Observer, RunStart, StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
+from moa_dist.train.pace import Pace
 
 
 def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCode:
@@ -105,10 +104,11 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             _tell(listener, _notes_on_damage(damaged, exclusions, train_manifest, samples))
             micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
-            clock = _Clock(step)
+            hosts = names_of_hosts()
+            pace = Pace(step, mesh.waits)
             while step < config.train.steps:
                 batches = [next(micro_batches) for _ in range(accumulation)]
-                boundary = agree(preemption.requested, batches, this_job.device)
+                boundary = agree(preemption.requested, batches, this_job.device, mesh.waits)
                 if boundary.stop:
                     break
                 samples += config.train.global_batch
@@ -127,15 +127,17 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                         micro_batches = _micro_batches(
                             config, train_manifest, mesh, samples, exclusions
                         )
-                        clock = _Clock(step)
+                        pace = Pace(step, mesh.waits)
                     _tell(listener, [policy.give_up(first, samples, bad, error)])
                     continue
                 step += 1
                 policy.accept(step, result.loss)
 
                 if _due(step, config.logging.every, config):
-                    routing = sum_routing(result.routing)
-                    traffic = sum_traffic(result.traffic, this_job.device)
+                    lap = pace.lap(step)
+                    interval = gather_interval(
+                        result.routing, result.traffic, lap, mesh, this_job.device
+                    )
                     _tell(listener, checkpointer.poll())
                     if listener:
                         listener.step(
@@ -148,18 +150,19 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                                 samples=samples,
                                 digest=boundary.digest,
                                 tokens=result.tokens,
-                                tokens_per_second=clock.rate(step) * result.tokens,
-                                routing=routing,
-                                traffic=traffic,
+                                tokens_per_second=lap.steps / lap.seconds * result.tokens,
+                                timing=Timing.of(interval.work, interval.wait, hosts),
+                                routing=interval.routing,
+                                traffic=interval.traffic,
                             )
                         )
                 if valid_manifest and _due(step, config.evaluation.every, config):
-                    with clock.paused():
+                    with pace.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
                     if listener:
                         listener.validation(metrics)
                 if _due(step, config.checkpoint.every, config):
-                    with clock.paused():
+                    with pace.paused():
                         notes = save()
                     _tell(listener, notes)
             preempted = step < config.train.steps
@@ -279,24 +282,3 @@ def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> 
         bits_per_byte=result.bits_per_byte(manifest.bytes_per_token),
         tokens=result.tokens,
     )
-
-
-class _Clock:
-    """Steps per second since the last reading, without validation and checkpoints."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._since = step, time.monotonic()
-
-    def rate(self, step: int) -> float:
-        """Steps per second since the last call."""
-        now = time.monotonic()
-        rate = (step - self._step) / max(now - self._since, 1e-9)
-        self._step, self._since = step, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time inside."""
-        before = time.monotonic()
-        yield
-        self._since += time.monotonic() - before
