@@ -11,7 +11,16 @@ import torch
 from torch.profiler import record_function
 
 Part = Literal[
-    "router", "dispatch", "exchange", "experts", "attention", "ffn", "loss", "backward", "optimizer"
+    "router",
+    "dispatch",
+    "exchange",
+    "experts",
+    "attention",
+    "ffn",
+    "loss",
+    "backward",
+    "optimizer",
+    "other",
 ]
 """What a step consists of. An inner part does not count for the outer one."""
 PREFIX = "moa_dist/"

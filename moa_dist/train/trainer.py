@@ -28,6 +28,7 @@ from moa_dist.distributed.device import be_deterministic, poorest_memory, travel
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import Job, job
+from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
@@ -43,7 +44,9 @@ from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
+from moa_dist.train.out_of_memory import explained
 from moa_dist.train.pace import Pace
+from moa_dist.train.trace import Tracer
 
 
 def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCode:
@@ -88,6 +91,14 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             return checkpointer.save(step, samples, state)
 
         listener = observer if mesh.rank == 0 else None
+        tracer = Tracer(config.profile, folder, mesh.rank, this_job.device)
+        watchdog = Watchdog(
+            this_job.beat,
+            mesh.waits,
+            folder,
+            limit_s=config.train.step_limit,
+            world_size=mesh.world_size,
+        )
         try:
             if listener:
                 _describe_run(config, folder)
@@ -107,6 +118,7 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             hosts = names_of_hosts()
             pace = Pace(step, mesh.waits)
             while step < config.train.steps:
+                watchdog.begin(step + 1)
                 batches = [next(micro_batches) for _ in range(accumulation)]
                 boundary = agree(preemption.requested, batches, this_job.device, mesh.waits)
                 if boundary.stop:
@@ -117,8 +129,10 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                     step + 1, config.optimizer.lr, config.schedule, config.train.steps
                 )
                 try:
-                    result = engine.step(batches, lr, policy.loss_limit)
+                    with tracer.step(step + 1), explained(engine, config, folder, step + 1):
+                        result = engine.step(batches, lr, policy.loss_limit)
                 except BadStepError as error:
+                    watchdog.rest()
                     policy.refuse(error, step + 1)
                     bad, first = step + 1, samples - config.train.global_batch
                     if config.train.on_bad_step == "rewind":
@@ -130,8 +144,11 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                         pace = Pace(step, mesh.waits)
                     _tell(listener, [policy.give_up(first, samples, bad, error)])
                     continue
+                watchdog.rest()
                 step += 1
                 policy.accept(step, result.loss)
+                with pace.paused():
+                    _tell(listener, tracer.write())
 
                 if _due(step, config.logging.every, config):
                     lap = pace.lap(step)
@@ -165,6 +182,7 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                     with pace.paused():
                         notes = save()
                     _tell(listener, notes)
+            watchdog.rest()
             preempted = step < config.train.steps
             if preempted and step > 0:
                 _tell(listener, save())
@@ -179,6 +197,8 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
         finally:
             if listener:
                 listener.close()
+            watchdog.close()
+            tracer.close()
             engine.close()
 
 
