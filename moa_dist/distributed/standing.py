@@ -42,13 +42,11 @@ class Standing:
 
     def __str__(self) -> str:
         where = "is between steps" if self.step is None else f"is in step {self.step}"
-        since = f"since {self.seconds:.0f} s"
-        does = (
-            f"waits {since} in collective {self.begun}, {self.what}"
-            if self.inside
-            else f"{since} past collective {self.begun}, {self.what}"
-        )
-        return f"rank {self.rank} (host {self.host}) {where}, {does}; at {self.at}"
+        does = "has begun no collective"
+        if self.begun:
+            does = f"{'waits in' if self.inside else 'is past'} collective {self.begun}"
+            does += f", {self.what}, since {self.seconds:.0f} s"
+        return f"rank {self.rank} (host {self.host}) {where}; {does}; at {self.at}"
 
 
 def own_standing(rank: int, step: int | None, progress: Progress) -> Standing:

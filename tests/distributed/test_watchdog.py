@@ -55,11 +55,14 @@ def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
     assert first.startswith(f"no step ended within train.step_limit = 2 s: {each[1]}, and has not")
     assert each[0].startswith("rank 0 (host ")
     assert each[1].startswith("rank 1 (host ")
-    assert all(" is in step 12, " in line for line in each)
-    assert ", plan of stack.layers.3.ffn, forward; at distributed_c10d.py:" in each[0]
+    assert all(" is in step 12; " in line for line in each)
+    assert ", plan of stack.layers.3.ffn, forward, since " in each[0]
+    assert " s; at distributed_c10d.py:" in each[0]
     assert ", called at distributed/collectives.py:" in each[0]
-    assert "waits since" in each[0]
-    assert ", combine of stack.layers.2.ffn, forward; at test_watchdog.py:" in each[1]
+    assert "; waits in collective " in each[0]
+    assert "; is past collective " in each[1]
+    assert ", combine of stack.layers.2.ffn, forward, since " in each[1]
+    assert " s; at test_watchdog.py:" in each[1]
     assert "begin_and_oversleep, called at models/feed_forward.py:" in each[1]
     assert "time.sleep" in (report / "rank-1.txt").read_text()
     assert "thread heartbeat" in (report / "rank-0.txt").read_text()
@@ -76,7 +79,7 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
     with waits.begin("losses"):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out
-    assert "is in step 7, waits since 0 s in collective 1, losses; at cli/hang.py:" in answer
+    assert "is in step 7; waits in collective 1, losses, since 0 s; at cli/hang.py:" in answer
     assert said == [answer.rstrip("\n")]
     watchdog.close()
     monkeypatch.setattr(hang, "_TAKEN_S", 0.3)
