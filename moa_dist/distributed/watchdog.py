@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ SUMMARY = "summary.txt"
 _POLL_S = 0.5
 _ANSWER_S = 5.0
 """Longest wait for the answers of the other ranks."""
+_MOST_TOLD = 2000
+"""Characters that every rank says when it ends."""
 
 
 class Watchdog:
@@ -63,6 +66,8 @@ class Watchdog:
         self._folder = run_folder / FOLDER
         self._limit_s = limit_s
         self._step: tuple[int, float] | None = None
+        self._resumed = 0.0
+        """When this process was found to have been stopped, which no step can help."""
         self._told = False
         self._closing = threading.Event()
         if self._rank == 0:  # asked of a job that has ended since
@@ -87,9 +92,8 @@ class Watchdog:
         polled = time.monotonic()
         while not self._closing.wait(_POLL_S):
             now = time.monotonic()
-            if now - polled > 10 * _POLL_S and self._step is not None:
-                # This process was stopped, which is nothing that the step could help.
-                self._step = (self._step[0], self._step[1] + now - polled)
+            if now - polled > 10 * _POLL_S:
+                self._resumed = now
             polled = now
             overdue = self._is_overdue(now)
             for news in self._news():
@@ -109,7 +113,9 @@ class Watchdog:
 
     def _is_overdue(self, now: float) -> bool:
         step, limit = self._step, self._limit_s
-        return step is not None and limit is not None and now - step[1] > limit
+        if step is None or limit is None:
+            return False
+        return now - max(step[1], self._resumed) > limit
 
     def _report(self, *, is_end: bool) -> None:
         name = self._new_name()
@@ -127,14 +133,15 @@ class Watchdog:
         if is_end:
             first = f"no step ended within train.step_limit = {self._limit_s:g} s: {first}"
         text = f"{first}\n{lines}\nstacks of all threads: {self._folder / name}/rank-*.txt"
-        partial = self._folder / name / f"{SUMMARY}.partial"
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.rename(partial.with_name(SUMMARY))
         self._say(text)
+        with suppress(OSError):  # a full disk must not keep the job from ending
+            partial = self._folder / name / f"{SUMMARY}.partial"
+            partial.write_text(text + "\n", encoding="utf-8")
+            partial.rename(partial.with_name(SUMMARY))
         if not is_end:
             return
         if self._beat is not None:
-            self._beat.end_job(first)
+            self._beat.end_job(first[:_MOST_TOLD])
         else:
             os._exit(ExitCode.LOST_PEER)
 
@@ -153,9 +160,10 @@ class Watchdog:
         step = self._step
         standing = own_standing(self._rank, step and step[0], self._waits.progress)
         folder = self._folder / Path(name).name
-        folder.mkdir(parents=True, exist_ok=True)
         text = f"{standing}\n\n{all_stacks()}"
-        (folder / f"rank-{self._rank}.txt").write_text(text, encoding="utf-8")
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank-{self._rank}.txt").write_text(text, encoding="utf-8")
         return standing
 
     def _tell(self, news: dict[str, Any]) -> None:
