@@ -84,8 +84,8 @@ def _parts(trace: Trace) -> str:
     clock = "kernels on its GPU" if trace.on_gpu else "its main thread"
     about = (
         f"Milliseconds of {clock} per step, traced in steps {trace.first:,} to {trace.last:,}; "
-        f"{readable(total)} in all. An exchange includes waiting for "
-        "other ranks; the rest is embedding, norms, head and Python"
+        f"{readable(total)} in all. exchange includes waiting for "
+        "others; the rest is embedding, norms, head, Python"
     )
     rows = [
         [bar.label, *map(readable, values), f"{sum(values) / total:.1%}"]
