@@ -27,7 +27,7 @@ class ExitCode(IntEnum):
     PREEMPTED = 75
     """SIGTERM or SIGUSR1 came: the step was finished and saved. Start the same command again."""
     LOST_PEER = 76
-    """Another rank is gone or silent; a supervisor tries again."""
+    """A rank is gone, silent, or stuck in a step; a supervisor tries again."""
 
 
 class MoaDistError(Exception):
@@ -53,6 +53,10 @@ class ClusterError(MoaDistError):
 
 class PeerError(ClusterError):
     """Another rank of the job is gone, silent, or does not come."""
+
+
+class MemoryLimitError(MoaDistError):
+    """A device, or the host, holds too little for the run."""
 
 
 class TrainingError(MoaDistError):

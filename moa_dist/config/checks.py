@@ -11,6 +11,8 @@ from moa_dist.config.run import Config
 
 _MOST_LAYERS = 10_000
 """With weights of their own."""
+_MOST_TRACED = 10
+"""Steps; a trace of more is too large to look at."""
 _MOST_ELEMENTS = 1 << 44
 """Of one weight; the largest models in the world have fewer in all their weights."""
 
@@ -106,6 +108,18 @@ def _skipping(config: Config) -> Iterator[Problem]:
             f"`data.on_damage` skip cannot find altered shards with `data.verify` = "
             f"{config.data.verify}; set it to checksums",
             ("data.on_damage", "data.verify"),
+        )
+
+
+def _trace(config: Config) -> Iterator[Problem]:
+    if config.profile.steps is None:
+        return
+    first, last = config.profile.steps
+    if not first <= last < first + _MOST_TRACED or last > config.train.steps:
+        yield Problem(
+            f"`profile.steps` is [{first}, {last}]: use the first and the last of at most "
+            f"{_MOST_TRACED} steps, within the {config.train.steps} of `train.steps`",
+            ("profile.steps", "train.steps"),
         )
 
 
@@ -263,6 +277,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _size,
     _batches,
     _skipping,
+    _trace,
     _warmup,
     _shares_of_the_peak,
     _optimizer,
@@ -290,6 +305,12 @@ def find_layout_problems(config: Config, world_size: int) -> list[str]:
             f"`data.readers` is {readers}, which {ranks} do not divide; use "
             f"{_one_of(_multiples_near(readers, world_size))} (the order of samples depends on "
             f"it), or start {_one_of(_nearest(world_size, _divisors(readers)))} ranks"
+        )
+    absent = [rank for rank in config.profile.ranks if rank >= world_size]
+    if config.profile.steps is not None and absent:
+        problems.append(
+            f"`profile.ranks` names rank {absent[0]}, but {ranks} count from 0; "
+            f"use ranks up to {world_size - 1}"
         )
     if total % (world_size * micro):
         step = world_size * micro

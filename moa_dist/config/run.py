@@ -133,6 +133,10 @@ class TrainConfig(Section):
     """Recompute each block's activations in the backward pass to save memory."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of expert dropout."""
+    step_limit: PositiveFloat | None = 300.0
+    """Seconds in which a step must end, reading its data included. If one does not, every rank
+    writes where it stands, the rank for which the others wait is named, and the job ends; absent
+    means that only `moa-dist hang` asks. A collective fails after ten minutes in any case."""
     on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
     """What to do when the loss or the gradient norm is not finite, or the loss spikes. The step is
     never applied. `stop` ends the run; `skip` takes the same step with the next samples; `rewind`
@@ -161,6 +165,19 @@ class LoggingConfig(Section):
     """Steps between console lines and TensorBoard points."""
     tensorboard: bool = True
     """Write TensorBoard events into the run's folder."""
+
+
+class ProfileConfig(Section):
+    """Looking at single steps."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step of a trace, at most ten; absent means none. It goes to
+    `RUN/profile/rank-N.json.gz`, with the time per part in the log and in the report."""
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""
+    memory: bool = False
+    """Remember where GPU memory was allocated, for the snapshot that is written when it does not
+    suffice; costs some speed."""
 
 
 class CheckpointConfig(Section):
@@ -209,6 +226,8 @@ class Config(Section):
     """Reports."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    profile: ProfileConfig = ProfileConfig()
+    """Traces."""
 
 
 def run_folder(config: Config) -> Path:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.distributed.arriving import Arriving
-from moa_dist.distributed.traffic import Channel, Purpose
+from moa_dist.distributed.channel import Channel
+from moa_dist.distributed.traffic import Flow, Purpose
+from moa_dist.distributed.waiting import Waits
 
 _Begun = tuple[Tensor, dist.Work | None]
 """The buffer that fills, and whom to wait for."""
@@ -31,15 +33,27 @@ class _Flight:
     """Starts the collective with what this rank sends."""
     begin_backward: Callable[[Tensor], _Begun]
     """The same for the gradient."""
+    waits: Waits
+    """Where waiting is counted."""
+    flow: Flow
+    """What travels, in the forward pass."""
     under_way: _Begun | None = None
     """Between its two parts, of either pass."""
 
-    def land(self) -> Tensor:
+    def set_out(self, sent: Tensor, *, backward: bool) -> Tensor:
+        """Start the collective of one pass; the buffer that fills."""
+        begin = self.begin_backward if backward else self.begin
+        with self.waits.begin(self.flow._replace(backward=backward)):
+            self.under_way = begin(sent.contiguous())
+        return self.under_way[0]
+
+    def land(self, *, backward: bool) -> Tensor:
         """Wait, unless the collective was a blocking one; the filled buffer."""
         assert self.under_way is not None
         (buffer, work), self.under_way = self.under_way, None
         if work is not None:
-            work.wait()
+            with self.waits.wait(self.flow._replace(backward=backward)):
+                work.wait()
         return buffer
 
 
@@ -47,24 +61,23 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sent: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.under_way = flight.begin(sent.contiguous())
-        return flight.under_way[0]
+        return flight.set_out(sent, backward=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land(), None
+        return ctx.flight.land(backward=True), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.land()
+        flight.land(backward=False)
         return buffer.view_as(buffer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.under_way = ctx.flight.begin_backward(grads[0].contiguous())
+        ctx.flight.set_out(grads[0], backward=True)
         # Nobody reads what is returned, it only has the shape that autograd expects here: the
         # gradient that _Begin.backward returns has the shape of what was sent.
         return grads[0], None
@@ -97,6 +110,8 @@ def all_to_all_rows(
         _Flight(
             begin=lambda x: exchange(x, sent, received, backward=False),
             begin_backward=lambda grad: exchange(grad, received, sent, backward=True),
+            waits=channel.waits,
+            flow=Flow(channel.layer, purpose, backward=False),
         ),
     )
 
@@ -105,7 +120,8 @@ def all_to_all_counts(counts: Tensor, channel: Channel) -> Tensor:
     """[P, ...] -> [P, ...]: entry p goes to rank p, entry q of the result came from rank q."""
     out = torch.empty_like(counts)
     channel.count("plan", counts[1:].nbytes)
-    dist.all_to_all_single(out, counts.contiguous(), group=channel.group)
+    with channel.waits.begin(Flow(channel.layer, "plan", backward=False)):
+        dist.all_to_all_single(out, counts.contiguous(), group=channel.group)
     return out
 
 
@@ -139,15 +155,18 @@ def all_gather_shards(shard: Tensor, sizes: list[int], channel: Channel) -> Arri
         shards = gathered.split(max(sizes))
         return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
-    return _depart(shard, _Flight(begin=gather, begin_backward=scatter)).then(without_padding)
+    flow = Flow(channel.layer, "gather", backward=False)
+    flight = _Flight(begin=gather, begin_backward=scatter, waits=channel.waits, flow=flow)
+    return _depart(shard, flight).then(without_padding)
 
 
-def sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
-    """Each tensor summed over all ranks, without gradient, in one collective.
+def sum_over_ranks(parts: list[Tensor], waits: Waits, what: str) -> list[Tensor]:
+    """Each tensor summed over all ranks, without gradient, in one collective called `what`.
 
     Adds up in fp64, so integers are exact to 2^53. Shapes must be equal on all ranks.
     """
     flat = torch.cat([part.detach().double().flatten() for part in parts])
-    dist.all_reduce(flat)
+    with waits.begin(what):
+        dist.all_reduce(flat)
     sums = flat.split([part.numel() for part in parts])
     return [s.view_as(part).to(part.dtype) for s, part in zip(sums, parts, strict=True)]

@@ -8,13 +8,15 @@ whose host or network is gone, is noticed by its silence. The hub tells all othe
 first. A rank that ends in order takes its leave, one that fails says why.
 
 Messages are lines of JSON: `{}` is a beat, `{"hello": token, "rank": r, "host": h}` the first,
-`{"bye": true}` a leave, `{"lost": message}` the news.
+`{"bye": true}` a leave, `{"lost": message}` the end. Others may use the connections as well: what
+they `tell`, between rank 0 and any other, travels as `{"news": ...}`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import secrets
 import selectors
 import socket
@@ -84,6 +86,8 @@ class Heartbeat:
         self._noticed = threading.Event()
         self._handled = threading.Event()
         self._message = ""
+        self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._sending = threading.Lock()
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -97,6 +101,19 @@ class Heartbeat:
             return None
         self._handled.set()
         return self._message
+
+    def tell(self, news: dict[str, Any]) -> None:
+        """To rank 0, or as rank 0 to all others. Short: a line of JSON."""
+        for connection in list(self._peers):
+            self._send(connection, {"news": news})
+
+    def news(self) -> list[dict[str, Any]]:
+        """What others told since the last call."""
+        return [self._news.get() for _ in range(self._news.qsize())]
+
+    def end_job(self, message: str) -> None:
+        """End all ranks, this one included, as if one was lost; `message` says why."""
+        self._notice(message)
 
     def close(self, failure: str | None = None) -> None:
         """Take leave in order, or tell the others why this rank fails."""
@@ -190,6 +207,8 @@ class Heartbeat:
             elif "lost" in message:
                 self._notice(str(message["lost"]))
                 return False
+            elif "news" in message:
+                self._news.put(dict(message["news"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
         return True
@@ -211,7 +230,8 @@ class Heartbeat:
 
     def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
         try:
-            connection.sendall(json.dumps(message).encode() + b"\n")
+            with self._sending:
+                connection.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             return  # the receiving side notices, and knows how the peer ended
 

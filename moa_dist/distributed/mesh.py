@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from moa_dist.distributed.traffic import Channel, Ledger
+from moa_dist.distributed.channel import Channel
+from moa_dist.distributed.traffic import Ledger
+from moa_dist.distributed.waiting import Waits
 from moa_dist.errors import ClusterError
 
 
@@ -30,10 +32,12 @@ class Mesh:
     """The W / ep ranks that hold the same experts as this one."""
     ledger: Ledger = field(default_factory=Ledger)
     """What this rank sends to others for its experts, and at ZeRO 0 for gradients."""
+    waits: Waits = field(default_factory=Waits)
+    """How long it waits for them."""
 
     def ep_channel(self, layer: str, *, overlap: bool = False) -> Channel:
         """To the ranks that share this one's experts, for the module named `layer`."""
-        return Channel(self.ep_group, layer, self.ledger, overlap)
+        return Channel(self.ep_group, layer, self.ledger, self.waits, overlap)
 
 
 def expert_parallel_ranks(world_size: int, expert_parallel: int) -> list[list[int]]:
@@ -65,4 +69,5 @@ def make_mesh(expert_parallel: int) -> Mesh:
     )
     assert ep_group is not None
     assert edp_group is not None
-    return Mesh(rank, world_size, expert_parallel, ep_group, edp_group)
+    waits = Waits(on_gpu=dist.get_backend() == "nccl")
+    return Mesh(rank, world_size, expert_parallel, ep_group, edp_group, waits=waits)

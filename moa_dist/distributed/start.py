@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moa_dist.distributed.heartbeat import heartbeat
+from moa_dist.distributed.heartbeat import Heartbeat, heartbeat
 from moa_dist.distributed.store import local_store
 from moa_dist.errors import ClusterError, PeerError
 
@@ -40,6 +40,8 @@ class Job:
     """This rank's device."""
     backend: str
     """`nccl`, `gloo`, or that of `moa_dist.distributed.mirror`."""
+    beat: Heartbeat | None = None
+    """Connections to the other ranks; None if there are none."""
 
 
 @contextmanager
@@ -113,8 +115,8 @@ def job() -> Iterator[Job]:
             f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "
             "every rank was started, that the address is reachable and that the port is free"
         ) from error
-    with heartbeat(device):
-        yield Job(rank, world_size, device, backend)
+    with heartbeat(device) as beat:
+        yield Job(rank, world_size, device, backend, beat)
     # Not after an error: other ranks may be inside a collective, and waiting for them here would
     # keep this process from ending, by which its launcher ends the others.
     dist.destroy_process_group()

@@ -8,10 +8,7 @@ twice the share (P - 1) / P of its data. `moa_dist.plan.traffic` predicts the sa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
-
-import torch.distributed as dist
 
 Purpose = Literal["plan", "dispatch", "combine", "gather", "reduce"]
 """Why a collective runs: exchanging a plan (counts, indices, router weights and their
@@ -64,21 +61,3 @@ class Ledger:
         """Everything added since the last call."""
         taken, self._volumes = self._volumes, {}
         return taken
-
-
-@dataclass(frozen=True)
-class Channel:
-    """A group of ranks as one layer uses it."""
-
-    group: dist.ProcessGroup
-    """Who takes part."""
-    layer: str
-    """Whose traffic it is."""
-    ledger: Ledger
-    """Where it is counted."""
-    overlap: bool = False
-    """Collectives run beside computation until their result is waited for."""
-
-    def count(self, purpose: Purpose, num_bytes: int, *, backward: bool = False) -> None:
-        """Count one collective that sent `num_bytes` to other ranks."""
-        self.ledger.add(Flow(self.layer, purpose, backward), num_bytes)

@@ -29,6 +29,7 @@ from torch import Tensor
 from moa_dist.config.reduced import sequences_per_group
 from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks
+from moa_dist.distributed.waiting import Waits
 from moa_dist.evaluate.trained import Trained
 from moa_dist.models.language_model import LanguageModel
 
@@ -145,7 +146,7 @@ class Scorer:
                 progress(done, len(pieces))
         if ranked:  # each piece is zero on all ranks but one
             device = next(self.model.parameters()).device
-            sums = sum_over_ranks([sums.to(device)])[0].cpu()
+            sums = sum_over_ranks([sums.to(device)], Waits(), "scores")[0].cpu()
         return sums.tolist()
 
     def _batches(self, pieces: list[_Piece]) -> list[list[_Piece]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from moa_dist.kernels import in_parts, tiles
 from moa_dist.kernels.saved import room_to_save
 from moa_dist.kernels.trip import Experts, Trip
+from moa_dist.labels import is_part
 
 
 def routed_operator(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
@@ -119,6 +120,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[
     ctx.activation = activation
 
 
+@is_part("experts")
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     x, weight, down, read, write, counts, kept, *rest = ctx.saved_tensors
     ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]

@@ -16,6 +16,7 @@ from moa_dist.kernels.at_once import routed_at_once
 from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
 from moa_dist.kernels.operator import routed_operator
 from moa_dist.kernels.trip import Experts, Trip
+from moa_dist.labels import is_part
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -49,6 +50,7 @@ _LOOP = Kernel(
 )
 
 
+@is_part("experts")
 def routed_experts(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
     """`y[write[a]] += weight[a] * expert(x[read[a]])` over all assignments a: [X, D] -> [Y, O].
 

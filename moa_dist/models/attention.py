@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import DenseAttentionConfig, RopeConfig
+from moa_dist.labels import is_part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.moe.initialize import Normal
@@ -127,6 +128,7 @@ class DenseAttention(nn.Module):
         projections = sum(p.macs(length) for p in (self.q, self.k, self.v, self.o))
         return {"projections": projections, "softmax": softmax_macs(length, length, width)}
 
+    @is_part("attention")
     def forward(
         self,
         query: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.kernels.trip import Experts
+from moa_dist.labels import is_part
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
@@ -45,6 +46,7 @@ class DenseFeedForward(nn.Module):
         """Multiply-accumulates for one sequence, by part."""
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
+    @is_part("ffn")
     def forward(
         self,
         x: Tensor,
@@ -92,6 +94,7 @@ class MoEFeedForward(RoutedModule):
         """See `RoutedModule.uses`."""
         return [Use("router", "token", self.up.d_in, "token", self.down.d_out, weighted=True)]
 
+    @is_part("ffn")
     def forward(
         self,
         x: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
 from moa_dist.kernels.trip import Experts
+from moa_dist.labels import is_part
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -73,6 +74,7 @@ class MoAttention(RoutedModule):
             Use("router", "slot", width, "token", D, weighted=True),
         ]
 
+    @is_part("attention")
     def forward(
         self,
         query: Tensor,

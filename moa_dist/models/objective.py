@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moa_dist.labels import part
 from moa_dist.models.language_model import LanguageModelOutput
 
 
@@ -57,10 +58,14 @@ def objective(model: nn.Module, batch: Batch) -> Objective:
     """Run the model on a micro-batch and sum the cross-entropy of its targets."""
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     output: LanguageModelOutput = model(inputs, None if batch.real is None else batch.real[:, :-1])
+    with part("loss"):
+        return Objective(_cross_entropy(output.logits, targets, batch), output)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
     if batch.real is not None:
         targets = targets.masked_fill(~batch.real[:, 1:], -100)
-    wide = torch.promote_types(output.logits.dtype, torch.float32)
-    cross_entropy = F.cross_entropy(
-        output.logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-100, reduction="sum"
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(
+        logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-    return Objective(cross_entropy, output)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
 from moa_dist.kernels.trip import Experts
+from moa_dist.labels import is_part
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -70,6 +71,7 @@ class SwitchHeadAttention(RoutedModule):
             Use("output_router", "head", d, "token", D, weighted=True),
         ]
 
+    @is_part("attention")
     def forward(
         self,
         query: Tensor,

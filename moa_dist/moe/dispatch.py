@@ -26,6 +26,7 @@ from torch import Tensor
 from moa_dist.distributed.arriving import Arriving, here
 from moa_dist.kernels.routed import routed_experts
 from moa_dist.kernels.trip import Experts, Trip
+from moa_dist.labels import is_part
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import occurrences
 
@@ -116,6 +117,7 @@ class LocalPlan:
     """Rows that each level has in all."""
 
     @classmethod
+    @is_part("dispatch")
     def of(cls, assignments: Assignments, num_experts: int) -> LocalPlan:
         """Sort by expert, keeping the order of tokens within one."""
         expert = assignments.expert

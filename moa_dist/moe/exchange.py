@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from moa_dist.distributed.arriving import Arriving
+from moa_dist.distributed.channel import Channel
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
-from moa_dist.distributed.traffic import Channel
 from moa_dist.kernels.trip import Experts
+from moa_dist.labels import is_part, part
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -55,7 +56,8 @@ class ExchangePlan:
     def send(self, x: Tensor, read: Level) -> Arriving:
         """See `DispatchPlan.send`."""
         route = self.routes[read]
-        rows = x.index_select(0, route.rows)
+        with part("dispatch"):
+            rows = x.index_select(0, route.rows)
         return all_to_all_rows(rows, route.sent, route.received, self.channel, "dispatch")
 
     def apply(
@@ -64,6 +66,7 @@ class ExchangePlan:
         """See `DispatchPlan.apply`."""
         route = self.routes[write]
 
+        @is_part("dispatch")
         def add_up(returned: Tensor) -> Tensor:
             wide = returned.to(self.local.weight.dtype)
             return sum_rows(wide, route.rows, self.num_rows[write]).to(returned.dtype)
@@ -80,6 +83,7 @@ class ExchangeDispatcher:
 
     channel: Channel
 
+    @is_part("dispatch")
     def plan(self, routing: Routing, num_experts: int) -> ExchangePlan:
         """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
         group = self.channel.group

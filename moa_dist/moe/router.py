@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import RouterConfig
+from moa_dist.labels import is_part
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.initialize import Initializer, Normal
@@ -115,6 +116,7 @@ class Router(nn.Module):
         """Multiply-accumulates of one application."""
         return num_tokens * self.logits.weight.numel()
 
+    @is_part("router")
     def forward(self, x_BSD: Tensor, token_real: Tensor | None = None) -> Routing:
         """Route each token.
 

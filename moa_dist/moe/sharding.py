@@ -53,9 +53,7 @@ def shard_experts(
     assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"
 
 
-def pool_statistics(
-    statistics: list[RoutingStatistics], *, world_size: int
-) -> list[RoutingStatistics]:
+def pool_statistics(statistics: list[RoutingStatistics], *, mesh: Mesh) -> list[RoutingStatistics]:
     """Sums over all ranks, for losses on all tokens of a step. One collective, none backward.
 
     Every rank then has the same loss L(s_1 + ... + s_W), whose gradient is the sum over ranks of
@@ -65,8 +63,9 @@ def pool_statistics(
     def pooled(total: Tensor, own: Tensor) -> Tensor:
         if not own.requires_grad:
             return total
-        return total + world_size * (own - own.detach())
+        return total + mesh.world_size * (own - own.detach())
 
     parts = [part for value in statistics for part in value]
-    sums = map(pooled, sum_over_ranks(parts), parts)
+    totals = sum_over_ranks(parts, mesh.waits, "statistics of the global batch")
+    sums = map(pooled, totals, parts)
     return [RoutingStatistics(*islice(sums, len(value))) for value in statistics]

@@ -10,7 +10,7 @@ from typing import TextIO
 from moa_dist.config.run import Config
 from moa_dist.observe.routing import overall_drop_share
 from moa_dist.observe.units import duration, short
-from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.train.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
 
 _PARTITIONED = (
     "nothing partitioned",
@@ -19,6 +19,8 @@ _PARTITIONED = (
     "optimizer state, gradients and parameters partitioned",
 )
 """By ZeRO stage."""
+_STRAGGLES = 1.3
+"""Of the fastest rank's work, what is worth a word."""
 
 
 class Console:
@@ -33,11 +35,13 @@ class Console:
         self._started = 0.0
         self._first_step = 0
         self._num_steps = 1
+        self._world_size = 1
 
     def start(self, run: RunStart) -> None:
         """Print the start-up block."""
         self._started = self._clock()
         self._first_step, self._num_steps = run.first_step, run.config.train.steps
+        self._world_size = run.world_size
         for name, text in _describe(run):
             self._print(f"{name:<10}{text}")
 
@@ -56,9 +60,14 @@ class Console:
             f"norm {metrics.grad_norm:5.2f}",
             f"{short(metrics.tokens_per_second):>5} tok/s",
         ]
+        if self._world_size > 1:
+            fields.append(f"comm {metrics.timing.communication_share:3.0%}")
         if metrics.routing:
             fields.append(f"drop {overall_drop_share(metrics.routing):4.1%}")
-        self._print("  ".join([*fields, f"ETA {self._eta(metrics.step)}"]))
+        fields.append(f"ETA {self._eta(metrics.step)}")
+        if slow := straggler(metrics.timing):
+            fields.append(slow)
+        self._print("  ".join(fields))
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Print one line."""
@@ -88,6 +97,15 @@ class Console:
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream, flush=True)
+
+
+def straggler(timing: Timing) -> str:
+    """Which rank holds up the others, if one needs much longer than the fastest."""
+    slowest, fastest = timing.slowest, timing.fastest
+    if slowest.seconds < _STRAGGLES * fastest.seconds:
+        return ""
+    times = slowest.seconds / max(fastest.seconds, 1e-9)
+    return f"rank {slowest.rank} ({slowest.host}) works {times:.1f} x rank {fastest.rank}'s time"
 
 
 def _describe(run: RunStart) -> Iterator[tuple[str, str]]:

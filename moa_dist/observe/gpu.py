@@ -25,7 +25,7 @@ class GpuTelemetry:
             pynvml.nvmlInit()
             self._handle = device_handle(device)
         except pynvml.NVMLError as error:
-            self.reason = f"no GPU telemetry: {error}; curves lack gpu/*, training goes on"
+            self.reason = f"no GPU telemetry: {error}; training goes on"
 
     def read(self) -> dict[str, float]:
         """Values by name with unit; what the device does not offer is left out."""

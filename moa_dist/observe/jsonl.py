@@ -46,7 +46,7 @@ class MetricsFile:
         self._write("start", run.first_step, values)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write all values, of each router a summary, and what each layer sent."""
+        """Write all values, of each router a summary, what each layer sent, and who waited."""
         self._routing = metrics.routing
         values = _shallow(metrics)
         values["routing"] = {
@@ -55,6 +55,8 @@ class MetricsFile:
         values["traffic"] = {
             flow_name(flow): volume._asdict() for flow, volume in metrics.traffic.items()
         }
+        values |= asdict(metrics.timing)
+        del values["timing"]
         self._write("step", metrics.step, values)
 
     def validation(self, metrics: ValidationMetrics) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -22,32 +23,31 @@ class Observers:
     def __init__(self, config: Config) -> None:
         self._tensorboard = config.logging.tensorboard
         self._listeners: list[Observer] = [Console(), MetricsFile()]
+        self._gpu: GpuTelemetry | None = None
         self._closing = ExitStack()
 
     def start(self, run: RunStart) -> None:
         """See `Observer.start`. The rank's device must be torch's current one."""
-        reason = self._add_tensorboard(run) if self._tensorboard else None
+        on_gpu = run.device.startswith("cuda")
+        self._gpu = GpuTelemetry(
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        )
+        self._closing.callback(self._gpu.close)
+        if self._tensorboard:
+            # Imported here: it takes a second, and a run without TensorBoard need not wait.
+            from moa_dist.observe.tensorboard import TensorBoard
+
+            self._listeners.append(TensorBoard())
         for listener in self._listeners:
             self._closing.callback(listener.close)
             listener.start(run)
-        if reason:
-            self.note(reason)
-
-    def _add_tensorboard(self, run: RunStart) -> str | None:
-        """Returns why there are no GPU curves, if so."""
-        # Imported here: it takes a second, and a run without TensorBoard need not wait.
-        from moa_dist.observe.tensorboard import TensorBoard
-
-        on_gpu = run.device.startswith("cuda")
-        gpu = GpuTelemetry(
-            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        )
-        self._closing.callback(gpu.close)
-        self._listeners.append(TensorBoard(gpu))
-        return gpu.reason
+        if self._gpu.reason:
+            self.note(self._gpu.reason)
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Observer.step`."""
+        """See `Observer.step`. Adds what the GPU says."""
+        assert self._gpu is not None, "start comes first"
+        metrics = replace(metrics, gpu=self._gpu.read())
         for listener in self._listeners:
             listener.step(metrics)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -10,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from moa_dist.config import to_yaml
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.observe.gpu import GpuTelemetry
+from moa_dist.observe.layout import layout
 from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.routing import load_heatmaps, routing_summary, site_name
 from moa_dist.observe.traffic import traffic_summary
@@ -21,11 +22,11 @@ FOLDER_NAME = "tensorboard"
 
 
 class TensorBoard:
-    """Writes events. `gpu` reads this rank's device."""
+    """Writes events, and in the tab "Custom scalars" a chart per question (see `layout`)."""
 
-    def __init__(self, gpu: GpuTelemetry) -> None:
-        self._gpu = gpu
+    def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
+        self._is_laid_out = False
         self._run: RunStart | None = None
         self._routing: dict[Site, RoutingReport] = {}
 
@@ -58,8 +59,25 @@ class TensorBoard:
         if metrics.traffic:
             summary = traffic_summary(metrics.traffic)
             values |= {f"traffic/{name}": value for name, value in summary.items()}
-        values |= {f"gpu/{name}": value for name, value in self._gpu.read().items()}
+        timing = metrics.timing
+        values |= {
+            "time/step_seconds": timing.step_seconds,
+            "time/communication_share": timing.communication_share,
+            "time/work_seconds_of_slowest_rank": timing.slowest.seconds,
+            "time/work_seconds_of_fastest_rank": timing.fastest.seconds,
+            "time/slowest_rank": float(timing.slowest.rank),
+        }
+        values |= {f"gpu/{name}": value for name, value in metrics.gpu.items()}
+        if not self._is_laid_out:
+            self._lay_out(values)
         self._scalars(values, metrics.step)
+
+    def _lay_out(self, values: Iterable[str]) -> None:
+        assert self._run is not None, "start comes first"
+        is_validated = self._run.config.data.valid is not None
+        later = ["validation/loss", "validation/bits_per_byte"] if is_validated else []
+        self._events.add_custom_scalars(layout([*values, *later]))
+        self._is_laid_out = True
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Write its points, and each router's load as last reported."""

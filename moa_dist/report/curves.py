@@ -68,7 +68,7 @@ def own_curves(run: Run) -> Iterator[str]:
     lines = [Line(purpose, _sum(by_purpose[purpose]), color) for purpose, color in colors.items()]
     if lines:
         about = "MiB that all ranks sent in a step, by purpose"
-        yield curves("Traffic", about, lines, marks=run.starts)
+        yield curves("Traffic", about, lines, is_wide=True, marks=run.starts)
     if by_layer:
         yield _layers(by_layer, colors)
 

@@ -12,6 +12,7 @@ from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.units import short
 from moa_dist.report.read import Run
 from moa_dist.report.scale import readable
+from moa_dist.report.time import most_often_slowest
 
 _UNKNOWN = "-"
 
@@ -37,6 +38,8 @@ def headline(run: Run) -> list[Number]:
         _curve(run, "Validation perplexity", "validation/perplexity", ""),
         _curve(run, "Bits per byte", "validation/bits_per_byte", "of held-out text"),
         _speed(run),
+        _communication(run),
+        _straggler(run),
         _dead_experts(run),
         _restarts(run),
     ]
@@ -115,6 +118,23 @@ def _speed(run: Run) -> Number:
     if peak and isinstance(flops, int | float) and isinstance(world_size, int) and world_size > 0:
         detail += f"; {value * flops / (world_size * peak):.1%} of peak FLOPs"
     return Number("Tokens per second", short(value), detail, value, "high")
+
+
+def _communication(run: Run) -> Number:
+    series = run.series.get("communication_share")
+    if series is None or not len(series.finite()) or run.facts.get("world_size") == 1:
+        return Number("Communication share", _UNKNOWN, "no other ranks, or none reported")
+    value = float(np.median(series.finite().values))
+    detail = "of a step's time ranks wait in collectives, median"
+    return Number("Communication share", f"{value:.0%}", detail, value)
+
+
+def _straggler(run: Run) -> Number:
+    rank, detail = most_often_slowest(run)
+    if not rank or run.facts.get("world_size") == 1:
+        return Number("Slowest rank", _UNKNOWN, "no other ranks, or none reported")
+    name, _, host = rank.partition(" (")
+    return Number("Slowest rank", name, f"on {host.rstrip(')')}, {detail}")
 
 
 def _dead_experts(run: Run) -> Number:

@@ -16,6 +16,7 @@ from moa_dist.report.html import fold, table
 from moa_dist.report.numbers import Number, headline, last_step, layout
 from moa_dist.report.read import Note, Run
 from moa_dist.report.routing import routing_figures
+from moa_dist.report.time import time_figures
 from moa_dist.train.checkpoint_files import Index
 
 _ROUTINE = ("saved ", "no GPU telemetry")
@@ -32,12 +33,14 @@ def page(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         body.append(_problems(runs[0]))
         body.append(_section("Curves", [*curves, *own_curves(runs[0])]))
+        body.append(_section("Time", [*time_figures(runs[0])]))
         body += _about(runs[0])
     else:
         body.append(_section("Curves", curves))
         for run, label in zip(runs, labels(runs), strict=True):
             own = _section("Auxiliary losses and traffic", [*own_curves(run)])
-            parts = "".join([_problems(run), own, *_about(run)])
+            time = _section("Time", [*time_figures(run)])
+            parts = "".join([_problems(run), own, time, *_about(run)])
             body.append(f'<section class="run"><h2>{escape(label)}</h2>{parts}</section>')
     style = files("moa_dist.report").joinpath("style.css").read_text(encoding="utf-8")
     return (
@@ -133,6 +136,8 @@ def _events(run: Run) -> Iterator[str]:
         yield _card("Refused steps", _refused(refused))
     nothing = '<p class="none">Nothing out of the ordinary.</p>'
     yield _card("Notes", _notes(loud) if loud else nothing)
+    for name, text in run.reports.items():
+        yield fold(name, f"<pre>{escape(text)}</pre>", is_open=len(run.reports) == 1)
     if run.checkpoints:
         yield _card("Checkpoints", _checkpoints(run))
     if quiet:

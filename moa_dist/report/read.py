@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moa_dist.distributed import watchdog
 from moa_dist.errors import DataError
 from moa_dist.launch.supervisor import ATTEMPTS_FILE
 from moa_dist.models.stack import Site
@@ -22,10 +23,22 @@ from moa_dist.observe.jsonl import FILE_NAME, read_metrics
 from moa_dist.observe.routing import site_of
 from moa_dist.observe.traffic import layer_and_purpose
 from moa_dist.report.series import Series
+from moa_dist.train import out_of_memory, trace
 from moa_dist.train.checkpoint_files import Index, Reader, checkpoints
 
 CONFIG_FILE = "config.yaml"
-_SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second", "tokens", "samples")
+_MOST_REPORTS = 20
+_MOST_TEXT = 20_000
+_SCALARS = (
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+    "tokens",
+    "samples",
+    "step_seconds",
+    "communication_share",
+)
 """Of a step."""
 _VALIDATION = ("loss", "perplexity", "bits_per_byte")
 
@@ -40,6 +53,21 @@ class Note:
     step: int
     """The last step reported before it."""
     message: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where the time of traced steps went on one rank."""
+
+    rank: int
+    first: int
+    """First traced step."""
+    last: int
+    """The last one."""
+    on_gpu: bool
+    """Times are those of kernels."""
+    parts: dict[str, float]
+    """Milliseconds per step, by part."""
 
 
 @dataclass
@@ -62,6 +90,12 @@ class Run:
     """By measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
     """The first and the last that were written, with their steps."""
+    slowest: list[str] = field(default_factory=list)
+    """Of each report, the rank that had most work, such as `rank 3 (node-1)`."""
+    traces: list[Trace] = field(default_factory=list)
+    """By rank."""
+    reports: dict[str, str] = field(default_factory=dict)
+    """Name -> text of what was written about hangs and want of memory."""
     notes: list[Note] = field(default_factory=list)
     """In order."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
@@ -108,6 +142,8 @@ def read_run(folder: Path) -> Run:
     _read_metrics(run)
     _read_config(run)
     _read_attempts(run)
+    _read_traces(run)
+    _read_reports(run)
     for path in found:
         try:
             run.checkpoints.append(Reader(path).index)
@@ -129,6 +165,8 @@ def _read_metrics(run: Run) -> None:
             elif kind == "note":
                 run.notes.append(Note(step, str(record.get("message"))))
             elif kind == "step":
+                if slowest := _mapping(record.get("slowest")):
+                    run.slowest.append(f"rank {slowest.get('rank')} ({slowest.get('host')})")
                 for name, value in _step_values(record):
                     columns[name].add(step, value)
                 for name, summary in _mapping(record.get("routing")).items():
@@ -153,8 +191,11 @@ def _read_metrics(run: Run) -> None:
 def _step_values(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in _SCALARS:
         yield name, record.get(name)
-    for name, value in _mapping(record.get("auxiliary")).items():
-        yield f"auxiliary/{name}", value
+    for group in ("auxiliary", "gpu"):
+        for name, value in _mapping(record.get(group)).items():
+            yield f"{group}/{name}", value
+    for which in ("slowest", "fastest"):
+        yield f"{which}/seconds", _mapping(record.get(which)).get("seconds")
     mib: dict[str, float] = defaultdict(float)
     for flow, volume in _mapping(record.get("traffic")).items():
         layer, purpose = layer_and_purpose(flow)
@@ -180,6 +221,31 @@ def _read_attempts(run: Run) -> None:
         run.attempts = [_mapping(json.loads(line)) for line in lines]
     except (OSError, ValueError) as error:
         run.problems.append(_what_happened(error, path))
+
+
+def _read_traces(run: Run) -> None:
+    for path in sorted((run.folder / trace.FOLDER).glob("rank-*.parts.json")):
+        try:
+            record = _mapping(json.loads(path.read_text(encoding="utf-8")))
+            (first, last), rank = map(int, record["steps"]), int(record["rank"])
+            parts = {name: float(ms) for name, ms in _mapping(record["milliseconds"]).items()}
+            if parts:
+                run.traces.append(Trace(rank, first, last, bool(record["on_gpu"]), parts))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            run.problems.append(_what_happened(error, path))
+
+
+def _read_reports(run: Run) -> None:
+    hangs = (run.folder / watchdog.FOLDER).glob(f"*/{watchdog.SUMMARY}")
+    shortages = (run.folder / out_of_memory.FOLDER).glob("rank-*.txt")
+    for title, paths in (("Hang", hangs), ("Out of memory", shortages)):
+        for path in sorted(paths)[-_MOST_REPORTS:]:
+            name = path.parent.name if path.name == watchdog.SUMMARY else path.stem
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")[:_MOST_TEXT]
+                run.reports[f"{title}: {name}"] = text
+            except OSError as error:
+                run.problems.append(_what_happened(error, path))
 
 
 def _what_happened(error: Exception, path: Path | None = None) -> str:

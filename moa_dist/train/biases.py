@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moa_dist.distributed.collectives import sum_over_ranks
+from moa_dist.distributed.waiting import Waits
 from moa_dist.models.stack import RouterKey, Site
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingReport
 
 
 def update_biases(
-    routers: Mapping[RouterKey, Router], routing: Mapping[Site, RoutingReport]
+    routers: Mapping[RouterKey, Router], routing: Mapping[Site, RoutingReport], waits: Waits
 ) -> None:
     """Move every bias by the load of the whole step. Collective over all ranks.
 
@@ -26,6 +27,6 @@ def update_biases(
     for site, report in routing.items():
         if site.key in biases:
             own[site.key] = own[site.key] + report.load if site.key in own else report.load
-    loads = sum_over_ranks([own[key] for key in biases])
+    loads = sum_over_ranks([own[key] for key in biases], waits, "loads that move biases")
     for bias, load in zip(biases.values(), loads, strict=True):
         bias.update(load)

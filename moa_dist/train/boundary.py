@@ -1,20 +1,25 @@
-"""What all ranks tell each other between two steps, a collective each."""
+"""What all ranks tell each other between two steps, in one collective each time."""
 
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from moa_dist.distributed.collectives import sum_over_ranks
+from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.waiting import Waits
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
+from moa_dist.train.pace import Lap
 
 _DIGEST_BITS = 40
 """Leaves room in 64 bits for a sum over 2^22 ranks."""
@@ -30,14 +35,15 @@ class Boundary:
     """Of the token ids of the step's global batch, whatever the layout; 10 hexadecimal digits."""
 
 
-def agree(stop: bool, batches: Sequence[Batch], device: torch.device) -> Boundary:
+def agree(stop: bool, batches: Sequence[Batch], device: torch.device, waits: Waits) -> Boundary:
     """Collective: whether any rank wants to stop, and what all of them have read.
 
     The digest is a sum over sequences, for ranks and micro-batches divide them differently.
     """
     digest = sum(_digest(row) for batch in batches for row in batch.tokens)
     both = torch.tensor([int(stop), digest % 2**_DIGEST_BITS], dtype=torch.int64, device=device)
-    dist.all_reduce(both)
+    with waits.begin("agreement between steps"):
+        dist.all_reduce(both)
     wishes, total = both.tolist()
     return Boundary(stop=wishes > 0, digest=f"{total % 2**_DIGEST_BITS:010x}")
 
@@ -47,19 +53,47 @@ def _digest(tokens: torch.Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=_DIGEST_BITS // 8).digest(), "little")
 
 
-def sum_routing(routing: dict[Site, RoutingReport]) -> dict[Site, RoutingReport]:
-    """Sums over ranks, on the CPU; one collective."""
-    if not routing:
-        return {}
+def names_of_hosts() -> list[str]:
+    """Of all ranks, in their order. Collective, once per run."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
+
+
+class Interval(NamedTuple):
+    """What all ranks did since the last report; equal on every rank."""
+
+    routing: dict[Site, RoutingReport]
+    """Summed, on the CPU."""
+    traffic: dict[Flow, Volume]
+    """Summed."""
+    work: list[float]
+    """By rank, seconds per step without waiting for others."""
+    wait: list[float]
+    """By rank, seconds per step of waiting."""
+
+
+def gather_interval(
+    routing: dict[Site, RoutingReport],
+    traffic: dict[Flow, Volume],
+    lap: Lap,
+    mesh: Mesh,
+    device: torch.device,
+) -> Interval:
+    """Collective: sums of this rank's counts with those of all others, and every rank's times."""
+    times = torch.zeros(mesh.world_size, 2, dtype=torch.float64, device=device)
+    own = torch.tensor([lap.seconds - lap.waited, lap.waited], dtype=torch.float64)
+    times[mesh.rank] = own / lap.steps
+    volumes = torch.tensor([*traffic.values()], dtype=torch.int64, device=device)
     parts = [part for value in routing.values() for part in value]
-    summed = (part.cpu() for part in sum_over_ranks(parts))
-    return {site: RoutingReport(*islice(summed, len(value))) for site, value in routing.items()}
-
-
-def sum_traffic(traffic: dict[Flow, Volume], device: torch.device) -> dict[Flow, Volume]:
-    """Sums over ranks; one collective, unless nothing is sent, which all ranks know alike."""
-    if not traffic:
-        return {}
-    own = torch.tensor(list(traffic.values()), device=device)
-    (total,) = sum_over_ranks([own])
-    return {flow: Volume(*v) for flow, v in zip(traffic, total.tolist(), strict=True)}
+    summed = (
+        part.cpu() for part in sum_over_ranks([times, volumes, *parts], mesh.waits, "a report")
+    )
+    work, wait = next(summed).T.tolist()
+    totals = next(summed).tolist()
+    return Interval(
+        routing={s: RoutingReport(*islice(summed, len(value))) for s, value in routing.items()},
+        traffic={flow: Volume(*v) for flow, v in zip(traffic, totals, strict=True)},
+        work=work,
+        wait=wait,
+    )

@@ -7,6 +7,8 @@ nothing else in the project touches them. With them, gradients of experts are su
 the ranks that hold copies and divided by W, the norm counts every expert once, and ZeRO
 partitions expert state over those ranks: `tests/distributed/test_engine.py` compares each
 stage with one process, and fails should a later version read something else.
+
+It also counts how long DeepSpeed waits in the collectives that it enters by itself.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
+import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
+from moa_dist.distributed.waiting import Waits
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.routed import RoutedModule
 
@@ -139,6 +144,68 @@ def expert_marker(model: nn.Module, mesh: Mesh, has_experts: bool) -> Iterator[N
         yield
     finally:
         delattr(model, _MARKER)
+
+
+class _TimedBackend:
+    """DeepSpeed's backend of collectives, with waiting for them counted.
+
+    Its own log of collectives would wait for the device after each of them.
+    """
+
+    _TIMED = frozenset(
+        {
+            "all_gather",
+            "all_gather_coalesced",
+            "all_gather_into_tensor",
+            "all_reduce",
+            "all_reduce_coalesced",
+            "all_to_all_single",
+            "broadcast",
+            "reduce",
+            "reduce_scatter",
+            "reduce_scatter_tensor",
+        }
+    )
+
+    def __init__(self, backend: Any, waits: Waits) -> None:
+        self.backend = backend
+        self._waits = waits
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.backend, name)
+        return partial(self._timed, name, value) if name in self._TIMED else value
+
+    def _timed(self, name: str, function: Any, *args: Any, **keywords: Any) -> Any:
+        what = f"{name} by ZeRO"
+        with self._waits.begin(what):
+            work = function(*args, **keywords)
+        return _TimedWork(work, self._waits, what) if hasattr(work, "wait") else work
+
+
+class _TimedWork:
+    """What a collective that was begun returns."""
+
+    def __init__(self, work: Any, waits: Waits, what: str) -> None:
+        self._work, self._waits, self._what = work, waits, what
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+    def wait(self, *args: Any, **keywords: Any) -> Any:
+        with self._waits.wait(self._what):
+            return self._work.wait(*args, **keywords)
+
+
+def count_waits(waits: Waits) -> None:
+    """Let the collectives that DeepSpeed enters by itself count as waiting, for one engine."""
+    stop_counting_waits()
+    deepspeed_comm.cdb = _TimedBackend(deepspeed_comm.cdb, waits)
+
+
+def stop_counting_waits() -> None:
+    """As DeepSpeed has it."""
+    if isinstance(deepspeed_comm.cdb, _TimedBackend):
+        deepspeed_comm.cdb = deepspeed_comm.cdb.backend
 
 
 def refuse_step(engine: Any) -> None:

@@ -24,6 +24,7 @@ from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.errors import BadStepError
+from moa_dist.labels import part
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import Site
@@ -74,7 +75,7 @@ class Engine:
         self.clip_norm = config.optimizer.clip_norm
         self.device = device
         self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
-        model.sum_over_ranks = partial(pool_statistics, world_size=mesh.world_size)
+        model.sum_over_ranks = partial(pool_statistics, mesh=mesh)
         if config.train.precision == "fp64":
             model = model.double()
 
@@ -95,6 +96,7 @@ class Engine:
                 config=deepspeed_config(config, mesh.world_size, zero_sizes),
                 dist_init_required=False,
             )
+        deepspeed_hooks.count_waits(mesh.waits)
         if self.zero_stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip
 
@@ -113,7 +115,7 @@ class Engine:
         """
         batches = [batch.to(self.device) for batch in batches]
         num_targets = self._sum_over_ranks(
-            torch.tensor(sum(batch.num_targets() for batch in batches))
+            torch.tensor(sum(batch.num_targets() for batch in batches)), "number of targets"
         ).item()
         per_micro_batch = num_targets / (self.mesh.world_size * len(batches))
         self.deepspeed.train()
@@ -126,7 +128,8 @@ class Engine:
         for i, batch in enumerate(batches):
             result = objective(self.deepspeed, batch)
             # DeepSpeed divides by the number of micro-batches and averages over ranks.
-            self.deepspeed.backward(result.loss(per_micro_batch))
+            with part("backward"):
+                self.deepspeed.backward(result.loss(per_micro_batch))
             _add(sums, _values(result))
             _add_reports(routing, result.output.statistics)
             if i < len(batches) - 1:
@@ -139,8 +142,10 @@ class Engine:
         except BadStepError:
             self._refuse()
             raise
-        grad_norm = self._update()
-        update_biases(self.model.stack.routers(), routing)
+        with part("optimizer"):
+            grad_norm = self._update()
+            update_biases(self.model.stack.routers(), routing, self.mesh.waits)
+        self.mesh.waits.settle()
         scale = 1 / (self.mesh.world_size * len(batches))
         auxiliary = {name: value * scale for name, value in values.items()}
         return StepResult(
@@ -186,18 +191,18 @@ class Engine:
             flat = torch.cat(
                 [g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)]
             )
-            dist.all_reduce(flat, group=group)
+            flow = Flow("experts" if group else "dense", "reduce", backward=True)
+            with self.mesh.waits.begin(flow):
+                dist.all_reduce(flat, group=group)
             num_ranks = dist.get_world_size(group)
-            self.mesh.ledger.add(
-                Flow("experts" if group else "dense", "reduce", backward=True),
-                2 * (num_ranks - 1) * flat.nbytes // num_ranks,
-            )
+            self.mesh.ledger.add(flow, 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
             flat /= self.mesh.world_size
             squares.append(flat.double().square().sum())
             parts = flat.split([g.numel() for g in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-        dist.all_reduce(squares[1], group=self.mesh.ep_group)
+            for gradient, average in zip(gradients, parts, strict=True):
+                gradient.copy_(average.view_as(gradient))
+        with self.mesh.waits.begin("norm of expert gradients"):
+            dist.all_reduce(squares[1], group=self.mesh.ep_group)
         norm = (squares[0] + squares[1]).sqrt()
         if self.clip_norm is not None:
             factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
@@ -207,7 +212,7 @@ class Engine:
 
     def _finite_values(self, sums: dict[str, Tensor], batches: list[Batch]) -> dict[str, float]:
         """Sums over all ranks; one collective. Every rank raises if one value is not finite."""
-        total = self._sum_over_ranks(torch.stack([v.double() for v in sums.values()]))
+        total = self._sum_over_ranks(torch.stack([v.double() for v in sums.values()]), "losses")
         values = dict(zip(sums, total.tolist(), strict=True))
         if bool(total.isfinite().all()):
             return values
@@ -239,14 +244,16 @@ class Engine:
         named = [f"{name} on rank {rank}" for rank, name in enumerate(everywhere) if name]
         return "; ".join(named) or "the loss itself"
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+    def _sum_over_ranks(self, value: Tensor, what: str) -> Tensor:
         value = value.to(self.device)
-        dist.all_reduce(value)
+        with self.mesh.waits.begin(what):
+            dist.all_reduce(value)
         return value
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and groups."""
         self.deepspeed.destroy()
+        deepspeed_hooks.stop_counting_waits()
         deepspeed_hooks.unregister_groups()
 
 

@@ -5,7 +5,7 @@ The loop never prints: it hands these to observers (see `moa_dist.observe`), on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,6 +46,45 @@ class RunStart:
 
 
 @dataclass(frozen=True)
+class RankTime:
+    """What a rank needs for its own part of a step."""
+
+    rank: int
+    """0 ... W - 1."""
+    host: str
+    """Where it runs."""
+    seconds: float
+    """Per step: reading and computing, without waiting for other ranks."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time since the last report went, validation and checkpoints apart."""
+
+    step_seconds: float
+    """Per step, mean over ranks."""
+    communication_share: float
+    """Of that, the share in which ranks waited in collectives. What computation overlaps is not
+    in it; waiting for a slower rank is."""
+    slowest: RankTime
+    """The rank with most work, for which the others wait."""
+    fastest: RankTime
+    """The rank with least."""
+
+    @staticmethod
+    def of(work: Sequence[float], wait: Sequence[float], hosts: Sequence[str]) -> Timing:
+        """From every rank's seconds of work and of waiting per step."""
+        ranks = [RankTime(*entry) for entry in zip(range(len(work)), hosts, work, strict=True)]
+        total = sum(work) + sum(wait)
+        return Timing(
+            step_seconds=total / len(ranks),
+            communication_share=sum(wait) / total,
+            slowest=max(ranks, key=lambda rank: rank.seconds),
+            fastest=min(ranks, key=lambda rank: rank.seconds),
+        )
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """One optimizer step; sums and means run over all ranks and micro-batches."""
 
@@ -67,10 +106,14 @@ class StepMetrics:
     """Target tokens of this step."""
     tokens_per_second: float
     """Over the steps since the last report, all ranks together."""
+    timing: Timing
+    """Over the same steps."""
     routing: dict[Site, RoutingReport]
     """One entry per router application; on the CPU. Empty for dense models."""
     traffic: dict[Flow, Volume]
     """What ranks sent each other for experts in this step, and at ZeRO 0 for gradients."""
+    gpu: Mapping[str, float] = field(default_factory=dict)
+    """Readings of rank 0's device by name with unit; empty for a CPU."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from moa_dist.distributed.device import be_deterministic, poorest_memory, travel
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import Job, job
+from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.counts import count
@@ -38,13 +37,16 @@ from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange
 from moa_dist.train.bad_steps import BadSteps
-from moa_dist.train.boundary import agree, sum_routing, sum_traffic
+from moa_dist.train.boundary import agree, gather_interval, names_of_hosts
 from moa_dist.train.check_run import KEPT_FILES
 from moa_dist.train.checkpoint import Checkpointer, Resumed, from_rank_0
 from moa_dist.train.damage import find_damage, summary
 from moa_dist.train.engine import Engine
-from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.train.metrics import Observer, RunStart, StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
+from moa_dist.train.out_of_memory import explained
+from moa_dist.train.pace import Pace
+from moa_dist.train.trace import Tracer
 
 
 def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCode:
@@ -89,6 +91,14 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             return checkpointer.save(step, samples, state)
 
         listener = observer if mesh.rank == 0 else None
+        tracer = Tracer(config.profile, folder, mesh.rank, this_job.device)
+        watchdog = Watchdog(
+            this_job.beat,
+            mesh.waits,
+            folder,
+            limit_s=config.train.step_limit,
+            world_size=mesh.world_size,
+        )
         try:
             from_rank_0(partial(describe_run, config, folder))
             if listener:
@@ -105,10 +115,12 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             _tell(listener, _notes_on_damage(damaged, exclusions, train_manifest, samples))
             micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
-            clock = _Clock(step)
+            hosts = names_of_hosts()
+            pace = Pace(step, mesh.waits)
             while step < config.train.steps:
+                watchdog.begin(step + 1)
                 batches = [next(micro_batches) for _ in range(accumulation)]
-                boundary = agree(preemption.requested, batches, this_job.device)
+                boundary = agree(preemption.requested, batches, this_job.device, mesh.waits)
                 if boundary.stop:
                     break
                 samples += config.train.global_batch
@@ -117,8 +129,10 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                     step + 1, config.optimizer.lr, config.schedule, config.train.steps
                 )
                 try:
-                    result = engine.step(batches, lr, policy.loss_limit)
+                    with tracer.step(step + 1), explained(engine, config, folder, step + 1):
+                        result = engine.step(batches, lr, policy.loss_limit)
                 except BadStepError as error:
+                    watchdog.rest()
                     policy.refuse(error, step + 1)
                     bad, first = step + 1, samples - config.train.global_batch
                     if config.train.on_bad_step == "rewind":
@@ -127,15 +141,20 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                         micro_batches = _micro_batches(
                             config, train_manifest, mesh, samples, exclusions
                         )
-                        clock = _Clock(step)
+                        pace = Pace(step, mesh.waits)
                     _tell(listener, [policy.give_up(first, samples, bad, error)])
                     continue
+                watchdog.rest()
                 step += 1
                 policy.accept(step, result.loss)
+                with pace.paused():
+                    _tell(listener, tracer.write())
 
                 if _due(step, config.logging.every, config):
-                    routing = sum_routing(result.routing)
-                    traffic = sum_traffic(result.traffic, this_job.device)
+                    lap = pace.lap(step)
+                    interval = gather_interval(
+                        result.routing, result.traffic, lap, mesh, this_job.device
+                    )
                     _tell(listener, checkpointer.poll())
                     if listener:
                         listener.step(
@@ -148,20 +167,22 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                                 samples=samples,
                                 digest=boundary.digest,
                                 tokens=result.tokens,
-                                tokens_per_second=clock.rate(step) * result.tokens,
-                                routing=routing,
-                                traffic=traffic,
+                                tokens_per_second=lap.steps / lap.seconds * result.tokens,
+                                timing=Timing.of(interval.work, interval.wait, hosts),
+                                routing=interval.routing,
+                                traffic=interval.traffic,
                             )
                         )
                 if valid_manifest and _due(step, config.evaluation.every, config):
-                    with clock.paused():
+                    with pace.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
                     if listener:
                         listener.validation(metrics)
                 if _due(step, config.checkpoint.every, config):
-                    with clock.paused():
+                    with pace.paused():
                         notes = save()
                     _tell(listener, notes)
+            watchdog.rest()
             preempted = step < config.train.steps
             if preempted and step > 0:
                 _tell(listener, save())
@@ -176,6 +197,8 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
         finally:
             if listener:
                 listener.close()
+            watchdog.close()
+            tracer.close()
             engine.close()
 
 
@@ -280,24 +303,3 @@ def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> 
         bits_per_byte=result.bits_per_byte(manifest.bytes_per_token),
         tokens=result.tokens,
     )
-
-
-class _Clock:
-    """Steps per second since the last reading, without validation and checkpoints."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._since = step, time.monotonic()
-
-    def rate(self, step: int) -> float:
-        """Steps per second since the last call."""
-        now = time.monotonic()
-        rate = (step - self._step) / max(now - self._since, 1e-9)
-        self._step, self._since = step, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time inside."""
-        before = time.monotonic()
-        yield
-        self._since += time.monotonic() - before

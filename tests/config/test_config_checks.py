@@ -40,6 +40,9 @@ DENSE_FFN = ["model.ffn.kind=dense", "model.ffn.d_ff=64"]
             ["checkpoint.every=300", "checkpoint.keep_every=1000"],
             "most steps to keep are never saved; use 900 or 1200",
         ),
+        (["profile.steps=[5, 15]"], "at most 10 steps"),
+        (["profile.steps=[7, 6]"], "at most 10 steps"),
+        (["profile.steps=[98, 101]"], "within the 100 of `train.steps`"),
         ([*DENSE, *DENSE_FFN], "the model has no experts"),
         (["parallel.expert_parallel=9"], "`model.attention` has 8 experts"),
     ],
@@ -69,6 +72,14 @@ def test_impossible_combination(base, problems, overrides, expected):
 )
 def test_possible_combination(base, overrides):
     load_config(base, overrides)  # raises on any problem
+
+
+def test_traces_of_ranks_that_do_not_exist_are_refused(base):
+    wish = ["profile.steps=[5, 6]", "profile.ranks=[1, 2]"]
+    (problem,) = find_layout_problems(load_config(base, wish), 2)
+    assert "names rank 2" in problem
+    wish.append("train.micro_batch=2")
+    assert find_layout_problems(load_config(base, wish), 4) == []
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

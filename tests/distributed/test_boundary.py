@@ -1,10 +1,18 @@
 """What ranks agree on between steps."""
 
+import pytest
 import torch
 
+from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.waiting import Waits
 from moa_dist.models.objective import Batch
-from moa_dist.train.boundary import agree
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingReport
+from moa_dist.train.boundary import Interval, agree, gather_interval
+from moa_dist.train.pace import Lap
+from tests.distributed.layouts import mesh_of_this_pool
 
+SITE, FLOW = Site(0, 0, "ffn"), Flow("stack.layers.0.ffn", "dispatch", False)
 CPU = torch.device("cpu")
 SAMPLES = torch.arange(8 * 5).view(8, 5) % 7
 
@@ -14,7 +22,7 @@ def _agree(layout, stopping: int | None, samples: torch.Tensor):
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mine = samples[rank::world_size]
-    boundary = agree(rank == stopping, [Batch(rows) for rows in mine.split(layout)], CPU)
+    boundary = agree(rank == stopping, [Batch(rows) for rows in mine.split(layout)], CPU, Waits())
     return boundary.stop, boundary.digest
 
 
@@ -34,3 +42,23 @@ def test_digest_tells_global_batches_apart_but_not_layouts(pools):
     changed = SAMPLES.clone()
     changed[3, 2] += 1
     assert pools(2).run(_agree, 2, None, changed)[0][1] not in digests
+
+
+def _gather(routed: bool) -> Interval:
+    mesh = mesh_of_this_pool(1)
+    rank = mesh.rank
+    load = torch.tensor([[rank, 10]])
+    routing = {SITE: RoutingReport(load, load // 2, torch.tensor([0.5, 1.0]).double())}
+    traffic = {FLOW: Volume(2, 100 + rank)}
+    lap = Lap(steps=2, seconds=8.0, waited=1.0 + 2 * rank)
+    return gather_interval(routing if routed else {}, traffic if routed else {}, lap, mesh, CPU)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_counts_are_summed_and_times_kept_apart_by_rank(pools, routed):
+    for interval in pools(2).run(_gather, routed):
+        assert interval.work == [3.5, 2.5]
+        assert interval.wait == [0.5, 1.5]
+        assert interval.traffic == ({FLOW: Volume(4, 201)} if routed else {})
+        loads = [report.load.tolist() for report in interval.routing.values()]
+        assert loads == ([[[1, 20]]] if routed else [])

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa_dist.distributed.traffic import Channel, Ledger
+from moa_dist.distributed.channel import Channel
+from moa_dist.distributed.traffic import Ledger
+from moa_dist.distributed.waiting import Waits
 from moa_dist.kernels.trip import Experts
 from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher, LocalPlan
 from moa_dist.moe.exchange import ExchangeDispatcher
@@ -100,7 +102,7 @@ def my_experts(case: Case, rank: int) -> slice:
 
 def channel(overlap: bool = False) -> Channel:
     """To all ranks of the pool."""
-    return Channel(dist.group.WORLD, "layer", Ledger(), overlap)
+    return Channel(dist.group.WORLD, "layer", Ledger(), Waits(), overlap)
 
 
 def on_rank(case: Case, overlap: bool = False) -> tuple[list[Outcome], list[int]]:

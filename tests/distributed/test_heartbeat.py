@@ -7,20 +7,28 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from moa_dist.distributed.heartbeat import heartbeat
+from moa_dist.distributed.heartbeat import Heartbeat, heartbeat
 from moa_dist.errors import ExitCode, PeerError
 from tests.distributed.pool import _free_port
 
 WAIT_S = 60
 SILENCE_S = 3.0
-COLLECTIVE = timedelta(seconds=10)
 
 
-def _rank_main(rank: int, world_size: int, port: int, folder: Path, body) -> None:
+class Limits(NamedTuple):
+    silence_s: float = SILENCE_S
+    collective: timedelta = timedelta(seconds=10)
+
+
+QUICK = Limits()
+
+
+def _rank_main(rank: int, world_size: int, port: int, folder: Path, limits, body) -> None:
     import torch.distributed as dist
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -28,12 +36,12 @@ def _rank_main(rank: int, world_size: int, port: int, folder: Path, body) -> Non
     os.dup2(error, sys.stderr.fileno())
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=limits.collective
     )
     try:
-        with heartbeat(torch.device("cpu"), silence_s=SILENCE_S):
+        with heartbeat(torch.device("cpu"), silence_s=limits.silence_s) as beat:
             (folder / f"rank-{rank}.joined").touch()
-            body(rank)
+            body(rank, beat)
     except PeerError as lost:
         print(f"rank {rank}: {lost}", file=sys.stderr, flush=True)
         os._exit(ExitCode.LOST_PEER)
@@ -42,12 +50,12 @@ def _rank_main(rank: int, world_size: int, port: int, folder: Path, body) -> Non
 class Ranks:
     """Three ranks that run `body`."""
 
-    def __init__(self, folder: Path, body, world_size: int = 3) -> None:
+    def __init__(self, folder: Path, body, world_size: int = 3, limits=QUICK) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "moa_dist.distributed.heartbeat"])
         self.folder, port = folder, _free_port()
         self.processes = [
-            context.Process(target=_rank_main, args=(r, world_size, port, folder, body))
+            context.Process(target=_rank_main, args=(r, world_size, port, folder, limits, body))
             for r in range(world_size)
         ]
         for process in self.processes:
@@ -74,28 +82,28 @@ class Ranks:
         return [path.read_text() for path in sorted(self.folder.glob("*.err"))]
 
 
-def hang(rank: int) -> None:
+def hang(rank: int, beat: Heartbeat | None = None) -> None:
     """As in a collective of NCCL that nobody else enters."""
     time.sleep(10 * WAIT_S)
 
 
-def reduce_for_ever(rank: int) -> None:
+def reduce_for_ever(rank: int, beat: Heartbeat | None = None) -> None:
     while True:
         torch.distributed.all_reduce(torch.ones(1))
 
 
-def stay_longer_than_others(rank: int) -> None:
+def stay_longer_than_others(rank: int, beat: Heartbeat | None = None) -> None:
     """Silent in the main thread for longer than a beat may be missing; leaves one by one."""
     time.sleep(SILENCE_S * (1.5 + 0.3 * rank))
 
 
-def stay_away_on_rank_1(rank: int) -> None:
+def stay_away_on_rank_1(rank: int, beat: Heartbeat | None = None) -> None:
     if rank == 1:
         hang(rank)
     reduce_for_ever(rank)
 
 
-def fail_on_rank_1(rank: int) -> None:
+def fail_on_rank_1(rank: int, beat: Heartbeat | None = None) -> None:
     if rank == 1:
         raise ValueError("wrong number")
     reduce_for_ever(rank)

@@ -55,8 +55,10 @@ class Wire(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.num_bytes: dict[str, int] = defaultdict(int)
+        self.num_calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_calls += func.namespace == "c10d"
         if func.namespace == "c10d" and func._schema.name != "c10d::broadcast_":
             name = func._schema.name
             boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
@@ -117,8 +119,11 @@ def on_rank(case: Case) -> Counted:
     if case.zero_stage == 3:
         engine.step(batches, lr=0.1)  # in which it learns the order of modules
     rows.clear()
+    begun = mesh.waits.progress.begun
     with Wire() as wire:
         result = engine.step(batches, lr=0.1)
+    begun = mesh.waits.progress.begun - begun
+    assert begun == wire.num_calls, "each collective, ours or DeepSpeed's, counts as waiting"
     engine.close()
     return Counted(result.traffic, dict(wire.num_bytes), dict(rows))
 

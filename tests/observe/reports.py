@@ -8,7 +8,7 @@ from moa_dist.config import Config
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.train.metrics import StepMetrics, ValidationMetrics
+from moa_dist.train.metrics import StepMetrics, Timing, ValidationMetrics
 
 
 def make_config(attention: str = "switchhead", **changes) -> Config:
@@ -55,6 +55,7 @@ def step_metrics(step: int, **changes) -> StepMetrics:
         "digest": "00000000ff",
         "tokens": 2048,
         "tokens_per_second": 12345.678,
+        "timing": Timing.of([0.5, 0.3], [0.1, 0.3], ["node-1", "node-2"]),
         "routing": routing(),
         "traffic": {
             Flow("stack.layers.0.ffn", "dispatch", False): Volume(2, 3 * 2**20),

@@ -7,6 +7,7 @@ import pytest
 
 from moa_dist.observe.console import Console
 from moa_dist.observe.units import duration, short
+from moa_dist.train.metrics import Timing
 from tests.observe.reports import make_config, step_metrics, validation_metrics
 
 
@@ -52,7 +53,7 @@ def test_step_line(run_start):
     console.step(step_metrics(120))
     assert last_line(stream) == (
         "step 120/650   18%  loss  5.003  aux -0.031  lr 3.0e-01  norm  0.41  12.3k tok/s"
-        "  drop 15.0%  ETA 8m50s"
+        "  comm 33%  drop 15.0%  ETA 8m50s  rank 0 (node-1) works 1.7 x rank 1's time"
     )
 
 
@@ -63,7 +64,7 @@ def test_steps_align_and_end_at_100_percent(run_start):
     lines = stream.getvalue().splitlines()[-4:]
     assert len({line.index("ETA") for line in lines}) == 1
     assert [re.search(r"(\d+)%", line)[1] for line in lines] == ["0", "15", "99", "100"]
-    assert lines[-1].endswith("ETA 0s")
+    assert "ETA 0s " in lines[-1]
     assert not any("\x1b" in line for line in lines)
 
 
@@ -72,7 +73,18 @@ def test_eta_of_a_resumed_run_counts_its_own_steps(run_start):
     console, stream = start(run_start(first_step=600), clock=lambda: now[0])
     now[0] = 10.0
     console.step(step_metrics(610))
-    assert last_line(stream).endswith("ETA 40s")
+    assert "ETA 40s " in last_line(stream)
+
+
+def test_only_a_straggler_is_worth_a_word(run_start):
+    console, stream = start(run_start())
+    console.step(step_metrics(1, timing=Timing.of([0.5, 0.45], [0.0, 0.05], ["a", "b"])))
+    assert last_line(stream).endswith("s")
+    assert "works" not in last_line(stream)
+    assert "comm  5%" in last_line(stream)
+    console, stream = start(run_start(world_size=1))
+    console.step(step_metrics(1, timing=Timing.of([0.5], [0.0], ["a"])))
+    assert "comm" not in last_line(stream)
 
 
 def test_dense_models_have_no_routing_fields(run_start):

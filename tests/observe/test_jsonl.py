@@ -43,6 +43,9 @@ def test_round_trip_keeps_every_bit(run_start):
         "load_imbalance": 2.4,
         "dead_experts": 2.0,
     }
+    assert step["communication_share"] == pytest.approx(1 / 3)
+    assert step["slowest"] == {"rank": 0, "host": "node-1", "seconds": 0.5}
+    assert step["fastest"] == {"rank": 1, "host": "node-2", "seconds": 0.3}
     assert validation["perplexity"] == math.exp(4.5)
     assert validation["load"] == {
         "layer0.repeat0.ffn": [[6, 4, 0, 0]],

@@ -1,28 +1,23 @@
 """TensorBoard reads back what was written, once per step also after a resume."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from moa_dist.observe.gpu import GpuTelemetry
 from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.tensorboard import FOLDER_NAME, TensorBoard
-from tests.observe.reports import step_metrics, validation_metrics
-
-
-class FixedGpu(GpuTelemetry):
-    def read(self):
-        return {"memory_used_gib": 12.5}
+from tests.observe.reports import make_config, step_metrics, validation_metrics
 
 
 def record(run, *steps):
-    board = TensorBoard(FixedGpu(torch.device("cpu")))
+    board = TensorBoard()
     board.start(run)
     for step in steps:
-        board.step(step_metrics(step))
+        board.step(step_metrics(step, gpu={"memory_used_gib": 12.5}))
     board.validation(validation_metrics(steps[-1]))
     board.note("not a curve")
     board.close()
@@ -54,10 +49,35 @@ def test_curves_and_pictures(run_start):
         assert values(events, tag)[0] == (10, pytest.approx(value))
     assert values(events, "gpu/memory_used_gib") == [(10, 12.5), (20, 12.5)]
     assert values(events, "validation/bits_per_byte") == [(20, pytest.approx(1.98))]
+    assert values(events, "time/communication_share")[0] == (10, pytest.approx(1 / 3))
+    assert values(events, "time/work_seconds_of_slowest_rank")[0] == (10, pytest.approx(0.5))
+    assert values(events, "time/slowest_rank")[0] == (10, 0)
     (picture,) = events.Images("load/ffn")
     assert (picture.step, picture.height, picture.width) == (20, 2 * 8, 4 * 4)
     (config,) = events.Tensors("config/text_summary")
     assert b"name: tiny" in config.tensor_proto.string_val[0]
+
+
+def test_every_chart_of_the_layout_shows_something(run_start):
+    """Read with TensorBoard's own parser; its charts take every tag that a pattern is found in."""
+    data = {"train": "data", "valid": "data", "sequence_length": 64}
+    events = record(run_start(config=make_config(data=data)), 10)
+    (saved,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(saved.tensor_proto.string_val[0])
+    charts = {(c.title, chart.title): chart for c in layout.category for chart in c.chart}
+    shown = {
+        name: [t for t in events.Tags()["scalars"] if any(re.search(p, t) for p in patterns)]
+        for name, chart in charts.items()
+        if (patterns := chart.multiline.tag)
+    }
+    assert set(shown) == set(charts)
+    assert all(shown.values())
+    assert shown["Learning", "loss"] == ["train/loss", "validation/loss"]
+    assert shown["Router ffn, by layer and repeat", "drop share"] == [
+        f"routing/layer0.repeat{r}.ffn/drop_share" for r in (0, 1)
+    ]
+    assert ("GPU of rank 0", "memory, GiB") in shown
+    assert ("GPU of rank 0", "power, W") not in shown
 
 
 def test_resuming_repeats_no_point(run_start):
@@ -94,4 +114,4 @@ def test_peaks_by_name(device, precision, peak):
 
 
 def test_closing_before_the_start_does_nothing():
-    TensorBoard(FixedGpu(torch.device("cpu"))).close()
+    TensorBoard().close()

@@ -233,3 +233,35 @@ def test_command(write_run, tmp_path, capsys):
         assert "no run" in capsys.readouterr().err
     with pytest.raises(DataError):
         read_run(tmp_path / "empty")
+
+
+def test_time_waits_traces_and_reports(write_run):
+    folder = write_run(gpu={"power_watts": 351.0})
+    (folder / "profile").mkdir()
+    trace = {
+        "steps": [2, 4],
+        "rank": 1,
+        "on_gpu": False,
+        "milliseconds": {"experts": 30.0, "experts (backward)": 60.0, "backward": 10.0},
+    }
+    (folder / "profile/rank-1.parts.json").write_text(json.dumps(trace))
+    (folder / "hangs/20261125-010203").mkdir(parents=True)
+    (folder / "hangs/20261125-010203/summary.txt").write_text("rank 1 <sleeps>")
+    (folder / "out-of-memory").mkdir()
+    (folder / "out-of-memory/rank-0.txt").write_text("what helps: train.micro_batch=4")
+    found = outline(folder)
+    for text in (
+        "Communication share33%",
+        "Slowest rankrank 0on node-1, slowest in 20 of 20 reports",
+        "the slowest works 1.67 x the fastest",
+        "rank 0 (node-1)20100%",  # a row of a table
+        "GPU power",
+        "traced in steps 2 to 4; 100 in all",
+        "experts306090.0%",
+        "rest of backward01010.0%",
+        "Hang: 20261125-010203rank 1 <sleeps>",
+        "Out of memory: rank-0what helps",
+    ):
+        assert text in found.text, text
+    (folder / "profile/rank-1.parts.json").write_text('{"steps": 3}')
+    assert "rank-1.parts.json: damaged" in outline(folder).text

@@ -1,0 +1,58 @@
+"""TensorBoard's custom scalars: one chart per question, whatever the number of layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+Layout = dict[str, dict[str, list[str | list[str]]]]
+"""Category -> chart -> ["Multiline", [patterns of tags]], as `SummaryWriter` takes it."""
+
+_CHARTS = {
+    "Learning": {
+        "loss": "train/loss|validation/loss",
+        "bits per byte of held-out text": "validation/bits_per_byte",
+        "gradient norm": "train/grad_norm",
+        "learning rate": "train/lr",
+        "auxiliary losses": "auxiliary/.*",
+    },
+    "Speed": {
+        "tokens per second, all ranks": "speed/tokens_per_second",
+        "model FLOPs utilization, or FLOPs per second": "speed/.*flops.*",
+        "share of time waited in collectives": "time/communication_share",
+        "seconds of work per step, slowest and fastest rank": "time/work_seconds_of_.*",
+        "which rank is slowest": "time/slowest_rank",
+        "traffic by purpose, MiB": "traffic/purpose/.*",
+    },
+    "GPU of rank 0": {
+        "memory, GiB": "gpu/memory_.*",
+        "power, W": "gpu/power_watts",
+        "temperature, °C": "gpu/temperature_celsius",
+        "utilization, %": "gpu/utilization_percent",
+    },
+}
+_MEASURES = {
+    "drop share": "drop_share",
+    "entropy, nats per token": "entropy",
+    "fullest expert over mean": "load_imbalance",
+    "dead experts": "dead_experts",
+}
+
+
+def layout(tags: Iterable[str]) -> Layout:
+    """Charts for those of these tags that belong in one; none is empty."""
+    known = list(tags)
+    charts = dict(_CHARTS)
+    found = (re.fullmatch(r"routing/layer\d+\.repeat\d+\.(.*)/drop_share", tag) for tag in known)
+    for router in sorted({match[1] for match in found if match}):
+        charts[f"Router {router}, by layer and repeat"] = {
+            title: rf"routing/layer\d+\.repeat\d+\.{re.escape(router)}/{measure}"
+            for title, measure in _MEASURES.items()
+        }
+    filled: Layout = {}
+    for category, of_category in charts.items():
+        for title, pattern in of_category.items():
+            # TensorBoard takes what a pattern is found in.
+            if any(re.search(pattern, tag) for tag in known):
+                filled.setdefault(category, {})[title] = ["Multiline", [f"^({pattern})$"]]
+    return filled

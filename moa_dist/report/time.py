@@ -1,0 +1,98 @@
+"""Figures of where a run's time went: waiting, slow ranks, parts of a traced step, the GPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from moa_dist.report.charts import Bar, Line, bar_chart
+from moa_dist.report.curves import curves
+from moa_dist.report.html import figure, legend, table
+from moa_dist.report.read import Run, Trace
+from moa_dist.report.scale import readable
+
+_GPU = (
+    ("memory_used_gib", "GPU memory", "GiB in use on rank 0's device"),
+    ("power_watts", "GPU power", "Watts, of rank 0's device"),
+    ("temperature_celsius", "GPU temperature", "Degrees Celsius, of rank 0's device"),
+    ("utilization_percent", "GPU utilization", "Percent, of rank 0's device"),
+)
+_PASSES = {"forward": 0, "backward": 1}
+_OF_BACKWARD = " (backward)"
+
+
+def time_figures(run: Run) -> Iterator[str]:
+    """All of them that the run has values for."""
+    if "communication_share" in run.series:
+        about = "Of a step's time, what ranks wait in collectives, for data or for a slower rank"
+        share = Line("share", run.series["communication_share"], 0)
+        yield curves("Communication share", about, [share], marks=run.starts)
+    work = [
+        Line(f"{which} rank", run.series[f"{which}/seconds"], color)
+        for color, which in enumerate(("slowest", "fastest"))
+        if f"{which}/seconds" in run.series
+    ]
+    if work:
+        about = "Seconds per step of a rank's own work, without waiting for others"
+        yield curves("Slowest and fastest rank", about, work, marks=run.starts)
+    if run.slowest:
+        yield _stragglers(run)
+    for trace in run.traces:
+        yield _parts(trace)
+    for name, title, about in _GPU:
+        if f"gpu/{name}" in run.series:
+            line = Line(title.lower(), run.series[f"gpu/{name}"], 0)
+            yield curves(title, about, [line], marks=run.starts)
+
+
+def most_often_slowest(run: Run) -> tuple[str, str]:
+    """The rank that was, and of how many reports; empty if there are none."""
+    if not run.slowest:
+        return "", ""
+    (rank, count), *_ = Counter(run.slowest).most_common(1)
+    detail = f"slowest in {count} of {len(run.slowest)} reports"
+    slowest, fastest = (run.series[f"{which}/seconds"].values for which in ("slowest", "fastest"))
+    with np.errstate(all="ignore"):
+        ratio = float(np.nanmedian(slowest / fastest)) if len(slowest) == len(fastest) else np.nan
+    if np.isfinite(ratio):
+        detail += f"; the slowest works {ratio:.2f} x the fastest (median)"
+    return rank, detail
+
+
+def _stragglers(run: Run) -> str:
+    counts = Counter(run.slowest).most_common()
+    bars = [Bar(rank, {"reports": float(count)}) for rank, count in counts[:16]]
+    title, about = "Which rank is slowest", "Reports in which a rank had most work; even is healthy"
+    rows = [[rank, f"{count:,}", f"{count / len(run.slowest):.0%}"] for rank, count in counts[:100]]
+    numbers = table(["rank", "reports", "share"], rows)
+    drawn = bar_chart(title, bars, {"reports": 0}, "reports")
+    return figure(title, about, drawn, numbers, css="wide")
+
+
+def _parts(trace: Trace) -> str:
+    whole = {part.removesuffix(_OF_BACKWARD): dict.fromkeys(_PASSES, 0.0) for part in trace.parts}
+    for part, milliseconds in trace.parts.items():
+        is_backward = part.endswith(_OF_BACKWARD) or part == "backward"
+        whole[part.removesuffix(_OF_BACKWARD)][["forward", "backward"][is_backward]] = milliseconds
+    names = {"backward": "rest of backward", "other": "rest of forward"}
+    bars = [Bar(names.get(part, part), passes) for part, passes in whole.items()]
+    bars.sort(key=lambda bar: -sum(bar.parts.values()))
+    total = sum(trace.parts.values())
+    title = f"Parts of a step on rank {trace.rank}"
+    clock = "kernels on its GPU" if trace.on_gpu else "its main thread"
+    about = (
+        f"Milliseconds of {clock} per step, traced in steps {trace.first:,} to {trace.last:,}; "
+        f"{readable(total)} in all. exchange includes waiting for "
+        "others; the rest is embedding, norms, head, Python"
+    )
+    rows = [
+        [bar.label, *map(readable, values), f"{sum(values) / total:.1%}"]
+        for bar in bars
+        for values in [bar.parts.values()]
+    ]
+    numbers = table(["part", "forward", "backward", "share"], rows)
+    key = legend((name, color, "", False) for name, color in _PASSES.items())
+    drawn = bar_chart(title, bars, _PASSES, "ms")
+    return figure(title, about, key + drawn, numbers, css="wide")

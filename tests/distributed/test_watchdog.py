@@ -1,0 +1,110 @@
+"""A job that hangs says which rank the others wait for, and ends; or says so when it is asked."""
+
+import re
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from moa_dist.cli import hang
+from moa_dist.cli.main import main
+from moa_dist.distributed.heartbeat import Heartbeat
+from moa_dist.distributed.mesh import make_mesh
+from moa_dist.distributed.standing import Standing, summary
+from moa_dist.distributed.waiting import Waits
+from moa_dist.distributed.watchdog import FOLDER, SUMMARY, Watchdog
+from moa_dist.errors import ExitCode
+from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch, objective
+from moa_dist.moe.sharding import shard_experts
+from tests.distributed.test_heartbeat import WAIT_S, Limits, Ranks
+from tests.observe.reports import make_config
+
+LIMIT_S = 2.0
+
+
+def begin_and_oversleep(watchdog: Watchdog, rank: int, *_: object) -> None:
+    """The step begins in the layer: what came before may take any time."""
+    watchdog.begin(12)
+    if rank == 1:
+        time.sleep(10 * WAIT_S)
+
+
+def sleep_in_layer_3_of_rank_1(rank: int, beat: Heartbeat, folder: Path) -> None:
+    mesh = make_mesh(2)
+    config = make_config("dense").model.model_copy(update={"num_layers": 4})
+    config = config.model_copy(update={"num_distinct_layers": 4})
+    model = build_model(config, seed=0, parallelize=partial(shard_experts, mesh=mesh))
+    watchdog = Watchdog(beat, mesh.waits, folder, limit_s=LIMIT_S, world_size=2)
+    hook = partial(begin_and_oversleep, watchdog, rank)
+    model.stack.layers[3].ffn.router.register_forward_pre_hook(hook)
+    objective(model, Batch(torch.full((2, 9), rank))).loss(16).backward()
+    watchdog.close()
+
+
+def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
+    body = partial(sleep_in_layer_3_of_rank_1, folder=tmp_path)
+    patience = Limits(silence_s=WAIT_S, collective=timedelta(seconds=WAIT_S))
+    ranks = Ranks(tmp_path, body, world_size=2, limits=patience)
+    assert ranks.wait([0, 1]) == [ExitCode.LOST_PEER] * 2, ranks.said()
+    (report,) = (tmp_path / FOLDER).iterdir()
+    first, *each, _ = (report / SUMMARY).read_text().splitlines()
+    assert first.startswith(f"no step ended within train.step_limit = 2 s: {each[1]}, and has not")
+    assert each[0].startswith("rank 0 (host ")
+    assert each[1].startswith("rank 1 (host ")
+    assert all(" is in step 12; " in line for line in each)
+    assert ", plan of stack.layers.3.ffn, forward, since " in each[0]
+    assert " s; at distributed_c10d.py:" in each[0]
+    assert ", called at distributed/collectives.py:" in each[0]
+    assert "; waits in collective " in each[0]
+    assert "; is past collective " in each[1]
+    assert ", combine of stack.layers.2.ffn, forward, since " in each[1]
+    assert " s; at test_watchdog.py:" in each[1]
+    assert "begin_and_oversleep, called at models/feed_forward.py:" in each[1]
+    assert "time.sleep" in (report / "rank-1.txt").read_text()
+    assert "thread heartbeat" in (report / "rank-0.txt").read_text()
+    for rank, text in enumerate(ranks.said()):
+        assert f"rank {rank}: {first}" in text
+        assert "Traceback" not in text
+
+
+def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
+    said: list[str] = []
+    waits = Waits()
+    watchdog = Watchdog(None, waits, tmp_path, limit_s=None, say=said.append)
+    watchdog.begin(7)
+    with waits.begin("losses"):
+        assert main(["hang", str(tmp_path)]) == 0
+    answer = capsys.readouterr().out
+    assert "is in step 7; waits in collective 1, losses, since 0 s; at cli/hang.py:" in answer
+    assert said == [answer.rstrip("\n")]
+    watchdog.close()
+    monkeypatch.setattr(hang, "_TAKEN_S", 0.3)
+    assert main(["hang", str(tmp_path)]) == 2
+    assert "nobody answers" in capsys.readouterr().err
+    assert main(["hang", str(tmp_path / "absent")]) == 2
+
+
+def standing(rank: int, begun: int, inside: bool) -> Standing:
+    return Standing(rank, "a", 3, begun, "losses", inside, 60.0, "x.py:1 f")
+
+
+@pytest.mark.parametrize(
+    ("known", "silent", "first"),
+    [
+        # On GPUs the host waits outside of the collective that it began.
+        ([(0, 9, False), (1, 8, False)], [], "rank 1 .*has not come to the collective"),
+        ([(0, 9, True), (1, 9, False)], [], "rank 1 .*is past the collective"),
+        ([(0, 9, True), (1, 9, True)], [], "all ranks wait in the same collective"),
+        ([(0, 9, False), (1, 9, False)], [], ".*all of them are slow"),
+        ([(0, 9, True), (2, 9, True)], [1], "rank 1 did not answer"),
+        ([(0, 9, True)], [1, 2], "ranks 1, 2 did not answer"),
+    ],
+)
+def test_whom_the_others_wait_for(known, silent, first):
+    line, lines = summary([standing(*values) for values in known], silent)
+    assert re.match(first, line)
+    assert len(lines.splitlines()) == len(known)
