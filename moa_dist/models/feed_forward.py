@@ -18,7 +18,7 @@ from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,6 +36,8 @@ class FeedForwardOutput(NamedTuple):
     """[B, S, D]."""
     statistics: RoutingStatistics | None
     """Of its router; None for a dense one."""
+    routing: Routing | None = None
+    """What its router decided; None for a dense one, and if it was not asked for."""
 
 
 class DenseFeedForward(nn.Module):
@@ -59,6 +61,7 @@ class DenseFeedForward(nn.Module):
         router_input: Tensor,
         token_real: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
+        trace: bool = False,
     ) -> FeedForwardOutput:
         """x [B, S, D] -> y [B, S, D]; the other arguments serve kinds with a router."""
         hidden = self.activation(self.up(x))
@@ -106,6 +109,7 @@ class MoEFeedForward(RoutedModule):
         router_input: Tensor,
         token_real: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
+        trace: bool = False,
     ) -> FeedForwardOutput:
         """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D], zero at padding.
 
@@ -121,7 +125,7 @@ class MoEFeedForward(RoutedModule):
         )
         sent = plan.send(x.flatten(0, 1), "token")
         y = plan.apply(experts, sent, "token", "token", weighted=True).wait()
-        return FeedForwardOutput(y.view_as(x), routing.statistics)
+        return FeedForwardOutput(y.view_as(x), routing.statistics, routing if trace else None)
 
     def _activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         hidden = self.activation(up)

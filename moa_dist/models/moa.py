@@ -21,6 +21,7 @@ from moa_dist.models.attention import (
     apply_rope,
     softmax_attention,
     softmax_macs,
+    traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
@@ -80,6 +81,7 @@ class MoAttention(RoutedModule):
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
         cache: KeyValues | None = None,
+        trace: bool = False,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
 
@@ -108,4 +110,9 @@ class MoAttention(RoutedModule):
         experts = Experts(self.matrices("o", gathered))
         sent = plan.send(slots, "slot")
         y = plan.apply(experts, sent, "slot", "token", weighted=True).wait()
-        return AttentionOutput(y.view(B, T, D), {"query": routing.statistics}, cache)
+        return AttentionOutput(
+            y.view(B, T, D),
+            {"query": routing.statistics},
+            cache,
+            traced({"query": routing}, q, k, mask) if trace else None,
+        )
