@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": ("moa_dist.cli.doctor", "look for faults of this machine, or of a job's ranks"),
     "bench": ("moa_dist.cli.bench", "measure speed and memory, against dense models and peers"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
+    "analyze": ("moa_dist.cli.analyze", "show what a trained model's experts and heads do"),
     "report": ("moa_dist.cli.report", "write a page of curves about a run, or compare several"),
     "checkpoint": ("moa_dist.cli.checkpoint", "show, verify or rewrite what a run has saved"),
     "export": ("moa_dist.cli.export", "write a trained model to one safetensors file"),

@@ -1,0 +1,160 @@
+"""What the pictures of an analysis show, whoever draws them: grids of values with their labels.
+
+Shapes: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moa_dist.analyze.measures import depth_order, overlap, pair_information, repeat_shares
+from moa_dist.analyze.results import Analysis, HeadResult, LayerHeads, RouterResult
+
+MOST_PAIRED = 96
+"""Experts in a picture of pairs: the most used ones, if there are more."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One grid."""
+
+    title: str
+    values_RC: NDArray[np.float64]
+    """NaN is left blank."""
+    rows: list[str]
+    """A label each."""
+    columns: tuple[str, str]
+    """Labels of the first and of the last."""
+    low: float
+    high: float
+    """Of the colours; values beyond look like these."""
+    has_middle: bool = False
+    """Colours run apart from the middle, not from low to high."""
+    num_groups: int = 1
+    """Equal groups of columns, set apart."""
+
+
+@dataclass(frozen=True)
+class Plate:
+    """Panels of one kind."""
+
+    name: str
+    """Of its file."""
+    title: str
+    about: str
+    panels: list[Panel]
+
+
+def plates(analysis: Analysis) -> list[Plate]:
+    """All pictures of an analysis, those left out that would show nothing."""
+    routers = analysis.routers
+    repeated = [router for router in routers if router.num_repeats > 1]
+    made = [
+        Plate(
+            "load",
+            "Load of every expert",
+            "In relation to the mean, 1 in the middle of the colours; rows are repeats R",
+            [_load(router) for router in routers],
+        ),
+        Plate(
+            "depth",
+            "Which repeats use an expert",
+            "Share of each expert's load that comes from each repeat; experts in the order of "
+            "their mean repeat",
+            [_depth(router) for router in repeated],
+        ),
+        Plate(
+            "overlap",
+            "Experts in common between repeats",
+            "Share of a token's experts in one repeat that it takes again in another",
+            [_overlap(router) for router in repeated],
+        ),
+        Plate(
+            "together",
+            "Experts chosen together",
+            "Pointwise mutual information of two experts, -1 to 1 nats, by tokens that choose "
+            "both in one repeat; experts in the order of their mean repeat",
+            [_together(router) for router in routers if router.choices > 1],
+        ),
+        Plate(
+            "heads",
+            "Where heads look",
+            "Means over queries; MoA's heads are those of its experts, seen by tokens that choose "
+            "them",
+            list(_heads(analysis.attention, analysis.sequence_length)),
+        ),
+    ]
+    return [plate for plate in made if plate.panels]
+
+
+def router_title(router: RouterResult) -> str:
+    """Such as `L0 ffn`."""
+    return f"L{router.layer} {router.router}"
+
+
+def _repeats(router: RouterResult) -> list[str]:
+    return [f"R{repeat}" for repeat in range(router.num_repeats)]
+
+
+def _load(router: RouterResult) -> Panel:
+    load_RE = router.load_RE
+    relative_RE = load_RE / np.maximum(load_RE.mean(1, keepdims=True), 1e-9)
+    last = str(router.num_experts - 1)
+    return Panel(
+        router_title(router), relative_RE, _repeats(router), ("expert 0", last), 0.0, 2.0,
+        has_middle=True, num_groups=router.num_groups,
+    )  # fmt: skip
+
+
+def _depth(router: RouterResult) -> Panel:
+    shares_RE = repeat_shares(router.load_RE)[:, depth_order(router.load_RE)]
+    columns = ("early experts", "late experts")
+    return Panel(router_title(router), shares_RE, _repeats(router), columns, 0.0, 1.0)
+
+
+def _overlap(router: RouterResult) -> Panel:
+    shares_RR = overlap(np.array(router.common), router.num_tokens, router.choices)
+    rows = _repeats(router)
+    return Panel(router_title(router), shares_RR, rows, (rows[0], rows[-1]), 0.0, 1.0)
+
+
+def _together(router: RouterResult) -> Panel:
+    load_E = router.load_RE.sum(0)
+    most_used = np.argsort(-load_E, kind="stable")[:MOST_PAIRED]
+    order = depth_order(router.load_RE)
+    order = order[np.isin(order, most_used)]
+    pmi_EE = pair_information(np.array(router.together), router.num_tokens * router.num_repeats)
+    pmi_EE = pmi_EE[np.ix_(order, order)]
+    np.fill_diagonal(pmi_EE, np.nan)
+    pmi_EE[:, load_E[order] == 0] = np.nan
+    pmi_EE[load_E[order] == 0] = np.nan
+    labels = [str(expert) for expert in order]
+    columns = (f"expert {labels[0]}", labels[-1])
+    return Panel(router_title(router), pmi_EE, labels, columns, -1.0, 1.0, has_middle=True)
+
+
+def _heads(layers: list[LayerHeads], length: int) -> Iterator[Panel]:
+    if not layers:
+        return
+    distances = [head.distance for layer in layers for head in layer.heads]
+    measures = (
+        ("distance", "mean distance, tokens", max(distances, default=0.0)),
+        ("entropy", "entropy, nats", math.log(length)),
+        ("previous", "attention to the token before", 1.0),
+        ("first", "attention to the first token", 1.0),
+        ("itself", "attention to the token itself", 1.0),
+    )
+    rows = [f"L{layer.layer} R{layer.repeat}" for layer in layers]
+    last = str(len(layers[0].heads) - 1)
+    for name, title, high in measures:
+        values_RC = np.array([[_value(head, name) for head in layer.heads] for layer in layers])
+        yield Panel(title, values_RC, rows, ("head 0", last), 0.0, high or 1.0)
+
+
+def _value(head: HeadResult, name: str) -> float:
+    return float(getattr(head, name)) if head.queries else math.nan
