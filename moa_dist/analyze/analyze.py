@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import log
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ def router_results(
                 common=chosen.common_RR.tolist(),
                 distinct=chosen.distinct.tolist(),
                 information=mutual_information(tokens_VE[frequent]),
-                choice_entropy=float(entropy(tokens_VE[frequent].sum(0))),
+                most_information=float(entropy(tokens_VE[frequent].sum(0)) - log(chosen.choices)),
                 top_tokens=_top_tokens(
                     tokens_VE, occurrences_V * len(chosen.load_RE), frequent, text_of
                 ),

@@ -40,7 +40,8 @@ class Headline:
     dropped: float
     """Share of choices that capacity left no room for."""
     explained: float
-    """Share of the choices' entropy that the token's identity explains; of frequent tokens."""
+    """What the token's identity tells of its experts, 0 if nothing and 1 if it determines them;
+    over frequent tokens."""
     depth: Depth | None
     """None for a layer that is applied once."""
 
@@ -53,7 +54,7 @@ def headline(router: RouterResult) -> Headline:
         imbalance=float((load_RE.max(1) / mean_R).max()),
         dead=int((load_RE.sum(0) == 0).sum()),
         dropped=float(np.sum(router.dropped) / max(load_RE.sum(), 1)),
-        explained=router.information / (router.choice_entropy or 1.0),
+        explained=router.information / max(router.most_information, 1e-9),
         depth=_depth(router) if router.num_repeats > 1 else None,
     )
 

@@ -58,8 +58,9 @@ def plates(analysis: Analysis) -> list[Plate]:
         Plate(
             "load",
             "Load of every expert",
-            "In relation to the mean, 1 in the middle of the colours; rows are repeats R",
-            [_load(router) for router in routers],
+            "In relation to the mean, 1 in the middle of the colours; rows are layers L and their "
+            "repeats R",
+            list(_loads(routers)),
         ),
         Plate(
             "depth",
@@ -78,7 +79,7 @@ def plates(analysis: Analysis) -> list[Plate]:
             "together",
             "Experts chosen together",
             "Pointwise mutual information of two experts, -1 to 1 nats, by tokens that choose "
-            "both in one repeat; experts in the order of their mean repeat",
+            "both at once; experts of shared layers in the order of their mean repeat",
             [_together(router) for router in routers if router.choices > 1],
         ),
         Plate(
@@ -86,7 +87,7 @@ def plates(analysis: Analysis) -> list[Plate]:
             "Where heads look",
             "Means over queries; MoA's heads are those of its experts, seen by tokens that choose "
             "them",
-            list(_heads(analysis.attention, analysis.sequence_length)),
+            list(_heads(analysis.attention)),
         ),
     ]
     return [plate for plate in made if plate.panels]
@@ -101,14 +102,22 @@ def _repeats(router: RouterResult) -> list[str]:
     return [f"R{repeat}" for repeat in range(router.num_repeats)]
 
 
-def _load(router: RouterResult) -> Panel:
-    load_RE = router.load_RE
-    relative_RE = load_RE / np.maximum(load_RE.mean(1, keepdims=True), 1e-9)
-    last = str(router.num_experts - 1)
-    return Panel(
-        router_title(router), relative_RE, _repeats(router), ("expert 0", last), 0.0, 2.0,
-        has_middle=True, num_groups=router.num_groups,
-    )  # fmt: skip
+def _loads(routers: list[RouterResult]) -> Iterator[Panel]:
+    """A panel for each name of a router, or several if those of a name differ in shape."""
+    kinds = dict.fromkeys((r.router, r.num_experts, r.num_groups) for r in routers)
+    for name, num_experts, num_groups in kinds:
+        alike = [
+            r
+            for r in routers
+            if (r.router, r.num_experts, r.num_groups) == (name, num_experts, num_groups)
+        ]
+        load_RE = np.concatenate([router.load_RE for router in alike])
+        relative_RE = load_RE / np.maximum(load_RE.mean(1, keepdims=True), 1e-9)
+        rows = [f"L{router.layer} {repeat}" for router in alike for repeat in _repeats(router)]
+        columns = ("expert 0", str(num_experts - 1))
+        yield Panel(
+            name, relative_RE, rows, columns, 0.0, 2.0, has_middle=True, num_groups=num_groups
+        )
 
 
 def _depth(router: RouterResult) -> Panel:
@@ -138,21 +147,21 @@ def _together(router: RouterResult) -> Panel:
     return Panel(router_title(router), pmi_EE, labels, columns, -1.0, 1.0, has_middle=True)
 
 
-def _heads(layers: list[LayerHeads], length: int) -> Iterator[Panel]:
+def _heads(layers: list[LayerHeads]) -> Iterator[Panel]:
     if not layers:
         return
-    distances = [head.distance for layer in layers for head in layer.heads]
     measures = (
-        ("distance", "mean distance, tokens", max(distances, default=0.0)),
-        ("entropy", "entropy, nats", math.log(length)),
-        ("previous", "attention to the token before", 1.0),
-        ("first", "attention to the first token", 1.0),
-        ("itself", "attention to the token itself", 1.0),
+        ("distance", "mean distance, tokens"),
+        ("entropy", "entropy, nats"),
+        ("previous", "attention to the token before"),
+        ("first", "attention to the first token"),
+        ("itself", "attention to the token itself"),
     )
     rows = [f"L{layer.layer} R{layer.repeat}" for layer in layers]
     last = str(len(layers[0].heads) - 1)
-    for name, title, high in measures:
+    for name, title in measures:
         values_RC = np.array([[_value(head, name) for head in layer.heads] for layer in layers])
+        high = float(np.nan_to_num(values_RC).max())
         yield Panel(title, values_RC, rows, ("head 0", last), 0.0, high or 1.0)
 
 

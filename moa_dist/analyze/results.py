@@ -75,8 +75,9 @@ class RouterResult(_Result):
     """Tokens, by the number of different experts that they chose over all repeats."""
     information: float
     """Mutual information between frequent tokens and the experts they choose, nats."""
-    choice_entropy: float
-    """Entropy of those choices, nats: the most that `information` can be."""
+    most_information: float
+    """What that would be if a token always chose the same experts: the entropy of all choices less
+    that of one decision, nats."""
     top_tokens: list[list[TokenOfExpert]]
     """[E] the tokens of highest PMI, best first."""
 

@@ -52,7 +52,7 @@ def test_planted_experts_are_found():
     for tokens, load in zip(router.top_tokens, router.load[0], strict=True):
         # p(t, e) = p(t), so PMI is -log p(e).
         assert [t.pmi for t in tokens] == pytest.approx([log(16 / load)] * len(tokens))
-    assert router.information == pytest.approx(router.choice_entropy)
+    assert router.information == pytest.approx(router.most_information)
     assert headline(router).explained == pytest.approx(1)
 
 
