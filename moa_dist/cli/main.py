@@ -13,6 +13,7 @@ from moa_dist.errors import MoaDistError
 COMMANDS = {
     "prepare": ("moa_dist.cli.prepare", "turn text into shards of tokens"),
     "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
+    "recipes": ("moa_dist.cli.recipes", "list the papers' models, with sizes and what to expect"),
     "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
     "verify": ("moa_dist.cli.verify", "compare a layout, on its machines, with one process"),
     "doctor": ("moa_dist.cli.doctor", "look for faults of this machine, or of a job's ranks"),
