@@ -65,8 +65,8 @@ def plates(analysis: Analysis) -> list[Plate]:
         Plate(
             "depth",
             "Which repeats use an expert",
-            "Share of each expert's load that comes from each repeat; experts in the order of "
-            "their mean repeat",
+            "Share of each expert's load that comes from each repeat, an even share in the middle "
+            "of the colours; experts in the order of their mean repeat",
             [_depth(router) for router in repeated],
         ),
         Plate(
@@ -123,7 +123,9 @@ def _loads(routers: list[RouterResult]) -> Iterator[Panel]:
 def _depth(router: RouterResult) -> Panel:
     shares_RE = repeat_shares(router.load_RE)[:, depth_order(router.load_RE)]
     columns = ("early experts", "late experts")
-    return Panel(router_title(router), shares_RE, _repeats(router), columns, 0.0, 1.0)
+    high = 2 / router.num_repeats
+    rows = _repeats(router)
+    return Panel(router_title(router), shares_RE, rows, columns, 0.0, high, has_middle=True)
 
 
 def _overlap(router: RouterResult) -> Panel:
@@ -161,8 +163,9 @@ def _heads(layers: list[LayerHeads]) -> Iterator[Panel]:
     last = str(len(layers[0].heads) - 1)
     for name, title in measures:
         values_RC = np.array([[_value(head, name) for head in layer.heads] for layer in layers])
-        high = float(np.nan_to_num(values_RC).max())
-        yield Panel(title, values_RC, rows, ("head 0", last), 0.0, high or 1.0)
+        known = values_RC[np.isfinite(values_RC)]
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        yield Panel(title, values_RC, rows, ("head 0", last), low, high)
 
 
 def _value(head: HeadResult, name: str) -> float:

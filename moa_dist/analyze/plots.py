@@ -57,8 +57,9 @@ def _draw(plate: Plate, of: str, path: Path) -> None:
 
 def _draw_panel(figure: Figure, axes: Axes, panel: Panel) -> None:
     num_rows, num_columns = panel.values_RC.shape
+    # Clipped, since matplotlib would leave infinite values blank.
     image = axes.imshow(
-        panel.values_RC,
+        np.clip(panel.values_RC, panel.low, panel.high),
         aspect="auto",
         interpolation="nearest",
         cmap="RdBu_r" if panel.has_middle else "Blues",

@@ -45,16 +45,17 @@ def analysis_sections(analysis: Analysis) -> Iterator[str]:
 
 def _headlines(routers: list[RouterResult]) -> str:
     head = [
-        "router", "experts", "fullest", "never chosen", "dropped", "explained by the token",
-        "in common between repeats", "by chance", "of one repeat", "different per token",
+        "router", "experts per token", "fullest, x mean", "never chosen", "drops",
+        "told by the token", "again in another repeat", "by chance", "serve one repeat",
+        "different in all repeats",
     ]  # fmt: skip
     rows = [[router_title(router), *_cells(router, headline(router))] for router in routers]
-    return f'<div class="card wide">{table(head, rows)}</div>'
+    return f'<div class="card wide">{table(head, rows, "compare")}</div>'
 
 
 def _cells(router: RouterResult, numbers: Headline) -> Iterator[str]:
     yield f"{router.choices} of {router.num_experts}"
-    yield f"{numbers.imbalance:.2f} x mean"
+    yield f"{numbers.imbalance:.2f}"
     yield str(numbers.dead)
     yield f"{numbers.dropped:.1%}"
     yield f"{numbers.explained:.1%}"
@@ -88,7 +89,7 @@ def _figure(plate: Plate, panel: Panel) -> str:
             for row, values in zip(panel.rows, panel.values_RC.tolist(), strict=True)
         ]
         numbers = table(["", *map(str, range(panel.values_RC.shape[1]))], rows)
-    body = drawn + key(shades, readable(panel.low), f"{readable(panel.high)} or more")
+    body = drawn + key(shades, readable(panel.low), readable(panel.high))
     return figure(panel.title, "", body, numbers, css="half" if is_large else "")
 
 
