@@ -14,8 +14,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -26,7 +24,12 @@ ANALYSIS_FOLDER = "analysis"
 """In the run's folder."""
 ANALYSIS_FILE = "analysis.json"
 
-Table = list[list[NonNegativeInt]]
+_MOST = 2**53
+"""Far beyond any count, and arithmetic up to there is exact."""
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Some = Annotated[int, Field(ge=1, le=_MOST)]
+Number = Annotated[float, Field(ge=-_MOST, le=_MOST)]
+Table = list[list[Count]]
 
 
 class _Result(BaseModel):
@@ -38,30 +41,30 @@ class _Result(BaseModel):
 class TokenOfExpert(_Result):
     """A token that an expert is chosen by more often than by others."""
 
-    token: NonNegativeInt
+    token: Count
     """Its id."""
     text: str
     """What it stands for."""
-    pmi: float
+    pmi: Number
     """log p(token, expert) / (p(token) p(expert)), nats."""
-    share: float
+    share: Number
     """Of all applications of the layer to this token, those in which it chose the expert."""
-    count: PositiveInt
+    count: Some
     """Choices of the expert by this token, over all repeats."""
 
 
 class RouterResult(_Result):
     """What one router chose."""
 
-    layer: NonNegativeInt
+    layer: Count
     """Distinct layer."""
     router: str
     """Within the layer, such as `ffn`."""
-    num_groups: PositiveInt
+    num_groups: Some
     """Heads in SwitchHead, else 1; each has as many of the E experts."""
-    choices: PositiveInt
+    choices: Some
     """Experts that a token chooses in one repeat, over all groups."""
-    num_tokens: NonNegativeInt
+    num_tokens: Count
     """Tokens routed in each repeat."""
     load: Annotated[Table, Field(min_length=1)]
     """[R][E] choices of each expert."""
@@ -71,11 +74,11 @@ class RouterResult(_Result):
     """[E][E] decisions (of a token in one repeat) for both experts; the diagonal, for the one."""
     common: Table
     """[R][R] experts that a token chose in both repeats, summed over tokens."""
-    distinct: list[NonNegativeInt]
+    distinct: list[Count]
     """Tokens, by the number of different experts that they chose over all repeats."""
-    information: float
+    information: Number
     """Mutual information between frequent tokens and the experts they choose, nats."""
-    most_information: float
+    most_information: Number
     """What that would be if a token always chose the same experts: the entropy of all choices less
     that of one decision, nats."""
     top_tokens: list[list[TokenOfExpert]]
@@ -111,28 +114,28 @@ class RouterResult(_Result):
 class HeadResult(_Result):
     """Where one head looks: means over its queries, each sequence's first token left out."""
 
-    queries: NonNegativeInt
+    queries: Count
     """Queries; in MoA, those of tokens that chose its expert."""
-    distance: float
+    distance: Number
     """Mean distance to the keys, tokens."""
-    entropy: float
+    entropy: Number
     """Of the attention, nats."""
-    previous: float
+    previous: Number
     """Attention to the token before."""
-    first: float
+    first: Number
     """Attention to the first token of the sequence."""
-    itself: float
+    itself: Number
     """Attention to the token itself."""
 
 
 class LayerHeads(_Result):
     """The heads of one application of a layer."""
 
-    layer: NonNegativeInt
+    layer: Count
     """Distinct layer."""
-    repeat: NonNegativeInt
+    repeat: Count
     """Application of that layer."""
-    heads: list[HeadResult]
+    heads: Annotated[list[HeadResult], Field(min_length=1)]
     """[H]; in MoA, all heads of expert 0, then those of expert 1 ..."""
 
 
@@ -141,20 +144,26 @@ class Analysis(_Result):
 
     name: str
     """Of the run."""
-    step: NonNegativeInt
+    step: Count
     """Optimizer steps that the model was trained for."""
     data: str
     """Folder of the text."""
-    tokens: NonNegativeInt
+    tokens: Count
     """Tokens of text that the model read."""
-    sequence_length: PositiveInt
+    sequence_length: Some
     """Tokens per sequence."""
-    min_count: PositiveInt
+    min_count: Some
     """Tokens that occur less often are left out of `top_tokens` and `information`."""
     routers: list[RouterResult]
     """By layer, then router."""
     attention: list[LayerHeads]
     """In the order in which layers are applied."""
+
+    @model_validator(mode="after")
+    def _layers_are_alike(self) -> Self:
+        if len({len(layer.heads) for layer in self.attention}) > 1:
+            raise ValueError("its layers have unequal numbers of heads")
+        return self
 
 
 def save_analysis(analysis: Analysis, folder: Path) -> None:

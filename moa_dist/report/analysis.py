@@ -19,19 +19,17 @@ _SQUARE = 12
 
 def analysis_page(analysis: Analysis) -> str:
     """A whole page."""
-    title = f"{analysis.name}: experts and heads"
-    about = (
-        f"step {analysis.step:,} · {analysis.tokens:,} tokens of {analysis.data} · sequences of "
-        f"{analysis.sequence_length:,}"
-    )
-    header = f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>"
-    return document(title, [header, *analysis_sections(analysis)])
+    header = f"<header><h1>{escape(analysis.name)}</h1></header>"
+    return document(analysis.name, [header, *analysis_sections(analysis)])
 
 
 def analysis_sections(analysis: Analysis) -> Iterator[str]:
     """Sections for a page."""
-    if analysis.routers:
-        yield section("Experts on held-out text", [_headlines(analysis.routers)])
+    about = (
+        f"After step {analysis.step:,}, on {analysis.tokens:,} tokens of {analysis.data}, in "
+        f"sequences of {analysis.sequence_length:,}"
+    )
+    yield section("Experts and heads on held-out text", [_headlines(analysis.routers)], about)
     for plate in plates(analysis):
         figures = [_figure(plate, panel) for panel in plate.panels]
         yield section(plate.title, figures, plate.about, css="quarters")
@@ -49,6 +47,8 @@ def _headlines(routers: list[RouterResult]) -> str:
         "told by the token", "again in another repeat", "by chance", "serve one repeat",
         "different in all repeats",
     ]  # fmt: skip
+    if not routers:
+        return '<p class="none">The model has no experts.</p>'
     rows = [[router_title(router), *_cells(router, headline(router))] for router in routers]
     return f'<div class="card wide">{table(head, rows, "compare")}</div>'
 
