@@ -6,7 +6,7 @@ Shapes: B sequences of S tokens, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log
 
 import numpy as np
@@ -26,16 +26,27 @@ TOP_TOKENS = 10
 """Listed of each expert, at most."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Observations:
     """All that is counted while a model reads."""
 
     occurrences_V: Tensor
     """int64, of each token in the text."""
-    routers: dict[RouterKey, Selections] = field(default_factory=dict)
+    routers: dict[RouterKey, Selections]
     """What routers chose."""
-    attention: dict[Application, HeadSums] = field(default_factory=dict)
-    """Where heads looked."""
+    attention: dict[Application, HeadSums]
+    """Where heads looked; in the order in which layers are applied."""
+
+    def add(self, tokens: Tensor, real: Tensor, traces: dict[Application, BlockTrace]) -> None:
+        """Count a batch: `tokens` [B, S] int64, `real` [B, S] bool, and what the model decided."""
+        self.occurrences_V.add_(tokens[real].bincount(minlength=len(self.occurrences_V)))
+        beyond_first = real & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
+        for application, heads in self.attention.items():
+            heads.add(traces[application], beyond_first)
+        for (layer, name), chosen in self.routers.items():
+            repeats = range(len(chosen.load_RE))
+            routings = [traces[layer, repeat].routing[name] for repeat in repeats]
+            chosen.add(tokens.flatten(), real.flatten(), routings)
 
 
 @torch.no_grad()
@@ -47,43 +58,35 @@ def observe(
     `batches` yields tokens [B, S + 1] int64, of which the last is not read, and which sequences
     count [B] bool.
     """
-    result = Observations(torch.zeros(model.config.vocab_size, dtype=torch.int64, device=device))
+    result = _nothing_seen(model, device)
     for tokens, counts in batches:
         read = tokens[:, :-1].to(device)
         real = counts[:, None].expand_as(read).to(device)
         output = model(read, None if bool(counts.all()) else real, trace=True)
-        _add(result, model, read, real, output.traces)
+        result.add(read, real, output.traces)
     return result
 
 
-def _add(
-    result: Observations,
-    model: LanguageModel,
-    tokens: Tensor,
-    real: Tensor,
-    traces: dict[Application, BlockTrace],
-) -> None:
-    result.occurrences_V += tokens[real].bincount(minlength=len(result.occurrences_V))
-    beyond_first = real & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
-    for application in sorted(traces, key=lambda a: (a[1], a[0])):
-        trace = traces[application]
-        if application not in result.attention:
-            heads = HeadSums(_num_heads(model.config), tokens.device)
-            result.attention[application] = heads
-        result.attention[application].add(trace, beyond_first)
-    for (layer, name), router in model.stack.routers().items():
-        routings = [
-            traces[layer, repeat].routing[name] for repeat in range(model.stack.num_repeats)
-        ]
-        if (layer, name) not in result.routers:
-            result.routers[layer, name] = Selections(
-                model.config.vocab_size,
+def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
+    vocab_size, repeats = model.config.vocab_size, range(model.stack.num_repeats)
+    return Observations(
+        torch.zeros(vocab_size, dtype=torch.int64, device=device),
+        {
+            key: Selections(
+                vocab_size,
                 router.num_experts,
                 router.num_groups * router.config.top_k,
-                len(routings),
-                tokens.device,
+                len(repeats),
+                device,
             )
-        result.routers[layer, name].add(tokens.flatten(), real.flatten(), routings)
+            for key, router in model.stack.routers().items()
+        },
+        {
+            (layer, repeat): HeadSums(_num_heads(model.config), device)
+            for repeat in repeats
+            for layer in range(len(model.stack.layers))
+        },
+    )
 
 
 def _num_heads(config: ModelConfig) -> int:

@@ -164,8 +164,8 @@ def _heads(layers: list[LayerHeads]) -> Iterator[Panel]:
     for name, title in measures:
         values_RC = np.array([[_value(head, name) for head in layer.heads] for layer in layers])
         known = values_RC[np.isfinite(values_RC)]
-        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-        yield Panel(title, values_RC, rows, ("head 0", last), low, high)
+        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+        yield Panel(title, values_RC, rows, ("head 0", last), low, max(high, low + 1e-6))
 
 
 def _value(head: HeadResult, name: str) -> float:
