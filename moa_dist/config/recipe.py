@@ -16,17 +16,18 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moa_dist.config.model import Section
 from moa_dist.config.source import UnreadableError, parse_yaml
 from moa_dist.errors import ConfigError
 
 RECIPE_KEY = "recipe"
 
 
-class Recipe(Section):
+class Recipe(BaseModel):
     """What a configuration says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     paper: str
     """Whose model it is, with the arXiv number."""
