@@ -8,20 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moa_dist.cli.arguments import between
+from moa_dist.cli.held_out import held_out_data, with_progress
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.ranks import say_once
-from moa_dist.data.manifest import Manifest, load_manifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.start import job
-from moa_dist.errors import DataError, MoaDistError
+from moa_dist.errors import MoaDistError
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
 from moa_dist.evaluate.tasks.task import Mean, Result
@@ -97,7 +94,7 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
 def _perplexity(
     args: argparse.Namespace, trained: Trained, rank: int, world_size: int
 ) -> dict[str, Any]:
-    folder, manifest = _find_data(args.data, trained)
+    folder, manifest = held_out_data(args.data, trained)
     batches = validation_batches(
         folder,
         manifest,
@@ -108,7 +105,7 @@ def _perplexity(
     )
     total = min(args.sequences or manifest.num_samples, manifest.num_samples)
     if rank == 0:
-        batches = _with_progress(batches, total, world_size)
+        batches = with_progress("validating", batches, total, world_size)
     result = perplexity(trained.model, batches, trained.device)
     return {
         "data": str(folder),
@@ -136,50 +133,6 @@ def _run_tasks(examples: dict[str, list[Any]], scorer: Scorer, rank: int) -> dic
     return {
         name: TASKS[name].run(several, partial(score, name)) for name, several in examples.items()
     }
-
-
-def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
-    """The folder to validate on and its manifest, which must fit the model."""
-    data = trained.config.data
-    if chosen is None and data.valid is None:
-        raise DataError(
-            f"{trained.folder}: the run has no validation data (data.valid); name a folder of "
-            "shards with --data"
-        )
-    folder = Path(data.valid or "") if chosen is None else chosen
-    if chosen is None and not folder.is_dir():
-        raise DataError(
-            f"{folder}: the run's validation data (data.valid) is not here; start from the folder "
-            "that the run was started in, or name a folder of shards with --data"
-        )
-    manifest = load_manifest(folder)
-    problems = []
-    if manifest.tokenizer_sha256 != trained.tokenizer_sha256:
-        problems.append(
-            f"{folder}: prepared with another tokenizer than the run's; prepare it again with "
-            f"--tokenizer {trained.tokenizer_file.parent}"
-        )
-    if manifest.block_length != data.sequence_length:
-        problems.append(
-            f"{folder}: prepared for sequences of {manifest.block_length} tokens, but the model "
-            f"was trained on {data.sequence_length}; prepare it again with --sequence-length "
-            f"{data.sequence_length}"
-        )
-    if problems:
-        raise DataError("\n".join(problems))
-    return folder, manifest
-
-
-def _with_progress(
-    batches: Iterator[tuple[Tensor, Tensor]], total: int, world_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of rank 0; the other ranks are about as far."""
-    progress, done = ProgressLine(), 0
-    progress("validating", done, total)
-    for tokens, counts in batches:
-        yield tokens, counts
-        done = min(done + int(counts.sum()) * world_size, total)
-        progress("validating", done, total)
 
 
 def _as_json(result: Result) -> dict[str, Any]:

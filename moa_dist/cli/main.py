@@ -13,11 +13,13 @@ from moa_dist.errors import MoaDistError
 COMMANDS = {
     "prepare": ("moa_dist.cli.prepare", "turn text into shards of tokens"),
     "config": ("moa_dist.cli.config", "show, check or explain a configuration"),
+    "recipes": ("moa_dist.cli.recipes", "list the papers' models, with sizes and what to expect"),
     "plan": ("moa_dist.cli.plan", "count parameters, operations and memory before training"),
     "verify": ("moa_dist.cli.verify", "compare a layout, on its machines, with one process"),
     "doctor": ("moa_dist.cli.doctor", "look for faults of this machine, or of a job's ranks"),
     "bench": ("moa_dist.cli.bench", "measure speed and memory, against dense models and peers"),
     "eval": ("moa_dist.cli.evaluate", "measure a trained model"),
+    "analyze": ("moa_dist.cli.analyze", "show what a trained model's experts and heads do"),
     "hang": ("moa_dist.cli.hang", "ask a running job which rank waits for what"),
     "report": ("moa_dist.cli.report", "write a page of curves about a run, or compare several"),
     "checkpoint": ("moa_dist.cli.checkpoint", "show, verify or rewrite what a run has saved"),

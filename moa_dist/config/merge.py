@@ -113,6 +113,8 @@ def _read_into(
     if not isinstance(data, dict):
         unreadable.append(f"{path}: must hold keys with values, `name: ...` for example")
         return
+    # What the file says of itself is no setting; see `moa_dist.config.recipe`.
+    data.pop("recipe", None)
     for base in _bases(merged, document, data.pop("extends", None), path):
         base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
         _read_into(merged, base_path, path, [*opened, absolute], unreadable)

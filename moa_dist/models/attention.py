@@ -16,9 +16,10 @@ from moa_dist.config.model import DenseAttentionConfig, RopeConfig
 from moa_dist.labels import is_part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
+from moa_dist.models.trace import AttentionTrace, head_summary
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -52,6 +53,8 @@ class AttentionOutput(NamedTuple):
     """By the name of the router within the layer; empty for dense attention."""
     cache: KeyValues | None = None
     """With the new keys and values; None if the layer was given none."""
+    trace: AttentionTrace | None = None
+    """None if it was not asked for."""
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -59,20 +62,32 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
 
     A mask tensor is made only where `is_causal` cannot say it, as it rules out the fused kernels.
     """
-    T, S = q.shape[-2], k.shape[-2]
     # A single query after those of the cache sees every key.
-    causal = mask.causal and not (mask.num_past and T == 1)
+    causal = mask.causal and not (mask.num_past and q.shape[-2] == 1)
     # `is_causal` lets query t see keys 0 ... t, whatever came before.
     if mask.key_real is None and not (causal and mask.num_past):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    visible = torch.ones(T if causal else 1, S, dtype=torch.bool, device=q.device)
-    if causal:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys(q, k, mask))
+
+
+def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
+    """The keys [B, H, S, d] that each query [B, H, T, d] sees: bool, fit for [B, H, T, S]."""
+    T, S = q.shape[-2], k.shape[-2]
+    visible = torch.ones(T if mask.causal else 1, S, dtype=torch.bool, device=q.device)
+    if mask.causal:
         visible = visible.tril(mask.num_past)
     if mask.key_real is not None:
         visible = visible & mask.key_real[:, None, None, :]
     # A query that sees no key (it can only be padding) would be 0 / 0: let it see all.
-    visible = visible | ~visible.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return visible | ~visible.any(-1, keepdim=True)
+
+
+def traced(
+    routing: dict[str, Routing], q: Tensor, k: Tensor, mask: AttentionMask
+) -> AttentionTrace:
+    """What a layer with these routers, queries [B, H, T, d] and keys [B, H, S, d] decided."""
+    visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
+    return AttentionTrace(routing, head_summary(q, k, visible, mask.num_past))
 
 
 def apply_rope(x: Tensor, config: RopeConfig | None, position: Tensor | None = None) -> Tensor:
@@ -137,6 +152,7 @@ class DenseAttention(nn.Module):
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
         cache: KeyValues | None = None,
+        trace: bool = False,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; there are no experts.
 
@@ -150,4 +166,5 @@ class DenseAttention(nn.Module):
         if cache is not None:
             k, v = cache = extended(cache, k, v)
         heads = softmax_attention(q, k, v, mask)
-        return AttentionOutput(self.o(heads.transpose(1, 2).flatten(2)), {}, cache)
+        y = self.o(heads.transpose(1, 2).flatten(2))
+        return AttentionOutput(y, {}, cache, traced({}, q, k, mask) if trace else None)

@@ -23,11 +23,12 @@ from moa_dist.config.model import (
     SwitchHeadConfig,
 )
 from moa_dist.distributed.arriving import Arriving
-from moa_dist.models.attention import AttentionMask, DenseAttention
+from moa_dist.models.attention import AttentionMask, AttentionOutput, DenseAttention
 from moa_dist.models.cache import KeyValues
-from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
+from moa_dist.models.feed_forward import DenseFeedForward, FeedForwardOutput, MoEFeedForward
 from moa_dist.models.moa import MoAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
+from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
@@ -103,6 +104,8 @@ class BlockOutput(NamedTuple):
     """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`."""
     cache: KeyValues | None = None
     """With the new keys and values; None if the layer was given none."""
+    trace: BlockTrace | None = None
+    """None if it was not asked for."""
 
 
 class Block(nn.Module):
@@ -144,28 +147,38 @@ class Block(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts = _ALL_EXPERTS_HERE,
         cache: KeyValues | None = None,
+        trace: bool = False,
     ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]."""
         match self.placement:
             case "pre":
                 n = self.attention_norm(x)
-                attention = self.attention(n, n, n, mask, gathered.attention, cache)
+                attention = self.attention(n, n, n, mask, gathered.attention, cache, trace)
                 x = x + attention.y
                 n = self.ffn_norm(x)
-                ffn = self.ffn(n, n, mask.query_real, gathered.ffn)
+                ffn = self.ffn(n, n, mask.query_real, gathered.ffn, trace)
                 x = x + ffn.y
             case "post":
-                attention = self.attention(x, x, x, mask, gathered.attention, cache)
+                attention = self.attention(x, x, x, mask, gathered.attention, cache, trace)
                 x = self.attention_norm(x + attention.y)
-                ffn = self.ffn(x, x, mask.query_real, gathered.ffn)
+                ffn = self.ffn(x, x, mask.query_real, gathered.ffn, trace)
                 x = self.ffn_norm(x + ffn.y)
             case "peri":  # MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else
                 n = self.attention_norm(x)
-                attention = self.attention(n, n, x, mask, gathered.attention, cache)
+                attention = self.attention(n, n, x, mask, gathered.attention, cache, trace)
                 x = x + attention.y
-                ffn = self.ffn(x, self.ffn_norm(x), mask.query_real, gathered.ffn)
+                ffn = self.ffn(x, self.ffn_norm(x), mask.query_real, gathered.ffn, trace)
                 x = x + ffn.y
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
         if ffn.statistics is not None:
             named["ffn"] = ffn.statistics
-        return BlockOutput(x, named, attention.cache)
+        return BlockOutput(x, named, attention.cache, _trace(attention, ffn))
+
+
+def _trace(attention: AttentionOutput, ffn: FeedForwardOutput) -> BlockTrace | None:
+    if attention.trace is None:
+        return None
+    routing = {f"attention.{name}": value for name, value in attention.trace.routing.items()}
+    if ffn.routing is not None:
+        routing["ffn"] = ffn.routing
+    return BlockTrace(routing, attention.trace.heads)

@@ -18,7 +18,7 @@ from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -29,6 +29,8 @@ class FeedForwardOutput(NamedTuple):
     """[B, S, D]."""
     statistics: RoutingStatistics | None
     """Of its router; None for a dense one."""
+    routing: Routing | None = None
+    """What its router decided; None for a dense one, and if it was not asked for."""
 
 
 class DenseFeedForward(nn.Module):
@@ -53,6 +55,7 @@ class DenseFeedForward(nn.Module):
         router_input: Tensor,
         token_real: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
+        trace: bool = False,
     ) -> FeedForwardOutput:
         """x [B, S, D] -> y [B, S, D]; the other arguments serve kinds with a router."""
         hidden = self.activation(self.up(x))
@@ -101,6 +104,7 @@ class MoEFeedForward(RoutedModule):
         router_input: Tensor,
         token_real: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
+        trace: bool = False,
     ) -> FeedForwardOutput:
         """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D]; padding: the bias only.
 
@@ -118,4 +122,4 @@ class MoEFeedForward(RoutedModule):
         y = plan.apply(experts, sent, "token", "token", weighted=True).wait().view_as(x)
         if self.bias is not None:
             y = self.bias(y)
-        return FeedForwardOutput(y, routing.statistics)
+        return FeedForwardOutput(y, routing.statistics, routing if trace else None)

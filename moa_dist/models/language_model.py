@@ -25,7 +25,8 @@ from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
-from moa_dist.models.stack import LayerStack, RouterKey, Site
+from moa_dist.models.stack import Application, LayerStack, RouterKey, Site
+from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
 from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.statistics import RoutingStatistics, total
@@ -43,6 +44,8 @@ class LanguageModelOutput(NamedTuple):
     """One entry per router application."""
     cache: Cache | None = None
     """With the tokens of this forward; None if it was given none."""
+    traces: dict[Application, BlockTrace] | None = None
+    """What every application of a layer decided; None if it was not asked for."""
 
 
 class TokenEmbedding(nn.Module):
@@ -101,7 +104,12 @@ class LanguageModel(nn.Module):
         return Cache(layers=((),) * self.config.num_layers)
 
     def forward(
-        self, tokens: Tensor, token_real: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        token_real: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        trace: bool = False,
     ) -> LanguageModelOutput:
         """Logits of the next token at every position.
 
@@ -110,7 +118,7 @@ class LanguageModel(nn.Module):
 
         With a `cache`, tokens follow those in it, the logits are those of a forward over all of
         them, and there are no auxiliary losses. Raises ValueError if experts have a capacity:
-        see `dropless`.
+        see `dropless`. With `trace` the output says what every layer decided.
         """
         num_past, real = 0, token_real
         if cache is not None:
@@ -125,15 +133,14 @@ class LanguageModel(nn.Module):
         if self.config.position == "sinusoidal":
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         mask = AttentionMask(True, token_real, real, num_past, position)
-        output = self.stack(x, mask, None if cache is None else cache.layers)
+        output = self.stack(x, mask, None if cache is None else cache.layers, trace)
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
         if output.cache is None:
-            return LanguageModelOutput(
-                logits, self._auxiliary(output.statistics), output.statistics
-            )
+            auxiliary = self._auxiliary(output.statistics)
+            return LanguageModelOutput(logits, auxiliary, output.statistics, None, output.traces)
         longer = Cache(output.cache, num_past + tokens.shape[1], real)
-        return LanguageModelOutput(logits, {}, output.statistics, longer)
+        return LanguageModelOutput(logits, {}, output.statistics, longer, output.traces)
 
     def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:
         """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""

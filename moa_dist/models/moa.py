@@ -22,6 +22,7 @@ from moa_dist.models.attention import (
     apply_rope,
     softmax_attention,
     softmax_macs,
+    traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Bias, Linear
@@ -83,6 +84,7 @@ class MoAttention(RoutedModule):
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
         cache: KeyValues | None = None,
+        trace: bool = False,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; padding: the bias only.
 
@@ -113,4 +115,9 @@ class MoAttention(RoutedModule):
         y = plan.apply(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
         if self.bias is not None:
             y = self.bias(y)
-        return AttentionOutput(y, {"query": routing.statistics}, cache)
+        return AttentionOutput(
+            y,
+            {"query": routing.statistics},
+            cache,
+            traced({"query": routing}, q, k, mask) if trace else None,
+        )

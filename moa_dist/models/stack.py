@@ -17,11 +17,16 @@ from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block, BlockOutput, GatheredExperts
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.recompute import recomputed
+from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
 RouterKey = tuple[int, str]
 """A router: its distinct layer, and its name within that."""
+
+
+Application = tuple[int, int]
+"""A layer's: the distinct layer, and the repeat."""
 
 
 class Site(NamedTuple):
@@ -49,6 +54,8 @@ class StackOutput(NamedTuple):
     """One entry per router application."""
     cache: tuple[KeyValues, ...] | None = None
     """By application of a layer, with the new keys and values; None if none was given."""
+    traces: dict[Application, BlockTrace] | None = None
+    """One entry per application of a layer; None if they were not asked for."""
 
 
 class LayerStack(nn.Module):
@@ -81,10 +88,15 @@ class LayerStack(nn.Module):
         return {part: count * self.num_repeats for part, count in parts.items()}
 
     def forward(
-        self, x: Tensor, mask: AttentionMask, cache: tuple[KeyValues, ...] | None = None
+        self,
+        x: Tensor,
+        mask: AttentionMask,
+        cache: tuple[KeyValues, ...] | None = None,
+        trace: bool = False,
     ) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer."""
         statistics = {}
+        traces = {}
         extended: list[KeyValues] = []
         # Weights that travel set out for all layers at once, and are awaited at their first use:
         # they arrive while the layers before compute.
@@ -95,13 +107,16 @@ class LayerStack(nn.Module):
                 if repeat == 0:
                     gathered.append(arriving[i].wait())
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
-                output = self._apply_layer(layer, x, mask, gathered[i], past)
+                output = self._apply_layer(layer, x, mask, gathered[i], past, trace)
                 x = output.x
                 if output.cache is not None:
                     extended.append(output.cache)
                 for router, value in output.statistics.items():
                     statistics[Site(i, repeat, router)] = value
-        return StackOutput(x, statistics, None if cache is None else tuple(extended))
+                if output.trace is not None:
+                    traces[i, repeat] = output.trace
+        longer = None if cache is None else tuple(extended)
+        return StackOutput(x, statistics, longer, traces if trace else None)
 
     def _blocks(self) -> Iterable[Block]:
         return cast(Iterable[Block], self.layers)
@@ -113,9 +128,10 @@ class LayerStack(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts,
         cache: KeyValues | None,
+        trace: bool,
     ) -> BlockOutput:
         # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.
         gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
-            return layer(x, mask, gathered, cache)
-        return recomputed(layer, x, mask, gathered, cache)
+            return layer(x, mask, gathered, cache, trace)
+        return recomputed(layer, x, mask, gathered, cache, trace)

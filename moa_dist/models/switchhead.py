@@ -21,6 +21,7 @@ from moa_dist.models.attention import (
     apply_rope,
     softmax_attention,
     softmax_macs,
+    traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
@@ -80,6 +81,7 @@ class SwitchHeadAttention(RoutedModule):
         mask: AttentionMask,
         gathered: Gathered = NOTHING_GATHERED,
         cache: KeyValues | None = None,
+        trace: bool = False,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
 
@@ -111,5 +113,6 @@ class SwitchHeadAttention(RoutedModule):
         experts = Experts(self.matrices("o", gathered))
         sent = plan.send(heads, "head")
         y = plan.apply(experts, sent, "head", "token", weighted=True).wait().view(B, T, D)
-        statistics = {"value": value_routing.statistics, "output": output_routing.statistics}
-        return AttentionOutput(y, statistics, cache)
+        routing = {"value": value_routing, "output": output_routing}
+        statistics = {name: value.statistics for name, value in routing.items()}
+        return AttentionOutput(y, statistics, cache, traced(routing, q, k, mask) if trace else None)

@@ -38,7 +38,8 @@ class Shades:
     def of(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """0 ... NUM_SHADES - 1, and -1 of NaN."""
         share = (values - self.low) / ((self.high - self.low) or 1.0)
-        shades = np.clip(np.nan_to_num(share) * NUM_SHADES, 0, NUM_SHADES - 1).astype(np.int64)
+        share = np.nan_to_num(np.clip(share, 0, 1))
+        shades = np.minimum(share * NUM_SHADES, NUM_SHADES - 1).astype(np.int64)
         return np.where(np.isnan(values), -1, shades)
 
 

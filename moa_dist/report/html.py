@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.resources import files
 
 from moa_dist.report.charts import Line
 from moa_dist.report.scale import readable
@@ -11,6 +12,29 @@ from moa_dist.report.series import downsample
 
 _MOST_ROWS = 24
 _DOT = '<circle class="f{}" cx="9" cy="5" r="4"/>'
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A page that loads nothing and runs nothing; `body` is HTML."""
+    style = files("moa_dist.report").joinpath("style.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        # Whatever a file of the run may contain.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def section(title: str, parts: Sequence[str], about: str = "", css: str = "") -> str:
+    """Figures or cards under a heading; nothing if there are none."""
+    if not parts:
+        return ""
+    told = f"<p>{escape(about)}</p>" if about else ""
+    grid = f'<div class="grid {css}">{"".join(parts)}</div>'
+    return f"<section><h2>{escape(title)}</h2>{told}{grid}</section>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from pydantic import ValidationError
 
 from moa_dist.data.order import read_exclusions
 from moa_dist.observe.units import duration, short
+from moa_dist.report.analysis import analysis_sections
 from moa_dist.report.curves import labels, own_curves, shared_curves
-from moa_dist.report.html import fold, table
+from moa_dist.report.html import document, fold, section, table
 from moa_dist.report.numbers import Number, headline, last_step, layout
 from moa_dist.report.read import Note, Run
 from moa_dist.report.routing import routing_figures
@@ -32,26 +32,17 @@ def page(runs: Sequence[Run]) -> str:
     curves = [*shared_curves(runs)]
     if len(runs) == 1:
         body.append(_problems(runs[0]))
-        body.append(_section("Curves", [*curves, *own_curves(runs[0])]))
-        body.append(_section("Time", [*time_figures(runs[0])]))
+        body.append(section("Curves", [*curves, *own_curves(runs[0])]))
+        body.append(section("Time", [*time_figures(runs[0])]))
         body += _about(runs[0])
     else:
-        body.append(_section("Curves", curves))
+        body.append(section("Curves", curves))
         for run, label in zip(runs, labels(runs), strict=True):
-            own = _section("Auxiliary losses and traffic", [*own_curves(run)])
-            time = _section("Time", [*time_figures(run)])
+            own = section("Auxiliary losses and traffic", [*own_curves(run)])
+            time = section("Time", [*time_figures(run)])
             parts = "".join([_problems(run), own, time, *_about(run)])
             body.append(f'<section class="run"><h2>{escape(label)}</h2>{parts}</section>')
-    style = files("moa_dist.report").joinpath("style.css").read_text(encoding="utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        # Nothing can be loaded or run, whatever a file of the run may contain.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
-    )
+    return document(title, body)
 
 
 def _header(runs: Sequence[Run], title: str) -> str:
@@ -79,7 +70,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
     for numbers in zip(*columns, strict=True):
         rows.append([numbers[0].label, *_marked(numbers)])
     compared = table(["", *labels(runs)], rows, "compare")
-    yield _section("Side by side", [f'<div class="card wide">{compared}</div>'])
+    yield section("Side by side", [f'<div class="card wide">{compared}</div>'])
     settings = [_flat(run.config) for run in runs]
     names = sorted({name for values in settings for name in values} - {"name"})
     different = [
@@ -92,7 +83,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
         if different
         else '<p class="none">None: the configurations are the same.</p>'
     )
-    yield _section("Settings that differ", [f'<div class="card wide">{body}</div>'])
+    yield section("Settings that differ", [f'<div class="card wide">{body}</div>'])
 
 
 def _marked(numbers: Sequence[Number]) -> Iterator[str]:
@@ -108,7 +99,7 @@ def _marked(numbers: Sequence[Number]) -> Iterator[str]:
 def _problems(run: Run) -> str:
     items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
     warning = f'<ul class="card wide warn">{items}</ul>'
-    return _section("Missing or damaged", [warning] if items else [])
+    return section("Missing or damaged", [warning] if items else [])
 
 
 def _about(run: Run) -> Iterator[str]:
@@ -116,10 +107,12 @@ def _about(run: Run) -> Iterator[str]:
         "Rows are layers L and their repeats R; of steps that share a column, the worst is shown"
     )
     for router, routing in routing_figures(run).items():
-        yield _section(f"Routing: {router}", routing, about, css="quarters")
-    yield _section("What happened", [*_events(run)])
+        yield section(f"Routing: {router}", routing, about, css="quarters")
+    if run.analysis is not None:
+        yield from analysis_sections(run.analysis)
+    yield section("What happened", [*_events(run)])
     text = f"<pre>{escape(run.config_text)}</pre>"
-    yield _section("Configuration", [fold("config.yaml", text)])
+    yield section("Configuration", [fold("config.yaml", text)])
 
 
 def _events(run: Run) -> Iterator[str]:
@@ -217,11 +210,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _card(title: str, body: str) -> str:
     return f'<div class="card wide"><h3>{escape(title)}</h3>{body}</div>'
-
-
-def _section(title: str, parts: Sequence[str], about: str = "", css: str = "") -> str:
-    if not parts:
-        return ""
-    told = f"<p>{escape(about)}</p>" if about else ""
-    grid = f'<div class="grid {css}">{"".join(parts)}</div>'
-    return f"<section><h2>{escape(title)}</h2>{told}{grid}</section>"

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moa_dist.analyze.results import ANALYSIS_FOLDER, Analysis, load_analysis
 from moa_dist.distributed import watchdog
 from moa_dist.errors import DataError
 from moa_dist.launch.supervisor import ATTEMPTS_FILE
@@ -102,6 +103,8 @@ class Run:
     """What the supervisor recorded of each."""
     checkpoints: list[Index] = field(default_factory=list)
     """Oldest first."""
+    analysis: Analysis | None = None
+    """What `moa-dist analyze` found, if it was asked."""
     problems: list[str] = field(default_factory=list)
     """What could not be read."""
 
@@ -144,6 +147,10 @@ def read_run(folder: Path) -> Run:
     _read_attempts(run)
     _read_traces(run)
     _read_reports(run)
+    try:
+        run.analysis = load_analysis(folder / ANALYSIS_FOLDER)
+    except DataError as error:
+        run.problems.append(str(error))
     for path in found:
         try:
             run.checkpoints.append(Reader(path).index)

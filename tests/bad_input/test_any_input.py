@@ -14,12 +14,16 @@ import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moa_dist.analyze.results import ANALYSIS_FILE, load_analysis
+from moa_dist.analyze.summary import summary
 from moa_dist.config import load_config, to_yaml
 from moa_dist.data.manifest import Manifest, load_manifest, sha256_of
 from moa_dist.data.shards import read_shard
 from moa_dist.data.text import TextCounts, TextOptions, read_documents
 from moa_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from moa_dist.errors import MoaDistError
+from moa_dist.report.analysis import analysis_page
+from tests.analyze.test_panels import ROUTER, analysis
 from tests.bad_input.case import time_limit
 from tests.config.conftest import BASE
 from tests.small_shards import write_folder
@@ -86,6 +90,7 @@ def _manifest_tree() -> Any:
 
 
 CONFIG_TREE, MANIFEST_TREE = _config_tree(), _manifest_tree()
+ANALYSIS_TREE = json.loads(analysis(ROUTER).model_dump_json())
 
 
 @settings(bounded, max_examples=60)
@@ -139,6 +144,21 @@ def test_a_manifest_of_any_bytes(content: bytes) -> None:
         (here / "manifest.json").write_bytes(content)
         with contextlib.suppress(MoaDistError):
             load_manifest(here)
+
+
+@bounded
+@given(st.sampled_from(list(_leaves(ANALYSIS_TREE))), values)
+@example(("routers", 0, "load", 0, 0), 2**53)
+@example(("routers", 0, "num_tokens"), 0)
+@example(("routers", 0, "load"), [[0] * 4] * 2)
+def test_an_analysis_with_any_value_anywhere(path: tuple[Any, ...], value: Any) -> None:
+    with folder() as here:
+        (here / ANALYSIS_FILE).write_text(json.dumps(_replaced(ANALYSIS_TREE, path, value)))
+        with contextlib.suppress(MoaDistError):
+            found = load_analysis(here)
+            assert found is not None
+            assert "</html>" in analysis_page(found)
+            assert summary(found)
 
 
 def _sound(here: Path, manifest: Manifest, index: int) -> None:

@@ -1,0 +1,1 @@
+"""What a trained model's experts and heads do on held-out text."""

@@ -1,0 +1,169 @@
+"""From a model and batches of text to an `Analysis`.
+
+Shapes: B sequences of S tokens, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moa_dist.analyze.heads import HeadSums
+from moa_dist.analyze.measures import Counts, entropy, mutual_information, pointwise_information
+from moa_dist.analyze.results import HeadResult, LayerHeads, RouterResult, TokenOfExpert
+from moa_dist.analyze.selections import Selections
+from moa_dist.config.model import MoAConfig, ModelConfig
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.stack import Application, RouterKey
+from moa_dist.models.trace import BlockTrace, HeadSummary
+
+TOP_TOKENS = 10
+"""Listed of each expert, at most."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """All that is counted while a model reads."""
+
+    occurrences_V: Tensor
+    """int64, of each token in the text."""
+    routers: dict[RouterKey, Selections]
+    """What routers chose."""
+    attention: dict[Application, HeadSums]
+    """Where heads looked; in the order in which layers are applied."""
+
+    def add(self, tokens: Tensor, real: Tensor, traces: dict[Application, BlockTrace]) -> None:
+        """Count a batch: `tokens` [B, S] int64, `real` [B, S] bool, and what the model decided."""
+        self.occurrences_V.add_(tokens[real].bincount(minlength=len(self.occurrences_V)))
+        beyond_first = real & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
+        for application, heads in self.attention.items():
+            heads.add(traces[application], beyond_first)
+        for (layer, name), chosen in self.routers.items():
+            repeats = range(len(chosen.load_RE))
+            routings = [traces[layer, repeat].routing[name] for repeat in repeats]
+            chosen.add(tokens.flatten(), real.flatten(), routings)
+
+
+@torch.no_grad()
+def observe(
+    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Observations:
+    """Let `model`, in evaluation mode, read the batches, and count what it does.
+
+    `batches` yields tokens [B, S + 1] int64, of which the last is not read, and which sequences
+    count [B] bool.
+    """
+    result = _nothing_seen(model, device)
+    for tokens, counts in batches:
+        read = tokens[:, :-1].to(device)
+        real = counts[:, None].expand_as(read).to(device)
+        output = model(read, None if bool(counts.all()) else real, trace=True)
+        result.add(read, real, output.traces)
+    return result
+
+
+def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
+    vocab_size, repeats = model.config.vocab_size, range(model.stack.num_repeats)
+    return Observations(
+        torch.zeros(vocab_size, dtype=torch.int64, device=device),
+        {
+            key: Selections(
+                vocab_size,
+                router.num_experts,
+                router.num_groups * router.config.top_k,
+                len(repeats),
+                device,
+            )
+            for key, router in model.stack.routers().items()
+        },
+        {
+            (layer, repeat): HeadSums(_num_heads(model.config), device)
+            for repeat in repeats
+            for layer in range(len(model.stack.layers))
+        },
+    )
+
+
+def _num_heads(config: ModelConfig) -> int:
+    attention = config.attention
+    if isinstance(attention, MoAConfig):
+        return attention.router.num_experts * attention.heads_per_expert
+    return attention.num_heads
+
+
+def router_results(
+    model: LanguageModel, seen: Observations, min_count: int, text_of: Callable[[int], str]
+) -> list[RouterResult]:
+    """What the routers chose. Tokens that occur less than `min_count` times are not named."""
+    occurrences_V = seen.occurrences_V.cpu().numpy()
+    frequent = np.flatnonzero(occurrences_V >= min_count)
+    results = []
+    for (layer, name), chosen in sorted(seen.routers.items()):
+        tokens_VE = chosen.tokens_VE.cpu().numpy()
+        results.append(
+            RouterResult(
+                layer=layer,
+                router=name,
+                num_groups=model.stack.routers()[layer, name].num_groups,
+                choices=chosen.choices,
+                num_tokens=int(occurrences_V.sum()),
+                load=chosen.load_RE.tolist(),
+                dropped=chosen.dropped_RE.tolist(),
+                together=chosen.together_EE.tolist(),
+                common=chosen.common_RR.tolist(),
+                distinct=chosen.distinct.tolist(),
+                information=mutual_information(tokens_VE[frequent]),
+                most_information=float(entropy(tokens_VE[frequent].sum(0)) - log(chosen.choices)),
+                top_tokens=_top_tokens(
+                    tokens_VE, occurrences_V * len(chosen.load_RE), frequent, text_of
+                ),
+            )
+        )
+    return results
+
+
+def _top_tokens(
+    tokens_VE: Counts, applications_V: Counts, allowed: Counts, text_of: Callable[[int], str]
+) -> list[list[TokenOfExpert]]:
+    """Of each expert, among the `allowed` tokens those that prefer it; PMI counts all tokens."""
+    pmi_VE = pointwise_information(tokens_VE, allowed)
+    lists = []
+    for expert, pmi_V in enumerate(pmi_VE.T):
+        # By the count where PMI ties, as it does for tokens that choose nothing else.
+        best = np.lexsort((-tokens_VE[allowed, expert], -pmi_V))[:TOP_TOKENS]
+        lists.append(
+            [
+                TokenOfExpert(
+                    token=token,
+                    text=text_of(token),
+                    pmi=float(pmi),
+                    share=int(tokens_VE[token, expert]) / int(applications_V[token]),
+                    count=int(tokens_VE[token, expert]),
+                )
+                for token, pmi in zip(allowed[best].tolist(), pmi_V[best], strict=True)
+                if pmi > 0
+            ]
+        )
+    return lists
+
+
+def attention_results(seen: Observations) -> list[LayerHeads]:
+    """Where the heads looked."""
+    return [
+        LayerHeads(
+            layer=layer,
+            repeat=repeat,
+            heads=[
+                HeadResult(queries=queries, **dict(zip(HeadSummary._fields, means, strict=True)))
+                for queries, means in zip(
+                    sums.queries_H.tolist(), sums.means().tolist(), strict=True
+                )
+            ],
+        )
+        for (layer, repeat), sums in seen.attention.items()
+    ]

@@ -1,0 +1,45 @@
+"""Where attention heads look, added up batch by batch.
+
+Shapes: B sequences, S tokens, H heads, M measures (the fields of `HeadSummary`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moa_dist.models.trace import BlockTrace, HeadSummary
+
+NUM_MEASURES = len(HeadSummary._fields)
+
+
+class HeadSums:
+    """Sums over the queries of every head, in one application of a layer.
+
+    A head of MoA belongs to an expert, and its queries are those of the tokens that chose it:
+    head `expert * heads_per_expert + i`.
+    """
+
+    def __init__(self, num_heads: int, device: torch.device) -> None:
+        self.sums_HM = torch.zeros(num_heads, NUM_MEASURES, dtype=torch.float64, device=device)
+        self.queries_H = torch.zeros(num_heads, dtype=torch.int64, device=device)
+        """Queries that the sums run over."""
+
+    def add(self, trace: BlockTrace, counted: Tensor) -> None:
+        """Count a batch; `counted` [B, S] bool leaves out padding and the first tokens."""
+        values_BHSM = torch.stack(trace.heads, dim=-1)
+        B, slots, S, _ = values_BHSM.shape
+        values = values_BHSM.transpose(1, 2)[counted].flatten(0, 1).double()
+        head = torch.arange(slots, device=counted.device).expand(B, S, -1)
+        if query := trace.routing.get("attention.query"):
+            ids_BSK = query.expert_ids.view(B, S, -1)
+            heads_per_expert = slots // ids_BSK.shape[2]
+            inner = torch.arange(heads_per_expert, device=counted.device)
+            head = (ids_BSK[..., None] * heads_per_expert + inner).flatten(2)
+        head = head[counted].flatten()
+        self.sums_HM.index_add_(0, head, values)
+        self.queries_H += head.bincount(minlength=len(self.queries_H))
+
+    def means(self) -> Tensor:
+        """[H, M] in fp64; zero for heads without a query."""
+        return self.sums_HM / self.queries_H.clamp(min=1)[:, None]

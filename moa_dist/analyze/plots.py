@@ -1,0 +1,85 @@
+"""Pictures of an analysis as PNG files, with matplotlib, which the extra `plots` installs."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moa_dist.analyze.panels import Panel, Plate, plates
+from moa_dist.analyze.results import Analysis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = 2
+_WIDTH, _LOWEST, _HIGHEST, _ROW = 5.2, 1.5, 4.6, 0.28
+"""Inches: of a panel, the least and the greatest height, and what each row adds."""
+_MOST_LABELS = 24
+_MOST_NUMBERS = 12
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
+    """One file for each kind of picture; returns their paths. Needs matplotlib."""
+    paths = []
+    for plate in plates(analysis):
+        paths.append(folder / f"{plate.name}.png")
+        _draw(plate, f"{analysis.name}, step {analysis.step:,}", paths[-1])
+    return paths
+
+
+def _draw(plate: Plate, of: str, path: Path) -> None:
+    # Not pyplot, which keeps figures in a global list.
+    from matplotlib.figure import Figure
+
+    num_columns = min(_COLUMNS, len(plate.panels))
+    num_rows = math.ceil(len(plate.panels) / num_columns)
+    tallest = max(len(panel.rows) for panel in plate.panels)
+    height = min(max(_LOWEST, 1 + _ROW * tallest), _HIGHEST)
+    figure = Figure(figsize=(_WIDTH * num_columns, height * num_rows + 0.9), layout="constrained")
+    figure.suptitle(f"{plate.title} ({of})\n{plate.about}", fontsize=9)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes, panel in zip(grid.flat, plate.panels, strict=False):
+        _draw_panel(figure, axes, panel)
+    for axes in list(grid.flat)[len(plate.panels) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=130)
+
+
+def _draw_panel(figure: Figure, axes: Axes, panel: Panel) -> None:
+    num_rows, num_columns = panel.values_RC.shape
+    # Clipped, since matplotlib would leave infinite values blank.
+    image = axes.imshow(
+        np.clip(panel.values_RC, panel.low, panel.high),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="RdBu_r" if panel.has_middle else "Blues",
+        vmin=panel.low,
+        vmax=panel.high,
+    )
+    axes.set_title(panel.title, fontsize=9)
+    every = math.ceil(num_rows / _MOST_LABELS)
+    axes.set_yticks(range(0, num_rows, every), panel.rows[::every], fontsize=7)
+    ends = dict(zip((0, num_columns - 1), panel.columns, strict=True))
+    axes.set_xticks(list(ends), list(ends.values()), fontsize=7)
+    for group in range(1, panel.num_groups):
+        axes.axvline(group * num_columns / panel.num_groups - 0.5, color="black", linewidth=0.8)
+    if num_columns <= _MOST_NUMBERS:
+        for (row, column), value in np.ndenumerate(panel.values_RC):
+            if np.isfinite(value):
+                share = (value - panel.low) / (panel.high - panel.low)
+                is_dark = abs(share - 0.5) > 0.35 if panel.has_middle else share > 0.6
+                color = "white" if is_dark else "black"
+                axes.text(
+                    column, row, f"{value:.2g}", color=color, fontsize=6, ha="center", va="center"
+                )
+    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)

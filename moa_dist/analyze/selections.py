@@ -1,0 +1,67 @@
+"""Counts of which experts a router chose, added up batch by batch in memory that never grows.
+
+Shapes: T tokens, V vocabulary, R repeats of the router's layer, E experts of all its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moa_dist.moe.router import Routing
+
+
+class Selections:
+    """What one router chose in all repeats of its layer; dropped choices are choices, too.
+
+    The largest part is 4 bytes per token of the vocabulary and expert.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_experts: int,
+        choices: int,
+        num_repeats: int,
+        device: torch.device,
+    ) -> None:
+        """`choices` are those of a token in one repeat, over all groups of the router."""
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*size, dtype=dtype, device=device)
+
+        self.choices = choices
+        self.tokens_VE = zeros(vocab_size, num_experts, dtype=torch.int32)
+        """How often each token chose each expert, over all repeats."""
+        self.load_RE = zeros(num_repeats, num_experts)
+        """Choices of each expert."""
+        self.dropped_RE = zeros(num_repeats, num_experts)
+        """Of those, the ones that were dropped for lack of capacity."""
+        self.together_EE = zeros(num_experts, num_experts)
+        """How often two experts were chosen by one token in one repeat; on the diagonal, how often
+        one was."""
+        self.common_RR = zeros(num_repeats, num_repeats)
+        """Experts that a token chose in both of two repeats, summed over tokens."""
+        self.distinct = zeros(min(num_repeats * choices, num_experts) + 1)
+        """Tokens, by how many different experts they chose over all repeats."""
+
+    def add(self, tokens: Tensor, real: Tensor, routings: Sequence[Routing]) -> None:
+        """Count a batch: `tokens` [T] int64, `real` [T] bool, and a routing per repeat."""
+        num_experts = self.load_RE.shape[1]
+        ids_RTK = torch.stack([routing.expert_ids.flatten(1) for routing in routings])[:, real]
+        size = (*ids_RTK.shape[:2], num_experts)
+        # Ones and zeros: fp32 adds them up exactly as long as a batch has less than 2^24 choices.
+        chosen_RTE = torch.zeros(size, device=ids_RTK.device).scatter_(2, ids_RTK, 1.0)
+        flat = chosen_RTE.flatten(0, 1)
+        by_repeat = chosen_RTE.flatten(1)
+        total_TE = chosen_RTE.sum(0)
+        self.tokens_VE.index_add_(0, tokens[real], total_TE.to(torch.int32))
+        self.load_RE += chosen_RTE.sum(1).long()
+        self.together_EE += (flat.T @ flat).long()
+        self.common_RR += (by_repeat @ by_repeat.T).long()
+        num_distinct_T = (total_TE > 0).sum(1)
+        self.distinct += num_distinct_T.bincount(minlength=len(self.distinct))
+        for dropped_E, routing in zip(self.dropped_RE, routings, strict=True):
+            dropped_E += routing.statistics.dropped.sum(0).flatten()

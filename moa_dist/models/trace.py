@@ -1,0 +1,80 @@
+"""What layers decide, as values, for those who study a trained model; only where it is asked for.
+
+Shapes: B sequences, T queries, S keys, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moa_dist.moe.router import Routing
+
+
+class HeadSummary(NamedTuple):
+    """Where every query of every head looks: [B, H, T] each, in fp32 or wider."""
+
+    distance: Tensor
+    """Mean distance in tokens to the keys, weighted by attention."""
+    entropy: Tensor
+    """Of the attention over the keys, nats."""
+    previous: Tensor
+    """Attention to the token before; the first token has none before it, and here is its own."""
+    first: Tensor
+    """Attention to the first token of the sequence."""
+    itself: Tensor
+    """Attention to the query's own token."""
+
+
+class AttentionTrace(NamedTuple):
+    """What an attention layer decided."""
+
+    routing: dict[str, Routing]
+    """By the name of the router within the layer; empty for dense attention."""
+    heads: HeadSummary
+    """Of MoA, head `slot * heads_per_expert + i` is the i-th of the expert in that slot."""
+
+
+class BlockTrace(NamedTuple):
+    """What one application of a layer decided."""
+
+    routing: dict[str, Routing]
+    """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`."""
+    heads: HeadSummary
+    """Of its attention."""
+
+
+def head_summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummary:
+    """Summarise softmax(q k^T / sqrt d) of q [B, H, T, d] and k [B, H, S, d].
+
+    `visible` [B, 1, T or 1, S] bool says which keys a query sees; query t is token `num_past + t`.
+    """
+    # A sequence at a time: fused kernels never hold the probabilities, but here they are needed.
+    sequences = [_summary(*parts, num_past) for parts in zip(q, k, visible, strict=True)]
+    return HeadSummary(*(torch.stack(part) for part in zip(*sequences, strict=True)))
+
+
+def _summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummary:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores_HTS = q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    log_HTS = scores_HTS.masked_fill(~visible, -math.inf).log_softmax(-1)
+    share_HTS = log_HTS.exp()
+    key = torch.arange(k.shape[-2], device=q.device)
+    query = torch.arange(q.shape[-2], device=q.device) + num_past
+    distance_TS = (query[:, None] - key).abs().to(dtype)
+
+    def at(token_T: Tensor) -> Tensor:
+        index = token_T.clamp(min=0)[None, :, None].expand(len(q), -1, 1)
+        return share_HTS.gather(-1, index).squeeze(-1)
+
+    return HeadSummary(
+        distance=(share_HTS * distance_TS).sum(-1),
+        # A share of zero has no part in the entropy, and its logarithm is infinite.
+        entropy=-(share_HTS * log_HTS.masked_fill(~visible, 0)).sum(-1),
+        previous=at(query - 1),
+        first=share_HTS[..., 0],
+        itself=at(query),
+    )

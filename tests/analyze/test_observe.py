@@ -1,0 +1,150 @@
+"""What is counted is what the model did: planted routers, sums, heads by expert."""
+
+from collections import Counter
+from math import log
+
+import pytest
+import torch
+
+from moa_dist.analyze.analyze import attention_results, observe, router_results
+from moa_dist.analyze.headline import headline
+from moa_dist.analyze.selections import Selections
+from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.moe.router import Routing
+from moa_dist.moe.statistics import RoutingStatistics
+from tests.models.small import FFN, small_config, small_model, tokens_of, with_capacity
+
+CPU = torch.device("cpu")
+
+
+def planted_model(num_experts: int = 4) -> LanguageModel:
+    """Token t always chooses expert t mod 4, in both repeats of its only layer."""
+    ffn = FFN["moe"] | {"router": {"num_experts": num_experts, "top_k": 1, "score": "sigmoid"}}
+    config = small_config("dense", ffn, vocab_size=7, num_layers=2, num_distinct_layers=1)
+    model = build_model(config).eval()
+    block = model.stack.layers[0]
+    for weight in (block.attention.o.weight, block.ffn.down.weight, model.embedding.weight):
+        torch.nn.init.zeros_(weight)  # the residual stream stays what the embedding says
+    for token in range(7):
+        torch.nn.init.ones_(model.embedding.weight[token, token % num_experts, None])
+    torch.nn.init.eye_(block.ffn.router.logits.weight)
+    return model
+
+
+TEXT = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 0], [0, 0, 1, 1, 1, 2, 5, 5, 3]])
+"""The last of each row is not read."""
+
+
+def test_planted_experts_are_found():
+    model = planted_model()
+    seen = observe(model, [(TEXT, torch.tensor([True, True]))], CPU)
+    (router,) = router_results(model, seen, 1, str)
+    # Read: 0 four times, 1 four, 2 twice, 3 once, 4 once, 5 three times, 6 once; so of 16 tokens
+    # expert 0 takes 5, expert 1 takes 7, expert 2 takes 3, expert 3 takes 1.
+    assert router.load == [[5, 7, 3, 1]] * 2
+    found = [[(t.text, t.count, t.share) for t in tokens] for tokens in router.top_tokens]
+    assert found == [
+        [("0", 8, 1.0), ("4", 2, 1.0)],
+        [("1", 8, 1.0), ("5", 6, 1.0)],
+        [("2", 4, 1.0), ("6", 2, 1.0)],
+        [("3", 2, 1.0)],
+    ]
+    for tokens, load in zip(router.top_tokens, router.load[0], strict=True):
+        # p(t, e) = p(t), so PMI is -log p(e).
+        assert [t.pmi for t in tokens] == pytest.approx([log(16 / load)] * len(tokens))
+    assert router.information == pytest.approx(router.most_information)
+    assert headline(router).explained == pytest.approx(1)
+
+
+def test_rare_tokens_are_not_named():
+    model = planted_model()
+    seen = observe(model, [(TEXT, torch.tensor([True, True]))], CPU)
+    (router,) = router_results(model, seen, 3, str)
+    assert [[t.text for t in tokens] for tokens in router.top_tokens] == [["0"], ["1", "5"], [], []]
+    assert router.top_tokens[0][0].pmi == pytest.approx(log(16 / 5)), "rare ones count in p(e)"
+
+
+@pytest.mark.parametrize("attention", ["moa", "switchhead"])
+def test_sums_agree_with_the_statistics_and_with_each_other(attention):
+    model = small_model(attention=attention, num_layers=6, num_distinct_layers=2).eval()
+    batches = [
+        (tokens_of(3, seed=1), torch.tensor([True, True, False])),
+        (tokens_of(3, seed=2), torch.tensor([True, True, True])),
+    ]
+    loads = Counter()
+    for tokens, counts in batches:
+        for site, statistics in model(tokens[counts, :-1]).statistics.items():
+            loads[site] = loads[site] + statistics.load.sum(0).flatten()
+    seen = observe(model, batches, CPU)
+    num_tokens = 5 * (tokens_of().shape[1] - 1)
+    assert seen.occurrences_V.sum() == num_tokens
+    assert {(s.layer, s.router) for s in loads} == seen.routers.keys()
+    for (layer, router), chosen in seen.routers.items():
+        for repeat in range(3):
+            assert torch.equal(chosen.load_RE[repeat], loads[layer, repeat, router])
+        assert torch.equal(chosen.tokens_VE.sum(0), chosen.load_RE.sum(0))
+        assert torch.equal(chosen.tokens_VE.sum(1), seen.occurrences_V * 3 * chosen.choices), (
+            "every token chooses as many"
+        )
+        assert torch.equal(chosen.together_EE.diagonal(), chosen.load_RE.sum(0))
+        assert torch.equal(chosen.together_EE.sum(1), chosen.load_RE.sum(0) * chosen.choices)
+        assert torch.equal(chosen.together_EE, chosen.together_EE.T)
+        assert set(chosen.common_RR.diagonal().tolist()) == {num_tokens * chosen.choices}
+        assert chosen.distinct.sum() == num_tokens
+        assert not chosen.distinct[: chosen.choices].any()
+
+
+def test_dropped_choices_are_counted():
+    model = small_model(**with_capacity("position")).eval()
+    batch = (tokens_of(), torch.tensor([True, True]))
+    expected = model(batch[0][:, :-1]).statistics
+    for router in router_results(model, observe(model, [batch], CPU), 1, str):
+        dropped = expected[router.layer, 0, router.router].dropped.sum(0).flatten()
+        assert router.dropped == [dropped.tolist()]
+    assert sum(s.dropped.sum() for s in expected.values()), "nothing was dropped"
+
+
+def routing(ids: list[list[int]], num_experts: int) -> Routing:
+    none = torch.zeros(1, 1, num_experts, dtype=torch.int64)
+    statistics = RoutingStatistics(none, none, none, none, none, none)
+    return Routing(torch.tensor(ids)[:, None], torch.empty(0), None, statistics)
+
+
+def test_repeats_are_compared_token_by_token():
+    """Two repeats with equal loads have all experts in common, or none."""
+    first, same, other = [[0, 1], [2, 3]], [[1, 0], [3, 2]], [[2, 3], [0, 1]]
+    for second, common, distinct in ((same, 4, [0, 0, 2, 0, 0]), (other, 0, [0, 0, 0, 0, 2])):
+        chosen = Selections(5, 4, 2, 2, CPU)
+        routings = [routing(first, 4), routing(second, 4)]
+        chosen.add(torch.tensor([3, 4]), torch.tensor([True, True]), routings)
+        assert chosen.load_RE.tolist() == [[1, 1, 1, 1]] * 2
+        assert chosen.common_RR.tolist() == [[4, common], [common, 4]]
+        assert chosen.distinct.tolist() == distinct
+
+
+def test_heads_of_moa_belong_to_the_experts_that_tokens_choose():
+    model = small_model(attention="moa", num_layers=1).eval()
+    tokens, counts = tokens_of(3), torch.tensor([True, False, True])
+    (layer,) = attention_results(observe(model, [(tokens, counts)], CPU))
+    trace = model(tokens[counts, :-1], trace=True).traces[0, 0]
+    ids = trace.routing["attention.query"].expert_ids.view(2, -1, 2)
+    sums, queries = torch.zeros(6, dtype=torch.float64), [0] * 6
+    for b in range(2):
+        for t in range(1, ids.shape[1]):  # the first token sees only itself
+            for slot in range(2):
+                for inner in range(2):
+                    head = int(ids[b, t, slot]) * 2 + inner
+                    sums[head] += trace.heads.entropy[b, slot * 2 + inner, t].item()
+                    queries[head] += 1
+    assert [head.queries for head in layer.heads] == queries
+    for head, total in zip(layer.heads, sums.tolist(), strict=True):
+        assert head.entropy == pytest.approx(total / max(head.queries, 1))
+
+
+def test_a_dense_model_has_heads_only():
+    model = small_model(attention="dense", ffn="dense").eval()
+    seen = observe(model, [(tokens_of(), torch.tensor([True, True]))], CPU)
+    assert router_results(model, seen, 1, str) == []
+    first, second = attention_results(seen)
+    assert (first.layer, first.repeat, second.layer) == (0, 0, 1)
+    assert [head.queries for head in first.heads] == [2 * (tokens_of().shape[1] - 2)] * 2

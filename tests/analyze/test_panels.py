@@ -1,0 +1,134 @@
+"""What the pictures and the first numbers say of counts made by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moa_dist.analyze.headline import headline
+from moa_dist.analyze.panels import MOST_PAIRED, plates
+from moa_dist.analyze.results import (
+    Analysis,
+    HeadResult,
+    LayerHeads,
+    RouterResult,
+    TokenOfExpert,
+    load_analysis,
+    save_analysis,
+)
+from moa_dist.analyze.summary import summary
+from moa_dist.report.analysis import analysis_page
+
+# 10 tokens choose 2 of 4 experts in each of 2 repeats: repeat 0 takes 0 and 1 always; repeat 1
+# takes 1 always, and 2 for its second. Expert 3 is never chosen.
+ROUTER = RouterResult(
+    layer=0,
+    router="ffn",
+    num_groups=1,
+    choices=2,
+    num_tokens=10,
+    load=[[10, 10, 0, 0], [0, 10, 10, 0]],
+    dropped=[[0, 0, 0, 0], [0, 3, 1, 0]],
+    together=[[10, 10, 0, 0], [10, 20, 10, 0], [0, 10, 10, 0], [0, 0, 0, 0]],
+    common=[[20, 10], [10, 20]],
+    distinct=[0, 0, 0, 10, 0],
+    information=0.1,
+    most_information=0.4,
+    top_tokens=[
+        [TokenOfExpert(token=5, text=" <b>\n", pmi=1.5, share=0.5, count=4)],
+        *([] for _ in range(3)),
+    ],
+)
+
+
+def head(queries, distance):
+    return HeadResult(
+        queries=queries, distance=distance, entropy=1.0, previous=0.2, first=0.1, itself=0.3
+    )
+
+
+def analysis(*routers):
+    return Analysis(
+        name="planted",
+        step=3,
+        data="data/valid",
+        tokens=10,
+        sequence_length=5,
+        min_count=2,
+        routers=list(routers),
+        attention=[
+            LayerHeads(layer=0, repeat=repeat, heads=[head(8, 2.0 + repeat), head(0, 0.0)])
+            for repeat in range(2)
+        ],
+    )
+
+
+def test_headline():
+    numbers = headline(ROUTER)
+    assert numbers.imbalance == 2
+    assert numbers.dead == 1
+    assert numbers.dropped == pytest.approx(4 / 40)
+    assert numbers.explained == pytest.approx(0.25)
+    depth = numbers.depth
+    assert depth.overlap == 0.5
+    assert depth.chance == 0.5
+    assert depth.single_repeat == pytest.approx(2 / 3), "experts 0 and 2 of the three in use"
+    assert depth.distinct == 3
+    assert depth.most_distinct == 4
+
+
+def test_panels():
+    made = {plate.name: plate.panels for plate in plates(analysis(ROUTER))}
+    assert list(made) == ["load", "depth", "overlap", "together", "heads"]
+    assert made["load"][0].values_RC.tolist() == [[2, 2, 0, 0], [0, 2, 2, 0]]
+    assert made["load"][0].rows == ["L0 R0", "L0 R1"]
+    depth = made["depth"][0].values_RC
+    assert depth[:, :3].tolist() == [[1, 0.5, 0], [0, 0.5, 1]]
+    assert np.isnan(depth[:, 3]).all()
+    assert made["overlap"][0].values_RC.tolist() == [[1, 0.5], [0.5, 1]]
+    together = made["together"][0]
+    assert together.rows == ["0", "1", "2", "3"]
+    # Of 20 decisions, 10 take expert 0, all take expert 1: no news of each other.
+    assert together.values_RC[0, 1] == pytest.approx(math.log((10 / 20) / (10 / 20)))
+    assert together.values_RC[0, 2] == -math.inf
+    assert np.isnan(together.values_RC[3]).all()
+    assert np.isnan(np.diagonal(together.values_RC)).all()
+    distance = made["heads"][0]
+    assert distance.rows == ["L0 R0", "L0 R1"]
+    assert distance.values_RC[:, 0].tolist() == [2, 3]
+    assert np.isnan(distance.values_RC[:, 1]).all(), "a head without a query"
+    assert (distance.low, distance.high) == (2, 3)
+
+
+def test_pairs_of_the_most_used_experts_only():
+    num_experts = MOST_PAIRED + 4
+    load = [list(range(num_experts))]
+    many = ROUTER.model_copy(
+        update={
+            "load": load,
+            "dropped": load,
+            "together": np.diag(load[0]).tolist(),
+            "common": [[20]],
+            "top_tokens": [[]] * num_experts,
+        }
+    )
+    (together,) = [
+        p for plate in plates(analysis(many)) if plate.name == "together" for p in plate.panels
+    ]
+    assert together.rows == [str(expert) for expert in range(4, num_experts)]
+
+
+def test_page_and_text():
+    page = analysis_page(analysis(ROUTER))
+    assert "<b>\n" not in page, "text of a token became markup"
+    assert "␣&lt;b&gt;⏎" in page
+    text = summary(analysis(ROUTER))
+    assert "expert 0: ␣<b>⏎" in text
+    assert "50.0% of a token's experts come again in another repeat (50.0% by chance)" in text
+    assert "nearest L0 R0 head 0: 2.0 tokens" in text
+
+
+def test_file(tmp_path):
+    assert load_analysis(tmp_path) is None
+    save_analysis(analysis(ROUTER), tmp_path)
+    assert load_analysis(tmp_path) == analysis(ROUTER)

@@ -1,0 +1,94 @@
+"""`moa-dist recipes` names every shipped configuration, and its numbers are counted."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from moa_dist.cli.main import main
+from moa_dist.config import load_config
+from moa_dist.config.recipe import read_recipe, shipped_folder, shipped_recipes
+from moa_dist.config.source import parse_yaml
+from moa_dist.errors import ConfigError
+from moa_dist.models.language_model import LanguageModel
+
+RECIPES = shipped_recipes()
+FILES = sorted(shipped_folder().resolve().rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_configuration_is_a_recipe(path):
+    """Files without a name of their own are fragments, which only others use."""
+    data = parse_yaml(path.read_text(), path.name).data
+    recipe = read_recipe(path)
+    assert (recipe is not None) == ("name" in data), "`name` and `recipe` come together"
+    if recipe is None:
+        return
+    assert path in [shipped.resolve() for shipped in RECIPES.values()]
+    assert re.search(r"arXiv \d{4}\.\d{5}", recipe.paper)
+    for name in re.findall(r"\b[a-z_]+/\d+[mb]\b", recipe.expect):
+        assert name in RECIPES, "compares with a recipe that is not there"
+    assert "recipe" not in load_config(path).model_dump(), "it is no setting"
+
+
+def test_numbers_are_those_of_the_model(capsys):
+    assert main(["recipes", "--json"]) == 0
+    listed = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert listed.keys() == RECIPES.keys()
+    for name in ("moeut/44m", "moa/8k16e256d", "small/dense"):
+        with torch.device("meta"):
+            model = LanguageModel(load_config(RECIPES[name]).model)
+        assert listed[name]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert round(listed["moeut/44m"]["parameters"] / 1e6, 2) == 44.35
+    assert round(listed["dense/44m"]["macs_per_token"] * 1024 / 1e9, 1) == 52.5
+    assert listed["moeut/44m"]["tokens"] == 100_000 * 64 * 1024
+
+
+def test_the_table_has_a_line_for_each(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(RECIPES) + 1]] == list(RECIPES)
+    (line,) = [line for line in lines if line.startswith("moeut/244m ")]
+    assert line.split()[1:3] == ["243M", "32.0M"]
+
+
+def test_one_in_full_says_how_to_start(capsys):
+    assert main(["recipes", "small/moeut"]) == 0
+    out = capsys.readouterr().out
+    assert "arXiv 2405.16039" in out
+    assert "Perplexity 158.8" in out
+    (start,) = re.findall(r"start +(.*)", out)
+    assert start.startswith("deepspeed --num_gpus 2 launcher/train.py --config ")
+    words = start.split()
+    config = load_config(words[words.index("--config") + 1], words[words.index("--config") + 2 :])
+    assert config == load_config(RECIPES["small/moeut"])
+
+
+def test_an_unknown_name(capsys):
+    assert main(["recipes", "moeut/44"]) == 2
+    assert "no recipe `moeut/44`; did you mean `moeut/44m`?" in capsys.readouterr().err
+    assert main(["recipes", "?"]) == 2
+    assert "moa-dist recipes lists all" in capsys.readouterr().err
+
+
+def test_a_recipe_is_not_passed_on(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        f"extends: {RECIPES['small/moeut'].resolve()}\nname: mine\n"
+    )
+    assert read_recipe(tmp_path / "mine.yaml") is None
+    assert load_config(tmp_path / "mine.yaml").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe: {paper: a, row: b}", "recipe.expect: Field required"),
+        ("recipe: {paper: a, row: b, expect: c, tabel: d}", "recipe.tabel: Extra inputs"),
+        ("recipe: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe(tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(tmp_path / "wrong.yaml")
