@@ -1,10 +1,8 @@
 #!/bin/sh
-# Arguments that begin with --config train on this node's devices; all others are a command.
+# Options go to the launcher, which trains on this node's devices; anything else is a command.
 set -eu
 
 case "${1:-}" in
---config | --config=*)
-    exec deepspeed "$(dirname "$0")/../launcher/train.py" "$@"
-    ;;
+-*) exec python /app/launcher/launch.py "$@" ;;
 esac
 exec "$@"
