@@ -85,7 +85,6 @@ def test_the_hash_is_of_names_and_contents(tmp_path, monkeypatch):
     assert code_hash() == hashes[-1]
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_commit_is_that_of_the_sources(tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
@@ -95,6 +94,8 @@ def test_the_commit_is_that_of_the_sources(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     assert provenance().commit is None  # no repository
+    if shutil.which("git") is None:  # as in an image
+        return
     git("init")
     (tmp_path / "provenance.py").write_text("x")
     git("commit", "--allow-empty", "-m", "of something else")
