@@ -19,14 +19,15 @@ containers=() images=() bridge=moa-image
 say() { printf '\n== %s\n' "$*"; }
 
 clean_up() {
+    set +e # what is not there need not be taken away
     for node in text node0 node1; do
         ip netns pids "$bridge-$node" 2>/dev/null | xargs --no-run-if-empty kill
     done
     wait
-    for container in "${containers[@]}"; do buildah rm "$container" >/dev/null || true; done
-    for image in "${images[@]}"; do buildah rmi --force "$image" >/dev/null 2>&1 || true; done
-    for node in text node0 node1; do ip netns delete "$bridge-$node" 2>/dev/null || true; done
-    ip link delete "$bridge" 2>/dev/null || true
+    for container in "${containers[@]}"; do buildah rm "$container" >/dev/null; done
+    for image in "${images[@]}"; do buildah rmi --force "$image" >/dev/null 2>&1; done
+    for node in text node0 node1; do ip netns delete "$bridge-$node" 2>/dev/null; done
+    ip link delete "$bridge" 2>/dev/null
     rm -rf "$work"
 }
 trap clean_up EXIT
