@@ -1,8 +1,10 @@
 # Sourced by quickstart.sh and tests/run.sh: `make_environment [EXTRAS]` makes .venv in the
-# repository and installs the package in it; nothing happens if both are up to date.
+# repository and installs the package in it; nothing happens if both are up to date, or in an image,
+# which has its packages.
 
 make_environment() {
     local extras="${1:-}" python="${PYTHON:-python3}" stamp
+    [ -z "${MOA_DIST_IMAGE:-}" ] || return 0
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "Python 3.11 or newer is needed; '$python' is not. Set PYTHON to one that is." >&2
         return 1

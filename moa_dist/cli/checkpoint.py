@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moa_dist.cli.arguments import between
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.units import short
+from moa_dist.provenance import Provenance
 from moa_dist.train.checkpoint_check import damage, incomplete
 from moa_dist.train.checkpoint_convert import convert
 from moa_dist.train.checkpoint_files import Reader, checkpoints
@@ -100,6 +102,7 @@ def _report(folders: list[Path]) -> dict[str, Any]:
                     "expert_parallel": parallel.expert_parallel,
                     "zero_stage": parallel.zero_stage,
                 },
+                "provenance": index.provenance and asdict(index.provenance),
                 "state": state,
                 "problem": problems[0] if problems else None,
             }
@@ -109,6 +112,7 @@ def _report(folders: list[Path]) -> dict[str, Any]:
 
 def _as_text(report: dict[str, Any]) -> str:
     lines = [f"{'step':>10}  {'samples':>12}  {'size':>7}  {'saved in':<18}  state"]
+    written_by = None
     for row in report["checkpoints"]:
         if "step" in row:
             layout = row["layout"]
@@ -120,6 +124,9 @@ def _as_text(report: dict[str, Any]) -> str:
             line = f"{Path(row['checkpoint']).name.removeprefix('step-').lstrip('0'):>10}{'':45}"
         problem = f": {row['problem']}" if row["problem"] else ""
         lines.append(f"{line}  {row['state']}{problem}")
+        if row.get("provenance") and row["provenance"] != written_by:
+            written_by = row["provenance"]
+            lines.append(f"{'':>10}  by {Provenance(**written_by)}")
     chosen = report["continue_from"]
     lines.append(
         f"checkpoint.resume auto continues from {chosen}"

@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 from moa_dist.doctor.finding import Finding, guarded
-from moa_dist.doctor.packages import check_packages, code_hash
+from moa_dist.doctor.packages import check_packages
+from moa_dist.provenance import changed_since_build, image_record, provenance
 
 DEFAULT_PORT = 29500
 """What launchers use if they are not told otherwise."""
@@ -26,6 +27,7 @@ def check_environment() -> list[Finding]:
     """All that needs no configuration, no GPU and no other rank."""
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "system": _system,
+        "made of": _provenance,
         "memory": _memory,
         "disk": _disk,
         "package": check_packages,
@@ -39,7 +41,15 @@ def _system() -> Iterator[Finding]:
     yield Finding("system", "ok", f"{python} on {platform.platform()}, host {platform.node()}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("system", "ok", f"{cores} of {os.cpu_count()} cores for us, {_processor()}")
-    yield Finding("system", "ok", f"sources of moa_dist {code_hash()}")
+
+
+def _provenance() -> Iterator[Finding]:
+    yield Finding("made of", "ok", str(provenance()))
+    image = image_record()
+    changes = image and changed_since_build(image)
+    if changes:
+        text = f"packages have changed since the image was built: {changes}"
+        yield Finding("made of", "note", text, "build an image with them: docker/lock.py")
 
 
 def _processor() -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from moa_dist.doctor.finding import Finding, guarded
-from moa_dist.doctor.packages import check_packages, code_hash, package_versions
+from moa_dist.doctor.packages import check_packages, package_versions
 from moa_dist.errors import MoaDistError
+from moa_dist.provenance import code_hash
 
 _REACH_S = 5.0
 _LOOKS_S = 5.0

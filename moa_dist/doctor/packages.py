@@ -1,14 +1,11 @@
-"""Packages and sources of this installation, and whether they are what it asks for."""
+"""Packages of this installation, and whether they are what it asks for."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import moa_dist
 from moa_dist.doctor.finding import Finding
 
 if TYPE_CHECKING:
@@ -55,14 +52,3 @@ def installed_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def code_hash() -> str:
-    """Names and contents of all sources of this package, in 16 hexadecimal digits."""
-    assert moa_dist.__file__ is not None
-    folder = Path(moa_dist.__file__).parent
-    total = hashlib.sha256()
-    for file in sorted(folder.rglob("*.py")):
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        total.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
-    return total.hexdigest()[:16]

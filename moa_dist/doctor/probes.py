@@ -42,7 +42,9 @@ def all_probes(device: torch.device, hosts: Sequence[str]) -> list[Probe]:
 def matmul(device: torch.device) -> Probe:
     """[M, K] times [K, M]: on a GPU, by its tensor cores."""
     is_gpu = device.type == "cuda"
-    M, K, dtype = (8192, 2048, torch.bfloat16) if is_gpu else (256, 2048, torch.float32)
+    # On a CPU it takes longer than a turn of the scheduler's (some ms): else the best of ten would
+    # be one in which whatever shares the core did not run, and nothing would show.
+    M, K, dtype = (8192, 2048, torch.bfloat16) if is_gpu else (1024, 2048, torch.float32)
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randint, device=device, generator=generator)
     # Sums of K products of -1, 0 and 1 stay below 256 (8 standard deviations), exact in bf16.

@@ -19,8 +19,9 @@ from moa_dist.doctor.compare import RankReport
 from moa_dist.doctor.environment import nccl_version
 from moa_dist.doctor.finding import Finding, guarded
 from moa_dist.doctor.gpu import check_gpus, driver_version
-from moa_dist.doctor.packages import code_hash, package_versions
+from moa_dist.doctor.packages import package_versions
 from moa_dist.doctor.probes import Probe, all_probes
+from moa_dist.provenance import code_hash
 
 ROUNDS = 10
 """How often each probe is timed; the best counts, since disturbances only ever slow down."""

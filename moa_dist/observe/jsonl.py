@@ -36,13 +36,14 @@ class MetricsFile:
         self._routing: dict[Site, RoutingReport] = {}
 
     def start(self, run: RunStart) -> None:
-        """Open the file, cut it back, and write the configuration and sizes."""
+        """Open the file, cut it back, and write configuration, sizes and provenance."""
         path = Path(run.folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path, run.first_step)
         self._file = path.open("a", encoding="utf-8")
         values = _shallow(run)
         values["config"] = run.config.model_dump(mode="json")
+        values["provenance"] = asdict(run.provenance)
         self._write("start", run.first_step, values)
 
     def step(self, metrics: StepMetrics) -> None:

@@ -22,6 +22,7 @@ from pydantic import JsonValue
 
 from moa_dist.config.run import Config
 from moa_dist.errors import DataError, SaveError
+from moa_dist.provenance import Provenance, differences, provenance
 from moa_dist.train.background import Background
 from moa_dist.train.checkpoint_check import damage
 from moa_dist.train.checkpoint_files import (
@@ -106,6 +107,7 @@ class Checkpointer:
         self._config = config
         self._folder = folder
         self._host = HostCopy(engine.device)
+        self._provenance = _from_rank_0(provenance)
         self._write: _Write | None = None
         self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
         self._failed: str | None = None  # why the last one is not there
@@ -132,7 +134,7 @@ class Checkpointer:
             index = load(self._engine, folder)
             from_rank_0(partial(_discard_all, later))
             self._saved = (index.step, index.samples, index.state)
-            notes += [*damaged, f"continuing from {folder}"]
+            notes += [*damaged, f"continuing from {folder}", *self._changes(index.provenance)]
             return Resumed(index.step, index.samples, index.state, notes)
         if damaged:
             lines = "\n  ".join(damaged)
@@ -199,6 +201,11 @@ class Checkpointer:
             raise SaveError(self._failed)
         return notes
 
+    def _changes(self, then: Provenance | None) -> list[str]:
+        """A line if it was saved by other sources or packages than rank 0's of now."""
+        changes = then and differences(then, self._provenance)
+        return [f"changed since that was saved: {changes}"] if changes else []
+
     def _tidy_and_list(self) -> list[Path]:
         # Where the folder cannot be changed, saving will say so; reading may go on.
         with suppress(OSError):
@@ -232,6 +239,7 @@ class Checkpointer:
                 state=state,
                 world_size=world_size,
                 config=config,
+                provenance=self._provenance,
                 files=files,
                 shapes=shapes,
                 tensors=tensors,

@@ -29,6 +29,7 @@ from moa_dist.config.run import Config
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.provenance import Provenance
 
 FORMAT = 2
 INDEX_FILE = "checkpoint.json"
@@ -76,6 +77,8 @@ class Index(BaseModel):
     """Ranks that wrote it; what they were is in `config.parallel`. For people, not for readers."""
     config: Config
     """Configuration of the run."""
+    provenance: Provenance | None = None
+    """Sources, packages and image of rank 0; None if they are not known."""
     files: dict[FileName, NonNegativeInt]
     """Bytes of every file that holds tensors."""
     shapes: dict[str, tuple[int, ...]]

@@ -13,6 +13,7 @@ from moa_dist.config.run import Config
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
+from moa_dist.provenance import Provenance
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RunStart:
     """Model FLOPs of one token, forward and backward, without recomputation."""
     first_step: int
     """0, or the step that training resumes after."""
+    provenance: Provenance
+    """Sources, packages and image."""
     excluded_shards: int = 0
     """Damaged training shards that are left out of the order of samples."""
     exchange: Mapping[str, str] = field(default_factory=dict)

@@ -36,6 +36,7 @@ from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange
+from moa_dist.provenance import provenance
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.boundary import agree, gather_interval, names_of_hosts
 from moa_dist.train.check_run import KEPT_FILES
@@ -247,6 +248,7 @@ def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunSta
         num_active_parameters=counts.active,
         flops_per_token=counts.flops_per_token,
         first_step=step,
+        provenance=provenance(),
     )
 
 

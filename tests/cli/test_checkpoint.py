@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import moa_dist
 from moa_dist.cli.main import main
 from moa_dist.observe.units import short
+from moa_dist.provenance import provenance
 from moa_dist.train.checkpoint_check import damage
 from moa_dist.train.checkpoint_files import Reader, load_model
 from tests.evaluate.runs import LENGTH, VOCABULARY
@@ -40,8 +42,9 @@ def logits(model) -> torch.Tensor:
 def test_show(run, capsys):
     text = printed(capsys, "checkpoint", "show", run)
     size = short(sum(Reader(run / "step-00000001").index.files.values()))
-    _, first, second, last = text.splitlines()
+    _, first, made_by, second, last = text.splitlines()
     assert first.split() == f"1 2 {size}B W 1 ep 1 ZeRO 1 complete".split()
+    assert made_by.split() == f"by {provenance()}".split()  # the second one, too
     assert second.endswith("valid")
     assert last == f"checkpoint.resume auto continues from {run / 'step-00000002'}"
     alter(run / "step-00000002")
@@ -49,6 +52,7 @@ def test_show(run, capsys):
     assert [row["state"] for row in report["checkpoints"]] == ["valid", "damaged"]
     assert "altered" in report["checkpoints"][1]["problem"]
     assert report["continue_from"] == str(run / "step-00000001")
+    assert report["checkpoints"][0]["provenance"] == asdict(provenance())
     (run / "step-00000001/checkpoint.json").unlink()
     text = printed(capsys, "checkpoint", "show", run)
     assert "stops with an error" in text

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch.distributed as dist
 
 from moa_dist.config.run import Config
 from moa_dist.errors import DataError, SaveError
+from moa_dist.provenance import provenance
+from moa_dist.train import checkpoint
 from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.checkpoint_check import damage
 from moa_dist.train.checkpoint_files import Reader, checkpoints
@@ -219,6 +222,25 @@ def test_newest_valid_one_is_continued(pools, tmp_path):
         for step in (1, 2, 3):
             assert f"step-0000000{step} is damaged" in message
         assert "delete them all to start anew" in message
+
+
+def resume_with_another_numpy(config: Config, folder: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:  # the one whose environment is recorded
+            own = provenance()
+            other = replace(own, packages={**own.packages, "numpy": "1.0"})
+            patch.setattr(checkpoint, "provenance", lambda: other)
+        return resume(config, folder)
+
+
+def test_other_packages_than_it_was_saved_with_are_noted(pools, tmp_path):
+    config = with_policy(CASE)
+    pools(2).run(save_steps, config, tmp_path, 1)
+    for resumed, _ in pools(2).run(resume_with_another_numpy, config, tmp_path):
+        continuing, changed = resumed.notes
+        assert continuing.startswith("continuing from ")
+        version = metadata.version("numpy")
+        assert changed == f"changed since that was saved: numpy 1.0 instead of {version}"
 
 
 def test_going_back_forgets_what_came_later(pools, tmp_path):

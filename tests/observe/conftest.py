@@ -4,7 +4,7 @@ import pytest
 
 from moa_dist.config import Config
 from moa_dist.train.metrics import RunStart
-from tests.observe.reports import make_config
+from tests.observe.reports import PROVENANCE, make_config
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def run_start(tmp_path):
             "num_active_parameters": 1_310_000,
             "flops_per_token": 1.5e7,
             "first_step": first_step,
+            "provenance": PROVENANCE,
         }
         return RunStart(**(values | changes))
 

@@ -8,7 +8,10 @@ from moa_dist.config import Config
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
+from moa_dist.provenance import Provenance
 from moa_dist.train.metrics import StepMetrics, Timing, ValidationMetrics
+
+PROVENANCE = Provenance("0123456789abcdef", None, "3.11.2", {"torch": "2.13.0"}, image=None)
 
 
 def make_config(attention: str = "switchhead", **changes) -> Config:

@@ -8,6 +8,7 @@ import pytest
 
 from moa_dist.errors import DataError
 from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
+from moa_dist.provenance import Provenance
 from tests.observe.reports import step_metrics, validation_metrics
 
 
@@ -33,6 +34,7 @@ def test_round_trip_keeps_every_bit(run_start):
     assert start["kind"] == "start"
     assert start["config"] == run.config.model_dump(mode="json")
     assert start["num_parameters"] == run.num_parameters
+    assert Provenance(**start["provenance"]) == run.provenance
     wanted = step_metrics(7)
     assert (step["loss"], step["lr"]) == (wanted.loss, wanted.lr)
     assert step["auxiliary"] == wanted.auxiliary

@@ -8,7 +8,7 @@ import pytest
 from moa_dist.config import to_yaml
 from moa_dist.observe.jsonl import MetricsFile
 from moa_dist.train.metrics import RunStart
-from tests.observe.reports import make_config, step_metrics, validation_metrics
+from tests.observe.reports import PROVENANCE, make_config, step_metrics, validation_metrics
 
 
 @pytest.fixture
@@ -29,6 +29,7 @@ def write_run(tmp_path):
             num_active_parameters=1_310_000,
             flops_per_token=1.5e7,
             first_step=0,
+            provenance=PROVENANCE,
         )
         file = MetricsFile()
         file.start(start)

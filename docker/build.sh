@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Build an image, labelled with the version, the commit and a hash of the sources:
+#
+#     bash docker/build.sh cpu|cuda [ARGUMENTS OF THE BUILDER]
+#
+# Such as --target test, --build-arg BASE=IMAGE, or --secret id=pip,src=pip.conf if pip needs a
+# configuration to find packages. BUILDER is docker by default; podman and buildah work as well.
+# TAG names the image, moa-dist:cpu or moa-dist:cuda by default.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+variant=${1:-}
+if [ ! -e "docker/requirements-$variant.txt" ] || [ "$variant" = test ]; then
+    echo "usage: bash docker/build.sh cpu|cuda [ARGUMENTS OF THE BUILDER]" >&2
+    exit 2
+fi
+shift
+
+revision=unknown
+if git rev-parse HEAD >/dev/null 2>&1; then
+    revision=$(git rev-parse HEAD)
+    [ -z "$(git status --porcelain)" ] || revision+=+changes
+fi
+source=$(python3 -B -c 'from moa_dist.provenance import code_hash; print(code_hash())')
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+
+exec "${BUILDER:-docker}" build --file docker/Dockerfile --tag "${TAG:-moa-dist:$variant}" \
+    --build-arg "VARIANT=$variant" --build-arg "VERSION=$version" \
+    --build-arg "REVISION=$revision" --build-arg "SOURCE=$source" "$@" .

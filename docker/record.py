@@ -1,0 +1,29 @@
+"""Write what an image holds; the last step of docker/Dockerfile. The same inputs, the same bytes.
+
+    python docker/record.py FILE BASE VARIANT REVISION SOURCE
+
+SOURCE is the hash of the sources that the image's label claims, or `unknown`; another one than
+that of the sources in the image is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from moa_dist.provenance import Image, code_hash, installed_packages
+
+
+def main(file: str, base: str, variant: str, revision: str, source: str) -> None:
+    """Check, then write."""
+    if source not in ("unknown", code_hash()):
+        sys.exit(f"the sources in the image have the hash {code_hash()}, not {source} as labelled")
+    image = Image(base, variant, revision, platform.python_version(), installed_packages())
+    Path(file).write_text(json.dumps(asdict(image), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
