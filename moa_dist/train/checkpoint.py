@@ -107,7 +107,7 @@ class Checkpointer:
         self._config = config
         self._folder = folder
         self._host = HostCopy(engine.device)
-        self._provenance = _from_rank_0(provenance)
+        self._provenance = from_rank_0(provenance)
         self._write: _Write | None = None
         self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
         self._failed: str | None = None  # why the last one is not there
