@@ -1,0 +1,136 @@
+"""The papers' central claim at a CPU's size: equal data, equal tokens, equal parameters.
+
+    moa-dist prepare --input BOOKS --output data/comparison/train --documents blank-line \
+        --vocab-size 2048 --sequence-length 256
+    moa-dist prepare --input OTHER_BOOKS --output data/comparison/valid --documents blank-line \
+        --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
+    python -m tests.benchmarks.claims [MODEL ...] [--table]
+
+Trains every model of configs/comparison/ on one process: three learning rates for a tenth of the
+budget, seed 0, then the best for the whole budget, with as many seeds as `SEEDS` says. Takes
+hours; interrupted, it continues where it was. `--table` only prints what has finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_dist.config import load_config
+from moa_dist.models.counts import count
+from moa_dist.report.read import read_run
+from tests.config.test_shipped_configs import CONFIGS
+
+SEEDS = {"moeut": 3, "dense": 3, "switchhead": 1, "moa": 1, "universal": 1}
+RATES = (2e-3, 4e-3, 8e-3)
+TUNING_STEPS = 128
+RUNS = Path("runs/comparison")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: a model, a learning rate, a seed; `steps` None is the whole budget."""
+
+    model: str
+    rate: float
+    seed: int = 0
+    steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        kind = "full" if self.steps is None else "tune"
+        return f"{self.model}-{kind}-lr{self.rate:g}-seed{self.seed}"
+
+    @property
+    def config_file(self) -> Path:
+        return CONFIGS / "comparison" / f"{self.model}.yaml"
+
+    def loss(self) -> float | None:
+        """Validation loss after the last step, None while there is none."""
+        total = self.steps or load_config(self.config_file).train.steps
+        if not (RUNS / self.name / "metrics.jsonl").exists():
+            return None
+        losses = read_run(RUNS / self.name).series.get("validation/loss")
+        if losses is None or not losses.steps or losses.steps[-1] < total:
+            return None
+        return float(losses.values[-1])
+
+    def run(self) -> float:
+        """Train unless that is done; the validation loss, infinite if training failed."""
+        loss = self.loss()
+        if loss is None:
+            overrides = [f"name={self.name}", f"output={RUNS}", f"optimizer.lr={self.rate}"]
+            overrides += [f"train.seed={self.seed}", f"data.seed={self.seed}"]
+            if self.steps is not None:
+                overrides.append(f"train.steps={self.steps}")
+            command = [sys.executable, "launcher/train.py", "--config", str(self.config_file)]
+            subprocess.run([*command, *overrides], check=True, env=os.environ | {"WORLD_SIZE": "1"})
+            loss = self.loss()
+        return math.inf if loss is None else loss
+
+
+def tuned(model: str) -> list[Training]:
+    return [Training(model, rate, steps=TUNING_STEPS) for rate in RATES]
+
+
+def best_rate(model: str) -> float | None:
+    """Of those tried, None before all are."""
+    losses = {training.rate: training.loss() for training in tuned(model)}
+    found = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(found, key=found.__getitem__) if len(found) == len(losses) else None
+
+
+def train_all(models: list[str]) -> None:
+    for model in models:
+        for training in tuned(model):
+            training.run()
+    for seed in range(max(SEEDS.values())):
+        for model in models:
+            rate = best_rate(model)
+            if rate is not None and seed < SEEDS[model]:
+                Training(model, rate, seed).run()
+
+
+def print_table(models: list[str]) -> None:
+    """What has finished, as Markdown."""
+    rates = " | ".join(f"lr {rate:g}" for rate in RATES)
+    print(f"| model | parameters, M | MMAC per token | {rates} | seeds | perplexity | spread |")
+    print("|---" * (6 + len(RATES)) + "|")
+    for model in models:
+        config = load_config(CONFIGS / "comparison" / f"{model}.yaml")
+        counts = count(config.model, config.data.sequence_length)
+        tuning = [training.loss() for training in tuned(model)]
+        cells = ["" if loss is None else f"{math.exp(loss):.1f}" for loss in tuning]
+        rate = best_rate(model)
+        seeds = range(SEEDS[model] if rate is not None else 0)
+        losses = [Training(model, rate or 0, seed).loss() for seed in seeds]
+        values = [math.exp(loss) for loss in losses if loss is not None]
+        mean = f"{statistics.mean(values):.2f}" if values else ""
+        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        numbers = (
+            f"{counts.total / 1e6:.3f} | {counts.total_macs / counts.sequence_length / 1e6:.2f}"
+        )
+        print(f"| {model} | {numbers} | {' | '.join(cells)} | {len(values)} | {mean} | {spread} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(SEEDS)} (all)")
+    parser.add_argument("--table", action="store_true", help="only print what has finished")
+    args = parser.parse_args()
+    models = args.models or list(SEEDS)
+    if unknown := set(models) - SEEDS.keys():
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    if not args.table:
+        train_all(models)
+    print_table(models)
+
+
+if __name__ == "__main__":
+    main()
