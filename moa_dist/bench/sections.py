@@ -16,6 +16,7 @@ SECTIONS = {
     "block": ("moa_dist.bench.layers", "a whole block"),
     "step": ("moa_dist.bench.step", "a training step of the whole model"),
     "data": ("moa_dist.bench.data", "reading, against what training takes"),
+    "jetmoe": ("moa_dist.bench.jetmoe", "a whole JetMoE, where the model is one, and theirs"),
     "peers": ("moa_dist.bench.peers", "MoE layers of other packages that are installed"),
 }
 """Name -> module with a `Section` of that name, and its line in the help."""
