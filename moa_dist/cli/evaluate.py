@@ -13,20 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.ranks import say_once
+from moa_dist.data.batches import held_out_batches
 from moa_dist.data.manifest import Manifest, load_manifest
-from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.start import job
 from moa_dist.errors import DataError, MoaDistError
-from moa_dist.evaluate.perplexity import perplexity
+from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
 from moa_dist.evaluate.tasks.task import Mean, Result
-from moa_dist.evaluate.trained import Trained, load_trained
+from moa_dist.evaluate.trained import Trained, load_trained, require
 from moa_dist.evaluate.zero_shot import TASKS
+from moa_dist.models.objective import Batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     examples = _read_tasks(args.tasks)
     trained = load_trained(args.path)
+    if args.tasks:
+        require(trained, "causal", "--tasks")
     report: dict[str, Any] = {"checkpoint": str(trained.folder), "step": trained.step}
     if args.data is not None or not args.tasks:
         report |= _perplexity(args, trained, rank, world_size)
@@ -98,7 +99,8 @@ def _perplexity(
     args: argparse.Namespace, trained: Trained, rank: int, world_size: int
 ) -> dict[str, Any]:
     folder, manifest = _find_data(args.data, trained)
-    batches = validation_batches(
+    batches = held_out_batches(
+        trained.config.model,
         folder,
         manifest,
         rank=rank,
@@ -115,7 +117,7 @@ def _perplexity(
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte(manifest.bytes_per_token),
+        "bits_per_byte": bits_per_byte(result, trained.config.model, manifest),
     }
 
 
@@ -170,15 +172,13 @@ def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
     return folder, manifest
 
 
-def _with_progress(
-    batches: Iterator[tuple[Tensor, Tensor]], total: int, world_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _with_progress(batches: Iterator[Batch], total: int, world_size: int) -> Iterator[Batch]:
     """The batches of rank 0; the other ranks are about as far."""
     progress, done = ProgressLine(), 0
     progress("validating", done, total)
-    for tokens, counts in batches:
-        yield tokens, counts
-        done = min(done + int(counts.sum()) * world_size, total)
+    for batch in batches:
+        yield batch
+        done = min(done + batch.num_sequences * world_size, total)
         progress("validating", done, total)
 
 
@@ -200,8 +200,9 @@ def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
             f"{report['data']}, {report['tokens']:,} tokens",
             f"  loss           {report['loss']:.4f}",
             f"  perplexity     {report['perplexity']:.3f}",
-            f"  bits per byte  {report['bits_per_byte']:.4f}",
         ]
+        if report["bits_per_byte"] is not None:
+            lines.append(f"  bits per byte  {report['bits_per_byte']:.4f}")
     for task, result in results.items():
         lines.append(f"{task}, {result.num_examples:,} examples")
         lines += _table("", result.metrics)

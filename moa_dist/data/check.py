@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from moa_dist.config.model import Objective
 from moa_dist.config.run import DataConfig
 from moa_dist.data.manifest import Manifest, load_manifest, read_regular_file, sha256_of
 from moa_dist.data.shards import shard_file_problem
@@ -19,7 +20,7 @@ _MOST_SHARDS_NAMED = 5
 
 
 def check_data(
-    data: DataConfig, *, vocab_size: int, world_size: int
+    data: DataConfig, *, vocab_size: int, world_size: int, objective: Objective = "causal"
 ) -> tuple[Manifest, Manifest | None]:
     """Check that the prepared data fits the run, as far as that needs no shard to be read.
 
@@ -29,6 +30,7 @@ def check_data(
         data: the run's data section.
         vocab_size: of the model.
         world_size: number of ranks.
+        objective: of the model.
 
     Returns:
         The manifests of the training and the validation data.
@@ -40,8 +42,12 @@ def check_data(
     uneven = readers_problem(data.readers, world_size)
     if uneven:
         problems.append(uneven)
-    train = _checked_manifest(data.train, data, vocab_size, problems)
-    valid = _checked_manifest(data.valid, data, vocab_size, problems) if data.valid else None
+    # The last id of a masked model's vocabulary is the mask.
+    reserved = 1 if objective == "masked" else 0
+    train, valid = (
+        _checked_manifest(name, data, vocab_size, reserved, problems) if name else None
+        for name in (data.train, data.valid)
+    )
     if train and valid and train.tokenizer_sha256 != valid.tokenizer_sha256:
         problems.append(
             f"{data.valid}: prepared with another tokenizer than {data.train}; prepare it again "
@@ -53,7 +59,7 @@ def check_data(
 
 
 def _checked_manifest(
-    name: str, data: DataConfig, vocab_size: int, problems: list[str]
+    name: str, data: DataConfig, vocab_size: int, reserved: int, problems: list[str]
 ) -> Manifest | None:
     folder = Path(name)
     try:
@@ -67,10 +73,12 @@ def _checked_manifest(
             f"data.sequence_length is {data.sequence_length}; make them equal, or run moa-dist "
             f"prepare again with --sequence-length {data.sequence_length}"
         )
-    if manifest.vocab_size > vocab_size:
+    if manifest.vocab_size + reserved > vocab_size:
+        mask = ", the last being the mask" if reserved else ""
         problems.append(
             f"{folder}: its tokenizer has {manifest.vocab_size} tokens, but model.vocab_size is "
-            f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size}"
+            f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size + reserved}"
+            f"{mask}"
         )
     problems.extend(_tokenizer_problems(folder, manifest))
     if name == data.train and data.on_damage == "skip":

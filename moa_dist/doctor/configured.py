@@ -44,7 +44,10 @@ def _data(config: Config) -> Iterator[Finding]:
 
     try:
         # What the number of ranks does not divide is a matter of the layout.
-        train, valid = check_data(config.data, vocab_size=config.model.vocab_size, world_size=1)
+        model = config.model
+        train, valid = check_data(
+            config.data, vocab_size=model.vocab_size, world_size=1, objective=model.objective
+        )
         for name, manifest in ((config.data.train, train), (config.data.valid, valid)):
             if name is None or manifest is None:
                 continue

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import Block, BlockOutput, GatheredExperts
+from moa_dist.models.block import Block, BlockOutput, GatheredExperts, Memory
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.recompute import recomputed
 from moa_dist.moe.router import Router
@@ -28,7 +28,8 @@ class Site(NamedTuple):
     """Where a router was applied."""
 
     layer: int
-    """Distinct layer, 0 ... G - 1."""
+    """Distinct layer, 0 ... G - 1; of a decoder that translates G ... 2 G - 1, its encoder's come
+    first."""
     repeat: int
     """Application of that layer, 0 ... R - 1."""
     router: str
@@ -54,7 +55,10 @@ class StackOutput(NamedTuple):
 class LayerStack(nn.Module):
     """`num_distinct_layers` blocks, applied in turn until `num_layers` have been."""
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, recompute: bool = False, cross: bool = False
+    ) -> None:
+        """With `cross` its layers also attend to the output of an encoder of the same depth."""
         super().__init__()
         num_distinct = config.num_distinct_layers or config.num_layers
         if config.num_layers % num_distinct:
@@ -62,13 +66,14 @@ class LayerStack(nn.Module):
                 f"{num_distinct} distinct layers do not divide {config.num_layers} layers"
             )
         self.num_repeats = config.num_layers // num_distinct
-        self.layers = nn.ModuleList([Block(config) for _ in range(num_distinct)])
+        self.first_layer = num_distinct if cross else 0
+        self.layers = nn.ModuleList([Block(config, cross=cross) for _ in range(num_distinct)])
         self.recompute = recompute
 
     def routers(self) -> dict[RouterKey, Router]:
         """All routers; each is applied once per repeat."""
         return {
-            (i, name): router
+            (self.first_layer + i, name): router
             for i, layer in enumerate(self._blocks())
             for name, router in layer.routers().items()
         }
@@ -81,7 +86,11 @@ class LayerStack(nn.Module):
         return {part: count * self.num_repeats for part, count in parts.items()}
 
     def forward(
-        self, x: Tensor, mask: AttentionMask, cache: tuple[KeyValues, ...] | None = None
+        self,
+        x: Tensor,
+        mask: AttentionMask,
+        cache: tuple[KeyValues, ...] | None = None,
+        memory: Memory | None = None,
     ) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer."""
         statistics = {}
@@ -95,12 +104,12 @@ class LayerStack(nn.Module):
                 if repeat == 0:
                     gathered.append(arriving[i].wait())
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
-                output = self._apply_layer(layer, x, mask, gathered[i], past)
+                output = self._apply_layer(layer, x, mask, gathered[i], past, memory)
                 x = output.x
                 if output.cache is not None:
                     extended.append(output.cache)
                 for router, value in output.statistics.items():
-                    statistics[Site(i, repeat, router)] = value
+                    statistics[Site(self.first_layer + i, repeat, router)] = value
         return StackOutput(x, statistics, None if cache is None else tuple(extended))
 
     def _blocks(self) -> Iterable[Block]:
@@ -113,9 +122,10 @@ class LayerStack(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts,
         cache: KeyValues | None,
+        memory: Memory | None,
     ) -> BlockOutput:
         # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.
         gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
-            return layer(x, mask, gathered, cache)
-        return recomputed(layer, x, mask, gathered, cache)
+            return layer(x, mask, gathered, cache, memory)
+        return recomputed(layer, x, mask, gathered, cache, memory)

@@ -22,7 +22,12 @@ def check_run(config: Config, world_size: int) -> None:
     problems = find_layout_problems(config, world_size)
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
-    check_data(config.data, vocab_size=config.model.vocab_size, world_size=world_size)
+    check_data(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        world_size=world_size,
+        objective=config.model.objective,
+    )
     _check_earlier_run(config)
 
 

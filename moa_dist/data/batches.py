@@ -1,0 +1,116 @@
+"""What a rank trains on and validates on: prepared data to micro-batches, by the model's objective.
+
+    causal        samples, each token to predict the next
+    masked        the same samples, some of their tokens hidden (see `masking`)
+    translation   buckets of pairs (see `pairs`)
+
+Shapes: B sequences of L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.run import Config
+from moa_dist.data.manifest import Manifest
+from moa_dist.data.masking import hide
+from moa_dist.data.order import Exclusions
+from moa_dist.data.stream import SampleStream, build_loader
+from moa_dist.data.validation import validation_batches
+from moa_dist.models.objective import NO_TARGET, Batch
+
+_TRAINING, _HELD_OUT = 0, 1  # tags that keep masks apart
+
+
+def training_batches(
+    config: Config,
+    manifest: Manifest,
+    *,
+    rank: int,
+    world_size: int,
+    consumed: int,
+    exclusions: Exclusions = (),
+) -> Iterator[Batch]:
+    """This rank's micro-batches from global sample `consumed` on, without end.
+
+    Raises DataError, also while iterating: see `SampleStream`.
+    """
+    data, micro_batch = config.data, config.train.micro_batch
+    stream = SampleStream(
+        Path(data.train),
+        manifest,
+        readers=data.readers,
+        seed=data.seed,
+        rank=rank,
+        world_size=world_size,
+        consumed=consumed,
+        micro_batch=micro_batch,
+        exclusions=exclusions,
+    )
+    sample = consumed + rank
+    for tokens in build_loader(stream, workers=data.workers):
+        samples = range(sample, sample + world_size * micro_batch, world_size)
+        if config.model.objective == "masked":
+            keys = [(data.seed, _TRAINING, number) for number in samples]
+            yield _masked(tokens, keys, config.model, manifest)
+        else:
+            yield Batch(tokens)
+        sample += world_size * micro_batch
+
+
+def held_out_batches(
+    model: ModelConfig,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    sequences: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of the first `sequences`, or all; as many micro-batches on every rank.
+
+    What is hidden from a masked model depends on the place of a sample in the folder only.
+    Raises DataError: a shard is missing or damaged.
+    """
+    batches = validation_batches(
+        folder,
+        manifest,
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        sequences=sequences,
+    )
+    sample = rank
+    for tokens, counts in batches:
+        real = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
+        if model.objective == "masked":
+            keys = [(_HELD_OUT, sample + world_size * row) for row in range(len(tokens))]
+            yield _masked(tokens, keys, model, manifest, real)
+        else:
+            yield Batch(tokens, real)
+        sample += world_size * micro_batch
+
+
+def _masked(
+    tokens: Tensor,
+    keys: Sequence[tuple[int, ...]],
+    model: ModelConfig,
+    manifest: Manifest,
+    real: Tensor | None = None,
+) -> Batch:
+    """The first L of `tokens` [B, L + 1], row i hidden by key i, the mask being the last id."""
+    originals, real = tokens[:, :-1], None if real is None else real[:, :-1]
+    rows = [
+        hide(row, *key, mask_token=model.vocab_size - 1, vocab_size=manifest.vocab_size)
+        for row, key in zip(originals.numpy(), keys, strict=True)
+    ]
+    shown, hidden = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    predicted = hidden if real is None else hidden & real
+    return Batch(shown, real, originals.masked_fill(~predicted, NO_TARGET))
