@@ -16,14 +16,23 @@ from typing import Any
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.ranks import say_once
+from moa_dist.cli.translate import add_search_arguments
 from moa_dist.data.batches import held_out_batches
-from moa_dist.data.manifest import Manifest, load_manifest
+from moa_dist.data.manifest import (
+    AnyManifest,
+    PairManifest,
+    load_manifest,
+    load_pair_manifest,
+)
+from moa_dist.data.text import read_lines
 from moa_dist.distributed.start import job
 from moa_dist.errors import DataError, MoaDistError
+from moa_dist.evaluate.bleu import bleu, require_sacrebleu
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
 from moa_dist.evaluate.tasks.task import Mean, Result
 from moa_dist.evaluate.trained import Trained, load_trained, require
+from moa_dist.evaluate.translate import Search
 from moa_dist.evaluate.zero_shot import TASKS
 from moa_dist.models.objective import Batch
 
@@ -54,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"zero-shot tasks, of {', '.join(TASKS)}, and the file or folder that holds each; a "
         "name may come again for more files. Instead of perplexity, or besides it with --data",
     )
+    parser.add_argument(
+        "--bleu",
+        nargs=2,
+        type=Path,
+        metavar=("SOURCE", "REFERENCE"),
+        help="files with a text per line: translate the one and compare with the other by "
+        "sacrebleu, instead of perplexity, or besides it with --data",
+    )
+    add_search_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -85,8 +103,13 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     trained = load_trained(args.path)
     if args.tasks:
         require(trained, "causal", "--tasks")
+    if args.bleu:
+        require(trained, "translation", "--bleu")
+        require_sacrebleu()
     report: dict[str, Any] = {"checkpoint": str(trained.folder), "step": trained.step}
-    if args.data is not None or not args.tasks:
+    if args.bleu:
+        report["bleu"] = _bleu(args, trained, rank)
+    if args.data is not None or not (args.tasks or args.bleu):
         report |= _perplexity(args, trained, rank, world_size)
     results = _run_tasks(examples, scorer_of(trained, args.micro_batch), rank)
     if rank == 0:
@@ -95,12 +118,25 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
         print(as_json if args.json else _as_text(report, results), flush=True)
 
 
+def _bleu(args: argparse.Namespace, trained: Trained, rank: int) -> dict[str, Any]:
+    sources, references = (list(read_lines(file)) for file in args.bleu)
+    search = Search(args.beam, args.length_penalty)
+    progress = partial(ProgressLine(), "translating") if rank == 0 else None
+    found = bleu(trained, sources, references, search, batch=args.texts, progress=progress)
+    return {
+        "source": str(args.bleu[0]),
+        "texts": len(sources),
+        **search._asdict(),
+        **found._asdict(),
+    }
+
+
 def _perplexity(
     args: argparse.Namespace, trained: Trained, rank: int, world_size: int
 ) -> dict[str, Any]:
     folder, manifest = _find_data(args.data, trained)
     batches = held_out_batches(
-        trained.config.model,
+        trained.config,
         folder,
         manifest,
         rank=rank,
@@ -108,7 +144,8 @@ def _perplexity(
         micro_batch=args.micro_batch,
         sequences=args.sequences,
     )
-    total = min(args.sequences or manifest.num_samples, manifest.num_samples)
+    held_out = manifest.pairs if isinstance(manifest, PairManifest) else manifest.num_samples
+    total = min(args.sequences or held_out, held_out)
     if rank == 0:
         batches = _with_progress(batches, total, world_size)
     result = perplexity(trained.model, batches, trained.device)
@@ -140,7 +177,7 @@ def _run_tasks(examples: dict[str, list[Any]], scorer: Scorer, rank: int) -> dic
     }
 
 
-def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
+def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
     """The folder to validate on and its manifest, which must fit the model."""
     data = trained.config.data
     if chosen is None and data.valid is None:
@@ -154,7 +191,8 @@ def _find_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
             f"{folder}: the run's validation data (data.valid) is not here; start from the folder "
             "that the run was started in, or name a folder of shards with --data"
         )
-    manifest = load_manifest(folder)
+    pairs = trained.config.model.objective == "translation"
+    manifest: AnyManifest = load_pair_manifest(folder) if pairs else load_manifest(folder)
     problems = []
     if manifest.tokenizer_sha256 != trained.tokenizer_sha256:
         problems.append(
@@ -203,6 +241,14 @@ def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
         ]
         if report["bits_per_byte"] is not None:
             lines.append(f"  bits per byte  {report['bits_per_byte']:.4f}")
+    if "bleu" in report:
+        found = report["bleu"]
+        lines += [
+            f"{found['source']}, {found['texts']:,} texts, beam {found['beam']}, length penalty "
+            f"{found['length_penalty']:g}",
+            f"  BLEU           {found['score']:.2f}",
+            f"  signature      {found['signature']}",
+        ]
     for task, result in results.items():
         lines.append(f"{task}, {result.num_examples:,} examples")
         lines += _table("", result.metrics)

@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("moa_dist.cli.report", "write a page of curves about a run, or compare several"),
     "checkpoint": ("moa_dist.cli.checkpoint", "show, verify or rewrite what a run has saved"),
     "export": ("moa_dist.cli.export", "write a trained model to one safetensors file"),
+    "translate": ("moa_dist.cli.translate", "translate a file with a trained model"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args)`, and its line in the help."""

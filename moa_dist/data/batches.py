@@ -10,17 +10,20 @@ Shapes: B sequences of L tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
 from moa_dist.data.masking import hide
 from moa_dist.data.order import Exclusions
+from moa_dist.data.pairs import BucketOrder, Pairs, read_pairs
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.validation import validation_batches
 from moa_dist.models.objective import NO_TARGET, Batch
@@ -30,7 +33,7 @@ _TRAINING, _HELD_OUT = 0, 1  # tags that keep masks apart
 
 def training_batches(
     config: Config,
-    manifest: Manifest,
+    manifest: AnyManifest,
     *,
     rank: int,
     world_size: int,
@@ -39,9 +42,17 @@ def training_batches(
 ) -> Iterator[Batch]:
     """This rank's micro-batches from global sample `consumed` on, without end.
 
+    Micro-batch b holds the samples `consumed + rank + W * (b * micro_batch + j)` for j from 0.
     Raises DataError, also while iterating: see `SampleStream`.
     """
     data, micro_batch = config.data, config.train.micro_batch
+    if isinstance(manifest, PairManifest):
+        pairs = read_pairs(Path(data.train), manifest)
+        order = BucketOrder(pairs.longest, data.bucket_tokens, data.seed)
+        buckets = order.take(count(consumed + rank, world_size))
+        while True:
+            chosen = np.concatenate(list(islice(buckets, micro_batch)))
+            yield _translated(pairs, chosen, manifest.end_of_document)
     stream = SampleStream(
         Path(data.train),
         manifest,
@@ -65,9 +76,9 @@ def training_batches(
 
 
 def held_out_batches(
-    model: ModelConfig,
+    config: Config,
     folder: Path,
-    manifest: Manifest,
+    manifest: AnyManifest,
     *,
     rank: int,
     world_size: int,
@@ -76,9 +87,15 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the first `sequences`, or all; as many micro-batches on every rank.
 
-    What is hidden from a masked model depends on the place of a sample in the folder only.
-    Raises DataError: a shard is missing or damaged.
+    What is hidden from a masked model depends on the place of a sample in the folder only. Pairs
+    come in buckets, whatever `micro_batch` says. Raises DataError: a shard is missing or damaged.
     """
+    model = config.model
+    if isinstance(manifest, PairManifest):
+        pairs = read_pairs(folder, manifest)
+        order = BucketOrder(pairs.longest[:sequences], config.data.bucket_tokens, seed=0)
+        yield from _share(order, pairs, manifest.end_of_document, rank, world_size)
+        return
     batches = validation_batches(
         folder,
         manifest,
@@ -96,6 +113,35 @@ def held_out_batches(
         else:
             yield Batch(tokens, real)
         sample += world_size * micro_batch
+
+
+def _share(
+    order: BucketOrder, pairs: Pairs, end: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Buckets `rank`, `rank` + W, ... in file order, and one of padding where others have more."""
+    buckets = list(order.in_file_order())
+    for bucket in range(rank, -(-len(buckets) // world_size) * world_size, world_size):
+        if bucket < len(buckets):
+            yield _translated(pairs, buckets[bucket], end)
+        else:
+            nothing = torch.zeros(1, 2, dtype=torch.int64)
+            yield Batch(nothing, nothing.bool(), None, nothing, nothing.bool())
+
+
+def _translated(pairs: Pairs, chosen: NDArray[np.intp], end: int) -> Batch:
+    """Source texts with their end; targets, which begin and end with it."""
+    tokens, real = padded([[end, *pairs.target(pair), end] for pair in chosen.tolist()])
+    source, source_real = padded([[*pairs.source(pair), end] for pair in chosen.tolist()])
+    return Batch(tokens, real, None, source, source_real)
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Texts [B, S] int64, padded at their end, and which tokens are real; None if all are."""
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]
+    tokens[real] = torch.tensor([token for text in texts for token in text])
+    return tokens, None if bool(real.all()) else real
 
 
 def _masked(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from moa_dist.config.model import Objective
 from moa_dist.config.run import DataConfig
-from moa_dist.data.manifest import Manifest, load_manifest, read_regular_file, sha256_of
+from moa_dist.data.manifest import (
+    AnyManifest,
+    PairManifest,
+    load_manifest,
+    load_pair_manifest,
+    read_regular_file,
+    sha256_of,
+)
 from moa_dist.data.shards import shard_file_problem
 from moa_dist.data.stream import readers_problem
 from moa_dist.data.tokenizer import TOKENIZER_FILE
@@ -21,7 +28,7 @@ _MOST_SHARDS_NAMED = 5
 
 def check_data(
     data: DataConfig, *, vocab_size: int, world_size: int, objective: Objective = "causal"
-) -> tuple[Manifest, Manifest | None]:
+) -> tuple[AnyManifest, AnyManifest | None]:
     """Check that the prepared data fits the run, as far as that needs no shard to be read.
 
     Training shards of a wrong size are no problem if damaged ones are to be left out.
@@ -39,13 +46,11 @@ def check_data(
         DataError: with every problem found.
     """
     problems: list[str] = []
-    uneven = readers_problem(data.readers, world_size)
+    uneven = None if objective == "translation" else readers_problem(data.readers, world_size)
     if uneven:
         problems.append(uneven)
-    # The last id of a masked model's vocabulary is the mask.
-    reserved = 1 if objective == "masked" else 0
     train, valid = (
-        _checked_manifest(name, data, vocab_size, reserved, problems) if name else None
+        _checked_manifest(name, data, vocab_size, objective, problems) if name else None
         for name in (data.train, data.valid)
     )
     if train and valid and train.tokenizer_sha256 != valid.tokenizer_sha256:
@@ -59,11 +64,15 @@ def check_data(
 
 
 def _checked_manifest(
-    name: str, data: DataConfig, vocab_size: int, reserved: int, problems: list[str]
-) -> Manifest | None:
+    name: str, data: DataConfig, vocab_size: int, objective: Objective, problems: list[str]
+) -> AnyManifest | None:
     folder = Path(name)
+    manifest: AnyManifest
     try:
-        manifest = load_manifest(folder)
+        if objective == "translation":
+            manifest = load_pair_manifest(folder)
+        else:
+            manifest = load_manifest(folder)
     except DataError as error:
         problems.append(str(error))
         return None
@@ -73,6 +82,8 @@ def _checked_manifest(
             f"data.sequence_length is {data.sequence_length}; make them equal, or run moa-dist "
             f"prepare again with --sequence-length {data.sequence_length}"
         )
+    # The last id of a masked model's vocabulary is the mask.
+    reserved = 1 if objective == "masked" else 0
     if manifest.vocab_size + reserved > vocab_size:
         mask = ", the last being the mask" if reserved else ""
         problems.append(
@@ -87,12 +98,12 @@ def _checked_manifest(
     problems.extend(damaged[:_MOST_SHARDS_NAMED])
     if len(damaged) > _MOST_SHARDS_NAMED:
         problems.append(f"{folder}: {len(damaged) - _MOST_SHARDS_NAMED} more shards are damaged")
-    if damaged and name == data.train:
+    if damaged and name == data.train and not isinstance(manifest, PairManifest):
         problems.append(SKIP_REMEDY)
     return manifest
 
 
-def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _tokenizer_problems(folder: Path, manifest: AnyManifest) -> Iterator[str]:
     """Whether the tokenizer beside the shards is the one that made them."""
     file = folder / TOKENIZER_FILE
     remedy = "copy it again from where the data was prepared"

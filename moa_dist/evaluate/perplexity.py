@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moa_dist.config.model import ModelConfig
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.manifest import AnyManifest
 from moa_dist.models.objective import Batch, objective
 
 
@@ -29,7 +29,7 @@ class Perplexity(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-def bits_per_byte(result: Perplexity, model: ModelConfig, manifest: Manifest) -> float | None:
+def bits_per_byte(result: Perplexity, model: ModelConfig, manifest: AnyManifest) -> float | None:
     """Bits of cross-entropy per byte of text; None for a masked model, which sees most of it."""
     if model.objective == "masked":
         return None

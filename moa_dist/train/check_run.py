@@ -54,7 +54,9 @@ def _check_earlier_run(config: Config) -> None:
     if newest is None:  # which the checkpointer will explain
         return
     before = newest.config.data
-    changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
+    translates = config.model.objective == "translation"
+    deciding = ("seed", "bucket_tokens") if translates else ("seed", "readers")
+    changed = [f for f in deciding if getattr(before, f) != getattr(config.data, f)]
     if changed:
         raise ConfigError(
             [

@@ -23,7 +23,7 @@ from moa_dist.config import to_yaml
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.check import check_data
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.manifest import AnyManifest
 from moa_dist.data.order import Exclusions, as_json, exclude, read_exclusions
 from moa_dist.distributed.device import be_deterministic, poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh, make_mesh
@@ -229,7 +229,7 @@ def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunSta
 
 
 def _notes_on_damage(
-    damaged: dict[int, str], exclusions: Exclusions, manifest: Manifest, samples: int
+    damaged: dict[int, str], exclusions: Exclusions, manifest: AnyManifest, samples: int
 ) -> Iterator[str]:
     for problem in summary(damaged):
         yield f"left out: {problem}"
@@ -241,7 +241,7 @@ def _notes_on_damage(
 
 
 def _micro_batches(
-    config: Config, manifest: Manifest, mesh: Mesh, samples: int, exclusions: Exclusions
+    config: Config, manifest: AnyManifest, mesh: Mesh, samples: int, exclusions: Exclusions
 ) -> Iterator[Batch]:
     return training_batches(
         config,
@@ -259,10 +259,12 @@ def _seed_random_numbers(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> ValidationMetrics:
+def _validate(
+    engine: Engine, config: Config, manifest: AnyManifest, step: int
+) -> ValidationMetrics:
     assert config.data.valid is not None
     batches = held_out_batches(
-        config.model,
+        config,
         Path(config.data.valid),
         manifest,
         rank=engine.mesh.rank,

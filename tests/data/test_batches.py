@@ -112,7 +112,7 @@ def test_held_out_masks_are_fixed_and_fillers_have_none(
         every: dict[int, list[list[int]]] = {}
         for rank in range(world_size):
             batches = held_out_batches(
-                config(tmp_path).model,
+                config(tmp_path),
                 tmp_path,
                 manifest,
                 rank=rank,
