@@ -220,6 +220,13 @@ class Config(Section):
     """Checkpoints."""
 
 
+def tokens_per_sample(config: Config) -> int:
+    """Of a bucket of pairs the most, for source and target each."""
+    if config.model.objective == "translation":
+        return config.data.bucket_tokens
+    return config.data.sequence_length
+
+
 def run_folder(config: Config) -> Path:
     """Where a run keeps its checkpoints, curves, logs and configuration."""
     return Path(config.output) / config.name

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from moa_dist.config.run import Config
+from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.observe.routing import overall_drop_share
 from moa_dist.observe.units import duration, short
 from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
@@ -106,7 +106,7 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
     active = f"{short(run.num_active_parameters)} active per token"
     flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"
     yield "model", f"{short(run.num_parameters)} parameters, {active}, {flops}"
-    tokens = config.train.steps * config.train.global_batch * _sample_tokens(config)
+    tokens = config.train.steps * config.train.global_batch * tokens_per_sample(config)
     if run.excluded_shards:
         yield "data", f"{run.excluded_shards} damaged shards left out, by data.on_damage"
     at_most = " at most" if config.model.objective == "translation" else ""
@@ -153,10 +153,3 @@ def _batch(config: Config, world_size: int) -> str:
         f"{total} {kind} a step = {ranks} x {micro} per micro-batch x "
         f"{total // (world_size * micro)} accumulated; {each}"
     )
-
-
-def _sample_tokens(config: Config) -> int:
-    """Tokens of one sample; of a bucket, the most."""
-    if config.model.objective == "translation":
-        return config.data.bucket_tokens
-    return config.data.sequence_length
