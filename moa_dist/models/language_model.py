@@ -128,9 +128,11 @@ class LanguageModel(nn.Module):
 
         With a `cache`, tokens follow those in it, the logits are those of a forward over all of
         them, and there are no auxiliary losses. Raises ValueError if experts have a capacity:
-        see `dropless`.
+        see `dropless`; or if a cache or a source does not go with the objective.
         """
         num_past, real = 0, token_real
+        if source is not None and self.encoder is None:
+            raise ValueError("only a model that translates has a source")
         if cache is not None:
             if self.config.objective == "masked":
                 raise ValueError("a masked language model sees both sides: it cannot use a cache")
@@ -146,8 +148,9 @@ class LanguageModel(nn.Module):
             if source is not None:
                 encoded = self._encode(source, source_real)
                 x_source, statistics = encoded.x, encoded.statistics
+            elif cache is None or not cache.length:
+                raise ValueError("a model that translates needs a source")
             else:  # its keys and values are in the cache
-                assert cache is not None
                 x_source, source_real = x[:, :0], cache.source_real
             memory = Memory(x_source, token_real, source_real)
         causal = self.config.objective != "masked"

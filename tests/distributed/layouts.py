@@ -63,6 +63,8 @@ class Case:
     sequences: int = SEQUENCES
     steps: int = 1
     label_smoothing: float = 0.0
+    uneven: bool = False
+    """Two micro-batches on each of two ranks, no two of one size, as of buckets of pairs."""
     eps: float = 1e-8
     """Of AdamW. A large one makes its first step feel the size of a gradient, and tiny ones
     less of their rounding."""
@@ -211,6 +213,9 @@ mesh_of_this_pool = cache(make_mesh)
 def micro_batches(case: Case, mesh: Mesh, step: int = 1) -> list[Batch]:
     """This rank's: every W-th sequence."""
     batch = case.batch(step)
+    if case.uneven:
+        parts = torch.arange(case.sequences).tensor_split([1, 5, 11])
+        return [batch.rows(rows) for rows in parts[mesh.rank :: 2]]
     mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
     return [batch.rows(rows) for rows in mine]
 

@@ -171,6 +171,14 @@ def test_masked_model_sees_both_sides_and_has_no_cache():
         model(tokens, None, model.empty_cache())
 
 
+def test_a_source_is_for_translation_alone():
+    target, source = texts()
+    with pytest.raises(ValueError, match="needs a source"):
+        model_of()(target)
+    with pytest.raises(ValueError, match="only a model that translates"):
+        small_model()(target, source=source)
+
+
 def test_dropout_is_for_training_and_follows_the_seed():
     model, (target, source) = model_of(dropout=0.5), texts()
     results = []
