@@ -9,7 +9,7 @@ Shapes: B sequences of L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 
@@ -47,12 +47,8 @@ def training_batches(
     """
     data, micro_batch = config.data, config.train.micro_batch
     if isinstance(manifest, PairManifest):
-        pairs = read_pairs(Path(data.train), manifest)
-        order = BucketOrder(pairs.longest, data.bucket_tokens, data.seed)
-        buckets = order.take(count(consumed + rank, world_size))
-        while True:
-            chosen = np.concatenate(list(islice(buckets, micro_batch)))
-            yield _translated(pairs, chosen, manifest.end_of_document)
+        yield from _buckets(config, manifest, count(consumed + rank, world_size))
+        return
     stream = SampleStream(
         Path(data.train),
         manifest,
@@ -73,6 +69,15 @@ def training_batches(
         else:
             yield Batch(tokens)
         sample += world_size * micro_batch
+
+
+def _buckets(config: Config, manifest: PairManifest, samples: Iterable[int]) -> Iterator[Batch]:
+    """Of `train.micro_batch` samples each."""
+    pairs = read_pairs(Path(config.data.train), manifest)
+    order = BucketOrder(pairs.longest, config.data.bucket_tokens, config.data.seed)
+    buckets = order.take(samples)
+    while chosen := list(islice(buckets, config.train.micro_batch)):
+        yield _translated(pairs, np.concatenate(chosen), manifest.end_of_document)
 
 
 def held_out_batches(

@@ -115,6 +115,7 @@ class Engine:
         batches = [batch.to(self.device) for batch in batches]
         own = [[batch.num_targets(), batch.num_sequences] for batch in batches]
         num_targets, num_sequences = self._sum_over_ranks(torch.tensor(own).sum(0)).tolist()
+        num_targets = max(num_targets, 1)  # all tokens of a step may be padding, or none hidden
         num_micro_batches = self.mesh.world_size * len(batches)
         per_micro_batch = num_targets / num_micro_batches
         self.deepspeed.train()
