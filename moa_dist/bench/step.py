@@ -61,7 +61,8 @@ def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) 
     shape = (setting.sequences, setting.config.data.sequence_length + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    batch = Batch(tokens.to(setting.device))
+    source = tokens[:, 1:] if config.objective == "translation" else None
+    batch = Batch(tokens, source=source).to(setting.device)
 
     def once() -> None:
         optimizer.zero_grad()

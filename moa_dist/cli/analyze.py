@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch import Tensor
+
 from moa_dist.analyze.analyze import attention_results, observe, router_results
 from moa_dist.analyze.plots import can_plot, write_plots
 from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, save_analysis
@@ -12,6 +14,7 @@ from moa_dist.analyze.summary import summary
 from moa_dist.cli.arguments import between
 from moa_dist.cli.held_out import held_out_data, with_progress
 from moa_dist.config.reduced import sequences_per_group
+from moa_dist.data.manifest import PairManifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.errors import DataError
 from moa_dist.evaluate.export import is_export
@@ -71,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
     folder, manifest = held_out_data(args.data, trained)
+    if isinstance(manifest, PairManifest):
+        raise DataError(f"{trained.folder}: translates; only models of one text are analysed")
     group = sequences_per_group(trained.config.model)
     batches = validation_batches(
         folder,
@@ -81,7 +86,7 @@ def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
         sequences=args.sequences,
     )
     total = min(args.sequences or manifest.num_samples, manifest.num_samples)
-    seen = observe(trained.model, with_progress("reading", batches, total), trained.device)
+    seen = observe(trained.model, with_progress("reading", batches, total, _size), trained.device)
     return Analysis(
         name=trained.config.name,
         step=trained.step,
@@ -94,6 +99,10 @@ def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
         ),
         attention=attention_results(seen),
     )
+
+
+def _size(batch: tuple[Tensor, Tensor]) -> int:
+    return int(batch[1].sum())
 
 
 def _write(analysis: Analysis, output: Path) -> list[Path]:

@@ -13,15 +13,16 @@ from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.units import short
 from moa_dist.provenance import Provenance
+from moa_dist.train.checkpoint_average import average
 from moa_dist.train.checkpoint_check import damage, incomplete
 from moa_dist.train.checkpoint_convert import convert
-from moa_dist.train.checkpoint_files import Reader, checkpoints
+from moa_dist.train.checkpoint_files import Reader, checkpoints, step_of
 
 _PATH_HELP = "folder of a run, for all its checkpoints, or of one checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `show`, `verify` and `convert`."""
+    """Declare `show`, `verify`, `convert` and `average`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     show = actions.add_parser("show", help="print what is there, and what would be continued")
     show.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help=_PATH_HELP)
@@ -45,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the optimizer's moments: a third of the size, to evaluate but not continue",
     )
+    mean = actions.add_parser(
+        "average", help="write the mean of a run's last checkpoints, to evaluate or translate with"
+    )
+    mean.add_argument("path", type=Path, metavar="RUN", help="folder of a run")
+    mean.add_argument("output", type=Path, metavar="OUT", help="folder to be made")
+    mean.add_argument(
+        "--last", type=between(int, 1), default=10, metavar="N", help="the most to average (10)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,6 +67,14 @@ def run(args: argparse.Namespace) -> int:
         )
         size = short(sum(index.files.values()))
         print(f"{args.output}: step {index.step:,}, {len(index.files)} files, {size}B")
+        return 0
+    if args.action == "average":
+        chosen = checkpoints(args.path)[-args.last :]
+        if not chosen:
+            raise DataError(f"{args.path}: holds no checkpoint; give the folder of a run")
+        average(chosen, args.output)
+        steps = ", ".join(f"{step_of(checkpoint):,}" for checkpoint in chosen)
+        print(f"{args.output}: mean of the checkpoints of steps {steps}")
         return 0
     folders = checkpoints(args.path) or [find_checkpoint(args.path)]
     if args.action == "verify":

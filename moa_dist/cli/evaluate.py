@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from moa_dist.cli.arguments import between
 from moa_dist.cli.held_out import held_out_data, with_progress
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.ranks import say_once
-from moa_dist.data.validation import validation_batches
+from moa_dist.cli.translate import add_search_arguments
+from moa_dist.data.batches import held_out_batches
+from moa_dist.data.manifest import PairManifest
+from moa_dist.data.text import read_lines
 from moa_dist.distributed.start import job
 from moa_dist.errors import MoaDistError
-from moa_dist.evaluate.perplexity import perplexity
+from moa_dist.evaluate.bleu import bleu, require_sacrebleu
+from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
 from moa_dist.evaluate.tasks.task import Mean, Result
-from moa_dist.evaluate.trained import Trained, load_trained
+from moa_dist.evaluate.trained import Trained, load_trained, require
+from moa_dist.evaluate.translate import Search
 from moa_dist.evaluate.zero_shot import TASKS
 
 
@@ -52,6 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"zero-shot tasks, of {', '.join(TASKS)}, and the file or folder that holds each; a "
         "name may come again for more files. Instead of perplexity, or besides it with --data",
     )
+    parser.add_argument(
+        "--bleu",
+        nargs=2,
+        type=Path,
+        metavar=("SOURCE", "REFERENCE"),
+        help="files with a text per line: translate the one and compare with the other by "
+        "sacrebleu, instead of perplexity, or besides it with --data",
+    )
+    add_search_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -81,8 +96,15 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     examples = _read_tasks(args.tasks)
     trained = load_trained(args.path)
+    if args.tasks:
+        require(trained, "causal", "--tasks")
+    if args.bleu:
+        require(trained, "translation", "--bleu")
+        require_sacrebleu()
     report: dict[str, Any] = {"checkpoint": str(trained.folder), "step": trained.step}
-    if args.data is not None or not args.tasks:
+    if args.bleu:
+        report["bleu"] = _bleu(args, trained, rank)
+    if args.data is not None or not (args.tasks or args.bleu):
         report |= _perplexity(args, trained, rank, world_size)
     results = _run_tasks(examples, scorer_of(trained, args.micro_batch), rank)
     if rank == 0:
@@ -91,11 +113,25 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
         print(as_json if args.json else _as_text(report, results), flush=True)
 
 
+def _bleu(args: argparse.Namespace, trained: Trained, rank: int) -> dict[str, Any]:
+    sources, references = (list(read_lines(file)) for file in args.bleu)
+    search = Search(args.beam, args.length_penalty)
+    progress = partial(ProgressLine(), "translating") if rank == 0 else None
+    found = bleu(trained, sources, references, search, batch=args.texts, progress=progress)
+    return {
+        "source": str(args.bleu[0]),
+        "texts": len(sources),
+        **search._asdict(),
+        **found._asdict(),
+    }
+
+
 def _perplexity(
     args: argparse.Namespace, trained: Trained, rank: int, world_size: int
 ) -> dict[str, Any]:
     folder, manifest = held_out_data(args.data, trained)
-    batches = validation_batches(
+    batches = held_out_batches(
+        trained.config,
         folder,
         manifest,
         rank=rank,
@@ -103,16 +139,18 @@ def _perplexity(
         micro_batch=args.micro_batch,
         sequences=args.sequences,
     )
-    total = min(args.sequences or manifest.num_samples, manifest.num_samples)
+    held_out = manifest.pairs if isinstance(manifest, PairManifest) else manifest.num_samples
+    total = min(args.sequences or held_out, held_out)
     if rank == 0:
-        batches = with_progress("validating", batches, total, world_size)
+        sizes = attrgetter("num_sequences")
+        batches = with_progress("validating", batches, total, sizes, world_size)
     result = perplexity(trained.model, batches, trained.device)
     return {
         "data": str(folder),
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte(manifest.bytes_per_token),
+        "bits_per_byte": bits_per_byte(result, trained.config.model, manifest),
     }
 
 
@@ -153,7 +191,16 @@ def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
             f"{report['data']}, {report['tokens']:,} tokens",
             f"  loss           {report['loss']:.4f}",
             f"  perplexity     {report['perplexity']:.3f}",
-            f"  bits per byte  {report['bits_per_byte']:.4f}",
+        ]
+        if report["bits_per_byte"] is not None:
+            lines.append(f"  bits per byte  {report['bits_per_byte']:.4f}")
+    if "bleu" in report:
+        found = report["bleu"]
+        lines += [
+            f"{found['source']}, {found['texts']:,} texts, beam {found['beam']}, length penalty "
+            f"{found['length_penalty']:g}",
+            f"  BLEU           {found['score']:.2f}",
+            f"  signature      {found['signature']}",
         ]
     for task, result in results.items():
         lines.append(f"{task}, {result.num_examples:,} examples")

@@ -8,7 +8,7 @@ from pathlib import Path
 from moa_dist.cli.arguments import between, utf8
 from moa_dist.evaluate.generate import generate, stream_text
 from moa_dist.evaluate.sampling import Sampling
-from moa_dist.evaluate.trained import load_trained
+from moa_dist.evaluate.trained import load_trained, require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print each prompt and what the model adds to it; returns the exit status."""
     trained = load_trained(args.path)
+    require(trained, "causal", "to continue a text")
     drawn = generate(
         trained.model,
         trained.tokenizer.encode_batch(args.prompts),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from torch import Tensor
+from typing import TypeVar
 
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.data.manifest import Manifest, load_manifest
+from moa_dist.data.manifest import AnyManifest, load_manifest, load_pair_manifest
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained
 
+Item = TypeVar("Item")
 
-def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest]:
+
+def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
     """The folder of shards to read, by default the run's, and its manifest.
 
     Raises DataError if it is not there or does not fit the model.
@@ -30,7 +31,8 @@ def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest
             f"{folder}: the run's validation data (data.valid) is not here; start from the folder "
             "that the run was started in, or name a folder of shards with --data"
         )
-    manifest = load_manifest(folder)
+    pairs = trained.config.model.objective == "translation"
+    manifest: AnyManifest = load_pair_manifest(folder) if pairs else load_manifest(folder)
     problems = []
     if manifest.tokenizer_sha256 != trained.tokenizer_sha256:
         problems.append(
@@ -49,12 +51,19 @@ def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, Manifest
 
 
 def with_progress(
-    doing: str, batches: Iterator[tuple[Tensor, Tensor]], total: int, world_size: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of rank 0, of `total` sequences on all ranks; the others are about as far."""
+    doing: str,
+    batches: Iterator[Item],
+    total: int,
+    size: Callable[[Item], int],
+    world_size: int = 1,
+) -> Iterator[Item]:
+    """The batches of rank 0, of `total` sequences on all ranks; the others are about as far.
+
+    `size` tells the sequences of a batch.
+    """
     progress, done = ProgressLine(), 0
     progress(doing, done, total)
-    for tokens, counts in batches:
-        yield tokens, counts
-        done = min(done + int(counts.sum()) * world_size, total)
+    for batch in batches:
+        yield batch
+        done = min(done + size(batch) * world_size, total)
         progress(doing, done, total)

@@ -26,6 +26,7 @@ COMMANDS = {
     "export": ("moa_dist.cli.export", "write a trained model for us or for transformers"),
     "import": ("moa_dist.cli.import_model", "make a run from a model of transformers"),
     "upcycle": ("moa_dist.cli.upcycle", "make a run with experts from a dense one"),
+    "translate": ("moa_dist.cli.translate", "translate a file with a trained model"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args)`, and its line in the help."""

@@ -7,17 +7,30 @@ from pathlib import Path
 
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.data.prepare import DEFAULT_SAMPLES_PER_SHARD, Prepared, prepare
+from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
 from moa_dist.data.text import TextOptions
+from moa_dist.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument(
         "--input",
         nargs="+",
-        required=True,
         metavar="PATH",
         help="text or JSON Lines files (also .gz, .bz2, .xz), folders of them, or - for stdin",
+    )
+    texts.add_argument(
+        "--pairs",
+        nargs=2,
+        type=Path,
+        action="append",
+        metavar=("SOURCE", "TARGET"),
+        help="instead, for translation: files (also .gz, .bz2, .xz) whose lines are translations "
+        "of each other; may come again for more. Pairs with an empty text, or one of more than "
+        "--sequence-length tokens, are left out. Hold-out options are not for these: prepare "
+        "validation files by themselves, with --tokenizer",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument(
@@ -70,6 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the data and print a summary; returns the exit status."""
+    if args.pairs:
+        return _prepare_pairs(args)
     prepared = prepare(
         args.input,
         args.output,
@@ -84,6 +99,31 @@ def run(args: argparse.Namespace) -> int:
         progress=ProgressLine(),
     )
     _print_summary(prepared)
+    return 0
+
+
+def _prepare_pairs(args: argparse.Namespace) -> int:
+    for name, default in (("valid_share", 0.0), ("max_bytes", None)):
+        if getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(f"{option} does not go with --pairs; prepare other files by themselves")
+    made = prepare_pairs(
+        [PairFiles(*pair) for pair in args.pairs],
+        args.output,
+        block_length=args.sequence_length,
+        vocab_size=args.vocab_size,
+        tokenizer=args.tokenizer,
+        pairs_per_shard=args.samples_per_shard,
+        seed=args.seed,
+        force=args.force,
+        progress=ProgressLine(),
+    )
+    print(
+        f"{args.output}: {made.pairs:,} pairs of {made.source_tokens:,} and "
+        f"{made.target_tokens:,} tokens (vocabulary {made.vocab_size:,}) in {len(made.shards):,} "
+        f"shards; left out {made.skipped:,} with an empty text or one of more than "
+        f"{made.block_length:,} tokens"
+    )
     return 0
 
 

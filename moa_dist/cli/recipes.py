@@ -14,6 +14,7 @@ from typing import Any
 
 from moa_dist.config import Config, load_config
 from moa_dist.config.recipe import Recipe, read_recipe, shipped_recipes
+from moa_dist.config.run import tokens_per_sample
 from moa_dist.config.schema import closest
 from moa_dist.errors import ConfigError
 from moa_dist.models.counts import count
@@ -53,7 +54,7 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
         "active_parameters": counts.active,
         # Of a forward over a whole sequence, as the papers count, without the output head.
         "macs_per_token": counts.block_macs / counts.sequence_length,
-        "tokens": config.train.steps * config.train.global_batch * config.data.sequence_length,
+        "tokens": config.train.steps * config.train.global_batch * tokens_per_sample(config),
         "file": str(_near(path)),
         "command": _command(config, path),
     }

@@ -128,6 +128,8 @@ def _limits(config: Config) -> list[str]:
     routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
     if any(router.expert_dropout for router in routers):
         lines.append("not compared: expert dropout, which each layout draws anew; it was off")
+    if model.dropout:
+        lines.append("not compared: dropout, which each layout draws anew; it was off")
     if config.train.precision == "bf16":
         lines.append(
             "in bf16 only what would show a wrong factor: some tokens choose other experts there"

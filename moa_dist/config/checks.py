@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 from moa_dist.config.model import ModelConfig, RouterConfig, SwitchHeadConfig
+from moa_dist.config.objective_checks import translation, unequal_batches
 from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
 
@@ -272,11 +273,12 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     *(
         _for_router(part, check)
         for part in ("attention", "ffn")
-        for check in (_top_k, _gate, _sequence_groups)
+        for check in (_top_k, _gate, _sequence_groups, unequal_batches)
     ),
     _size,
     _batches,
     _skipping,
+    translation,
     _trace,
     _warmup,
     _shares_of_the_peak,
@@ -300,7 +302,7 @@ def find_layout_problems(config: Config, world_size: int) -> list[str]:
             f"{_one_of(_nearest(ep, _divisors(world_size)))}, or start "
             f"{_one_of(_multiples_near(world_size, ep))} ranks"
         )
-    if readers % world_size:
+    if readers % world_size and config.model.objective != "translation":
         problems.append(
             f"`data.readers` is {readers}, which {ranks} do not divide; use "
             f"{_one_of(_multiples_near(readers, world_size))} (the order of samples depends on "

@@ -186,11 +186,20 @@ AttentionConfig = Annotated[
 FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
 
 
-class ModelConfig(Section):
-    """A causal language model."""
+Objective = Literal["causal", "masked", "translation"]
 
+
+class ModelConfig(Section):
+    """A language model: a decoder, an encoder, or both."""
+
+    objective: Objective = "causal"
+    """What the model learns. `causal`: the next token of a text. `masked`: tokens of a text that
+    are hidden from it, seeing both sides (BERT; an encoder). `translation`: a text from its source
+    text (Vaswani et al. 2017; an encoder and a decoder of `num_layers` each, whose layers attend to
+    the encoder's output too, with an `attention` of their own)."""
     vocab_size: PositiveInt
-    """Token ids run from 0 to this number, exclusive."""
+    """Token ids run from 0 to this number, exclusive. `masked` needs one more than the tokenizer
+    has: the last id stands for hidden tokens."""
     d_model: PositiveInt
     """Width of the residual stream (D)."""
     num_layers: PositiveInt
@@ -210,8 +219,15 @@ class ModelConfig(Section):
     transformers builds it."""
     position: Literal["none", "sinusoidal"] = "none"
     """Absolute positions added to the embedding, for models without rotary positions."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by `sqrt(d_model)` (Vaswani et al. 2017, section 3.4), which makes them
+    as large as sinusoidal positions."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability, while training, that an element of the embeddings, or of what a layer's part
+    adds to the residual stream, is zero. Drawn per rank, like expert dropout."""
     tie_embeddings: bool = False
-    """Use the embedding matrix as output head."""
+    """Use the embedding matrix as output head; one matrix for source and target in
+    translation."""
     head_bias: bool = True
     """Bias in the output head."""
     attention: AttentionConfig

@@ -26,8 +26,8 @@ def reduced(config: Config, world_size: int) -> Config:
     """The copy that is verified in place of `config`, which must fit `world_size` ranks.
 
     Sharding meets the same cases: an uneven number of experts stays uneven, a shared layer is
-    applied twice, accumulation stays accumulation. Expert dropout is off, since each layout
-    draws its own.
+    applied twice, accumulation stays accumulation. Dropout is off, since each layout draws its
+    own.
     """
     ep, train = config.parallel.expert_parallel, config.train
     groups = sequences_per_group(config.model)
@@ -64,6 +64,7 @@ def _reduced_model(model: ModelConfig, ep: int) -> ModelConfig:
     return _changed(
         model,
         vocab_size=_small(model.vocab_size, _VOCABULARY),
+        dropout=0.0,
         d_model=_small(model.d_model, _D_MODEL),
         num_layers=layers * min(model.num_layers // distinct, _REPEATS),
         num_distinct_layers=None if model.num_distinct_layers is None else layers,

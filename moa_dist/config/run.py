@@ -19,11 +19,16 @@ class DataConfig(Section):
     """Folder with the validation shards; absent means no validation."""
     sequence_length: PositiveInt
     """Tokens per sequence; must be the block length that the shards were prepared with."""
+    bucket_tokens: PositiveInt = 4096
+    """Translation: a sample is a bucket, of pairs of similar length, and this is the most tokens
+    of a bucket: its pairs times its longest text, padding included."""
     readers: PositiveInt = 8
     """Shards read side by side by all ranks together. The number of ranks must divide it; the
-    order of samples depends on it, and on nothing else of the layout."""
+    order of samples depends on it, and on nothing else of the layout. Not for translation, where
+    every rank holds all pairs in memory."""
     workers: NonNegativeInt = 1
-    """Background processes per rank that read ahead; 0 reads in the training process."""
+    """Background processes per rank that read ahead; 0 reads in the training process. Not for
+    translation."""
     seed: NonNegativeInt = 0
     """Seed of the sample order."""
     verify: Literal["sizes", "checksums"] = "sizes"
@@ -120,10 +125,14 @@ class TrainConfig(Section):
     steps: PositiveInt
     """Optimizer steps."""
     global_batch: PositiveInt
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences (translation: buckets of pairs) per optimizer step, over all ranks."""
     micro_batch: PositiveInt
-    """Sequences per rank in one forward and backward. Gradients are accumulated over
+    """Sequences (or buckets) per rank in one forward and backward. Gradients are accumulated over
     `global_batch / (W * micro_batch)` micro-batches."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of every target's probability that is spread evenly over the vocabulary, in training
+    (Szegedy et al. 2015, section 7). The reported training loss includes it, validation does
+    not."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification."""
     deterministic: bool = False
@@ -228,6 +237,13 @@ class Config(Section):
     """Checkpoints."""
     profile: ProfileConfig = ProfileConfig()
     """Traces."""
+
+
+def tokens_per_sample(config: Config) -> int:
+    """Of a bucket of pairs the most, for source and target each."""
+    if config.model.objective == "translation":
+        return config.data.bucket_tokens
+    return config.data.sequence_length
 
 
 def run_folder(config: Config) -> Path:

@@ -1,4 +1,4 @@
-"""What a folder of shards holds: `manifest.json`, written by `moa-dist prepare`.
+"""What a folder of shards holds, samples or pairs: `manifest.json`, from `moa-dist prepare`.
 
 The manifest is trusted for nothing that can be checked: names cannot leave the folder, and
 each shard must match its checksum before it is parsed.
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import (
@@ -46,8 +46,8 @@ class ShardEntry(BaseModel):
     """Size of the file."""
 
 
-class Manifest(BaseModel):
-    """Everything that a reader of the shards must know or check."""
+class ShardFolder(BaseModel):
+    """What folders of samples and of pairs have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -58,16 +58,39 @@ class Manifest(BaseModel):
     vocab_size: Count
     """Token ids run from 0 to this number, exclusive."""
     end_of_document: NonNegativeInt
-    """Id of the token after each document."""
+    """Id of the token after each document, or text of a pair."""
     block_length: Count
-    """Tokens per sequence (L). A sample stores L + 1 tokens, of which the last is the first of
-    the next sample, so inputs are `[:-1]` and targets `[1:]`."""
+    """Tokens per sequence (L)."""
     dtype: Literal["uint16", "uint32"]
     """Type of the stored tokens, little-endian."""
-    samples_per_shard: Count
-    """The same for every shard, so that ranks can never get different numbers of samples."""
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
     """The shards, in file order."""
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """`dtype` with its byte order."""
+        return token_dtype(self.dtype)
+
+    @model_validator(mode="after")
+    def _vocabulary_and_names(self) -> Self:
+        if self.end_of_document >= self.vocab_size:
+            raise ValueError("end_of_document is not below vocab_size")
+        if self.vocab_size - 1 > np.iinfo(self.numpy_dtype).max:
+            raise ValueError(f"vocab_size does not fit {self.dtype}")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards have the same file name")
+        return self
+
+
+class Manifest(ShardFolder):
+    """Everything that a reader of samples must know or check.
+
+    A sample stores L + 1 tokens, of which the last is the first of the next sample, so inputs are
+    `[:-1]` and targets `[1:]`.
+    """
+
+    samples_per_shard: Count
+    """The same for every shard, so that ranks can never get different numbers of samples."""
     documents: Count
     """Documents in the text."""
     tokens: Count
@@ -89,23 +112,49 @@ class Manifest(BaseModel):
         """UTF-8 bytes of text per token; bits per byte = nats per token / ln 2 / this."""
         return self.text_bytes / self.tokens
 
-    @property
-    def numpy_dtype(self) -> np.dtype[np.unsignedinteger]:
-        """`dtype` with its byte order."""
-        return token_dtype(self.dtype)
-
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.end_of_document >= self.vocab_size:
-            raise ValueError("end_of_document is not below vocab_size")
-        if self.vocab_size - 1 > np.iinfo(self.numpy_dtype).max:
-            raise ValueError(f"vocab_size does not fit {self.dtype}")
+    def _large_enough(self) -> Self:
         sample_bytes = (self.block_length + 1) * self.numpy_dtype.itemsize
         if self.samples_per_shard * sample_bytes > min(shard.bytes for shard in self.shards):
             raise ValueError("the shards are too small for their samples")
-        if len({shard.file for shard in self.shards}) < len(self.shards):
-            raise ValueError("two shards have the same file name")
         return self
+
+
+class PairManifest(ShardFolder):
+    """Everything that a reader of pairs, of a source and a target text, must know or check.
+
+    No text, with the token that ends it, is longer than L.
+    """
+
+    kind: Literal["pairs"]
+    """Tells this manifest from one of samples."""
+    pairs_per_shard: Count
+    """In every shard but the last, which may have fewer."""
+    pairs: Count
+    """Pairs in all shards."""
+    source_tokens: Count
+    """Tokens of all source texts, ends included."""
+    target_tokens: Count
+    """Tokens of all target texts, ends included."""
+    target_bytes: Count
+    """UTF-8 bytes of the target texts, for bits per byte."""
+    skipped: NonNegativeInt
+    """Pairs left out, since a text was empty or too long."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of target text per token."""
+        return self.target_bytes / self.target_tokens
+
+    @model_validator(mode="after")
+    def _right_number(self) -> Self:
+        if -(-self.pairs // self.pairs_per_shard) != len(self.shards):
+            raise ValueError("pairs, pairs_per_shard and the number of shards do not agree")
+        return self
+
+
+AnyManifest = Manifest | PairManifest
+AnyKind = TypeVar("AnyKind", Manifest, PairManifest)
 
 
 def sha256_of(data: bytes) -> str:
@@ -131,11 +180,24 @@ def smallest_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a folder of shards.
+    """Read the manifest of a folder of samples.
 
     Raises:
-        DataError: the folder or the manifest is missing, damaged, or of another version.
+        DataError: the folder or the manifest is missing, damaged, of another version, or of pairs.
     """
+    return _load(folder, Manifest)
+
+
+def load_pair_manifest(folder: Path) -> PairManifest:
+    """Read the manifest of a folder of pairs.
+
+    Raises:
+        DataError: the folder or the manifest is missing, damaged, of another version, or of text.
+    """
+    return _load(folder, PairManifest)
+
+
+def _load(folder: Path, kind: type[AnyKind]) -> AnyKind:
     file = folder / MANIFEST_FILE
     try:
         if not folder.is_dir():
@@ -155,8 +217,14 @@ def load_manifest(folder: Path) -> Manifest:
             f"{file}: format version {version!r}, but this moa-dist reads version "
             f"{FORMAT_VERSION}; run moa-dist prepare again"
         )
+    if ("kind" in content) != (kind is PairManifest):
+        holds, needs = ("pairs", "--input") if "kind" in content else ("one text", "--pairs")
+        raise DataError(
+            f"{file}: holds {holds}, which model.objective does not learn from; prepare the data "
+            f"with moa-dist prepare {needs}, or change the objective"
+        )
     try:
-        return Manifest.model_validate_json(json.dumps(content), strict=True)
+        return kind.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'manifest'}: {e['msg']}" for e in error.errors()
@@ -166,6 +234,6 @@ def load_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def save_manifest(manifest: Manifest, folder: Path) -> None:
+def save_manifest(manifest: AnyManifest, folder: Path) -> None:
     """Write `manifest.json` into the folder."""
     (folder / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -98,8 +98,8 @@ def prepare(
     """
     options = text or TextOptions()
     _check_options(block_length, samples_per_shard, valid_share, seed, options.max_bytes)
-    _check_output(output, force)
-    with _partial_folder(output) as partial:
+    check_output(output, force)
+    with partial_folder(output) as partial:
         work = partial / "work"
         work.mkdir()
         reader = _Reader(
@@ -118,7 +118,7 @@ def prepare(
                 tokens, folder, used, split, block_length, samples_per_shard, seed, progress
             )
         shutil.rmtree(work)
-        _put_in_place(partial, output)
+        put_in_place(partial, output)
     return Prepared(manifests, counts)
 
 
@@ -235,7 +235,8 @@ def _check_options(
         raise DataError("; ".join(found))
 
 
-def _check_output(output: Path, force: bool) -> None:
+def check_output(output: Path, force: bool) -> None:
+    """Raise DataError if the folder exists and must not be replaced."""
     try:
         if not output.exists():
             return
@@ -268,7 +269,7 @@ def _made_by_prepare(folder: Path) -> bool:
 
 
 @contextmanager
-def _partial_folder(output: Path) -> Iterator[Path]:
+def partial_folder(output: Path) -> Iterator[Path]:
     """A hidden folder beside the output, removed if anything goes wrong."""
     partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
     try:
@@ -285,7 +286,8 @@ def _partial_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put_in_place(partial: Path, output: Path) -> None:
+def put_in_place(partial: Path, output: Path) -> None:
+    """Move the finished folder to where it belongs."""
     if output.is_dir() and any(output.iterdir()):
         # The old data stays whole until the new data is complete beside it.
         old = partial.with_name(f"{partial.name}-old")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from moa_dist.data.manifest import Manifest, ShardEntry, sha256_of
 from moa_dist.errors import DataError
 
 Tokens = NDArray[np.unsignedinteger]
-_REMEDY = "copy the shard again or run moa-dist prepare again"
+REMEDY = "copy the shard again or run moa-dist prepare again"
 
 
 def write_shard(folder: Path, index: int, samples_SL: Tokens) -> ShardEntry:
@@ -33,13 +34,21 @@ def write_shard(folder: Path, index: int, samples_SL: Tokens) -> ShardEntry:
     Returns:
         The shard's entry for the manifest.
     """
+    first = index * len(samples_SL)
+    return write_members(
+        folder, index, ((member_name(first + row), x) for row, x in enumerate(samples_SL))
+    )
+
+
+def write_members(folder: Path, index: int, members: Iterable[tuple[str, Tokens]]) -> ShardEntry:
+    """Write shard `index` of named arrays; returns its entry for the manifest."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for row, sample in enumerate(samples_SL):
+        for name, tokens in members:
             # A TarInfo has no owner and no time of its own: nothing depends on the machine.
-            member = tarfile.TarInfo(member_name(index * len(samples_SL) + row))
-            member.size = sample.nbytes
-            tar.addfile(member, io.BytesIO(sample.tobytes()))
+            member = tarfile.TarInfo(name)
+            member.size = tokens.nbytes
+            tar.addfile(member, io.BytesIO(tokens.tobytes()))
     content = buffer.getvalue()
     file = f"shard-{index:06d}.tar"
     (folder / file).write_bytes(content)
@@ -61,7 +70,14 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> Tokens:
         DataError: the shard is missing, differs from the manifest in any way, or holds a token
             id outside the vocabulary.
     """
-    entry = manifest.shards[index]
+    file, content = read_checked(folder, manifest.shards[index])
+    samples_SL = _parse(file, content, manifest, first=index * manifest.samples_per_shard)
+    check_ids(file, samples_SL, manifest.vocab_size)
+    return samples_SL
+
+
+def read_checked(folder: Path, entry: ShardEntry) -> tuple[Path, bytes]:
+    """A shard's file and what it holds, as it was written; raises DataError."""
     file = folder / entry.file
     problem = shard_file_problem(folder, entry)
     if problem:
@@ -69,17 +85,19 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> Tokens:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error}); {_REMEDY}") from error
+        raise DataError(f"{file}: cannot be read ({error}); {REMEDY}") from error
     if sha256_of(content) != entry.sha256:
-        raise DataError(f"{file}: altered or damaged (its checksum is wrong); {_REMEDY}")
-    samples_SL = _parse(file, content, manifest, first=index * manifest.samples_per_shard)
-    largest = int(samples_SL.max())
-    if largest >= manifest.vocab_size:
+        raise DataError(f"{file}: altered or damaged (its checksum is wrong); {REMEDY}")
+    return file, content
+
+
+def check_ids(file: Path, tokens: Tokens, vocab_size: int) -> None:
+    """Raise DataError if a token id is outside the vocabulary."""
+    largest = int(tokens.max())
+    if largest >= vocab_size:
         raise DataError(
-            f"{file}: token id {largest} is outside the vocabulary of {manifest.vocab_size}; "
-            f"{_REMEDY}"
+            f"{file}: token id {largest} is outside the vocabulary of {vocab_size}; {REMEDY}"
         )
-    return samples_SL
 
 
 def shard_file_problem(folder: Path, entry: ShardEntry) -> str | None:
@@ -87,10 +105,10 @@ def shard_file_problem(folder: Path, entry: ShardEntry) -> str | None:
     file = folder / entry.file
     # A regular file only: opening a pipe or a device could block for ever.
     if not file.is_file():
-        return f"{file}: missing; {_REMEDY}"
+        return f"{file}: missing; {REMEDY}"
     size = file.stat().st_size
     if size != entry.bytes:
-        return f"{file}: {size} bytes instead of {entry.bytes}, cut off or altered; {_REMEDY}"
+        return f"{file}: {size} bytes instead of {entry.bytes}, cut off or altered; {REMEDY}"
     return None
 
 
@@ -112,17 +130,17 @@ def _parse(file: Path, content: bytes, manifest: Manifest, first: int) -> Tokens
                 wanted = "the end" if count == len(samples_SL) else expected
                 raise DataError(
                     f"{file}: member '{member['fname']}' where {wanted} should be; only token "
-                    f"members in order are accepted; {_REMEDY}"
+                    f"members in order are accepted; {REMEDY}"
                 )
             if len(member["data"]) != length * dtype.itemsize:
                 raise DataError(
                     f"{file}: member '{expected}' has {len(member['data'])} bytes instead of "
-                    f"{length * dtype.itemsize}; {_REMEDY}"
+                    f"{length * dtype.itemsize}; {REMEDY}"
                 )
             samples_SL[count] = np.frombuffer(member["data"], dtype)
             count += 1
     except tarfile.TarError as error:
-        raise DataError(f"{file}: not a tar archive ({error}); {_REMEDY}") from error
+        raise DataError(f"{file}: not a tar archive ({error}); {REMEDY}") from error
     if count != len(samples_SL):
-        raise DataError(f"{file}: {count} samples instead of {len(samples_SL)}; {_REMEDY}")
+        raise DataError(f"{file}: {count} samples instead of {len(samples_SL)}; {REMEDY}")
     return samples_SL

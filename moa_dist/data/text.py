@@ -134,6 +134,19 @@ def read_documents(
         )
 
 
+def read_lines(path: Path, errors: ErrorRule = "strict") -> Iterator[str]:
+    """Every line of a file, also a compressed one, without its end.
+
+    Raises:
+        DataError: the file cannot be read or decoded.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path")
+    with read_errors_named(path), path.open("rb") as raw:
+        for line in _decoded(path, decompressed(path, raw), errors, TextCounts()):
+            yield line.rstrip("\r\n")
+
+
 def _all_documents(
     files: Sequence[Path], options: TextOptions, counts: TextCounts
 ) -> Iterator[str]:

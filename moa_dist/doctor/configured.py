@@ -48,17 +48,27 @@ def _layout(config: Config, world_size: int) -> Iterator[Finding]:
 
 def _data(config: Config) -> Iterator[Finding]:
     from moa_dist.data.check import check_data
+    from moa_dist.data.manifest import PairManifest
+    from moa_dist.data.pairs import read_pairs
     from moa_dist.data.shards import read_shard
     from moa_dist.errors import DataError
 
     try:
         # What the number of ranks does not divide is a matter of the layout.
-        train, valid = check_data(config.data, vocab_size=config.model.vocab_size, world_size=1)
+        model = config.model
+        train, valid = check_data(
+            config.data, vocab_size=model.vocab_size, world_size=1, objective=model.objective
+        )
         for name, manifest in ((config.data.train, train), (config.data.valid, valid)):
             if name is None or manifest is None:
                 continue
-            read_shard(Path(name), manifest, 0)
-            text = f"{name}: {len(manifest.shards)} shards in place, the first one read"
+            if isinstance(manifest, PairManifest):
+                read_pairs(Path(name), manifest)
+                read = "all read"
+            else:
+                read_shard(Path(name), manifest, 0)
+                read = "the first one read"
+            text = f"{name}: {len(manifest.shards)} shards in place, {read}"
             yield Finding("data", "ok", text)
     except DataError as error:
         for problem in str(error).splitlines():

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.modeling_outputs import CausalLMOutput
 
 from moa_dist.config.model import ModelConfig
+from moa_dist.errors import DataError
 from moa_dist.evaluate.export import load_export
 from moa_dist.models.language_model import LanguageModel
 
@@ -47,9 +48,14 @@ class MoaDistForCausalLM(PreTrainedModel):
     def from_export(cls, folder: str | Path) -> MoaDistForCausalLM:
         """The model of `moa-dist export`, in fp32 and evaluation mode.
 
-        Raises DataError and ConfigError as `load_export`.
+        Raises DataError and ConfigError as `load_export`, and DataError for other objectives.
         """
         model, config, _ = load_export(Path(folder))
+        if config.model.objective != "causal":
+            raise DataError(
+                f"{folder}: trained with model.objective {config.model.objective}; only causal "
+                "models are wrapped"
+            )
         with torch.device("meta"):
             result = cls(MoaDistConfig(config.model.model_dump(mode="json")))
         result.model = model

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from moa_dist.config.model import ModelConfig
+from moa_dist.data.manifest import AnyManifest
 from moa_dist.models.objective import Batch, objective
 
 
@@ -26,27 +28,24 @@ class Perplexity(NamedTuple):
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
-    def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Bits of cross-entropy per byte of the source text."""
-        return self.loss / math.log(2) / bytes_per_token
+
+def bits_per_byte(result: Perplexity, model: ModelConfig, manifest: AnyManifest) -> float | None:
+    """Bits of cross-entropy per byte of text; None for a masked model, which sees most of it."""
+    if model.objective == "masked":
+        return None
+    return result.loss / math.log(2) / manifest.bytes_per_token
 
 
 @torch.no_grad()
-def perplexity(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Perplexity:
+def perplexity(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Perplexity:
     """Evaluate `model`, in evaluation mode, on this rank's batches; sums over all ranks.
 
-    `batches` yields tokens [B, S + 1] int64 and, per sequence, whether it counts [B] bool:
-    every rank must bring the same number of batches, so short ones are filled up.
-    Collective if a process group exists.
+    Every rank must bring the same number of batches. Collective if a process group exists.
     """
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for tokens, counts in batches:
-        real = counts[:, None].expand_as(tokens)
-        batch = Batch(tokens, None if bool(counts.all()) else real)
+    for batch in batches:
         result = objective(model, batch.to(device))
         sums[0] += result.cross_entropy.double()
         sums[1] += batch.num_targets()

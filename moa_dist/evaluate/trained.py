@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moa_dist.config.model import Objective
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -61,6 +62,16 @@ def load_trained(path: Path) -> Trained:
         tokenizer_file=file,
         tokenizer_sha256=sha256_of(file.read_bytes()),
     )
+
+
+def require(trained: Trained, objective: Objective, what: str) -> None:
+    """Raise DataError unless it was trained for what is asked of it."""
+    found = trained.config.model.objective
+    if found != objective:
+        raise DataError(
+            f"{trained.folder}: trained with model.objective {found}, but {what} needs a model "
+            f"trained with {objective}"
+        )
 
 
 def load_model(path: str | Path) -> LanguageModel:

@@ -75,6 +75,8 @@ class GatheredExperts(NamedTuple):
 
     attention: Gathered = NOTHING_GATHERED
     """Of the attention's experts."""
+    cross: Gathered = NOTHING_GATHERED
+    """Of those of a decoder's attention to the source."""
     ffn: Gathered = NOTHING_GATHERED
     """Of the FFN's experts."""
 
@@ -84,6 +86,8 @@ class ArrivingExperts(NamedTuple):
 
     attention: Mapping[str, Arriving]
     """Of the attention's experts."""
+    cross: Mapping[str, Arriving]
+    """Of those of a decoder's attention to the source."""
     ffn: Mapping[str, Arriving]
     """Of the FFN's experts."""
 
@@ -101,45 +105,104 @@ class BlockOutput(NamedTuple):
     x: Tensor
     """[B, S, D]."""
     statistics: dict[str, RoutingStatistics]
-    """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`."""
+    """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`; those of a
+    decoder's attention to the source are called `attention.cross.query` and so on."""
     cache: KeyValues | None = None
     """With the new keys and values; None if the layer was given none."""
     trace: BlockTrace | None = None
     """None if it was not asked for."""
 
 
-class Block(nn.Module):
-    """Self-attention, then feed-forward, each added to the residual stream."""
+class Memory(NamedTuple):
+    """What a decoder's layers see of the source text."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    x: Tensor
+    """[B, R, D], normalised: the encoder's output. With a cache that holds keys and values of the
+    source, R is 0."""
+    query_real: Tensor | None
+    """[B, S] bool, true for real tokens of the target; None when there is no padding."""
+    real: Tensor | None
+    """[B, all of the source] bool, true for real tokens; None when there is no padding."""
+
+    @property
+    def mask(self) -> AttentionMask:
+        """Every token of the target sees all of the source."""
+        num_past = 0 if self.real is None else self.real.shape[1] - self.x.shape[1]
+        return AttentionMask(False, self.query_real, self.real, num_past)
+
+
+class CrossAttention(nn.Module):
+    """A decoder layer's attention to the encoder's output, added to the residual stream.
+
+    Of the same kind as self-attention, without rotary positions: the two texts have their own.
+    """
+
+    def __init__(self, config: ModelConfig, init_scale: float) -> None:
+        super().__init__()
+        self.placement = config.norm_placement
+        self.norm = make_norm(config, config.norm_eps)
+        without_rope = config.attention.model_copy(update={"rope": None})
+        self.attention = make_attention(without_rope, config.d_model, init_scale)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, memory: Memory, gathered: Gathered, cache: KeyValues | None
+    ) -> AttentionOutput:
+        """x [B, S, D] -> y [B, S, D], the residual stream with what was added."""
+        queries = x if self.placement == "post" else self.norm(x)
+        output = self.attention(queries, memory.x, memory.x, memory.mask, gathered, cache)
+        x = x + self.dropout(output.y)
+        return output._replace(y=self.norm(x) if self.placement == "post" else x)
+
+
+class Block(nn.Module):
+    """Self-attention, then feed-forward, each added to the residual stream.
+
+    In a decoder that translates, attention to the source comes between them.
+    """
+
+    def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
         super().__init__()
         self.placement = config.norm_placement
         init_scale = math.sqrt(2 / config.num_layers)
         self.attention_norm = make_norm(config, config.norm_eps)
         self.attention = make_attention(config.attention, config.d_model, init_scale)
+        self.cross = CrossAttention(config, init_scale) if cross else None
         # A dense FFN under peri-norm reads the raw residual and has no router to normalise for.
         unused = config.norm_placement == "peri" and isinstance(config.ffn, DenseFFNConfig)
         self.ffn_norm = nn.Identity() if unused else make_norm(config, config.norm_eps)
         self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)
+        self.dropout = nn.Dropout(config.dropout)
 
     def routers(self) -> dict[str, Router]:
         """By the names under which their statistics are returned."""
         routers = {f"attention.{name}": r for name, r in self.attention.routers().items()}
+        if self.cross is not None:
+            cross = self.cross.attention.routers().items()
+            routers |= {f"attention.cross.{name}": r for name, r in cross}
         if isinstance(self.ffn, MoEFeedForward):
             routers["ffn"] = self.ffn.router
         return routers
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates of one application to a sequence of `length`, by part."""
-        return dict(Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length)))
+        """Multiply-accumulates of one application to a sequence of `length`, by part.
+
+        Of a decoder's layer with a source of the same length.
+        """
+        parts = Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length))
+        if self.cross is not None:
+            parts += Counter(self.cross.attention.macs(length))
+        return dict(parts)
 
     def gather_experts(self) -> ArrivingExperts:
         """Weights that travel between ranks: once per forward, for all repeats of this layer."""
-        attention, ffn = (
-            part.gather_experts() if isinstance(part, RoutedModule) else {}
-            for part in (self.attention, self.ffn)
+        cross = None if self.cross is None else self.cross.attention
+        return ArrivingExperts(
+            *(
+                part.gather_experts() if isinstance(part, RoutedModule) else {}
+                for part in (self.attention, cross, self.ffn)
+            )
         )
-        return ArrivingExperts(attention, ffn)
 
     def forward(
         self,
@@ -147,35 +210,51 @@ class Block(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts = _ALL_EXPERTS_HERE,
         cache: KeyValues | None = None,
+        memory: Memory | None = None,
         trace: bool = False,
     ) -> BlockOutput:
-        """x [B, S, D] -> x [B, S, D]."""
-        match self.placement:
-            case "pre":
-                n = self.attention_norm(x)
-                attention = self.attention(n, n, n, mask, gathered.attention, cache, trace)
-                x = x + attention.y
-                n = self.ffn_norm(x)
-                ffn = self.ffn(n, n, mask.query_real, gathered.ffn, trace)
-                x = x + ffn.y
-            case "post":
-                attention = self.attention(x, x, x, mask, gathered.attention, cache, trace)
-                x = self.attention_norm(x + attention.y)
-                ffn = self.ffn(x, x, mask.query_real, gathered.ffn, trace)
-                x = self.ffn_norm(x + ffn.y)
-            case "peri":  # MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else
-                n = self.attention_norm(x)
-                attention = self.attention(n, n, x, mask, gathered.attention, cache, trace)
-                x = x + attention.y
-                ffn = self.ffn(x, self.ffn_norm(x), mask.query_real, gathered.ffn, trace)
-                x = x + ffn.y
+        """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`."""
+        own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
+        x, attention = self._attend(x, mask, gathered.attention, own, trace)
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
+        longer = attention.cache
+        if self.cross is not None:
+            assert memory is not None
+            cross = self.cross(x, memory, gathered.cross, of_source)
+            x = cross.y
+            named |= {f"attention.cross.{name}": v for name, v in cross.statistics.items()}
+            longer = None if longer is None else (*longer, *cross.cache)
+        x, ffn = self._transform(x, mask.query_real, gathered.ffn, trace)
         if ffn.statistics is not None:
             named["ffn"] = ffn.statistics
-        return BlockOutput(x, named, attention.cache, _trace(attention, ffn))
+        return BlockOutput(x, named, longer, _trace(attention, ffn))
+
+    def _attend(
+        self,
+        x: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered,
+        cache: KeyValues | None,
+        trace: bool,
+    ) -> tuple[Tensor, AttentionOutput]:
+        n = x if self.placement == "post" else self.attention_norm(x)
+        # Peri, MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else.
+        value = x if self.placement == "peri" else n
+        output = self.attention(n, n, value, mask, gathered, cache, trace)
+        x = x + self.dropout(output.y)
+        return self.attention_norm(x) if self.placement == "post" else x, output
+
+    def _transform(
+        self, x: Tensor, token_real: Tensor | None, gathered: Gathered, trace: bool
+    ) -> tuple[Tensor, FeedForwardOutput]:
+        n = x if self.placement == "post" else self.ffn_norm(x)
+        output = self.ffn(x if self.placement == "peri" else n, n, token_real, gathered, trace)
+        x = x + self.dropout(output.y)
+        return self.ffn_norm(x) if self.placement == "post" else x, output
 
 
 def _trace(attention: AttentionOutput, ffn: FeedForwardOutput) -> BlockTrace | None:
+    """Of self-attention and feed-forward; a decoder's attention to the source leaves none."""
     if attention.trace is None:
         return None
     routing = {f"attention.{name}": value for name, value in attention.trace.routing.items()}

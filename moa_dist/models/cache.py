@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KeyValues = tuple[()] | tuple[Tensor, Tensor]
+KeyValues = tuple[Tensor, ...]
 """Keys, rotated, and values [B, h, P, d] of one application of one attention layer; nothing
-before the first token."""
+before the first token. Of a decoder's layer those of its self-attention, then those of its
+attention to the source."""
 
 
 def extended(past: KeyValues, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,8 @@ def extended(past: KeyValues, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if not past:
         return k, v
     past_k, past_v = past
+    if not k.shape[2]:
+        return past_k, past_v
     return torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
 
 
@@ -35,14 +38,14 @@ class Cache(NamedTuple):
     """Tokens read so far, padding included (P)."""
     real: Tensor | None = None
     """[B, P] bool, false at padding; None when there is none."""
+    source_real: Tensor | None = None
+    """[B, R] bool, false at padding of the source text; None when there is none, or no source."""
 
     def select(self, rows: Tensor) -> Cache:
         """The sequences at `rows` [n] int64, in that order; one may be taken several times."""
-        layers: list[KeyValues] = []
-        for layer in self.layers:
-            layers.append((layer[0][rows], layer[1][rows]) if layer else ())
-        real = None if self.real is None else self.real[rows]
-        return Cache(tuple(layers), self.length, real)
+        layers = tuple(tuple(part[rows] for part in layer) for layer in self.layers)
+        real, source_real = (None if x is None else x[rows] for x in (self.real, self.source_real))
+        return Cache(layers, self.length, real, source_real)
 
     def real_with(self, tokens: Tensor, token_real: Tensor | None) -> Tensor | None:
         """[B, P + T]: which tokens are real once `tokens` [B, T] are read, too.

@@ -1,12 +1,12 @@
-"""Causal language model: embedding, stack, head, auxiliary losses as values.
+"""Language model: embedding, stack, head, auxiliary losses as values; an encoder to translate.
 
-Shapes: B sequences of S tokens, D model width, V vocabulary.
+Shapes: B sequences of S tokens, R tokens of a source text, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,13 +22,14 @@ from moa_dist.config.model import (
     RouterConfig,
 )
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import make_norm
+from moa_dist.models.block import Memory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
-from moa_dist.models.stack import Application, LayerStack, RouterKey, Site
+from moa_dist.models.stack import Application, LayerStack, RouterKey, Site, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
 from moa_dist.moe.losses import balance_losses
+from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics, total
 
 
@@ -79,19 +80,24 @@ def on_one_process(statistics: list[RoutingStatistics]) -> list[RoutingStatistic
 
 
 class LanguageModel(nn.Module):
-    """A causal language model of any attention, FFN, stack and norm placement."""
+    """A language model of any objective, attention, FFN, stack and norm placement.
+
+    `stack` is the encoder of a masked language model, else the decoder. To translate there is an
+    `encoder` before it.
+    """
 
     def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.sum_over_ranks: SumOverRanks = on_one_process
         """Serves `BalanceConfig.scope` global_batch, in training."""
+        translates = config.objective == "translation"
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
-        self.stack = LayerStack(config, recompute=recompute)
-        # After post-norm blocks the residual is normalised already.
-        needs_norm = config.norm_placement != "post"
-        eps = config.final_norm_eps or config.norm_eps
-        self.final_norm = make_norm(config, eps) if needs_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = LayerStack(config, recompute=recompute) if translates else None
+        self.encoder_norm = _final_norm(config) if translates else None
+        self.stack = LayerStack(config, recompute=recompute, cross=translates)
+        self.final_norm = _final_norm(config)
         init = Normal(1 / math.sqrt(config.d_model))
         self.head = (
             None
@@ -103,25 +109,39 @@ class LanguageModel(nn.Module):
         """For a forward that begins texts which others are to continue."""
         return Cache(layers=((),) * self.config.num_layers)
 
+    def routers(self) -> dict[RouterKey, Router]:
+        """All routers, an encoder's first."""
+        encoder = {} if self.encoder is None else self.encoder.routers()
+        return encoder | self.stack.routers()
+
     def forward(
         self,
         tokens: Tensor,
         token_real: Tensor | None = None,
         cache: Cache | None = None,
+        source: Tensor | None = None,
+        source_real: Tensor | None = None,
         *,
         trace: bool = False,
     ) -> LanguageModelOutput:
-        """Logits of the next token at every position.
+        """Logits at every position: of the next token, or of the token itself if masked.
 
         `tokens` [B, S] int64; `token_real` [B, S] bool is false at padding, None for none. The
         position of a token is the number of real ones before it: padding may stand anywhere.
+        A model that translates needs the `source` [B, R] int64, with `source_real` likewise,
+        unless the cache holds what it was before.
 
         With a `cache`, tokens follow those in it, the logits are those of a forward over all of
         them, and there are no auxiliary losses. Raises ValueError if experts have a capacity:
-        see `dropless`. With `trace` the output says what every layer decided.
+        see `dropless`; or if a cache or a source does not go with the objective. With `trace` the
+        output says what every layer decided, of the decoder in translation.
         """
         num_past, real = 0, token_real
+        if source is not None and self.encoder is None:
+            raise ValueError("only a model that translates has a source")
         if cache is not None:
+            if self.config.objective == "masked":
+                raise ValueError("a masked language model sees both sides: it cannot use a cache")
             if any(router.capacity for router in _routers(self.config).values()):
                 raise ValueError(
                     "with a capacity, what an expert drops depends on the whole sequence, which "
@@ -129,18 +149,44 @@ class LanguageModel(nn.Module):
                 )
             num_past, real = cache.length, cache.real_with(tokens, token_real)
         position = positions(tokens, real, num_past)
-        x = self.embedding(tokens)
-        if self.config.position == "sinusoidal":
-            x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
-        mask = AttentionMask(True, token_real, real, num_past, position)
-        output = self.stack(x, mask, None if cache is None else cache.layers, trace)
+        x, memory, statistics = self._embed(tokens, position), None, {}
+        if self.encoder is not None:
+            if source is not None:
+                encoded = self._encode(source, source_real)
+                x_source, statistics = encoded.x, encoded.statistics
+            elif cache is None or not cache.length:
+                raise ValueError("a model that translates needs a source")
+            else:  # its keys and values are in the cache
+                x_source, source_real = x[:, :0], cache.source_real
+            memory = Memory(x_source, token_real, source_real)
+        causal = self.config.objective != "masked"
+        mask = AttentionMask(causal, token_real, real, num_past, position)
+        output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
+        statistics = statistics | output.statistics
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
         if output.cache is None:
-            auxiliary = self._auxiliary(output.statistics)
-            return LanguageModelOutput(logits, auxiliary, output.statistics, None, output.traces)
-        longer = Cache(output.cache, num_past + tokens.shape[1], real)
-        return LanguageModelOutput(logits, {}, output.statistics, longer, output.traces)
+            auxiliary = self._auxiliary(statistics)
+            return LanguageModelOutput(logits, auxiliary, statistics, None, output.traces)
+        longer = Cache(output.cache, num_past + tokens.shape[1], real, source_real)
+        return LanguageModelOutput(logits, {}, statistics, longer, output.traces)
+
+    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D]."""
+        x = self.embedding(tokens)
+        if self.config.scale_embeddings:
+            x = x * math.sqrt(self.config.d_model)
+        if self.config.position == "sinusoidal":
+            x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
+        return self.dropout(x)
+
+    def _encode(self, source: Tensor, real: Tensor | None) -> StackOutput:
+        assert self.encoder is not None
+        assert self.encoder_norm is not None
+        position = positions(source, real)
+        mask = AttentionMask(False, real, real, 0, position)
+        output = self.encoder(self._embed(source, position), mask)
+        return output._replace(x=self.encoder_norm(output.x))
 
     def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:
         """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""
@@ -178,9 +224,22 @@ class LanguageModel(nn.Module):
         return part, getattr(self.config, part).router.balance
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates of one forward over a sequence of `length`, by part."""
+        """Multiply-accumulates of one forward over a sequence of `length`, by part.
+
+        To translate, over a source and a target text of that length.
+        """
         head = length * self.config.d_model * self.config.vocab_size
-        return {**self.stack.macs(length), "head": head}
+        parts = Counter(self.stack.macs(length))
+        if self.encoder is not None:
+            parts += Counter(self.encoder.macs(length))
+        return {**parts, "head": head}
+
+
+def _final_norm(config: ModelConfig) -> nn.Module:
+    """After post-norm blocks the residual is normalised already."""
+    if config.norm_placement == "post":
+        return nn.Identity()
+    return make_norm(config, config.final_norm_eps or config.norm_eps)
 
 
 def positions(tokens: Tensor, real: Tensor | None, num_past: int = 0) -> Tensor:

@@ -1,10 +1,12 @@
-"""The causal objective of one micro-batch, scaled so that any split of a batch adds up.
+"""The objective of one micro-batch, scaled so that any split of a batch adds up.
 
-Shapes: B sequences of S tokens.
+Whatever a model learns, a batch says what it reads and what it is to predict where; see
+`moa_dist.data.batches`. Shapes: B sequences of S tokens, R tokens of a source text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,25 +16,62 @@ from torch import Tensor, nn
 from moa_dist.labels import part
 from moa_dist.models.language_model import LanguageModelOutput
 
+NO_TARGET = -100
+"""In the place of a token where nothing is to be predicted."""
+
 
 class Batch(NamedTuple):
-    """Sequences with their targets: position s predicts token s + 1."""
+    """Sequences with their targets."""
 
     tokens: Tensor
-    """[B, S + 1] int64."""
+    """[B, S] int64, or [B, S + 1] without `targets`: then each token is to predict the next."""
     real: Tensor | None = None
-    """[B, S + 1] bool, false at padding; None when there is none."""
+    """Of the shape of `tokens`, bool, false at padding; None when there is none."""
+    targets: Tensor | None = None
+    """[B, S] int64: what is to be predicted at each token, or NO_TARGET."""
+    source: Tensor | None = None
+    """[B, R] int64: what the sequences are translations of."""
+    source_real: Tensor | None = None
+    """[B, R] bool, false at padding; None when there is none."""
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return len(self.tokens)
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What the model is called with."""
+        tokens, real = self.tokens, self.real
+        if self.targets is None:
+            tokens, real = tokens[:, :-1], None if real is None else real[:, :-1]
+        if self.source is None:
+            return tokens, real
+        return tokens, real, None, self.source, self.source_real
+
+    def labels(self) -> Tensor:
+        """[B, S] int64: what is to be predicted at each input token, or NO_TARGET."""
+        if self.targets is not None:
+            return self.targets
+        following = self.tokens[:, 1:]
+        if self.real is None:
+            return following
+        return following.masked_fill(~self.real[:, 1:], NO_TARGET)
 
     def num_targets(self) -> int:
-        """Tokens to predict, padding excluded."""
-        if self.real is None:
-            return self.tokens[:, 1:].numel()
-        return int(self.real[:, 1:].sum())
+        """Tokens to predict."""
+        return int((self.labels() != NO_TARGET).sum())
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        real = None if self.real is None else self.real.to(device, non_blocking=True)
-        return Batch(self.tokens.to(device, non_blocking=True), real)
+        return self._each(lambda field: field.to(device, non_blocking=True))
+
+    def rows(self, index: Tensor | slice) -> Batch:
+        """Some of the sequences."""
+        return self._each(lambda field: field[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tokens, *others = self
+        return Batch(change(tokens), *(None if x is None else change(x) for x in others))
 
 
 class Objective(NamedTuple):
@@ -43,29 +82,28 @@ class Objective(NamedTuple):
     output: LanguageModelOutput
     """What the model said."""
 
-    def loss(self, targets_per_micro_batch: float) -> Tensor:
+    def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
         """Scalar whose mean over all micro-batches of a step, on all ranks, is the step's loss.
 
         `targets_per_micro_batch` is the mean number of targets over them; dividing by it
         rather than by this micro-batch's own number makes every token count alike, also
-        with uneven padding.
+        with uneven padding. `weight` is this micro-batch's number of sequences over their mean:
+        auxiliary losses are means over sequences.
         """
         auxiliary = sum(self.output.auxiliary.values(), torch.zeros_like(self.cross_entropy))
-        return self.cross_entropy / targets_per_micro_batch + auxiliary
+        return self.cross_entropy / targets_per_micro_batch + weight * auxiliary
 
 
-def objective(model: nn.Module, batch: Batch) -> Objective:
+def objective(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Objective:
     """Run the model on a micro-batch and sum the cross-entropy of its targets."""
-    inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-    output: LanguageModelOutput = model(inputs, None if batch.real is None else batch.real[:, :-1])
+    output: LanguageModelOutput = model(*batch.inputs())
     with part("loss"):
-        return Objective(_cross_entropy(output.logits, targets, batch), output)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
-    if batch.real is not None:
-        targets = targets.masked_fill(~batch.real[:, 1:], -100)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(
-        logits.flatten(0, 1).to(wide), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
+        wide = torch.promote_types(output.logits.dtype, torch.float32)
+        cross_entropy = F.cross_entropy(
+            output.logits.flatten(0, 1).to(wide),
+            batch.labels().flatten(),
+            ignore_index=NO_TARGET,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
+        return Objective(cross_entropy, output)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import Block, BlockOutput, GatheredExperts
+from moa_dist.models.block import Block, BlockOutput, GatheredExperts, Memory
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.recompute import recomputed
 from moa_dist.models.trace import BlockTrace
@@ -33,7 +33,8 @@ class Site(NamedTuple):
     """Where a router was applied."""
 
     layer: int
-    """Distinct layer, 0 ... G - 1."""
+    """Distinct layer, 0 ... G - 1; of a decoder that translates G ... 2 G - 1, its encoder's come
+    first."""
     repeat: int
     """Application of that layer, 0 ... R - 1."""
     router: str
@@ -61,7 +62,10 @@ class StackOutput(NamedTuple):
 class LayerStack(nn.Module):
     """`num_distinct_layers` blocks, applied in turn until `num_layers` have been."""
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, recompute: bool = False, cross: bool = False
+    ) -> None:
+        """With `cross` its layers also attend to the output of an encoder of the same depth."""
         super().__init__()
         num_distinct = config.num_distinct_layers or config.num_layers
         if config.num_layers % num_distinct:
@@ -69,13 +73,14 @@ class LayerStack(nn.Module):
                 f"{num_distinct} distinct layers do not divide {config.num_layers} layers"
             )
         self.num_repeats = config.num_layers // num_distinct
-        self.layers = nn.ModuleList([Block(config) for _ in range(num_distinct)])
+        self.first_layer = num_distinct if cross else 0
+        self.layers = nn.ModuleList([Block(config, cross=cross) for _ in range(num_distinct)])
         self.recompute = recompute
 
     def routers(self) -> dict[RouterKey, Router]:
         """All routers; each is applied once per repeat."""
         return {
-            (i, name): router
+            (self.first_layer + i, name): router
             for i, layer in enumerate(self._blocks())
             for name, router in layer.routers().items()
         }
@@ -92,6 +97,7 @@ class LayerStack(nn.Module):
         x: Tensor,
         mask: AttentionMask,
         cache: tuple[KeyValues, ...] | None = None,
+        memory: Memory | None = None,
         trace: bool = False,
     ) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer."""
@@ -107,14 +113,14 @@ class LayerStack(nn.Module):
                 if repeat == 0:
                     gathered.append(arriving[i].wait())
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
-                output = self._apply_layer(layer, x, mask, gathered[i], past, trace)
+                output = self._apply_layer(layer, x, mask, gathered[i], past, memory, trace)
                 x = output.x
                 if output.cache is not None:
                     extended.append(output.cache)
                 for router, value in output.statistics.items():
-                    statistics[Site(i, repeat, router)] = value
+                    statistics[Site(self.first_layer + i, repeat, router)] = value
                 if output.trace is not None:
-                    traces[i, repeat] = output.trace
+                    traces[self.first_layer + i, repeat] = output.trace
         longer = None if cache is None else tuple(extended)
         return StackOutput(x, statistics, longer, traces if trace else None)
 
@@ -128,10 +134,11 @@ class LayerStack(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts,
         cache: KeyValues | None,
+        memory: Memory | None,
         trace: bool,
     ) -> BlockOutput:
         # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.
         gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
-            return layer(x, mask, gathered, cache, trace)
-        return recomputed(layer, x, mask, gathered, cache, trace)
+            return layer(x, mask, gathered, cache, memory, trace)
+        return recomputed(layer, x, mask, gathered, cache, memory, trace)

@@ -103,7 +103,7 @@ class SwitchHeadAttention(RoutedModule):
         experts = Experts(self.matrices("v", gathered))
         returning = plan.apply(experts, sent, "token", "head", weighted=True)
         k = heads_of(self.k(key))
-        v = returning.wait().view(B, S, H, -1).transpose(1, 2)
+        v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
         if cache is not None:
             k, v = cache = extended(cache, k, v)
         heads = softmax_attention(q, k, v, mask).transpose(1, 2).reshape(B * T * H, -1)

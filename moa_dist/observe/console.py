@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from moa_dist.config.run import Config
+from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.observe.routing import overall_drop_share
 from moa_dist.observe.units import duration, short
 from moa_dist.train.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
@@ -72,10 +72,12 @@ class Console:
     def validation(self, metrics: ValidationMetrics) -> None:
         """Print one line."""
         width = len(str(self._num_steps))
+        bits = metrics.bits_per_byte
+        in_bytes = "" if bits is None else f"{bits:.3f} bits per byte  "
         self._print(
             f"valid {metrics.step:>{width - 1}}/{self._num_steps}        "
             f"loss {metrics.loss:6.3f}  perplexity {metrics.perplexity:.2f}  "
-            f"{metrics.bits_per_byte:.3f} bits per byte  over {short(metrics.tokens)} tokens"
+            f"{in_bytes}over {short(metrics.tokens)} tokens"
         )
 
     def rewind(self, step: int) -> None:
@@ -122,11 +124,12 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
     active = f"{short(run.num_active_parameters)} active per token"
     flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"
     yield "model", f"{short(run.num_parameters)} parameters, {active}, {flops}"
-    tokens = config.train.steps * config.train.global_batch * config.data.sequence_length
+    tokens = config.train.steps * config.train.global_batch * tokens_per_sample(config)
     if run.excluded_shards:
         yield "data", f"{run.excluded_shards} damaged shards left out, by data.on_damage"
+    at_most = " at most" if config.model.objective == "translation" else ""
     begin = f"resumed after step {run.first_step}" if run.first_step else "from the beginning"
-    yield "steps", f"{config.train.steps} ({short(tokens)} tokens), {begin}"
+    yield "steps", f"{config.train.steps} ({short(tokens)} tokens{at_most}), {begin}"
 
 
 def _device(run: RunStart) -> str:
@@ -161,7 +164,10 @@ def _partition(config: Config, world_size: int) -> str:
 def _batch(config: Config, world_size: int) -> str:
     total, micro = config.train.global_batch, config.train.micro_batch
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    kind, each = "sequences", f"{config.data.sequence_length} tokens each"
+    if config.model.objective == "translation":
+        kind, each = "buckets of pairs", f"at most {config.data.bucket_tokens} tokens each"
     return (
-        f"{total} sequences a step = {ranks} x {micro} per micro-batch x "
-        f"{total // (world_size * micro)} accumulated; {config.data.sequence_length} tokens each"
+        f"{total} {kind} a step = {ranks} x {micro} per micro-batch x "
+        f"{total // (world_size * micro)} accumulated; {each}"
     )

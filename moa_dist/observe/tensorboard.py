@@ -84,8 +84,9 @@ class TensorBoard:
         values = {
             "validation/loss": metrics.loss,
             "validation/perplexity": metrics.perplexity,
-            "validation/bits_per_byte": metrics.bits_per_byte,
         }
+        if metrics.bits_per_byte is not None:
+            values["validation/bits_per_byte"] = metrics.bits_per_byte
         self._scalars(values, metrics.step)
         for router, picture in load_heatmaps(self._routing).items():
             self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")

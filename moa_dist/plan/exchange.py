@@ -13,7 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from moa_dist.config.run import Config, ExpertExchangeConfig, NetworkConfig
+from moa_dist.config.run import (
+    Config,
+    ExpertExchangeConfig,
+    NetworkConfig,
+    tokens_per_sample,
+)
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.counts import ELEMENT_BYTES, count, states
 from moa_dist.models.language_model import LanguageModel
@@ -89,8 +94,8 @@ def expected_traffic(
 ) -> dict[Flow, Volume]:
     """Of one step, all ranks together, for routers that choose evenly; nothing dropped."""
     layout = layout_of(config, world_size, exchange)
-    sequences = layout.num_micro_batches * world_size * config.train.micro_batch
-    tokens = sequences * config.data.sequence_length * layout.num_repeats
+    samples = layout.num_micro_batches * world_size * config.train.micro_batch
+    tokens = samples * tokens_per_sample(config) * layout.num_repeats
 
     def rows_of(layer: str, name: str) -> Rows:
         router = model.get_submodule(f"{layer}.{name}")

@@ -77,10 +77,12 @@ def _layout(run: Run) -> Iterator[str]:
 
 def _steps(run: Run) -> Number:
     done, total = last_step(run), run.setting("train.steps")
-    length, samples = run.setting("data.sequence_length"), run.series.get("samples")
-    tokens = ""
+    translates = run.setting("model.objective") == "translation"
+    length = run.setting("data.bucket_tokens" if translates else "data.sequence_length")
+    samples, tokens = run.series.get("samples"), ""
     if isinstance(length, int) and samples is not None and len(samples.finite()):
-        tokens = f"{short(samples.finite().values[-1] * length)} tokens"
+        at_most = "at most " if translates else ""
+        tokens = f"{at_most}{short(samples.finite().values[-1] * length)} tokens"
     if not isinstance(total, int) or total < 1:
         return Number("Steps", f"{done:,}", tokens)
     share = f"{100 * done // total} % of {total:,}"

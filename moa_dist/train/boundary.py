@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def agree(stop: bool, batches: Sequence[Batch], device: torch.device, waits: Wai
 
     The digest is a sum over sequences, for ranks and micro-batches divide them differently.
     """
-    digest = sum(_digest(row) for batch in batches for row in batch.tokens)
+    digest = sum(_digest(texts) for batch in batches for texts in _texts(batch))
     both = torch.tensor([int(stop), digest % 2**_DIGEST_BITS], dtype=torch.int64, device=device)
     with waits.begin("agreement between steps"):
         dist.all_reduce(both)
@@ -48,8 +48,19 @@ def agree(stop: bool, batches: Sequence[Batch], device: torch.device, waits: Wai
     return Boundary(stop=wishes > 0, digest=f"{total % 2**_DIGEST_BITS:010x}")
 
 
-def _digest(tokens: torch.Tensor) -> int:
-    data = tokens.numpy().tobytes()
+def _texts(batch: Batch) -> Iterator[list[torch.Tensor]]:
+    """All that belongs to each sequence, without padding."""
+    for row in range(batch.num_sequences):
+        one = batch.rows(slice(row, row + 1))
+        tokens = one.tokens if one.real is None else one.tokens[one.real]
+        texts = [tokens, one.targets]
+        if one.source is not None:
+            texts.append(one.source if one.source_real is None else one.source[one.source_real])
+        yield [text for text in texts if text is not None]
+
+
+def _digest(texts: list[torch.Tensor]) -> int:
+    data = b"".join(text.numpy().tobytes() for text in texts)
     return int.from_bytes(hashlib.blake2b(data, digest_size=_DIGEST_BITS // 8).digest(), "little")
 
 

@@ -22,7 +22,12 @@ def check_run(config: Config, world_size: int) -> None:
     problems = find_layout_problems(config, world_size)
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
-    check_data(config.data, vocab_size=config.model.vocab_size, world_size=world_size)
+    check_data(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        world_size=world_size,
+        objective=config.model.objective,
+    )
     _check_earlier_run(config)
 
 
@@ -50,7 +55,9 @@ def _check_earlier_run(config: Config) -> None:
     if newest is None or newest.samples == 0:
         return
     before = newest.config.data
-    changed = [f for f in ("seed", "readers") if getattr(before, f) != getattr(config.data, f)]
+    translates = config.model.objective == "translation"
+    deciding = ("seed", "bucket_tokens") if translates else ("seed", "readers")
+    changed = [f for f in deciding if getattr(before, f) != getattr(config.data, f)]
     if changed:
         raise ConfigError(
             [

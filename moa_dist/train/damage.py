@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from moa_dist.config.run import DataConfig
 from moa_dist.data.check import SKIP_REMEDY
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
 from moa_dist.data.shards import read_shard
 from moa_dist.errors import DataError
 
@@ -18,21 +18,22 @@ _SHARDS_PER_ROUND = 16
 _MOST_NAMED = 5
 
 
-def find_damage(data: DataConfig, train: Manifest, valid: Manifest | None) -> dict[int, str]:
+def find_damage(data: DataConfig, train: AnyManifest, valid: AnyManifest | None) -> dict[int, str]:
     """Training shards to leave out: their indices and what is wrong. Collective.
 
     Rank r reads shards r, r + W, ... of folders that all ranks share; a shard that one rank
     finds damaged is damaged for all, so every rank gets the same result.
 
     Args:
-        data: the run's data section; without `verify: checksums` nothing is read or left out.
+        data: the run's data section; without `verify: checksums` nothing is read or left out, nor
+            of pairs, which every rank reads and checks in full when it begins.
         train: manifest of the training data.
         valid: manifest of the validation data.
 
     Raises:
         DataError: a shard is damaged that may not be left out, or no training shard is whole.
     """
-    if data.verify == "sizes":
+    if data.verify == "sizes" or isinstance(train, PairManifest):
         return {}
     damaged = _damaged_shards(Path(data.train), train)
     problems = []
@@ -40,7 +41,7 @@ def find_damage(data: DataConfig, train: Manifest, valid: Manifest | None) -> di
         problems = [*summary(damaged), SKIP_REMEDY]
     elif len(damaged) == len(train.shards):
         problems = [*summary(damaged), f"{data.train}: no shard is whole; copy the folder again"]
-    if valid and data.valid:
+    if isinstance(valid, Manifest) and data.valid:
         problems += summary(_damaged_shards(Path(data.valid), valid))
     if problems:
         raise DataError("\n".join(problems))

@@ -17,15 +17,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
 
 from moa_dist.config.run import Config
+from moa_dist.data.batches import training_batches
 from moa_dist.data.check import check_data
-from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.distributed.device import be_deterministic, poorest_memory, travels_beside
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
@@ -77,7 +76,10 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
     before = psutil.Process().memory_info().rss
     with _job(world_size) as this_job:
         manifest, _ = check_data(
-            config.data, vocab_size=config.model.vocab_size, world_size=this_job.world_size
+            config.data,
+            vocab_size=config.model.vocab_size,
+            world_size=this_job.world_size,
+            objective=config.model.objective,
         )
         if config.train.deterministic:
             be_deterministic()
@@ -97,19 +99,11 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
             ),
         )
         engine = Engine(model, config, mesh, this_job.device)
-        stream = SampleStream(
-            Path(config.data.train),
-            manifest,
-            readers=config.data.readers,
-            seed=config.data.seed,
-            rank=mesh.rank,
-            world_size=mesh.world_size,
-            consumed=0,
-            micro_batch=config.train.micro_batch,
-        )
         layout = layout_of(config, mesh.world_size, decision.exchange)
-        loader = build_loader(stream, workers=config.data.workers)
-        batches = [Batch(tokens) for tokens in islice(loader, layout.num_micro_batches)]
+        micro_batches = training_batches(
+            config, manifest, rank=mesh.rank, world_size=mesh.world_size, consumed=0
+        )
+        batches = list(islice(micro_batches, layout.num_micro_batches))
         lr = learning_rate(1, config.optimizer.lr, config.schedule, config.train.steps)
         _all_but_update(engine, batches, lr)
         _wait_for(this_job)

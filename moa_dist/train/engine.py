@@ -44,7 +44,7 @@ class StepResult:
     loss: float
     """Mean cross-entropy per target, nats."""
     auxiliary: dict[str, float]
-    """Mean auxiliary losses over micro-batches and ranks."""
+    """Mean auxiliary losses over the sequences of the global batch."""
     grad_norm: float
     """Global norm before clipping."""
     tokens: int
@@ -73,6 +73,7 @@ class Engine:
         self.mesh = mesh
         self.zero_stage = config.parallel.zero_stage
         self.clip_norm = config.optimizer.clip_norm
+        self.label_smoothing = config.train.label_smoothing
         self.device = device
         self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
         model.sum_over_ranks = partial(pool_statistics, mesh=mesh)
@@ -114,10 +115,13 @@ class Engine:
         gradient norm is not finite, or the loss is above `loss_limit`.
         """
         batches = [batch.to(self.device) for batch in batches]
-        num_targets = self._sum_over_ranks(
-            torch.tensor(sum(batch.num_targets() for batch in batches)), "number of targets"
-        ).item()
-        per_micro_batch = num_targets / (self.mesh.world_size * len(batches))
+        own = [[batch.num_targets(), batch.num_sequences] for batch in batches]
+        num_targets, num_sequences = self._sum_over_ranks(
+            torch.tensor(own).sum(0), "number of targets"
+        ).tolist()
+        num_targets = max(num_targets, 1)  # all tokens of a step may be padding, or none hidden
+        num_micro_batches = self.mesh.world_size * len(batches)
+        per_micro_batch = num_targets / num_micro_batches
         self.deepspeed.train()
         self.mesh.ledger.take()  # what evaluation has sent
         for group in self.optimizer.param_groups:
@@ -126,11 +130,12 @@ class Engine:
         routing: dict[Site, RoutingReport] = {}
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            result = objective(self.deepspeed, batch)
+            result = objective(self.deepspeed, batch, self.label_smoothing)
+            weight = batch.num_sequences * num_micro_batches / num_sequences
             # DeepSpeed divides by the number of micro-batches and averages over ranks.
             with part("backward"):
-                self.deepspeed.backward(result.loss(per_micro_batch))
-            _add(sums, _values(result))
+                self.deepspeed.backward(result.loss(per_micro_batch, weight))
+            _add(sums, _values(result, weight))
             _add_reports(routing, result.output.statistics)
             if i < len(batches) - 1:
                 self.deepspeed.step()
@@ -144,10 +149,9 @@ class Engine:
             raise
         with part("optimizer"):
             grad_norm = self._update()
-            update_biases(self.model.stack.routers(), routing, self.mesh.waits)
+            update_biases(self.model.routers(), routing, self.mesh.waits)
         self.mesh.waits.settle()
-        scale = 1 / (self.mesh.world_size * len(batches))
-        auxiliary = {name: value * scale for name, value in values.items()}
+        auxiliary = {name: value / num_micro_batches for name, value in values.items()}
         return StepResult(
             loss, auxiliary, grad_norm, int(num_targets), routing, self.mesh.ledger.take()
         )
@@ -267,8 +271,9 @@ def _finite(grad_norm: float) -> float:
     return grad_norm
 
 
-def _values(result: Objective) -> dict[str, Tensor]:
-    values = {"cross_entropy": result.cross_entropy, **result.output.auxiliary}
+def _values(result: Objective, weight: float) -> dict[str, Tensor]:
+    auxiliary = {name: weight * value for name, value in result.output.auxiliary.items()}
+    values = {"cross_entropy": result.cross_entropy, **auxiliary}
     return {name: value.detach() for name, value in values.items()}
 
 

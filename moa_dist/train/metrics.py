@@ -129,8 +129,8 @@ class ValidationMetrics:
     """Mean cross-entropy per target token, nats."""
     perplexity: float
     """exp(loss)."""
-    bits_per_byte: float
-    """Cross-entropy in bits per byte of the source text."""
+    bits_per_byte: float | None
+    """Cross-entropy in bits per byte of the text; None for masked language models."""
     tokens: int
     """Target tokens it runs over."""
 

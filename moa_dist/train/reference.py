@@ -53,19 +53,20 @@ def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: fl
     """The step over the whole batch at once, by parts only where balance is to be by parts."""
     model = initial_model(config)
     initial = _state(model)
-    real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.real is None else batch.real
-    tokens, tokens_real = batch.tokens[:, :-1], real[:, :-1]
-    targets, targets_real = batch.tokens[:, 1:], real[:, 1:]
-    size = config.train.micro_batch if _balanced_by_parts(config) else len(tokens)
-    outputs = [
-        model(*part) for part in zip(tokens.split(size), tokens_real.split(size), strict=True)
+    real, labels = real_inputs(batch), batch.labels()
+    size = config.train.micro_batch if _balanced_by_parts(config) else batch.num_sequences
+    parts = [
+        batch.rows(slice(first, first + size)) for first in range(0, batch.num_sequences, size)
     ]
+    outputs = [model(*part.inputs()) for part in parts]
     logits = torch.cat([output.logits for output in outputs])
     auxiliary = {
         name: torch.stack([output.auxiliary[name] for output in outputs]).mean()
         for name in outputs[0].auxiliary
     }
-    loss = F.cross_entropy(logits[targets_real], targets[targets_real])
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), label_smoothing=config.train.label_smoothing
+    )
     torch.stack([loss, *auxiliary.values()]).sum().backward()
     load, dropped = (_over_parts(outputs, count) for count in ("load", "dropped"))
 
@@ -77,10 +78,10 @@ def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: fl
     _plain_optimizer(model, optimizer, lr).step()
     _move_biases(model, load)
     with torch.no_grad():
-        after = model(tokens, tokens_real).logits[tokens_real]
+        after = model(*batch.inputs()).logits[real]
     return Outcome(
         initial=initial,
-        logits=logits.detach()[tokens_real],
+        logits=logits.detach()[real],
         loss=loss.item(),
         auxiliary={name: value.item() for name, value in auxiliary.items()},
         load=load,
@@ -89,6 +90,13 @@ def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: fl
         parameters=_state(model),
         logits_after=after,
     )
+
+
+def real_inputs(batch: Batch) -> Tensor:
+    """[B, S] bool: which tokens that the model reads are real."""
+    tokens, real, *_ = batch.inputs()
+    assert tokens is not None
+    return torch.ones_like(tokens, dtype=torch.bool) if real is None else real
 
 
 def _over_parts(outputs: list[LanguageModelOutput], count: str) -> dict[Site, Tensor]:
@@ -108,7 +116,7 @@ def _balanced_by_parts(config: Config) -> bool:
 
 
 def _move_biases(model: LanguageModel, load: dict[Site, Tensor]) -> None:
-    for key, router in model.stack.routers().items():
+    for key, router in model.routers().items():
         if router.bias is not None:
             repeats = [value for site, value in load.items() if site.key == key]
             router.bias.update(torch.stack(repeats).sum(0))
@@ -151,6 +159,5 @@ def is_clear_of_rounding(
 def _routing(
     model: nn.Module, parameters: dict[str, Tensor], batch: Batch
 ) -> dict[Site, RoutingStatistics]:
-    real = None if batch.real is None else batch.real[:, :-1]
-    output: LanguageModelOutput = functional_call(model, parameters, (batch.tokens[:, :-1], real))
+    output: LanguageModelOutput = functional_call(model, parameters, batch.inputs())
     return output.statistics

@@ -19,18 +19,17 @@ import torch
 
 from moa_dist.config import to_yaml
 from moa_dist.config.run import Config, run_folder
+from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.check import check_data
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.manifest import AnyManifest
 from moa_dist.data.order import Exclusions, as_json, exclude, read_exclusions
-from moa_dist.data.stream import SampleStream, build_loader
-from moa_dist.data.validation import validation_batches
 from moa_dist.distributed.device import be_deterministic, poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import Job, job
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, ExitCode, TrainingError
-from moa_dist.evaluate.perplexity import perplexity
+from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
@@ -58,7 +57,10 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
     """
     with job() as this_job:
         train_manifest, valid_manifest = check_data(
-            config.data, vocab_size=config.model.vocab_size, world_size=this_job.world_size
+            config.data,
+            vocab_size=config.model.vocab_size,
+            world_size=this_job.world_size,
+            objective=config.model.objective,
         )
         damaged = find_damage(config.data, train_manifest, valid_manifest)
         if config.train.deterministic:
@@ -253,7 +255,7 @@ def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunSta
 
 
 def _notes_on_damage(
-    damaged: dict[int, str], exclusions: Exclusions, manifest: Manifest, samples: int
+    damaged: dict[int, str], exclusions: Exclusions, manifest: AnyManifest, samples: int
 ) -> Iterator[str]:
     for problem in summary(damaged):
         yield f"left out: {problem}"
@@ -265,20 +267,16 @@ def _notes_on_damage(
 
 
 def _micro_batches(
-    config: Config, manifest: Manifest, mesh: Mesh, samples: int, exclusions: Exclusions
+    config: Config, manifest: AnyManifest, mesh: Mesh, samples: int, exclusions: Exclusions
 ) -> Iterator[Batch]:
-    stream = SampleStream(
-        Path(config.data.train),
+    return training_batches(
+        config,
         manifest,
-        readers=config.data.readers,
-        seed=config.data.seed,
         rank=mesh.rank,
         world_size=mesh.world_size,
         consumed=samples,
-        micro_batch=config.train.micro_batch,
         exclusions=exclusions,
     )
-    return map(Batch, build_loader(stream, workers=config.data.workers))
 
 
 def _seed_random_numbers(seed: int, step: int, rank: int) -> None:
@@ -287,9 +285,12 @@ def _seed_random_numbers(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> ValidationMetrics:
+def _validate(
+    engine: Engine, config: Config, manifest: AnyManifest, step: int
+) -> ValidationMetrics:
     assert config.data.valid is not None
-    batches = validation_batches(
+    batches = held_out_batches(
+        config,
         Path(config.data.valid),
         manifest,
         rank=engine.mesh.rank,
@@ -302,6 +303,6 @@ def _validate(engine: Engine, config: Config, manifest: Manifest, step: int) -> 
         step=step,
         loss=result.loss,
         perplexity=result.perplexity,
-        bits_per_byte=result.bits_per_byte(manifest.bytes_per_token),
+        bits_per_byte=bits_per_byte(result, config.model, manifest),
         tokens=result.tokens,
     )

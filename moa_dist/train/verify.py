@@ -22,7 +22,7 @@ from moa_dist.distributed.device import poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
 from moa_dist.models.language_model import build_model
-from moa_dist.models.objective import Batch
+from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange
@@ -38,7 +38,13 @@ from moa_dist.train.compare import (
 from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
-from moa_dist.train.reference import Outcome, initial_model, is_clear_of_rounding, one_process
+from moa_dist.train.reference import (
+    Outcome,
+    initial_model,
+    is_clear_of_rounding,
+    one_process,
+    real_inputs,
+)
 
 _SIZES = ZeroSizes(bucket=300, persistent=0)
 """Many buckets and no parameter whole at ZeRO 3, as for a large model."""
@@ -46,6 +52,8 @@ _GRADIENT_RATE = 1024.0
 """SGD's rate where the step is to show the gradient: fp32 weights keep more of its digits."""
 _EPS = 1e-2
 """Least of AdamW's eps: with less, the sign of a gradient that is all rounding decides a step."""
+_OTHER_TEXTS = 1000
+"""Added to the seed of target texts: the seed of their sources."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,21 @@ def _report(
 
 
 def make_batch(config: Config, seed: int) -> Batch:
-    """The global batch, rank by rank: other tokens in every sequence, some of them short.
+    """The global batch, rank by rank: other tokens in every sequence, some of them short."""
+    tokens, real = _texts(config, seed)
+    match config.model.objective:
+        case "causal":
+            return Batch(tokens, real)
+        case "masked":
+            generator = torch.Generator().manual_seed(seed)
+            hidden = real & (torch.rand(tokens.shape, generator=generator) < 0.3)
+            return Batch(tokens, real, tokens.masked_fill(~hidden, NO_TARGET))
+        case "translation":
+            return Batch(tokens, real, None, *_texts(config, seed + _OTHER_TEXTS))
+
+
+def _texts(config: Config, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens, and which of them are real, [N, sequence length + 1] both.
 
     Frequencies fall as in language. No token comes twice in a group of sequences, or in a sequence
     if the vocabulary is too small for that: two could tie, and rounding decide which of them
@@ -201,7 +223,7 @@ def make_batch(config: Config, seed: int) -> Batch:
     lengths[0] = length
     if N > 1:
         lengths[-1] = 0  # a sequence that is padding alone
-    return Batch(tokens, torch.arange(length) < lengths[:, None])
+    return tokens, torch.arange(length) < lengths[:, None]
 
 
 def _in_this_layout(
@@ -243,11 +265,9 @@ def _in_this_layout(
 
 def _micro_batches(batch: Batch, mesh: Mesh, size: int) -> list[Batch]:
     """This rank's: neighbours in the global batch, so that groups of sequences stay together."""
-    assert batch.real is not None
-    tokens, real = (
-        x.chunk(mesh.world_size)[mesh.rank].split(size) for x in (batch.tokens, batch.real)
-    )
-    return [Batch(*pair) for pair in zip(tokens, real, strict=True)]
+    share = batch.num_sequences // mesh.world_size
+    begin = mesh.rank * share
+    return [batch.rows(slice(first, first + size)) for first in range(begin, begin + share, size)]
 
 
 def _logits(engine: Engine, batches: Iterable[Batch]) -> Tensor:
@@ -255,10 +275,9 @@ def _logits(engine: Engine, batches: Iterable[Batch]) -> Tensor:
     engine.deepspeed.eval()
     results = []
     with torch.no_grad():
-        for tokens, real in (batch.to(engine.device) for batch in batches):
-            assert real is not None
-            logits = engine.deepspeed(tokens[:, :-1], real[:, :-1]).logits
-            results.append(logits[real[:, :-1]].cpu())
+        for batch in (batch.to(engine.device) for batch in batches):
+            logits = engine.deepspeed(*batch.inputs()).logits
+            results.append(logits[real_inputs(batch)].cpu())
     return torch.cat(results)
 
 

@@ -59,6 +59,25 @@ def test_show(run, capsys):
     assert text.count("damaged: ") == 2
 
 
+def test_average(run, tmp_path, capsys):
+    target = tmp_path / "mean"
+    assert "steps 1, 2" in printed(capsys, "checkpoint", "average", run, target)
+    parts = [load_model(run / f"step-0000000{step}")[0].state_dict() for step in (1, 2)]
+    model, index = load_model(target)
+    assert damage(target) == []
+    assert index.step == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, ((parts[0][name].double() + parts[1][name]) / 2).float()), name
+    assert any(not torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
+    assert main(["checkpoint", "average", str(run), str(target)]) == 2  # it exists
+    last = tmp_path / "last"
+    printed(capsys, "checkpoint", "average", run, last, "--last", "1")
+    for name, value in load_model(last)[0].state_dict().items():
+        assert torch.equal(value, parts[1][name])
+    assert main(["checkpoint", "average", str(tmp_path / "data"), str(tmp_path / "none")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
 def test_verify(run, capsys):
     assert printed(capsys, "checkpoint", "verify", run).count(": ok") == 2
     alter(run / "step-00000002")

@@ -7,6 +7,7 @@ import pytest
 from moa_dist.config import find_layout_problems, load_config
 
 DENSE = ["model.attention.kind=dense", "model.attention.num_heads=2", "model.attention.d_head=16"]
+TRANSLATION = ["model.objective=translation"]
 DENSE_FFN = ["model.ffn.kind=dense", "model.ffn.d_ff=64"]
 
 
@@ -32,6 +33,20 @@ DENSE_FFN = ["model.ffn.kind=dense", "model.ffn.d_ff=64"]
         (["schedule.warmup_steps=101"], "more than `train.steps` = 100"),
         (["schedule.kind=inverse_sqrt"], "use at least 1"),
         (["schedule.final=1.5"], "share of the peak"),
+        (["train.label_smoothing=1"], "train.label_smoothing"),
+        ([*TRANSLATION, "data.bucket_tokens=1"], "a bucket must hold one pair"),
+        (
+            [*TRANSLATION, "data.on_damage=skip", "data.verify=checksums"],
+            "reads all pairs before it starts",
+        ),
+        (
+            [*TRANSLATION, "model.ffn.router.group_sequences=2"],
+            "the number of sequences changes from one micro-batch",
+        ),
+        (
+            [*TRANSLATION, "model.attention.router.balance.scope=global_batch"],
+            "the number of sequences changes from one micro-batch",
+        ),
         (["schedule.warmup_start=2"], "share of the peak"),
         (["optimizer.betas=[0.9, 1.0]"], "below 1"),
         (["optimizer.momentum=0.9"], "set `optimizer.kind` to sgd"),

@@ -43,7 +43,8 @@ def check_choices(config: Config, world_size: int) -> Config:
     before, after = leaves(config.model_dump()), leaves(small.model_dump())
     assert before.keys() == after.keys()
     changed = {path for path in before if before[path] != after[path]}
-    assert changed <= SIZES | {f"model.{p}.router.expert_dropout" for p in ("attention", "ffn")}
+    dropout = {f"model.{p}.router.expert_dropout" for p in ("attention", "ffn")} | {"model.dropout"}
+    assert changed <= SIZES | dropout
     assert all(before[path] is not None for path in changed)
     assert find_layout_problems(small, world_size) == find_layout_problems(config, world_size)
 

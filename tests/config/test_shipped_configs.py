@@ -9,9 +9,11 @@ import pytest
 from moa_dist.config import find_layout_problems, load_config
 from moa_dist.config.model import Section
 from moa_dist.config.schema import describe, walk
+from moa_dist.models.counts import count
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "recipes")
+FAMILIES = ("moa", "dense")
 NAMES = [str(p.relative_to(CONFIGS).with_suffix("")) for p in SHIPPED]
 
 
@@ -42,6 +44,31 @@ def test_small_configs_train_alike_and_fit_two_ranks(path):
     assert find_layout_problems(config, 2) == []
     for part in ("data", "optimizer", "schedule", "train", "evaluation"):
         assert getattr(config, part) == getattr(moeut, part), part
+
+
+@pytest.mark.parametrize("size", ["", "small_"])
+def test_translation_models_differ_in_attention_alone(size):
+    moa, dense = (load_config(CONFIGS / f"translation/{size}{kind}.yaml") for kind in FAMILIES)
+    parts = dict(moa.model), dict(dense.model)
+    assert [part.pop("attention").kind for part in parts] == ["moa", "dense"]
+    assert parts[0] == parts[1]
+    for part in ("data", "optimizer", "schedule", "train", "evaluation", "checkpoint"):
+        assert getattr(moa, part) == getattr(dense, part), part
+    if size:  # made for a fair comparison
+        assert count(moa.model, 1).total == count(dense.model, 1).total
+
+
+def test_small_masked_models_differ_in_the_number_of_experts_alone():
+    configs = [load_config(CONFIGS / f"masked_lm/small_{e}e.yaml") for e in (8, 16, 32, 64)]
+    assert [config.model.attention.router.num_experts for config in configs] == [8, 16, 32, 64]
+    alike = [
+        load_config(
+            CONFIGS / f"masked_lm/small_{e}e.yaml",
+            ["name=same", "model.attention.router.num_experts=8"],
+        )
+        for e in (8, 16, 32, 64)
+    ]
+    assert all(config == alike[0] for config in alike)
 
 
 def test_quickstart_fits_two_ranks():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.language_model import build_model
-from moa_dist.models.objective import Batch
+from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.deepspeed_config import ZeroSizes
@@ -62,6 +62,9 @@ class Case:
     """Few tokens are frequent, as in language: then some experts get none."""
     sequences: int = SEQUENCES
     steps: int = 1
+    label_smoothing: float = 0.0
+    uneven: bool = False
+    """Two micro-batches on each of two ranks, no two of one size, as of buckets of pairs."""
     eps: float = 1e-8
     """Of AdamW. A large one makes its first step feel the size of a gradient, and tiny ones
     less of their rounding."""
@@ -104,6 +107,7 @@ class Case:
                     "micro_batch": self.micro_batch,
                     "precision": self.precision,
                     "recompute": self.recompute,
+                    "label_smoothing": self.label_smoothing,
                 },
             }
         )
@@ -119,6 +123,14 @@ class Case:
         # Beyond eight, one sequence is all padding and one has no target.
         lengths = torch.tensor([13, 13, 9, 13, 4, 13, 11, 2, 13, 6, 13, 13, 0, 13, 1, 10])
         real = torch.arange(LENGTH + 1) < lengths[: self.sequences, None]
+        match self.model.get("objective", "causal"):
+            case "masked":
+                hidden = real & (torch.rand(tokens.shape, generator=generator) < 0.3)
+                return Batch(tokens, real, tokens.masked_fill(~hidden, NO_TARGET))
+            case "translation":
+                lengths = torch.randint(LENGTH, (self.sequences, 1), generator=generator)
+                source_real = torch.arange(LENGTH) < lengths
+                return Batch(tokens, real, None, tokens[:, 1:].flip(0), source_real)
         return Batch(tokens, real)
 
 
@@ -148,10 +160,10 @@ def one_process(case: Case) -> Outcome:
 
 def one_process_step(case: Case, model: Any, optimizer: Any, batch: Batch) -> Outcome:
     optimizer.zero_grad()
-    real = batch.real if batch.real is not None else torch.ones_like(batch.tokens, dtype=torch.bool)
-    output = model(batch.tokens[:, :-1], None if batch.real is None else real[:, :-1])
-    targets = batch.tokens[:, 1:][real[:, 1:]]
-    loss = F.cross_entropy(output.logits[real[:, 1:]], targets)
+    output, labels = model(*batch.inputs()), batch.labels()
+    predicted = labels != NO_TARGET
+    smoothing = case.label_smoothing
+    loss = F.cross_entropy(output.logits[predicted], labels[predicted], label_smoothing=smoothing)
     auxiliary = sum(output.auxiliary.values())
     (loss + auxiliary).backward()
     gradients = [p.grad for p in model.parameters()]
@@ -177,6 +189,8 @@ def move_biases(model: Any, statistics: dict[Any, Any]) -> None:
     names |= {f"attention.{use}": f"attention.{use}_router" for use in ("value", "output")}
     state = model.state_dict()
     for layer, router in {(site.layer, site.router) for site in statistics}:
+        if router not in names:  # of an attention to the source, which no case gives a bias
+            continue
         name = f"stack.layers.{layer}.{names[router]}"
         if f"{name}.bias.value" not in state:
             continue
@@ -199,10 +213,11 @@ mesh_of_this_pool = cache(make_mesh)
 def micro_batches(case: Case, mesh: Mesh, step: int = 1) -> list[Batch]:
     """This rank's: every W-th sequence."""
     batch = case.batch(step)
+    if case.uneven:
+        parts = torch.arange(case.sequences).tensor_split([1, 5, 11])
+        return [batch.rows(rows) for rows in parts[mesh.rank :: 2]]
     mine = torch.arange(mesh.rank, case.sequences, mesh.world_size).split(case.micro_batch)
-    return [
-        Batch(batch.tokens[rows], None if batch.real is None else batch.real[rows]) for rows in mine
-    ]
+    return [batch.rows(rows) for rows in mine]
 
 
 def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]:

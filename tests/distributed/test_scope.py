@@ -99,7 +99,7 @@ def biases_around_evaluation(case: Case) -> list[dict[str, torch.Tensor]]:
     engine.step([Batch(batch.tokens[rows], batch.real[rows])], lr=1e-2)
     result.append(biases())
     # Where all experts are here, ranks may bring unequal numbers of batches.
-    batches = [(batch.tokens[row][None], torch.ones(1, dtype=torch.bool)) for row in rows]
+    batches = [Batch(batch.tokens[row][None]) for row in rows]
     perplexity(engine.deepspeed, batches[: 1 + mesh.rank], torch.device("cpu"))
     result.append(biases())
     engine.close()

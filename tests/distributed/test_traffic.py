@@ -178,12 +178,10 @@ def sizes_of(case: Case) -> tuple[list[int], list[int]]:
 LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("exchange", ["tokens", "weights"])
-@pytest.mark.parametrize(("world_size", "expert_parallel"), LAYOUTS)
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_counted_equals_predicted(pools, kind, exchange, world_size, expert_parallel, zero_stage):
-    case = Case(
+def case_of(
+    model: dict[str, Any], exchange: str, world_size: int, expert_parallel: int, zero_stage: int
+) -> Case:
+    return Case(
         world_size=world_size,
         expert_parallel=expert_parallel,
         zero_stage=zero_stage,
@@ -191,9 +189,25 @@ def test_counted_equals_predicted(pools, kind, exchange, world_size, expert_para
         micro_batch=8 // world_size // 2,
         exchange=exchange,
         recompute=zero_stage == 1,
-        model=KINDS[kind],
+        model=model,
     )
-    counted = add_up(pools(world_size).run(on_rank, case))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exchange", ["tokens", "weights"])
+@pytest.mark.parametrize(("world_size", "expert_parallel"), LAYOUTS)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_counted_equals_predicted(pools, kind, exchange, world_size, expert_parallel, zero_stage):
+    check(pools, case_of(KINDS[kind], exchange, world_size, expert_parallel, zero_stage))
+
+
+@pytest.mark.parametrize(("exchange", "zero_stage"), [("tokens", 1), ("weights", 2)])
+def test_encoders_and_attention_to_them_are_predicted_too(pools, exchange, zero_stage):
+    check(pools, case_of(KINDS["moa"] | {"objective": "translation"}, exchange, 2, 2, zero_stage))
+
+
+def check(pools, case: Case) -> None:
+    counted = add_up(pools(case.world_size).run(on_rank, case))
     layout = layout_of(case)
     # Recomputation runs the router again.
     forwards = 2 if case.recompute else 1
@@ -202,11 +216,11 @@ def test_counted_equals_predicted(pools, kind, exchange, world_size, expert_para
     ours = {flow: v for flow, v in counted.ledger.items() if flow.purpose != "reduce"}
     assert ours == predicted
 
-    states = state_traffic(*sizes_of(case), layout, zero_stage, AS_IF_LARGE)
+    states = state_traffic(*sizes_of(case), layout, case.zero_stage, AS_IF_LARGE)
     assert sum(counted.wire.values()) == (
         sum(states) + sum(volume.num_bytes for volume in predicted.values())
     )
-    if zero_stage == 0:
+    if case.zero_stage == 0:
         reduced = [v.num_bytes for flow, v in counted.ledger.items() if flow.purpose == "reduce"]
         assert sum(reduced) == states.gradients
 

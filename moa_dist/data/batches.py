@@ -1,0 +1,167 @@
+"""What a rank trains on and validates on: prepared data to micro-batches, by the model's objective.
+
+    causal        samples, each token to predict the next
+    masked        the same samples, some of their tokens hidden (see `masking`)
+    translation   buckets of pairs (see `pairs`)
+
+Shapes: B sequences of L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.run import Config
+from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
+from moa_dist.data.masking import hide
+from moa_dist.data.order import Exclusions
+from moa_dist.data.pairs import BucketOrder, Pairs, read_pairs
+from moa_dist.data.stream import SampleStream, build_loader
+from moa_dist.data.validation import validation_batches
+from moa_dist.models.objective import NO_TARGET, Batch
+
+_TRAINING, _HELD_OUT = 0, 1  # tags that keep masks apart
+
+
+def training_batches(
+    config: Config,
+    manifest: AnyManifest,
+    *,
+    rank: int,
+    world_size: int,
+    consumed: int,
+    exclusions: Exclusions = (),
+) -> Iterator[Batch]:
+    """This rank's micro-batches from global sample `consumed` on, without end.
+
+    Micro-batch b holds the samples `consumed + rank + W * (b * micro_batch + j)` for j from 0.
+    Raises DataError, also while iterating: see `SampleStream`.
+    """
+    data, micro_batch = config.data, config.train.micro_batch
+    if isinstance(manifest, PairManifest):
+        yield from _buckets(config, manifest, count(consumed + rank, world_size))
+        return
+    stream = SampleStream(
+        Path(data.train),
+        manifest,
+        readers=data.readers,
+        seed=data.seed,
+        rank=rank,
+        world_size=world_size,
+        consumed=consumed,
+        micro_batch=micro_batch,
+        exclusions=exclusions,
+    )
+    sample = consumed + rank
+    for tokens in build_loader(stream, workers=data.workers):
+        samples = range(sample, sample + world_size * micro_batch, world_size)
+        if config.model.objective == "masked":
+            keys = [(data.seed, _TRAINING, number) for number in samples]
+            yield _masked(tokens, keys, config.model, manifest)
+        else:
+            yield Batch(tokens)
+        sample += world_size * micro_batch
+
+
+def _buckets(config: Config, manifest: PairManifest, samples: Iterable[int]) -> Iterator[Batch]:
+    """Of `train.micro_batch` samples each."""
+    pairs = read_pairs(Path(config.data.train), manifest)
+    order = BucketOrder(pairs.longest, config.data.bucket_tokens, config.data.seed)
+    buckets = order.take(samples)
+    while chosen := list(islice(buckets, config.train.micro_batch)):
+        yield _translated(pairs, np.concatenate(chosen), manifest.end_of_document)
+
+
+def held_out_batches(
+    config: Config,
+    folder: Path,
+    manifest: AnyManifest,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    sequences: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of the first `sequences`, or all; as many micro-batches on every rank.
+
+    What is hidden from a masked model depends on the place of a sample in the folder only. Pairs
+    come in buckets, whatever `micro_batch` says. Raises DataError: a shard is missing or damaged.
+    """
+    model = config.model
+    if isinstance(manifest, PairManifest):
+        pairs = read_pairs(folder, manifest)
+        order = BucketOrder(pairs.longest[:sequences], config.data.bucket_tokens, seed=0)
+        yield from _share(order, pairs, manifest.end_of_document, rank, world_size)
+        return
+    batches = validation_batches(
+        folder,
+        manifest,
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        sequences=sequences,
+    )
+    sample = rank
+    for tokens, counts in batches:
+        real = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
+        if model.objective == "masked":
+            keys = [(_HELD_OUT, sample + world_size * row) for row in range(len(tokens))]
+            yield _masked(tokens, keys, model, manifest, real)
+        else:
+            yield Batch(tokens, real)
+        sample += world_size * micro_batch
+
+
+def _share(
+    order: BucketOrder, pairs: Pairs, end: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Buckets `rank`, `rank` + W, ... in file order, and one of padding where others have more."""
+    buckets = list(order.in_file_order())
+    for bucket in range(rank, -(-len(buckets) // world_size) * world_size, world_size):
+        if bucket < len(buckets):
+            yield _translated(pairs, buckets[bucket], end)
+        else:
+            nothing = torch.zeros(1, 2, dtype=torch.int64)
+            yield Batch(nothing, nothing.bool(), None, nothing, nothing.bool())
+
+
+def _translated(pairs: Pairs, chosen: NDArray[np.intp], end: int) -> Batch:
+    """Source texts with their end; targets, which begin and end with it."""
+    tokens, real = padded([[end, *pairs.target(pair), end] for pair in chosen.tolist()])
+    source, source_real = padded([[*pairs.source(pair), end] for pair in chosen.tolist()])
+    return Batch(tokens, real, None, source, source_real)
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Texts [B, S] int64, padded at their end, and which tokens are real; None if all are."""
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]
+    tokens[real] = torch.tensor([token for text in texts for token in text])
+    return tokens, None if bool(real.all()) else real
+
+
+def _masked(
+    tokens: Tensor,
+    keys: Sequence[tuple[int, ...]],
+    model: ModelConfig,
+    manifest: Manifest,
+    real: Tensor | None = None,
+) -> Batch:
+    """The first L of `tokens` [B, L + 1], row i hidden by key i, the mask being the last id."""
+    originals, real = tokens[:, :-1], None if real is None else real[:, :-1]
+    rows = [
+        hide(row, *key, mask_token=model.vocab_size - 1, vocab_size=manifest.vocab_size)
+        for row, key in zip(originals.numpy(), keys, strict=True)
+    ]
+    shown, hidden = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    predicted = hidden if real is None else hidden & real
+    return Batch(shown, real, originals.masked_fill(~predicted, NO_TARGET))
