@@ -52,11 +52,8 @@ submit() {
 start_again() {
     await 60 is "$job" Restarts "$1"
     await 60 nodes_idle
-    await 60 start_now
-}
-start_now() {
-    scontrol update "JobId=$job" StartTime=now 2>/dev/null || true # it may run already
-    is "$job" JobState RUNNING
+    is "$job" JobState RUNNING || scontrol update "JobId=$job" StartTime=now
+    await 120 is "$job" JobState RUNNING
 }
 
 fail() {
