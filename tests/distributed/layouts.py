@@ -4,7 +4,7 @@ The reference shares nothing with the engine but the model: plain torch, the who
 """
 
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -206,9 +206,6 @@ def move_biases(model: Any, statistics: dict[Any, Any]) -> None:
 AS_IF_LARGE = ZeroSizes(bucket=300, persistent=0)
 """What large models meet: many buckets; no parameter whole at ZeRO 3."""
 
-mesh_of_this_pool = cache(make_mesh)
-"""One mesh for all cases of a rank: groups cost threads and sockets, never given back."""
-
 
 def micro_batches(case: Case, mesh: Mesh, step: int = 1) -> list[Batch]:
     """This rank's: every W-th sequence."""
@@ -223,7 +220,7 @@ def micro_batches(case: Case, mesh: Mesh, step: int = 1) -> list[Batch]:
 def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]:
     """Runs on every rank of a pool: engine steps, and the fragments this rank owns."""
     config = case.config()
-    mesh = mesh_of_this_pool(case.expert_parallel)
+    mesh = make_mesh(case.expert_parallel)
     model = build_model(
         config.model,
         recompute=case.recompute,

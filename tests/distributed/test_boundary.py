@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.distributed.waiting import Waits
 from moa_dist.models.objective import Batch
@@ -10,7 +11,7 @@ from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.boundary import Interval, agree, gather_interval
 from moa_dist.train.pace import Lap
-from tests.distributed.layouts import mesh_of_this_pool
+from tests.distributed.layouts import make_mesh
 
 SITE, FLOW = Site(0, 0, "ffn"), Flow("stack.layers.0.ffn", "dispatch", False)
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def test_digest_tells_global_batches_apart_but_not_layouts(pools):
 
 
 def _gather(routed: bool) -> Interval:
-    mesh = mesh_of_this_pool(1)
+    mesh = make_mesh(1)
     rank = mesh.rank
     load = torch.tensor([[rank, 10]])
     routing = {SITE: RoutingReport(load, load // 2, torch.tensor([0.5, 1.0]).double())}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint_files import MASTER
@@ -15,7 +16,6 @@ from tests.distributed.layouts import (
     AS_IF_LARGE,
     SWITCHHEAD,
     Case,
-    mesh_of_this_pool,
     micro_batches,
     router,
 )
@@ -24,7 +24,7 @@ Pieces = list[tuple[str, int, Tensor]]
 
 
 def engine_of(case: Case) -> Engine:
-    config, mesh = case.config(), mesh_of_this_pool(case.expert_parallel)
+    config, mesh = case.config(), make_mesh(case.expert_parallel)
     model = build_model(
         config.model,
         recompute=case.recompute,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.errors import MemoryLimitError
 from moa_dist.labels import PREFIX
 from moa_dist.models.language_model import build_model
@@ -15,14 +16,14 @@ from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.engine import Engine
 from moa_dist.train.out_of_memory import explained, holdings, remedies
 from moa_dist.train.trace import FOLDER, Tracer
-from tests.distributed.layouts import Case, mesh_of_this_pool, micro_batches
+from tests.distributed.layouts import Case, micro_batches
 
 CPU = torch.device("cpu")
 CASE = Case(zero_stage=2, precision="fp32", optimizer="adamw", recompute=True)
 
 
 def make_engine(case: Case) -> Engine:
-    config, mesh = case.config(), mesh_of_this_pool(case.expert_parallel)
+    config, mesh = case.config(), make_mesh(case.expert_parallel)
     shard = partial(shard_experts, mesh=mesh)
     model = build_model(config.model, recompute=case.recompute, parallelize=shard)
     return Engine(model, config, mesh, CPU)

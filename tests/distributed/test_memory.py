@@ -23,7 +23,6 @@ from tests.distributed.layouts import (
     AS_IF_LARGE,
     SWITCHHEAD,
     Case,
-    mesh_of_this_pool,
     micro_batches,
     router,
 )
@@ -78,7 +77,7 @@ def measured(engine: Engine) -> dict[str, int]:
 
 
 def on_rank(case: Case) -> dict[str, int]:
-    return most_of(case, mesh_of_this_pool(case.expert_parallel))
+    return most_of(case, make_mesh(case.expert_parallel))
 
 
 def among_mirror_images(case: Case) -> dict[str, int]:

@@ -13,7 +13,7 @@ from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import expected_traffic, meta_model
-from tests.distributed.layouts import MOA, SWITCHHEAD, Case, mesh_of_this_pool, router
+from tests.distributed.layouts import MOA, SWITCHHEAD, Case, router
 
 MODELS = {
     "moeut": {},
@@ -42,7 +42,7 @@ def forward_and_backward(case: Case, mesh: Any) -> tuple[dict[Flow, Volume], dic
 
 
 def on_rank(case: Case) -> tuple[dict[Flow, Volume], dict[str, int]]:
-    return forward_and_backward(case, mesh_of_this_pool(case.expert_parallel))
+    return forward_and_backward(case, make_mesh(case.expert_parallel))
 
 
 @pytest.mark.parametrize("exchange", ["tokens", "weights"])

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
-from tests.distributed.layouts import SEQUENCES, Case, mesh_of_this_pool, whole
+from tests.distributed.layouts import SEQUENCES, Case, whole
 
 BASE = Case(optimizer="adamw", clip_norm=0.1, precision="fp32")
 LAYOUTS = {
@@ -31,7 +32,7 @@ LAYOUTS = {
 
 def make_engine(case: Case, seed: int) -> Engine:
     config = case.config()
-    mesh = mesh_of_this_pool(case.expert_parallel)
+    mesh = make_mesh(case.expert_parallel)
     shard = partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange)
     model = build_model(config.model, seed=seed, parallelize=shard)
     return Engine(model, config, mesh, torch.device("cpu"))

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.evaluate.perplexity import perplexity
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
@@ -20,7 +21,6 @@ from tests.distributed.layouts import (
     assert_equal,
     balanced,
     distributed,
-    mesh_of_this_pool,
     one_process,
 )
 
@@ -86,7 +86,7 @@ def test_coefficients_mean_the_same_in_any_layout(pools, case):
 
 def biases_around_evaluation(case: Case) -> list[dict[str, torch.Tensor]]:
     """On every rank: at first, after a step, and after an evaluation."""
-    config, mesh = case.config(), mesh_of_this_pool(case.expert_parallel)
+    config, mesh = case.config(), make_mesh(case.expert_parallel)
     model = build_model(config.model, parallelize=partial(shard_experts, mesh=mesh))
     engine = Engine(model, config, mesh, torch.device("cpu"))
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.traffic import Flow, Volume
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.moe.experts import expert_layers, shard_starts
@@ -27,7 +28,6 @@ from tests.distributed.layouts import (
     LENGTH,
     MOA,
     Case,
-    mesh_of_this_pool,
     micro_batches,
     router,
 )
@@ -95,7 +95,7 @@ class Counted(NamedTuple):
 def on_rank(case: Case) -> Counted:
     config = case.config()
     exchange = config.parallel.expert_exchange
-    mesh = mesh_of_this_pool(case.expert_parallel)
+    mesh = make_mesh(case.expert_parallel)
     shard = partial(shard_experts, mesh=mesh, exchange=exchange)
     model = build_model(config.model, recompute=case.recompute, parallelize=shard)
     engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)

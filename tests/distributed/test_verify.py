@@ -10,13 +10,14 @@ from torch import nn
 
 from moa_dist.cli.verify import as_text
 from moa_dist.config import Config, load_config
+from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.start import Job
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.moe.experts import expert_layers
 from moa_dist.train.compare import Check
 from moa_dist.train.verify import Report, make_batch, verify
 from tests.config.test_shipped_configs import CONFIGS
-from tests.distributed.layouts import mesh_of_this_pool
+from tests.distributed.layouts import make_mesh
 
 MODELS = {
     "moeut": (
@@ -35,7 +36,7 @@ def config_of(model: str, *overrides: str) -> Config:
 
 
 def on_rank(config: Config) -> Report:
-    return verify(config, mesh_of_this_pool(config.parallel.expert_parallel), torch.device("cpu"))
+    return verify(config, make_mesh(config.parallel.expert_parallel), torch.device("cpu"))
 
 
 def report_of(pools, config: Config, world_size: int, run: Callable = on_rank) -> Report:
