@@ -11,7 +11,6 @@ from moa_dist.models.stack import Site
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.boundary import Interval, agree, gather_interval
 from moa_dist.train.pace import Lap
-from tests.distributed.layouts import make_mesh
 
 SITE, FLOW = Site(0, 0, "ffn"), Flow("stack.layers.0.ffn", "dispatch", False)
 CPU = torch.device("cpu")

@@ -17,7 +17,6 @@ from moa_dist.moe.experts import expert_layers
 from moa_dist.train.compare import Check
 from moa_dist.train.verify import Report, make_batch, verify
 from tests.config.test_shipped_configs import CONFIGS
-from tests.distributed.layouts import make_mesh
 
 MODELS = {
     "moeut": (
