@@ -33,7 +33,9 @@ def main() -> None:
     root = str(FOLDER.parent)
     cpu = resolve(root, "pip", f"torch==={torch}+cpu")
     cuda = resolve(root, "pip", f"torch==={torch}")
-    both = resolve(f"{root}[dev]", "pip", f"torch==={torch}+cpu")
+    # The tests bring Triton to CPUs, in the version that torch has on GPUs.
+    triton = cuda["triton"].split()[0]
+    both = resolve(f"{root}[dev]", "pip", f"torch==={torch}+cpu", triton)
     assert cpu.items() <= both.items(), "the tests' packages would change the image's"
     test = {name: lines for name, lines in both.items() if name not in cpu}
     for name, pins in (("cpu", cpu), ("cuda", cuda), ("test", test)):

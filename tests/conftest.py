@@ -1,3 +1,8 @@
+import os
+
+# Before anything imports Triton, which looks at it then: its kernels run on CPUs in tests.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
 

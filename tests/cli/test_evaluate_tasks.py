@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from moa_dist.cli.main import main
+from moa_dist.distributed.network import free_port
 from moa_dist.evaluate.scoring import Request, scorer_of
 from moa_dist.evaluate.trained import load_trained
 
@@ -55,8 +56,10 @@ def test_ranks_print_once_what_one_process_prints(made, blimp, capsys):
     command += ["--data", str(made / "data/valid"), "--tasks", blimp]
     assert main(command) == 0
     expected = json.loads(capsys.readouterr().out)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc-per-node", "2", "-m", "moa_dist.cli.main"]
+    # Not --standalone: it asks for this host's name, which not every container can tell.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    launcher += ["-m", "moa_dist.cli.main"]
     done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -37,12 +38,12 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
 
     torch.set_num_threads(1)
     with job():
-        while (task := pipe.recv()) is not None:
+        while (task := _receive(pipe)) is not None:
             function, args, keywords = task
             try:
-                pipe.send((True, function(*args, **keywords)))
+                _send(pipe, (True, function(*args, **keywords)))
             except Exception:
-                pipe.send((False, traceback.format_exc()))
+                _send(pipe, (False, traceback.format_exc()))
             _end_groups()
 
 
@@ -59,6 +60,15 @@ def _end_groups() -> None:
     for group in list(distributed_c10d._world.pg_map):
         if not any(group is each for each in kept):
             dist.destroy_process_group(group)
+
+
+def _send(pipe, value: Any) -> None:
+    """By value: torch would share tensors, which takes an open file for each."""
+    pipe.send_bytes(pickle.dumps(value))
+
+
+def _receive(pipe) -> Any:
+    return pickle.loads(pipe.recv_bytes())
 
 
 class Pool:
@@ -82,12 +92,12 @@ class Pool:
     def run(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> list[Any]:
         """`function(*args, **keywords)` on every rank at once; results in rank order."""
         for pipe in self._pipes:
-            pipe.send((function, args, keywords))
+            _send(pipe, (function, args, keywords))
         results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
                 raise TimeoutError(f"rank {rank} gave no answer within {TIMEOUT_S} s")
-            results.append(pipe.recv())
+            results.append(_receive(pipe))
         failures = [f"rank {r}:\n{value}" for r, (ok, value) in enumerate(results) if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
@@ -95,7 +105,7 @@ class Pool:
 
     def close(self) -> None:
         for pipe in self._pipes:
-            pipe.send(None)
+            _send(pipe, None)
         for process in self._processes:
             process.join(10)
             if process.is_alive():

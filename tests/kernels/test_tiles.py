@@ -17,12 +17,6 @@ COUNTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-    """Must be set before the kernels are first imported, which `tiles` does when it runs."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3)], ids=str
 )
