@@ -192,6 +192,8 @@ def hosts(count: int) -> Iterator[None]:
             run("ip", "netns", "add", name)
             stack.callback(run, "ip", "netns", "delete", name)
             run("ip", "link", "add", plug, "type", "veth", "peer", "name", "eth0", "netns", name)
+            # Would go with the namespace, but some time later.
+            stack.callback(run, "ip", "link", "delete", plug)
             run("ip", "link", "set", plug, "master", BRIDGE, "up")
             run("ip", "-n", name, "address", "add", f"{NETWORK}.{number + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
