@@ -6,7 +6,7 @@
         --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
     python -m tests.benchmarks.claims [MODEL ...] [--table]
 
-Trains every model of configs/comparison/ on one process: three learning rates for a tenth of the
+Trains every model of configs/comparison/ on one process: four learning rates for a tenth of the
 budget, seed 0, then the best for the whole budget, with as many seeds as `SEEDS` says. Takes
 hours; interrupted, it continues where it was. `--table` only prints what has finished.
 """
@@ -28,7 +28,7 @@ from moa_dist.report.read import read_run
 from tests.config.test_shipped_configs import CONFIGS
 
 SEEDS = {"moeut": 3, "dense": 3, "switchhead": 1, "moa": 1, "universal": 1}
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 16e-3, 32e-3)
 TUNING_STEPS = 128
 RUNS = Path("runs/comparison")
 
