@@ -15,7 +15,6 @@ import resource
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import psutil
@@ -30,11 +29,10 @@ from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.distributed.start import Job, job
 from moa_dist.errors import BadStepError, ConfigError
-from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
-from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange, layout_of, meta_model
 from moa_dist.plan.memory import Budget, Device, budget, sizes_of
+from moa_dist.train.build import build_engine
 from moa_dist.train.engine import Engine
 from moa_dist.train.optimizer import learning_rate
 
@@ -87,18 +85,8 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
         decision = decide_exchange(config, mesh.world_size, poorest_memory(this_job.device))
         device: Device = "cuda" if this_job.device.type == "cuda" else "cpu"
         backend = "nccl" if device == "cuda" else "gloo"  # that of the job that is tried
-        model = build_model(
-            config.model,
-            seed=config.train.seed,
-            recompute=config.train.recompute,
-            parallelize=partial(
-                shard_experts,
-                mesh=mesh,
-                exchange=decision.exchange,
-                overlap=travels_beside(config.parallel.overlap, backend),
-            ),
-        )
-        engine = Engine(model, config, mesh, this_job.device)
+        overlap = travels_beside(config.parallel.overlap, backend)
+        engine = build_engine(config, mesh, this_job.device, decision.exchange, overlap=overlap)
         layout = layout_of(config, mesh.world_size, decision.exchange)
         micro_batches = training_batches(
             config, manifest, rank=mesh.rank, world_size=mesh.world_size, consumed=0

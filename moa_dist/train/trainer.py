@@ -31,13 +31,12 @@ from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.models.counts import count
-from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
-from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange
 from moa_dist.provenance import provenance
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.boundary import agree, gather_interval, names_of_hosts
+from moa_dist.train.build import build_engine
 from moa_dist.train.check_run import KEPT_FILES
 from moa_dist.train.checkpoint import Checkpointer, Resumed, from_rank_0
 from moa_dist.train.damage import find_damage, summary
@@ -68,18 +67,7 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
         mesh = make_mesh(config.parallel.expert_parallel)
         decision = decide_exchange(config, mesh.world_size, poorest_memory(this_job.device))
         overlap = travels_beside(config.parallel.overlap, this_job.backend)
-        model = build_model(
-            config.model,
-            seed=config.train.seed,
-            recompute=config.train.recompute,
-            parallelize=partial(
-                shard_experts,
-                mesh=mesh,
-                exchange=decision.exchange,
-                overlap=overlap,
-            ),
-        )
-        engine = Engine(model, config, mesh, this_job.device)
+        engine = build_engine(config, mesh, this_job.device, decision.exchange, overlap=overlap)
         folder = run_folder(config)
         checkpointer = Checkpointer(engine, config, folder)
         resumed = checkpointer.resume()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,10 @@ from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.distributed.device import poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
-from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.experts import expert_layers
-from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange import decide_exchange
+from moa_dist.train.build import build_engine
 from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.compare import (
     BOUNDS,
@@ -230,18 +228,9 @@ def _in_this_layout(
     config: Config, batch: Batch, lr: float, mesh: Mesh, device: torch.device
 ) -> Outcome | None:
     """One engine step over all ranks, gathered on rank 0."""
-    model = build_model(
-        config.model,
-        seed=config.train.seed,
-        recompute=config.train.recompute,
-        parallelize=partial(
-            shard_experts,
-            mesh=mesh,
-            exchange=config.parallel.expert_exchange,
-            overlap=travels_beside(config.parallel.overlap, dist.get_backend()),
-        ),
-    )
-    engine = Engine(model, config, mesh, device, _SIZES)
+    exchange = config.parallel.expert_exchange
+    overlap = travels_beside(config.parallel.overlap, dist.get_backend())
+    engine = build_engine(config, mesh, device, exchange, overlap=overlap, zero_sizes=_SIZES)
     micro_batches = _micro_batches(batch, mesh, config.train.micro_batch)
     initial = _owned(engine)
     logits = _logits(engine, micro_batches)

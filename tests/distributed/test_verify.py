@@ -116,7 +116,7 @@ def with_fault(fault: Callable[[LanguageModel], None], config: Config) -> Report
         fault(model)
         return model
 
-    with mock.patch("moa_dist.train.verify.build_model", build):
+    with mock.patch("moa_dist.train.build.build_model", build):
         return on_rank(config)
 
 
