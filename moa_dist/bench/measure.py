@@ -7,6 +7,7 @@ is the median over rounds of two times measured within seconds of each other.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -42,8 +43,8 @@ class Table:
 
     title: str
     rows: list[Row]
-    tokens: int
-    """Tokens per call, for rates."""
+    tokens: int | None = None
+    """Tokens per call, for rates; None where there are none."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -55,19 +56,29 @@ def compare(
     notes: Mapping[str, str] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
     memory: bool = True,
+    after: Mapping[str, Work] | None = None,
 ) -> list[Row]:
     """Time all `work`, taking turns; the first is the reference of all ratios.
 
     The gradients of `modules`, one per work, are not counted as memory: there is one per parameter,
-    however many tokens come, and they stay after the call.
+    however many tokens come, and they stay after the call. What is to be done `after` a work, by
+    its name, is not timed.
     """
-    for once in work.values():
-        once()  # lazy initialisation, and the allocator's first blocks
-        once()
+    after = after or {}
+
+    def tidy(name: str) -> None:
+        if name in after:
+            after[name]()
+
+    for name, once in work.items():
+        for _ in range(2):  # lazy initialisation, and the allocator's first blocks
+            once()
+            tidy(name)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(repetitions):
         for name, once in work.items():
             seconds[name].append(_time(once, device))
+            tidy(name)
     reference = next(iter(seconds.values()))
 
     def kept(name: str) -> int:
@@ -109,6 +120,7 @@ def peak_bytes(once: Work, device: torch.device) -> int:
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     # torch counts a CPU's allocations only while it profiles, and tells only in the trace.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print when it begins and ends
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         once()
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +137,11 @@ def peak_bytes(once: Work, device: torch.device) -> int:
     return most
 
 
+def bytes_per_token(row: Row, tokens: int) -> float | None:
+    """Of the peak, None where it was not measured."""
+    return None if row.peak_bytes is None else row.peak_bytes / tokens
+
+
 def as_text(table: Table) -> str:
     """For people: medians, and the range of the ratios over the rounds."""
     width = max(len(row.name) for row in table.rows)
@@ -135,12 +152,14 @@ def as_text(table: Table) -> str:
     ]
     for row in table.rows:
         best = f"{min(row.seconds) * 1e3:.1f}"
+        rate = "" if table.tokens is None else f"{table.tokens / median(row.seconds):,.0f}"
         span = f"{min(row.ratios):.2f} - {max(row.ratios):.2f}"
-        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / table.tokens:,.0f}"
+        held = None if table.tokens is None else bytes_per_token(row, table.tokens)
+        memory = "" if held is None else f"{held:,.0f}"
         lines.append(
             f"  {row.name:<{width}}  {median(row.seconds) * 1e3:>10.1f} {best:>9} "
             f"{median(row.ratios):>7.2f} {span:>13} "
-            f"{table.tokens / median(row.seconds):>9,.0f} {memory:>11}  {row.note}".rstrip()
+            f"{rate:>9} {memory:>11}  {row.note}".rstrip()
         )
     return "\n".join([*lines, *(f"  {note}" for note in table.notes)])
 
@@ -158,7 +177,7 @@ def as_json(table: Table) -> dict[str, object]:
                 "ratio": median(row.ratios),
                 "seconds": row.seconds,
                 "ratios": row.ratios,
-                "peak_bytes_per_token": row.peak_bytes and row.peak_bytes / table.tokens,
+                "peak_bytes_per_token": table.tokens and bytes_per_token(row, table.tokens),
                 "note": row.note,
             }
             for row in table.rows

@@ -6,26 +6,19 @@ softmax routers and, where a peer has no dropless mode that one rank can afford,
 
 from __future__ import annotations
 
-import contextlib
-import io
 from functools import partial
 from importlib.util import find_spec
 
-import deepspeed
 import torch
 import torch.nn.functional as F
-from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.deepspeed_moe import CAPACITY, deepspeed_moe
+from moa_dist.bench.measure import Table, compare
 from moa_dist.bench.setting import Setting
-from moa_dist.config.model import DenseFFNConfig, ModelConfig, MoEFFNConfig
+from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.distributed.start import job
 from moa_dist.models.block import make_feed_forward
-from moa_dist.train.deepspeed_hooks import avoid_compilation
-
-_CAPACITY = 1.25
 
 
 def peers(setting: Setting) -> list[Table]:
@@ -44,11 +37,11 @@ def peers(setting: Setting) -> list[Table]:
     if find_spec("transformers"):
         others["transformers Mixtral"] = _mixtral(model.ffn, model.d_model)
         notes["transformers Mixtral"] = "gated: 1.5 times the work"
-    with job():
-        others["DeepSpeed MoE"] = _deepspeed(model, model.ffn)
-        notes["DeepSpeed MoE"] = f"capacity {_CAPACITY}"
+    with job(), deepspeed_moe(model.ffn, model.d_model) as theirs:
+        others["DeepSpeed MoE"] = theirs
+        notes["DeepSpeed MoE"] = f"capacity {CAPACITY}"
         work = {name: setting.feed_forward(layer) for name, layer in ours.items()}
-        work |= {name: _both_passes(setting, layer) for name, layer in others.items()}
+        work |= {name: setting.peer(layer) for name, layer in others.items()}
         rows = compare(
             work,
             setting.device,
@@ -56,20 +49,7 @@ def peers(setting: Setting) -> list[Table]:
             notes=notes,
             modules=ours | others,
         )
-        groups._EXPERT_PARALLEL_GROUP.clear()
-        groups._EXPERT_DATA_PARALLEL_GROUP.clear()
     return [Table("peers of the ffn, forward and backward", rows, setting.tokens)]
-
-
-def _both_passes(setting: Setting, layer: nn.Module) -> Work:
-    layer.to(setting.device, setting.dtype).train()
-
-    def forward(x: Tensor) -> Tensor:
-        output = layer(x)
-        y: Tensor = output[0] if isinstance(output, tuple) else output
-        return y
-
-    return setting.both_passes(layer, forward)
 
 
 class _GroupedMM(nn.Module):
@@ -111,31 +91,3 @@ def _mixtral(ffn: MoEFFNConfig, d_model: int) -> nn.Module:
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=d_model**-0.5)
     return block
-
-
-class _Expert(nn.Module):
-    def __init__(self, d_model: int, d_expert: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, d_expert, bias=False)
-        self.down = nn.Linear(d_expert, d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        down: Tensor = self.down(self.up(x).relu())
-        return down
-
-
-def _deepspeed(model: ModelConfig, ffn: MoEFFNConfig) -> nn.Module:
-    with contextlib.redirect_stdout(io.StringIO()):
-        avoid_compilation()
-        deepspeed.init_distributed(verbose=False)
-        layer = MoE(
-            model.d_model,
-            _Expert(model.d_model, ffn.d_expert),
-            num_experts=ffn.router.num_experts,
-            k=ffn.router.top_k,
-            capacity_factor=_CAPACITY,
-        )
-        layer.set_deepspeed_parallelism()
-    result: nn.Module = layer
-    return result

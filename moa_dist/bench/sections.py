@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from moa_dist.bench.measure import Table
 from moa_dist.bench.setting import Setting
+from moa_dist.distributed.mesh import Mesh
 
 Section = Callable[[Setting], list[Table]]
+SharedSection = Callable[[Setting, Mesh], list[Table]]
 
 SECTIONS = {
     "layers": ("moa_dist.bench.layers", "attention and FFN with experts, part by part"),
@@ -21,8 +23,24 @@ SECTIONS = {
 }
 """Name -> module with a `Section` of that name, and its line in the help."""
 
+SHARED_SECTIONS = {
+    "exchange": ("moa_dist.bench.exchange", "layers and steps whose experts are spread over ranks"),
+    "collectives": ("moa_dist.bench.collectives", "what the links between ranks carry"),
+    "checkpoint": ("moa_dist.bench.checkpoint", "saving and loading, against a step"),
+}
+"""The same of those that several ranks measure together, as `SharedSection`s."""
+
 
 def load_section(name: str) -> Section:
     """Import a section only when it is asked for: some load large packages."""
-    module, _ = SECTIONS[name]
-    return cast(Section, getattr(importlib.import_module(module), name))
+    return cast(Section, _load(SECTIONS, name))
+
+
+def load_shared_section(name: str) -> SharedSection:
+    """The same."""
+    return cast(SharedSection, _load(SHARED_SECTIONS, name))
+
+
+def _load(sections: dict[str, tuple[str, str]], name: str) -> Any:
+    module, _ = sections[name]
+    return getattr(importlib.import_module(module), name)

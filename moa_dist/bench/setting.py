@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from moa_dist.bench.measure import Work
 from moa_dist.config.run import Config
+from moa_dist.distributed.mesh import Mesh
 from moa_dist.models.attention import AttentionMask
+from moa_dist.models.objective import Batch
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing
 
@@ -29,7 +31,7 @@ class Setting:
     config: Config
     """Its model, `data.sequence_length` and `train.precision` count."""
     device: torch.device
-    """One device; nothing here is distributed."""
+    """That of this process."""
     sequences: int
     """Per call."""
     repetitions: int
@@ -50,6 +52,13 @@ class Setting:
     def dtype(self) -> torch.dtype:
         """Of parameters and activations."""
         return DTYPES[self.config.train.precision]
+
+    def on(self, mesh: Mesh) -> Config:
+        """For an engine whose step takes, of every rank, as many sequences as are measured."""
+        sizes = {"micro_batch": self.sequences, "global_batch": self.sequences * mesh.world_size}
+        parallel = self.config.parallel.model_copy(update={"expert_parallel": mesh.expert_parallel})
+        train = self.config.train.model_copy(update=sizes)
+        return self.config.model_copy(update={"parallel": parallel, "train": train})
 
     def ready(self, module: Module) -> Module:
         """The module with initial weights, where it is to run."""
@@ -79,6 +88,26 @@ class Setting:
     def block(self, module: nn.Module) -> Work:
         """Both passes of a block."""
         return self.both_passes(module, lambda x: module(x, AttentionMask(causal=True)).x)
+
+    def peer(self, module: nn.Module) -> Work:
+        """Both passes of another package's feed-forward part, with the weights it has."""
+        module.to(self.device, self.dtype).train()
+
+        def forward(x: Tensor) -> Tensor:
+            output = module(x)
+            y: Tensor = output[0] if isinstance(output, tuple) else output
+            return y
+
+        return self.both_passes(module, forward)
+
+    def batch(self) -> Batch:
+        """Random tokens for a training step."""
+        model = self.config.model
+        shape = (self.sequences, self.config.data.sequence_length + 1)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.vocab_size, shape, generator=generator)
+        source = tokens[:, 1:] if model.objective == "translation" else None
+        return Batch(tokens, source=source).to(self.device)
 
 
 def gradients(

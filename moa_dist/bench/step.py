@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from statistics import median
 
-import torch
-
 from moa_dist.bench.dense import equal_parameters, equal_work
 from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.setting import Setting, balance
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import Counts, count
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.models.objective import Batch, objective
+from moa_dist.models.objective import objective
 from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.units import short
 from moa_dist.train.optimizer import make_optimizer
@@ -58,11 +56,7 @@ def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) 
     if even:
         balance(model)
     optimizer = make_optimizer(setting.config.optimizer, [{"params": list(model.parameters())}])
-    shape = (setting.sequences, setting.config.data.sequence_length + 1)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    source = tokens[:, 1:] if config.objective == "translation" else None
-    batch = Batch(tokens, source=source).to(setting.device)
+    batch = setting.batch()
 
     def once() -> None:
         optimizer.zero_grad()

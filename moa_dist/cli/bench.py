@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from moa_dist.bench.measure import as_json, as_text
-from moa_dist.bench.sections import SECTIONS, load_section
+from moa_dist.bench.measure import Table, as_json, as_text
+from moa_dist.bench.ranks import in_a_job, in_this_job
+from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS, load_section
 from moa_dist.bench.setting import Setting
 from moa_dist.cli.arguments import between
 from moa_dist.config import load_config
@@ -18,7 +21,8 @@ from moa_dist.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    sections = "; ".join(f"{name}: {line}" for name, (_, line) in SECTIONS.items())
+    every = (SECTIONS | SHARED_SECTIONS).items()
+    sections = "; ".join(f"{name}: {line}" for name, (_, line) in every)
     parser.add_argument(
         "sections", nargs="*", metavar="SECTION", help=f"all if none is named ({sections})"
     )
@@ -37,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetitions", type=between(int, 1), default=7, help="rounds in which all take turns"
     )
+    parser.add_argument(
+        "--ranks",
+        type=between(int, 1),
+        help=f"for {', '.join(SHARED_SECTIONS)}: started on this machine, one per GPU or 2 if "
+        "absent; in a job of `deepspeed` or `torchrun` its ranks measure these sections alone",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every round")
 
 
@@ -45,10 +55,8 @@ def run(args: argparse.Namespace) -> int:
     path, *words = args.config  # sections may follow as well as precede it
     overrides = [word for word in words if "=" in word]
     names = [*args.sections, *(word for word in words if "=" not in word)]
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
-        listed = ", ".join(SECTIONS)
-        raise ConfigError([f"no section `{name}`; there are {listed}" for name in unknown], "bench")
+    in_job = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    _check(names, in_job)
     config = load_config(path, overrides)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -56,18 +64,53 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     setting = Setting(config, device, args.sequences or config.train.micro_batch, args.repetitions)
+    speaks = not in_job or os.environ.get("RANK") == "0"
     where = _where(setting)
-    if not args.json:
+    if speaks and not args.json:
         print(" ".join(f"{key} {value}" for key, value in where.items()))
     results = []
-    for name in names or SECTIONS:
-        for table in load_section(name)(setting):
-            results.append({"section": name, **as_json(table)})
-            if not args.json:
-                print(f"\n{as_text(table)}", flush=True)
-    if args.json:
+    for name, table in _in_job(names, setting) if in_job else _alone(names, setting, args):
+        results.append({"section": name, **as_json(table)})
+        if not args.json:
+            print(f"\n{as_text(table)}", flush=True)
+    if speaks and args.json:
         print(json.dumps({"where": where, "tables": results}, indent=2))
     return 0
+
+
+def _check(names: list[str], in_job: bool) -> None:
+    listed = ", ".join([*SECTIONS, *SHARED_SECTIONS])
+    problems = [
+        f"no section `{name}`; there are {listed}"
+        for name in names
+        if name not in SECTIONS | SHARED_SECTIONS
+    ]
+    if in_job:
+        problems += [
+            f"`{name}` is measured by one process: start `moa-dist bench {name}` by itself"
+            for name in names
+            if name in SECTIONS
+        ]
+    if problems:
+        raise ConfigError(problems, "bench")
+
+
+def _in_job(names: list[str], setting: Setting) -> Iterator[tuple[str, Table]]:
+    return in_this_job(names or list(SHARED_SECTIONS), setting)
+
+
+def _alone(
+    names: list[str], setting: Setting, args: argparse.Namespace
+) -> Iterator[tuple[str, Table]]:
+    names = names or [*SECTIONS, *SHARED_SECTIONS]
+    for name in names:
+        if name in SECTIONS:
+            for table in load_section(name)(setting):
+                yield name, table
+    if shared := [name for name in names if name in SHARED_SECTIONS]:
+        ranks = args.ranks or (torch.cuda.device_count() if setting.device.type == "cuda" else 2)
+        threads = args.threads or max(1, torch.get_num_threads() // ranks)
+        yield from in_a_job(shared, setting, ranks, threads)
 
 
 def _where(setting: Setting) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Section `checkpoint`: how long a save holds up training, and a resume takes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from statistics import median
+
+import torch.distributed as dist
+
+from moa_dist.bench.measure import Table, Work, compare
+from moa_dist.bench.ranks import together
+from moa_dist.bench.setting import Setting
+from moa_dist.config.run import Config
+from moa_dist.distributed.mesh import Mesh
+from moa_dist.plan.exchange import decide_exchange
+from moa_dist.train.build import build_engine
+from moa_dist.train.checkpoint import Checkpointer, from_rank_0
+from moa_dist.train.engine import Engine
+
+HELD_UP = "save, written beside training"
+WAITING = "save, waited for"
+RESUME = "resume, checksums included"
+
+
+def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
+    """Of the whole model with its optimizer, in a folder among the runs that is deleted again."""
+    config = setting.on(mesh)
+    exchange = decide_exchange(config, mesh.world_size, None).exchange
+    engine = build_engine(config, mesh, setting.device, exchange, overlap=False)
+    folder = Path(from_rank_0(partial(_new_folder, config)))
+    try:
+        return [_measure(setting, config, engine, folder)]
+    finally:
+        engine.close()
+        if mesh.rank == 0:
+            shutil.rmtree(folder)
+
+
+def _new_folder(config: Config) -> str:
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix=".bench-", dir=config.output)
+
+
+def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> Table:
+    beside, waiting = (
+        Checkpointer(engine, _policy(config, asynchronous=asynchronous), folder / name)
+        for name, asynchronous in (("beside", True), ("waiting", False))
+    )
+    step = partial(engine.step, [setting.batch()], 1e-4)
+    step()  # the optimizer has a state to save from then on
+    numbers = count(1)
+    work: dict[str, Work] = {
+        "step": step,
+        HELD_UP: lambda: beside.save(next(numbers), 1),
+        WAITING: lambda: waiting.save(next(numbers), 1),
+        RESUME: waiting.resume,
+    }
+    rows = compare(
+        {name: together(once) for name, once in work.items()},
+        setting.device,
+        repetitions=setting.repetitions,
+        after={HELD_UP: beside.finish},
+        memory=False,
+    )
+    num_bytes = from_rank_0(partial(_bytes_of_newest, folder / "waiting"))
+    dist.barrier()  # rank 0 deletes the folder
+    rows = [
+        replace(row, note=f"{num_bytes / median(row.seconds) / 1e9:.2f} GB/s")
+        if row.name in (WAITING, RESUME)
+        else row
+        for row in rows
+    ]
+    title = f"checkpoint of {num_bytes / 1e6:,.1f} MB, W {engine.mesh.world_size}"
+    return Table(title, rows, notes=["ratio: to a step on one micro-batch"])
+
+
+def _policy(config: Config, *, asynchronous: bool) -> Config:
+    policy = {"asynchronous": asynchronous, "keep_last": 1, "keep_every": None}
+    checkpoint = config.checkpoint.model_copy(update=policy)
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def _bytes_of_newest(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,56 @@
+"""DeepSpeed's own MoE layer, as a peer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import deepspeed
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from moa_dist.config.model import MoEFFNConfig
+from moa_dist.train.deepspeed_hooks import avoid_compilation
+
+CAPACITY = 1.25
+"""Its dropless mode pads all experts to the fullest one."""
+
+
+@contextlib.contextmanager
+def deepspeed_moe(ffn: MoEFFNConfig, d_model: int, expert_parallel: int = 1) -> Iterator[nn.Module]:
+    """One with as many experts as `ffn`, or what `expert_parallel` divides next above.
+
+    Collective over all ranks. DeepSpeed keeps its process groups by name until the end.
+    """
+    num_experts = -(-ffn.router.num_experts // expert_parallel) * expert_parallel
+    with contextlib.redirect_stdout(io.StringIO()):
+        avoid_compilation()
+        deepspeed.init_distributed(verbose=False)
+        layer = MoE(
+            d_model,
+            _Expert(d_model, ffn.d_expert),
+            num_experts=num_experts,
+            ep_size=expert_parallel,
+            k=ffn.router.top_k,
+            capacity_factor=CAPACITY,
+        )
+        layer.set_deepspeed_parallelism()
+    try:
+        yield layer
+    finally:
+        groups._EXPERT_PARALLEL_GROUP.clear()
+        groups._EXPERT_DATA_PARALLEL_GROUP.clear()
+
+
+class _Expert(nn.Module):
+    def __init__(self, d_model: int, d_expert: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_expert, bias=False)
+        self.down = nn.Linear(d_expert, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        down: Tensor = self.down(self.up(x).relu())
+        return down

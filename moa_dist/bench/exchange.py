@@ -1,0 +1,146 @@
+"""Section `exchange`: what it costs to spread experts over ranks, in a layer and in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moa_dist.bench.deepspeed_moe import CAPACITY, deepspeed_moe
+from moa_dist.bench.dense import equal_work
+from moa_dist.bench.measure import Row, Table, Work, compare
+from moa_dist.bench.ranks import together
+from moa_dist.bench.setting import Setting
+from moa_dist.config.model import DenseAttentionConfig, FFNConfig, MoEFFNConfig
+from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.distributed.device import travels_beside
+from moa_dist.distributed.mesh import Mesh, make_mesh
+from moa_dist.models.attention import AttentionMask
+from moa_dist.models.block import make_attention, make_feed_forward
+from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.sharding import shard_experts
+from moa_dist.train.build import build_engine
+from moa_dist.train.engine import Engine
+
+Forward = Callable[[nn.Module, Tensor], Tensor]
+HERE = "experts on every rank"
+TRAVELS = {
+    kind: ExpertExchangeConfig.model_validate({"attention": kind, "ffn": kind})
+    for kind in ("tokens", "weights")
+}
+"""What may travel, for attention and FFN alike."""
+
+
+def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
+    """Each rank has tokens of its own. Nothing on one rank, or for a model without experts."""
+    model = setting.config.model
+    if mesh.expert_parallel == 1:
+        return []
+    dense = equal_work(model, setting.config.data.sequence_length)
+    tables = []
+    if not isinstance(model.attention, DenseAttentionConfig):
+        make = partial(make_attention, d_model=model.d_model, init_scale=1.0)
+        modules: dict[str, nn.Module] = {
+            "dense, equal work": make(dense.attention),
+            HERE: make(model.attention),
+        }
+        modules |= {_name(kind): make(model.attention) for kind in TRAVELS}
+        rows = _compare(setting, mesh, "attention", modules, _attend)
+        tables.append(_table("attention, forward and backward", rows, setting, mesh))
+    if isinstance(model.ffn, MoEFFNConfig):
+        tables.append(_feed_forward(setting, mesh, model.ffn, dense.ffn))
+    if tables:
+        tables.append(_step(setting, mesh))
+    return tables
+
+
+def _name(kind: str) -> str:
+    return f"{kind} travel"
+
+
+def _table(title: str, rows: list[Row], setting: Setting, mesh: Mesh) -> Table:
+    layout = f"W {mesh.world_size}, ep {mesh.expert_parallel}"
+    return Table(f"{title}, {layout}", rows, setting.tokens, ["tokens are those of one rank"])
+
+
+def _feed_forward(setting: Setting, mesh: Mesh, ffn: MoEFFNConfig, dense: FFNConfig) -> Table:
+    make = partial(make_feed_forward, d_model=setting.config.model.d_model, init_scale=1.0)
+    modules: dict[str, nn.Module] = {"dense, equal work": make(dense), HERE: make(ffn)}
+    modules |= {_name(kind): make(ffn) for kind in TRAVELS}
+    with ExitStack() as stack:
+        theirs = stack.enter_context(
+            deepspeed_moe(ffn, setting.config.model.d_model, mesh.expert_parallel)
+        )
+        peer = setting.peer(theirs)
+        rows = _compare(
+            setting, mesh, "ffn", modules, _transform, {"DeepSpeed MoE": (theirs, peer)}
+        )
+    return _table("ffn, forward and backward", rows, setting, mesh)
+
+
+def _compare(
+    setting: Setting,
+    mesh: Mesh,
+    part: str,
+    modules: dict[str, nn.Module],
+    forward: Forward,
+    peers: dict[str, tuple[nn.Module, Work]] | None = None,
+) -> list[Row]:
+    """All ways of one part, named as the exchange calls it."""
+    for kind, travels in TRAVELS.items():
+        shard_experts(nn.ModuleDict({part: modules[_name(kind)]}), mesh, travels)
+    work = {
+        name: setting.both_passes(setting.ready(module), partial(forward, module))
+        for name, module in modules.items()
+    }
+    for name, (module, once) in (peers or {}).items():
+        modules[name], work[name] = module, once
+    return compare(
+        {name: together(once) for name, once in work.items()},
+        setting.device,
+        repetitions=setting.repetitions,
+        notes={"DeepSpeed MoE": f"capacity {CAPACITY}"},
+        modules=modules,
+    )
+
+
+def _gathered(module: nn.Module) -> dict[str, Tensor]:
+    """Weights that travel, arrived."""
+    arriving = module.gather_experts() if isinstance(module, RoutedModule) else {}
+    return {name: arrives.wait() for name, arrives in arriving.items()}
+
+
+def _attend(module: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = module(x, x, x, AttentionMask(causal=True), _gathered(module)).y
+    return y
+
+
+def _transform(module: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = module(x, x, None, _gathered(module)).y
+    return y
+
+
+def _step(setting: Setting, mesh: Mesh) -> Table:
+    """Optimizer included: experts that are on every rank are reduced and updated there."""
+    overlap = travels_beside(setting.config.parallel.overlap, dist.get_backend())
+
+    def build(mesh: Mesh, travels: ExpertExchangeConfig) -> Engine:
+        return build_engine(setting.on(mesh), mesh, setting.device, travels, overlap=overlap)
+
+    engines = {HERE: build(make_mesh(1), TRAVELS["tokens"])}
+    engines |= {_name(kind): build(mesh, travels) for kind, travels in TRAVELS.items()}
+    work = {name: partial(engine.step, [setting.batch()], 1e-4) for name, engine in engines.items()}
+    sent = {name: sum(v.num_bytes for v in once().traffic.values()) for name, once in work.items()}
+    rows = compare(
+        {name: together(once) for name, once in work.items()},
+        setting.device,
+        repetitions=setting.repetitions,
+        notes={name: f"{size / 2**20:,.1f} MiB sent for experts" for name, size in sent.items()},
+        memory=False,
+    )
+    for engine in engines.values():
+        engine.close()
+    return _table(f"step, ZeRO {setting.config.parallel.zero_stage}", rows, setting, mesh)
