@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import log
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,9 +20,14 @@ from moa_dist.analyze.results import HeadResult, LayerHeads, RouterResult, Token
 from moa_dist.analyze.selections import Selections
 from moa_dist.config.model import MoAConfig, ModelConfig
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.objective import Batch
 from moa_dist.models.stack import Application, RouterKey
 from moa_dist.models.trace import BlockTrace, HeadSummary
 
+Text = Literal["text", "source"]
+"""What a model reads or writes, and what it translates."""
+Tokens = tuple[Tensor, Tensor]
+"""[B, S] int64, and [B, S] bool, false at padding."""
 TOP_TOKENS = 10
 """Listed of each expert, at most."""
 
@@ -30,47 +36,65 @@ TOP_TOKENS = 10
 class Observations:
     """All that is counted while a model reads."""
 
-    occurrences_V: Tensor
+    occurrences_V: dict[Text, Tensor]
     """int64, of each token in the text."""
     routers: dict[RouterKey, Selections]
     """What routers chose."""
     attention: dict[Application, HeadSums]
     """Where heads looked; in the order in which layers are applied."""
+    num_encoder_layers: int
+    """Distinct layers that are applied to a source; they come first."""
 
-    def add(self, tokens: Tensor, real: Tensor, traces: dict[Application, BlockTrace]) -> None:
-        """Count a batch: `tokens` [B, S] int64, `real` [B, S] bool, and what the model decided."""
-        self.occurrences_V.add_(tokens[real].bincount(minlength=len(self.occurrences_V)))
-        beyond_first = real & (torch.arange(tokens.shape[1], device=tokens.device) > 0)
-        for application, heads in self.attention.items():
-            heads.add(traces[application], beyond_first)
+    def add(self, texts: dict[Text, Tokens], traces: dict[Application, BlockTrace]) -> None:
+        """Count a batch, and what the model decided."""
+        for text, (tokens, real) in texts.items():
+            occurrences_V = self.occurrences_V[text]
+            occurrences_V += tokens[real].bincount(minlength=len(occurrences_V))
+        for (layer, repeat), heads in self.attention.items():
+            _, real = texts[self.text_of_layer(layer)]
+            beyond_first = real & (torch.arange(real.shape[1], device=real.device) > 0)
+            heads.add(traces[layer, repeat], beyond_first)
         for (layer, name), chosen in self.routers.items():
+            tokens, real = texts[self.text_of_router((layer, name))]
             repeats = range(len(chosen.load_RE))
             routings = [traces[layer, repeat].routing[name] for repeat in repeats]
             chosen.add(tokens.flatten(), real.flatten(), routings)
 
+    def text_of_layer(self, layer: int) -> Text:
+        """What it is applied to."""
+        return "source" if layer < self.num_encoder_layers else "text"
+
+    def text_of_router(self, router: RouterKey) -> Text:
+        """Whose tokens choose: a decoder's values are those of the source."""
+        layer, name = router
+        return "source" if name == "attention.cross.value" else self.text_of_layer(layer)
+
 
 @torch.no_grad()
-def observe(
-    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Observations:
-    """Let `model`, in evaluation mode, read the batches, and count what it does.
-
-    `batches` yields tokens [B, S + 1] int64, of which the last is not read, and which sequences
-    count [B] bool.
-    """
+def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device) -> Observations:
+    """Let `model`, in evaluation mode, read the batches, and count what it does."""
     result = _nothing_seen(model, device)
-    for tokens, counts in batches:
-        read = tokens[:, :-1].to(device)
-        real = counts[:, None].expand_as(read).to(device)
-        output = model(read, None if bool(counts.all()) else real, trace=True)
-        result.add(read, real, output.traces)
+    for batch in batches:
+        tokens, real, *rest = inputs = batch.to(device).inputs()
+        texts: dict[Text, Tokens] = {"text": _tokens(tokens, real)}
+        if rest:
+            _, source, source_real = rest
+            texts["source"] = _tokens(source, source_real)
+        result.add(texts, model(*inputs, trace=True).traces)
     return result
+
+
+def _tokens(tokens: Tensor | None, real: Tensor | None) -> Tokens:
+    assert tokens is not None
+    return tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real
 
 
 def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
     vocab_size, repeats = model.config.vocab_size, range(model.stack.num_repeats)
+    texts: list[Text] = ["text"] if model.encoder is None else ["text", "source"]
+    stacks = [model.stack] if model.encoder is None else [model.encoder, model.stack]
     return Observations(
-        torch.zeros(vocab_size, dtype=torch.int64, device=device),
+        {text: torch.zeros(vocab_size, dtype=torch.int64, device=device) for text in texts},
         {
             key: Selections(
                 vocab_size,
@@ -79,13 +103,15 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
                 len(repeats),
                 device,
             )
-            for key, router in model.stack.routers().items()
+            for key, router in model.routers().items()
         },
         {
-            (layer, repeat): HeadSums(_num_heads(model.config), device)
+            (stack.first_layer + layer, repeat): HeadSums(_num_heads(model.config), device)
+            for stack in stacks
             for repeat in repeats
-            for layer in range(len(model.stack.layers))
+            for layer in range(len(stack.layers))
         },
+        num_encoder_layers=model.stack.first_layer,
     )
 
 
@@ -100,16 +126,16 @@ def router_results(
     model: LanguageModel, seen: Observations, min_count: int, text_of: Callable[[int], str]
 ) -> list[RouterResult]:
     """What the routers chose. Tokens that occur less than `min_count` times are not named."""
-    occurrences_V = seen.occurrences_V.cpu().numpy()
-    frequent = np.flatnonzero(occurrences_V >= min_count)
     results = []
     for (layer, name), chosen in sorted(seen.routers.items()):
+        occurrences_V = seen.occurrences_V[seen.text_of_router((layer, name))].cpu().numpy()
+        frequent = np.flatnonzero(occurrences_V >= min_count)
         tokens_VE = chosen.tokens_VE.cpu().numpy()
         results.append(
             RouterResult(
                 layer=layer,
                 router=name,
-                num_groups=model.stack.routers()[layer, name].num_groups,
+                num_groups=model.routers()[layer, name].num_groups,
                 choices=chosen.choices,
                 num_tokens=int(occurrences_V.sum()),
                 load=chosen.load_RE.tolist(),

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-
-from torch import Tensor
 
 from moa_dist.analyze.analyze import attention_results, observe, router_results
 from moa_dist.analyze.plots import can_plot, write_plots
 from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, save_analysis
 from moa_dist.analyze.summary import summary
 from moa_dist.cli.arguments import between
-from moa_dist.cli.held_out import held_out_data, with_progress
+from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
 from moa_dist.config.reduced import sequences_per_group
-from moa_dist.data.manifest import PairManifest
+from moa_dist.data.batches import held_out_batches
+from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.errors import DataError
 from moa_dist.evaluate.export import is_export
 from moa_dist.evaluate.trained import Trained, load_trained
+from moa_dist.models.objective import Batch
 from moa_dist.report.analysis import analysis_page
 
 PAGE_FILE = "analysis.html"
@@ -74,24 +75,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
     folder, manifest = held_out_data(args.data, trained)
-    if isinstance(manifest, PairManifest):
-        raise DataError(f"{trained.folder}: translates; only models of one text are analysed")
-    group = sequences_per_group(trained.config.model)
-    batches = validation_batches(
-        folder,
-        manifest,
-        rank=0,
-        world_size=1,
-        micro_batch=-(-args.micro_batch // group) * group,
-        sequences=args.sequences,
-    )
-    total = min(args.sequences or manifest.num_samples, manifest.num_samples)
+    batches = _batches(args, trained, folder, manifest)
+    total = num_sequences(manifest, args.sequences)
     seen = observe(trained.model, with_progress("reading", batches, total, _size), trained.device)
     return Analysis(
         name=trained.config.name,
         step=trained.step,
         data=str(folder),
-        tokens=int(seen.occurrences_V.sum()),
+        tokens=sum(int(occurrences_V.sum()) for occurrences_V in seen.occurrences_V.values()),
         sequence_length=manifest.block_length,
         min_count=args.min_count,
         routers=router_results(
@@ -101,8 +92,36 @@ def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
     )
 
 
-def _size(batch: tuple[Tensor, Tensor]) -> int:
-    return int(batch[1].sum())
+def _batches(
+    args: argparse.Namespace, trained: Trained, folder: Path, manifest: AnyManifest
+) -> Iterator[Batch]:
+    if isinstance(manifest, PairManifest):
+        yield from held_out_batches(
+            trained.config,
+            folder,
+            manifest,
+            rank=0,
+            world_size=1,
+            micro_batch=args.micro_batch,
+            sequences=args.sequences,
+        )
+        return
+    # A masked model reads its text as it is: what is hidden would choose experts of its own.
+    group = sequences_per_group(trained.config.model)
+    for tokens, counts in validation_batches(
+        folder,
+        manifest,
+        rank=0,
+        world_size=1,
+        micro_batch=-(-args.micro_batch // group) * group,
+        sequences=args.sequences,
+    ):
+        real = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
+        yield Batch(tokens, real)
+
+
+def _size(batch: Batch) -> int:
+    return batch.num_sequences if batch.real is None else int(batch.real.any(1).sum())
 
 
 def _write(analysis: Analysis, output: Path) -> list[Path]:

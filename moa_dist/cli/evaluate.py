@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from moa_dist.cli.arguments import between
-from moa_dist.cli.held_out import held_out_data, with_progress
+from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.ranks import say_once
 from moa_dist.cli.translate import add_search_arguments
 from moa_dist.data.batches import held_out_batches
-from moa_dist.data.manifest import PairManifest
 from moa_dist.data.text import read_lines
 from moa_dist.distributed.start import job
 from moa_dist.errors import MoaDistError
@@ -139,8 +138,7 @@ def _perplexity(
         micro_batch=args.micro_batch,
         sequences=args.sequences,
     )
-    held_out = manifest.pairs if isinstance(manifest, PairManifest) else manifest.num_samples
-    total = min(args.sequences or held_out, held_out)
+    total = num_sequences(manifest, args.sequences)
     if rank == 0:
         sizes = attrgetter("num_sequences")
         batches = with_progress("validating", batches, total, sizes, world_size)

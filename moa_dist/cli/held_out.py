@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.data.manifest import AnyManifest, load_manifest, load_pair_manifest
+from moa_dist.data.manifest import AnyManifest, PairManifest, load_manifest, load_pair_manifest
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained
 
@@ -48,6 +48,12 @@ def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManif
     if problems:
         raise DataError("\n".join(problems))
     return folder, manifest
+
+
+def num_sequences(manifest: AnyManifest, wanted: int | None) -> int:
+    """Samples or pairs to read: the wanted ones, but no more than there are; None means all."""
+    held_out = manifest.pairs if isinstance(manifest, PairManifest) else manifest.num_samples
+    return min(wanted or held_out, held_out)
 
 
 def with_progress(

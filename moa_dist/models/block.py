@@ -30,7 +30,7 @@ from moa_dist.models.moa import MoAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
@@ -146,11 +146,16 @@ class CrossAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, memory: Memory, gathered: Gathered, cache: KeyValues | None
+        self,
+        x: Tensor,
+        memory: Memory,
+        gathered: Gathered,
+        cache: KeyValues | None,
+        trace: bool = False,
     ) -> AttentionOutput:
         """x [B, S, D] -> y [B, S, D], the residual stream with what was added."""
         queries = x if self.placement == "post" else self.norm(x)
-        output = self.attention(queries, memory.x, memory.x, memory.mask, gathered, cache)
+        output = self.attention(queries, memory.x, memory.x, memory.mask, gathered, cache, trace)
         x = x + self.dropout(output.y)
         return output._replace(y=self.norm(x) if self.placement == "post" else x)
 
@@ -217,17 +222,22 @@ class Block(nn.Module):
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
         x, attention = self._attend(x, mask, gathered.attention, own, trace)
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
-        longer = attention.cache
+        longer, routing = attention.cache, _routing("attention", attention)
         if self.cross is not None:
             assert memory is not None
-            cross = self.cross(x, memory, gathered.cross, of_source)
+            cross = self.cross(x, memory, gathered.cross, of_source, trace)
             x = cross.y
             named |= {f"attention.cross.{name}": v for name, v in cross.statistics.items()}
+            routing |= _routing("attention.cross", cross)
             longer = None if longer is None else (*longer, *cross.cache)
         x, ffn = self._transform(x, mask.query_real, gathered.ffn, trace)
         if ffn.statistics is not None:
             named["ffn"] = ffn.statistics
-        return BlockOutput(x, named, longer, _trace(attention, ffn))
+        if attention.trace is None:
+            return BlockOutput(x, named, longer)
+        if ffn.routing is not None:
+            routing["ffn"] = ffn.routing
+        return BlockOutput(x, named, longer, BlockTrace(routing, attention.trace.heads))
 
     def _attend(
         self,
@@ -253,11 +263,7 @@ class Block(nn.Module):
         return self.ffn_norm(x) if self.placement == "post" else x, output
 
 
-def _trace(attention: AttentionOutput, ffn: FeedForwardOutput) -> BlockTrace | None:
-    """Of self-attention and feed-forward; a decoder's attention to the source leaves none."""
-    if attention.trace is None:
-        return None
-    routing = {f"attention.{name}": value for name, value in attention.trace.routing.items()}
-    if ffn.routing is not None:
-        routing["ffn"] = ffn.routing
-    return BlockTrace(routing, attention.trace.heads)
+def _routing(part: str, attention: AttentionOutput) -> dict[str, Routing]:
+    """What its routers decided, by their names in the layer; nothing unless it was asked for."""
+    decided = {} if attention.trace is None else attention.trace.routing
+    return {f"{part}.{name}": value for name, value in decided.items()}

@@ -134,7 +134,7 @@ class LanguageModel(nn.Module):
         With a `cache`, tokens follow those in it, the logits are those of a forward over all of
         them, and there are no auxiliary losses. Raises ValueError if experts have a capacity:
         see `dropless`; or if a cache or a source does not go with the objective. With `trace` the
-        output says what every layer decided, of the decoder in translation.
+        output says what every layer decided.
         """
         num_past, real = 0, token_real
         if source is not None and self.encoder is None:
@@ -149,11 +149,11 @@ class LanguageModel(nn.Module):
                 )
             num_past, real = cache.length, cache.real_with(tokens, token_real)
         position = positions(tokens, real, num_past)
-        x, memory, statistics = self._embed(tokens, position), None, {}
+        x, memory, encoded = self._embed(tokens, position), None, None
         if self.encoder is not None:
             if source is not None:
-                encoded = self._encode(source, source_real)
-                x_source, statistics = encoded.x, encoded.statistics
+                encoded = self._encode(source, source_real, trace)
+                x_source = encoded.x
             elif cache is None or not cache.length:
                 raise ValueError("a model that translates needs a source")
             else:  # its keys and values are in the cache
@@ -162,14 +162,17 @@ class LanguageModel(nn.Module):
         causal = self.config.objective != "masked"
         mask = AttentionMask(causal, token_real, real, num_past, position)
         output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
-        statistics = statistics | output.statistics
+        statistics, traces = output.statistics, output.traces
+        if encoded is not None:
+            statistics = encoded.statistics | statistics
+            traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
         if output.cache is None:
             auxiliary = self._auxiliary(statistics)
-            return LanguageModelOutput(logits, auxiliary, statistics, None, output.traces)
+            return LanguageModelOutput(logits, auxiliary, statistics, None, traces)
         longer = Cache(output.cache, num_past + tokens.shape[1], real, source_real)
-        return LanguageModelOutput(logits, {}, statistics, longer, output.traces)
+        return LanguageModelOutput(logits, {}, statistics, longer, traces)
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]."""
@@ -180,12 +183,12 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
 
-    def _encode(self, source: Tensor, real: Tensor | None) -> StackOutput:
+    def _encode(self, source: Tensor, real: Tensor | None, trace: bool) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
         position = positions(source, real)
         mask = AttentionMask(False, real, real, 0, position)
-        output = self.encoder(self._embed(source, position), mask)
+        output = self.encoder(self._embed(source, position), mask, trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
     def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ class StackOutput(NamedTuple):
     cache: tuple[KeyValues, ...] | None = None
     """By application of a layer, with the new keys and values; None if none was given."""
     traces: dict[Application, BlockTrace] | None = None
-    """One entry per application of a layer; None if they were not asked for."""
+    """By application of a layer, numbered as in `Site`; None if they were not asked for."""
 
 
 class LayerStack(nn.Module):

@@ -42,9 +42,9 @@ class BlockTrace(NamedTuple):
     """What one application of a layer decided."""
 
     routing: dict[str, Routing]
-    """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`."""
+    """By the names under which `BlockOutput` has their statistics."""
     heads: HeadSummary
-    """Of its attention."""
+    """Of its self-attention."""
 
 
 def head_summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummary:
@@ -67,7 +67,8 @@ def _summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummar
     distance_TS = (query[:, None] - key).abs().to(dtype)
 
     def at(token_T: Tensor) -> Tensor:
-        index = token_T.clamp(min=0)[None, :, None].expand(len(q), -1, 1)
+        # Queries of another text than the keys may stand beyond these, where nothing is to be told.
+        index = token_T.clamp(0, len(key) - 1)[None, :, None].expand(len(q), -1, 1)
         return share_HTS.gather(-1, index).squeeze(-1)
 
     return HeadSummary(

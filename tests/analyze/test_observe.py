@@ -10,9 +10,11 @@ from moa_dist.analyze.analyze import attention_results, observe, router_results
 from moa_dist.analyze.headline import headline
 from moa_dist.analyze.selections import Selections
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.objective import Batch
+from moa_dist.models.stack import Site
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import RoutingStatistics
-from tests.models.small import FFN, small_config, small_model, tokens_of, with_capacity
+from tests.models.small import FFN, LENGTH, small_config, small_model, tokens_of, with_capacity
 
 CPU = torch.device("cpu")
 
@@ -31,13 +33,18 @@ def planted_model(num_experts: int = 4) -> LanguageModel:
     return model
 
 
+def rows_real(real: list[bool]) -> torch.Tensor:
+    """[B, S + 1], all of a row or nothing."""
+    return torch.tensor(real)[:, None].expand(-1, LENGTH)
+
+
 TEXT = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 0], [0, 0, 1, 1, 1, 2, 5, 5, 3]])
 """The last of each row is not read."""
 
 
 def test_planted_experts_are_found():
     model = planted_model()
-    seen = observe(model, [(TEXT, torch.tensor([True, True]))], CPU)
+    seen = observe(model, [Batch(TEXT)], CPU)
     (router,) = router_results(model, seen, 1, str)
     # Read: 0 four times, 1 four, 2 twice, 3 once, 4 once, 5 three times, 6 once; so of 16 tokens
     # expert 0 takes 5, expert 1 takes 7, expert 2 takes 3, expert 3 takes 1.
@@ -58,7 +65,7 @@ def test_planted_experts_are_found():
 
 def test_rare_tokens_are_not_named():
     model = planted_model()
-    seen = observe(model, [(TEXT, torch.tensor([True, True]))], CPU)
+    seen = observe(model, [Batch(TEXT)], CPU)
     (router,) = router_results(model, seen, 3, str)
     assert [[t.text for t in tokens] for tokens in router.top_tokens] == [["0"], ["1", "5"], [], []]
     assert router.top_tokens[0][0].pmi == pytest.approx(log(16 / 5)), "rare ones count in p(e)"
@@ -68,24 +75,24 @@ def test_rare_tokens_are_not_named():
 def test_sums_agree_with_the_statistics_and_with_each_other(attention):
     model = small_model(attention=attention, num_layers=6, num_distinct_layers=2).eval()
     batches = [
-        (tokens_of(3, seed=1), torch.tensor([True, True, False])),
-        (tokens_of(3, seed=2), torch.tensor([True, True, True])),
+        Batch(tokens_of(3, seed=1), rows_real([True, True, False])),
+        Batch(tokens_of(3, seed=2)),
     ]
     loads = Counter()
-    for tokens, counts in batches:
-        for site, statistics in model(tokens[counts, :-1]).statistics.items():
+    for batch in batches:
+        for site, statistics in model(*batch.inputs()).statistics.items():
             loads[site] = loads[site] + statistics.load.sum(0).flatten()
     seen = observe(model, batches, CPU)
     num_tokens = 5 * (tokens_of().shape[1] - 1)
-    assert seen.occurrences_V.sum() == num_tokens
+    assert seen.occurrences_V["text"].sum() == num_tokens
     assert {(s.layer, s.router) for s in loads} == seen.routers.keys()
     for (layer, router), chosen in seen.routers.items():
         for repeat in range(3):
             assert torch.equal(chosen.load_RE[repeat], loads[layer, repeat, router])
         assert torch.equal(chosen.tokens_VE.sum(0), chosen.load_RE.sum(0))
-        assert torch.equal(chosen.tokens_VE.sum(1), seen.occurrences_V * 3 * chosen.choices), (
-            "every token chooses as many"
-        )
+        assert torch.equal(
+            chosen.tokens_VE.sum(1), seen.occurrences_V["text"] * 3 * chosen.choices
+        ), "every token chooses as many"
         assert torch.equal(chosen.together_EE.diagonal(), chosen.load_RE.sum(0))
         assert torch.equal(chosen.together_EE.sum(1), chosen.load_RE.sum(0) * chosen.choices)
         assert torch.equal(chosen.together_EE, chosen.together_EE.T)
@@ -96,12 +103,40 @@ def test_sums_agree_with_the_statistics_and_with_each_other(attention):
 
 def test_dropped_choices_are_counted():
     model = small_model(**with_capacity("position")).eval()
-    batch = (tokens_of(), torch.tensor([True, True]))
-    expected = model(batch[0][:, :-1]).statistics
+    batch = Batch(tokens_of())
+    expected = model(*batch.inputs()).statistics
     for router in router_results(model, observe(model, [batch], CPU), 1, str):
         dropped = expected[router.layer, 0, router.router].dropped.sum(0).flatten()
         assert router.dropped == [dropped.tolist()]
     assert sum(s.dropped.sum() for s in expected.values()), "nothing was dropped"
+
+
+@pytest.mark.parametrize("attention", ["moa", "switchhead"])
+def test_a_translating_model_has_two_texts(attention):
+    """Its encoder's routers choose by the source, and so do the values that a decoder reads."""
+    fields = {"position": "sinusoidal", "objective": "translation", "num_distinct_layers": 1}
+    model = small_model(attention=attention, **fields).eval()
+    real = torch.arange(LENGTH) < torch.tensor([LENGTH, 4])[:, None]
+    source_real = torch.arange(12) < torch.tensor([5, 12])[:, None]  # longer than the target
+    batch = Batch(tokens_of(), real, None, tokens_of(2, 12, seed=1), source_real)
+    seen = observe(model, [batch], CPU)
+    lengths = {"text": LENGTH - 1 + 4, "source": 5 + 12}
+    assert {text: int(seen.occurrences_V[text].sum()) for text in lengths} == lengths
+    statistics = model(*batch.inputs()).statistics
+    assert {site.key for site in statistics} == seen.routers.keys()
+    for (layer, name), chosen in seen.routers.items():
+        text = "source" if layer == 0 or name == "attention.cross.value" else "text"
+        assert seen.text_of_router((layer, name)) == text
+        assert torch.equal(
+            chosen.tokens_VE.sum(1), seen.occurrences_V[text] * 2 * chosen.choices
+        ), "every token chooses as many"
+        for repeat in range(2):
+            load = statistics[Site(layer, repeat, name)].load.sum(0).flatten()
+            assert torch.equal(chosen.load_RE[repeat], load)
+    layers = attention_results(seen)
+    assert [(layer.layer, layer.repeat) for layer in layers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    slots = sum(head.queries for head in layers[0].heads), sum(h.queries for h in layers[2].heads)
+    assert slots[0] / slots[1] == (lengths["source"] - 2) / (lengths["text"] - 2)
 
 
 def routing(ids: list[list[int]], num_experts: int) -> Routing:
@@ -125,7 +160,7 @@ def test_repeats_are_compared_token_by_token():
 def test_heads_of_moa_belong_to_the_experts_that_tokens_choose():
     model = small_model(attention="moa", num_layers=1).eval()
     tokens, counts = tokens_of(3), torch.tensor([True, False, True])
-    (layer,) = attention_results(observe(model, [(tokens, counts)], CPU))
+    (layer,) = attention_results(observe(model, [Batch(tokens, rows_real(counts.tolist()))], CPU))
     trace = model(tokens[counts, :-1], trace=True).traces[0, 0]
     ids = trace.routing["attention.query"].expert_ids.view(2, -1, 2)
     sums, queries = torch.zeros(6, dtype=torch.float64), [0] * 6
@@ -143,7 +178,7 @@ def test_heads_of_moa_belong_to_the_experts_that_tokens_choose():
 
 def test_a_dense_model_has_heads_only():
     model = small_model(attention="dense", ffn="dense").eval()
-    seen = observe(model, [(tokens_of(), torch.tensor([True, True]))], CPU)
+    seen = observe(model, [Batch(tokens_of())], CPU)
     assert router_results(model, seen, 1, str) == []
     first, second = attention_results(seen)
     assert (first.layer, first.repeat, second.layer) == (0, 0, 1)

@@ -9,6 +9,7 @@ from moa_dist.config import Config
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.evaluate.trained import load_model
 from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.engine import Engine
@@ -38,7 +39,7 @@ def save(folder):
 
 
 def results(model):
-    batches = [(tokens_of(4, seed=seed), torch.ones(4, dtype=torch.bool)) for seed in range(2)]
+    batches = [Batch(tokens_of(4, seed=seed)) for seed in range(2)]
     seen = observe(model, batches, torch.device("cpu"))
     return router_results(model, seen, 1, str), attention_results(seen)
 

@@ -65,5 +65,9 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert "version:" in report["bleu"]["signature"]
     assert main(["translate", "mean", "--input", str(files.source), "--beam", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 9
+    assert main(["analyze", "runs/tiny", "--min-count", "1"]) == 0
+    analyzed = capsys.readouterr().out
+    assert "tokens of valid" in analyzed
+    assert "attention.cross.query" in analyzed
     assert main(["generate", "runs/tiny", "--prompt", "the"]) == 2
     assert "trained with model.objective translation" in capsys.readouterr().err
