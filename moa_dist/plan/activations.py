@@ -12,7 +12,7 @@ an fp32 or wider one.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -70,16 +70,18 @@ class Batch:
         return self.element_bytes >= 4
 
 
-def layer_terms(model: ModelConfig, batch: Batch) -> list[Term]:
-    """What one application of a layer keeps."""
+def layer_terms(model: ModelConfig, batch: Batch, *, cross: bool = False) -> list[Term]:
+    """What one application of a layer keeps, or with `cross` of one that attends to a source."""
     width = ("d_model", model.d_model)
     # The residual, which each norm keeps, and what it makes of it.
-    stream = [term("residual stream and norms", ("kept", 4), batch.tokens, width, batch.element)]
-    return [*stream, *_attention(model, batch), *_ffn(model, batch)]
+    norms = ("kept", 6 if cross else 4)
+    stream = term("residual stream and norms", norms, batch.tokens, width, batch.element)
+    of_source = _named("cross-attention: ", _attention(model, batch)) if cross else []
+    return [stream, *_attention(model, batch), *of_source, *_ffn(model, batch)]
 
 
 def recomputed_layer_terms(
-    model: ModelConfig, batch: Batch, travelling: Container[str] = ()
+    model: ModelConfig, batch: Batch, travelling: Container[str] = (), *, cross: bool = False
 ) -> list[Term]:
     """The same if it is recomputed: its input, and what `moa_dist.models.recompute` keeps.
 
@@ -88,7 +90,8 @@ def recomputed_layer_terms(
     """
     terms = [term("input", batch.tokens, ("d_model", model.d_model), batch.element)]
     for name, router, groups, applications in _routers(model):
-        chosen = ("chosen", groups * router.top_k * applications)
+        times = 2 if cross and name == "attention" else 1
+        chosen = ("chosen", groups * router.top_k * applications * times)
         num_sorts = 2 if name in travelling else 1
         kept_bytes = ("B", _INDEX[1] + batch.wide[1] + num_sorts * 2 * _INDEX[1])
         terms.append(term(f"{name}: choices and order", batch.tokens, chosen, kept_bytes))
@@ -136,10 +139,15 @@ def head_terms(model: ModelConfig, batch: Batch) -> list[Term]:
     vocabulary = ("vocabulary", model.vocab_size)
     width = ("d_model", model.d_model)
     return [
-        term("final norm", ("kept", 2), batch.tokens, width, batch.element),
+        term("final norm", _norm(model), batch.tokens, width, batch.element),
         term("logits", batch.tokens, vocabulary, batch.element),
         term("log-softmax of logits", batch.tokens, vocabulary, batch.wide),
     ]
+
+
+def _norm(model: ModelConfig) -> Factor:
+    """Input and result of a stack's last norm, which post-norm has not."""
+    return ("kept", 1 if model.norm_placement == "post" else 2)
 
 
 def working_terms(model: ModelConfig, batch: Batch) -> list[Term]:
@@ -169,17 +177,47 @@ def kept(
 ) -> list[Term]:
     """All that a forward keeps; with `recompute` also the one layer that is recomputed.
 
-    `of_exchange`: `exchange_terms` of the parts of a layer whose tokens travel.
+    `of_exchange`: `exchange_terms` of the parts of a layer whose tokens travel. A model that
+    translates has as many tokens of each text; its decoder's layer is the one that is recomputed.
     """
+    if model.objective != "translation":
+        return [
+            *_stack(model, batch, recompute, of_exchange, cross=False),
+            *head_terms(model, batch),
+        ]
+    encoder = _named("encoder: ", _stack(model, batch, recompute, of_exchange, cross=False))
+    width = ("d_model", model.d_model)
+    return [
+        *(line for line in encoder if not line.name.startswith("encoder: recomputed")),
+        term("encoder's result and norm", _norm(model), batch.tokens, width, batch.element),
+        *_named("decoder: ", _stack(model, batch, recompute, of_exchange, cross=True)),
+        *head_terms(model, batch),
+    ]
+
+
+def _stack(
+    model: ModelConfig,
+    batch: Batch,
+    recompute: bool,
+    of_exchange: Mapping[str, list[Term]],
+    *,
+    cross: bool,
+) -> list[Term]:
+    """Of all its layers."""
     layers = ("layers", model.num_layers)
-    of_layer = [*layer_terms(model, batch), *chain.from_iterable(of_exchange.values())]
-    if recompute:
-        between = recomputed_layer_terms(model, batch, of_exchange)
-        lines = [line.times(*layers) for line in between]
-        lines += [Term(f"recomputed: {line.name}", line.factors) for line in of_layer]
-    else:
-        lines = [line.times(*layers) for line in of_layer]
-    return [*lines, *head_terms(model, batch)]
+    of_layer = [
+        *layer_terms(model, batch, cross=cross),
+        *chain.from_iterable(of_exchange.values()),
+        *(_named("cross-", of_exchange.get("attention", [])) if cross else []),
+    ]
+    if not recompute:
+        return [line.times(*layers) for line in of_layer]
+    between = recomputed_layer_terms(model, batch, of_exchange, cross=cross)
+    return [*(line.times(*layers) for line in between), *_named("recomputed: ", of_layer)]
+
+
+def _named(prefix: str, lines: Iterable[Term]) -> list[Term]:
+    return [Term(f"{prefix}{line.name}", line.factors) for line in lines]
 
 
 def _attention(model: ModelConfig, batch: Batch) -> list[Term]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.config.run import Config, OptimizerConfig, tokens_per_sample
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed import RoutedModule
@@ -204,9 +204,10 @@ def budget(
     `model`: the whole one, on any device; `sizes` of it; `config` has the layout of `layout`.
     """
     stage = config.parallel.zero_stage
+    length = config.data.sequence_length
     batch = Batch(
-        config.train.micro_batch,
-        config.data.sequence_length,
+        config.train.micro_batch * tokens_per_sample(config) // length,
+        length,
         layout.element_bytes,
         in_parts=device == "cpu",
     )
