@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from torch import Tensor, nn
 
 from moa_dist.bench.dense import equal_work
-from moa_dist.bench.measure import Row, Table, Work, compare
+from moa_dist.bench.learned import Learned, learned_layers
+from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
 from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
@@ -27,6 +28,7 @@ def layers(setting: Setting) -> list[Table]:
     """The attention and the FFN of the configuration, those that have experts."""
     model = setting.config.model
     dense = equal_work(model, setting.config.data.sequence_length)
+    learned = learned_layers(setting)
     tables = []
     if not isinstance(model.attention, DenseAttentionConfig):
         attention = partial(make_attention, d_model=model.d_model, init_scale=1.0)
@@ -36,11 +38,17 @@ def layers(setting: Setting) -> list[Table]:
             setting.attention,
             partial(attention, model.attention),
             attention(dense.attention),
+            learned.get("attention"),
         )
     if not isinstance(model.ffn, DenseFFNConfig):
         ffn = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
         tables += _layer(
-            "ffn", setting, setting.feed_forward, partial(ffn, model.ffn), ffn(dense.ffn)
+            "ffn",
+            setting,
+            setting.feed_forward,
+            partial(ffn, model.ffn),
+            ffn(dense.ffn),
+            learned.get("ffn"),
         )
     return tables
 
@@ -51,6 +59,7 @@ def _layer(
     work_of: Callable[[nn.Module], Work],
     make: Callable[[], nn.Module],
     dense: nn.Module,
+    learned: Learned | None,
 ) -> list[Table]:
     layer = setting.ready(make())
     assert isinstance(layer, RoutedModule)
@@ -59,10 +68,16 @@ def _layer(
         "experts, random router": layer,
         "experts, even loads": balance(setting.ready(make())),
     }
-    rows = _compare(setting, modules, work_of)
+    work = {name: work_of(module) for name, module in modules.items()}
+    notes = []
+    if learned:
+        name = "experts, learned router"
+        modules[name], work[name] = learned.layer, learned.work()
+        notes.append(f"learned router: {learned.loads()}")
+    rows = compare(work, setting.device, repetitions=setting.repetitions, modules=modules)
     title = f"{title}, forward and backward"
     return [
-        Table(title, rows, setting.tokens),
+        Table(title, rows, setting.tokens, notes),
         _parts(title, setting, layer, work_of),
     ]
 
@@ -76,15 +91,9 @@ def block(setting: Setting) -> list[Table]:
         "experts, random router": setting.ready(Block(model)),
         "experts, even loads": balance(setting.ready(Block(model))),
     }
-    rows = _compare(setting, modules, setting.block)
+    work = {name: setting.block(module) for name, module in modules.items()}
+    rows = compare(work, setting.device, repetitions=setting.repetitions, modules=modules)
     return [Table("block, forward and backward", rows, setting.tokens)]
-
-
-def _compare(
-    setting: Setting, modules: Mapping[str, nn.Module], work_of: Callable[[nn.Module], Work]
-) -> list[Row]:
-    work = {name: work_of(module) for name, module in modules.items()}
-    return compare(work, setting.device, repetitions=setting.repetitions, modules=modules)
 
 
 def _parts(
@@ -108,7 +117,7 @@ def _parts(
     }
     rows = compare(work, setting.device, repetitions=setting.repetitions, memory=False)
     title = f"{title} part by part; ratio: share of the layer"
-    return Table(title, rows, setting.tokens, [*_kernels(recorder), _loads(recorder)])
+    return Table(title, rows, setting.tokens, [*_kernels(recorder), recorder.fullest()])
 
 
 def _all(parts: Iterable[Work | None]) -> Work:
@@ -161,11 +170,3 @@ def _kernels(recorder: RecordingDispatcher) -> list[str]:
     """Which are taken, and why."""
     taken = {kernel_for(applied.experts, applied.x).because for applied in recorder.applied}
     return [f"kernel: {because}" for because in sorted(taken)]
-
-
-def _loads(recorder: RecordingDispatcher) -> str:
-    """How uneven this random router is."""
-    fullest = max(
-        float(a.trip.counts.max() / a.trip.counts.double().mean()) for a in recorder.applied
-    )
-    return f"fullest expert: {fullest:.2f} x the mean load"

@@ -60,6 +60,12 @@ class RecordingDispatcher:
     applied: list[Recorded] = field(default_factory=list)
     """What experts were applied to."""
 
+    def fullest(self) -> str:
+        """How uneven the loads were."""
+        counts = [applied.trip.counts.double() for applied in self.applied]
+        worst = max(float(each.max() / each.mean()) for each in counts)
+        return f"fullest expert: {worst:.2f} x the mean load"
+
     def plan(self, routing: Routing, num_experts: int) -> _RecordingPlan:
         """See `Dispatcher.plan`."""
         detached = routing._replace(weights=routing.weights.detach())

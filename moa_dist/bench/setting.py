@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,8 @@ class Setting:
     """Per call."""
     repetitions: int
     """Rounds in which the alternatives take turns."""
+    run: Path | None = None
+    """A trained run of this configuration, whose layers are measured beside new ones."""
 
     @property
     def tokens(self) -> int:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moa_dist.bench.setting import Setting
 from moa_dist.cli.arguments import between
 from moa_dist.config import load_config
 from moa_dist.errors import ConfigError
+from moa_dist.evaluate.trained import load_trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sections", nargs="*", metavar="SECTION", help=f"all if none is named ({sections})"
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--config",
-        required=True,
         nargs="+",
         metavar=("FILE", "key=value"),
         help="YAML file of the model, and changes to it",
+    )
+    what.add_argument(
+        "--run",
+        type=Path,
+        help="a trained run, for its configuration, and to measure its layers with their learned "
+        "routers on its held-out text",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument("--threads", type=between(int, 1), help="of a CPU, all if absent")
@@ -52,18 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, table by table."""
-    path, *words = args.config  # sections may follow as well as precede it
+    path, *words = args.config or [None]  # sections may follow as well as precede it
     overrides = [word for word in words if "=" in word]
     names = [*args.sections, *(word for word in words if "=" not in word)]
     in_job = int(os.environ.get("WORLD_SIZE", "1")) > 1
     _check(names, in_job)
-    config = load_config(path, overrides)
+    config = load_trained(args.run).config if path is None else load_config(path, overrides)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(["--device cuda, but torch sees no GPU; use --device cpu"], "bench")
     if args.threads:
         torch.set_num_threads(args.threads)
-    setting = Setting(config, device, args.sequences or config.train.micro_batch, args.repetitions)
+    sequences = args.sequences or config.train.micro_batch
+    setting = Setting(config, device, sequences, args.repetitions, args.run)
     speaks = not in_job or os.environ.get("RANK") == "0"
     where = _where(setting)
     if speaks and not args.json:

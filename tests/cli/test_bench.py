@@ -73,6 +73,13 @@ def test_tables_name_what_was_chosen_and_why(capsys):
     assert "because" in printed
 
 
+def test_layers_of_a_trained_run_choose_as_they_learned(made, capsys):
+    assert main(["bench", "layers", "--run", str(made / "run"), *FAST]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("experts, learned router") == 2  # attention and FFN
+    assert "learned router: fullest expert" in printed
+
+
 def test_an_unknown_section_is_refused(capsys):
     config = ("--config", str(CONFIGS / "small" / "moeut.yaml"))
     assert main(["bench", "lairs", *config]) == 2
