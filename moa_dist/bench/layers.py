@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from moa_dist.bench.dense import equal_work
-from moa_dist.bench.learned import Learned, learned_layers
 from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
@@ -21,6 +22,9 @@ from moa_dist.moe.dispatch import LocalDispatcher
 from moa_dist.moe.routed import RoutedModule
 from moa_dist.moe.router import Router
 
+if TYPE_CHECKING:
+    from moa_dist.bench.learned import Learned
+
 Way = Callable[[Experts, Tensor, Trip], Tensor]
 
 
@@ -28,7 +32,7 @@ def layers(setting: Setting) -> list[Table]:
     """The attention and the FFN of the configuration, those that have experts."""
     model = setting.config.model
     dense = equal_work(model, setting.config.data.sequence_length)
-    learned = learned_layers(setting)
+    learned = {} if setting.run is None else _learned(setting, setting.run)
     tables = []
     if not isinstance(model.attention, DenseAttentionConfig):
         attention = partial(make_attention, d_model=model.d_model, init_scale=1.0)
@@ -51,6 +55,13 @@ def layers(setting: Setting) -> list[Table]:
             learned.get("ffn"),
         )
     return tables
+
+
+def _learned(setting: Setting, run: Path) -> dict[str, Learned]:
+    # Here: the rest needs neither a tokenizer nor DeepSpeed.
+    from moa_dist.bench.learned import learned_layers
+
+    return learned_layers(setting, run)
 
 
 def _layer(

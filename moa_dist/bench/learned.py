@@ -43,16 +43,14 @@ class Learned(NamedTuple):
         return recorder.fullest()
 
 
-def learned_layers(setting: Setting) -> dict[str, Learned]:
-    """The parts with experts of the middle layer, by `attention` and `ffn`; none without a run.
+def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
+    """The parts with experts of the middle layer, by `attention` and `ffn`.
 
     Raises DataError if the run, or the held-out text that it names, is not there.
     """
-    if setting.run is None:
-        return {}
-    trained = load_trained(setting.run)
+    trained = load_trained(run)
     if trained.config.data.valid is None or trained.config.model.objective == "translation":
-        raise DataError(f"{setting.run}: learned routers are measured on data.valid of one text")
+        raise DataError(f"{run}: learned routers are measured on data.valid of one text")
     folder = Path(trained.config.data.valid)
     batch = next(
         held_out_batches(

@@ -27,7 +27,7 @@ from moa_dist.kernels.at_once import routed_at_once
 from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
 from moa_dist.kernels.operator import routed_operator
 from moa_dist.kernels.routed import kernel_for, routed_experts
-from moa_dist.kernels.trip import Experts, Trip
+from moa_dist.kernels.trip import Experts, Trip, hidden_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Kernel = Callable[[Experts, Tensor, Trip], Tensor]
@@ -94,6 +94,22 @@ def kernels_for(experts: Experts, x: Tensor) -> dict[str, Kernel]:
     return kernels
 
 
+def naive(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
+    """What one would write first: expert by expert, with a look at the counts."""
+    assert trip.weight is not None
+    y = torch.zeros(trip.num_written, experts.down.shape[2], dtype=x.dtype, device=x.device)
+    start = 0
+    for expert, count in enumerate(trip.counts.tolist()):
+        taken = slice(start, start + count)
+        rows = x[trip.read[taken]]
+        products = tuple(rows @ up[expert] for up in experts.ups)
+        out = hidden_rows(products, experts.activation) @ experts.down[expert]
+        weighted = (out * trip.weight[taken, None]).to(y.dtype)
+        y = y.index_add(0, trip.write[taken], weighted)
+        start += count
+    return y
+
+
 @contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
     """Whatever makes the host wait for the GPU raises."""
@@ -151,7 +167,8 @@ def time_kernels(
         for dtype in (torch.bfloat16, torch.float32):
             case = inputs(shape, dtype, device)
             work: dict[str, Work] = {"dense, equal work": dense_of(shape, dtype, device)}
-            for kind, kernel in {**kernels_for(*case[:2]), "as chosen": routed_experts}.items():
+            kernels = {**kernels_for(*case[:2]), "as chosen": routed_experts, "naive": naive}
+            for kind, kernel in kernels.items():
                 work[kind] = partial(both_passes, kernel, *case)
             rows = compare(work, device, repetitions=repetitions)
             chosen = kernel_for(*case[:2]).because
