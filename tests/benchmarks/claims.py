@@ -57,7 +57,7 @@ class Training:
         if not (RUNS / self.name / "metrics.jsonl").exists():
             return None
         losses = read_run(RUNS / self.name).series.get("validation/loss")
-        if losses is None or not losses.steps or losses.steps[-1] < total:
+        if losses is None or len(losses.steps) == 0 or losses.steps[-1] < total:
             return None
         return float(losses.values[-1])
 
