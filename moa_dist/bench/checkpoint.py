@@ -28,7 +28,7 @@ RESUME = "resume, checksums included"
 
 
 def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
-    """Of the whole model with its optimizer, in a folder among the runs that is deleted again."""
+    """Of the whole model with its optimizer: three on disk at most, deleted at the end."""
     config = setting.on(mesh)
     exchange = decide_exchange(config, mesh.world_size, None).exchange
     engine = build_engine(config, mesh, setting.device, exchange, overlap=False)
@@ -38,7 +38,7 @@ def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
     finally:
         engine.close()
         if mesh.rank == 0:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _new_folder(config: Config) -> str:
@@ -75,12 +75,17 @@ def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> 
         else row
         for row in rows
     ]
-    title = f"checkpoint of {num_bytes / 1e6:,.1f} MB, W {engine.mesh.world_size}"
-    return Table(title, rows, notes=["ratio: to a step on one micro-batch"])
+    notes = ["ratio: to a step on one micro-batch", "resumed from what the host may still cache"]
+    return Table(f"checkpoint of {num_bytes / 1e6:,.1f} MB", rows, notes=notes)
 
 
 def _policy(config: Config, *, asynchronous: bool) -> Config:
-    policy = {"asynchronous": asynchronous, "keep_last": 1, "keep_every": None}
+    policy = {
+        "asynchronous": asynchronous,
+        "keep_last": 1,
+        "keep_every": None,
+        "on_failure": "stop",
+    }
     checkpoint = config.checkpoint.model_copy(update=policy)
     return config.model_copy(update={"checkpoint": checkpoint})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from moa_dist.models.block import make_attention, make_feed_forward
 from moa_dist.moe.routed import RoutedModule
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.build import build_engine
-from moa_dist.train.engine import Engine
+from moa_dist.train.engine import Engine, StepResult
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 HERE = "experts on every rank"
@@ -49,7 +48,7 @@ def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
         }
         modules |= {_name(kind): make(model.attention) for kind in TRAVELS}
         rows = _compare(setting, mesh, "attention", modules, _attend)
-        tables.append(_table("attention, forward and backward", rows, setting, mesh))
+        tables.append(_table("attention, forward and backward", rows, setting))
     if isinstance(model.ffn, MoEFFNConfig):
         tables.append(_feed_forward(setting, mesh, model.ffn, dense.ffn))
     if tables:
@@ -61,24 +60,18 @@ def _name(kind: str) -> str:
     return f"{kind} travel"
 
 
-def _table(title: str, rows: list[Row], setting: Setting, mesh: Mesh) -> Table:
-    layout = f"W {mesh.world_size}, ep {mesh.expert_parallel}"
-    return Table(f"{title}, {layout}", rows, setting.tokens, ["tokens are those of one rank"])
+def _table(title: str, rows: list[Row], setting: Setting) -> Table:
+    return Table(f"{title}, spread", rows, setting.tokens, ["tokens and memory: those of rank 0"])
 
 
 def _feed_forward(setting: Setting, mesh: Mesh, ffn: MoEFFNConfig, dense: FFNConfig) -> Table:
     make = partial(make_feed_forward, d_model=setting.config.model.d_model, init_scale=1.0)
     modules: dict[str, nn.Module] = {"dense, equal work": make(dense), HERE: make(ffn)}
     modules |= {_name(kind): make(ffn) for kind in TRAVELS}
-    with ExitStack() as stack:
-        theirs = stack.enter_context(
-            deepspeed_moe(ffn, setting.config.model.d_model, mesh.expert_parallel)
-        )
-        peer = setting.peer(theirs)
-        rows = _compare(
-            setting, mesh, "ffn", modules, _transform, {"DeepSpeed MoE": (theirs, peer)}
-        )
-    return _table("ffn, forward and backward", rows, setting, mesh)
+    with deepspeed_moe(ffn, setting.config.model.d_model, mesh.expert_parallel) as theirs:
+        peers = {"DeepSpeed MoE": (theirs, setting.peer(theirs))}
+        rows = _compare(setting, mesh, "ffn", modules, _transform, peers)
+    return _table("ffn, forward and backward", rows, setting)
 
 
 def _compare(
@@ -133,14 +126,19 @@ def _step(setting: Setting, mesh: Mesh) -> Table:
     engines = {HERE: build(make_mesh(1), TRAVELS["tokens"])}
     engines |= {_name(kind): build(mesh, travels) for kind, travels in TRAVELS.items()}
     work = {name: partial(engine.step, [setting.batch()], 1e-4) for name, engine in engines.items()}
-    sent = {name: sum(v.num_bytes for v in once().traffic.values()) for name, once in work.items()}
+    sent = {name: _travelled(once()) for name, once in work.items()}
     rows = compare(
         {name: together(once) for name, once in work.items()},
         setting.device,
         repetitions=setting.repetitions,
-        notes={name: f"{size / 2**20:,.1f} MiB sent for experts" for name, size in sent.items()},
+        notes={name: f"{size / 2**20:,.1f} MiB travel" for name, size in sent.items()},
         memory=False,
     )
     for engine in engines.values():
         engine.close()
-    return _table(f"step, ZeRO {setting.config.parallel.zero_stage}", rows, setting, mesh)
+    return _table(f"step, ZeRO {setting.config.parallel.zero_stage}", rows, setting)
+
+
+def _travelled(result: StepResult) -> int:
+    """Bytes of rows and weights; gradients of what is on several ranks are reduced in any case."""
+    return sum(v.num_bytes for flow, v in result.traffic.items() if flow.purpose != "reduce")

@@ -30,9 +30,10 @@ class Learned(NamedTuple):
 
     def work(self) -> Work:
         """Both passes."""
-        leaves = [x for x in self.inputs if isinstance(x, Tensor) and x.is_floating_point()]
+        inputs = {id(x): x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad}
         forward = cast(Callable[..., Any], self.layer)
-        return gradients(lambda: forward(*self.inputs).y, [*leaves, *self.layer.parameters()])
+        sources = [*inputs.values(), *self.layer.parameters()]
+        return gradients(lambda: forward(*self.inputs).y, sources)
 
     def loads(self) -> str:
         """How uneven they are."""
@@ -68,10 +69,13 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
     parts = {
         name: module for name, module in block.named_children() if isinstance(module, RoutedModule)
     }
-    for name, module in parts.items():
-        module.register_forward_pre_hook(_remember(given, name))
+    hooks = [
+        module.register_forward_pre_hook(_remember(given, name)) for name, module in parts.items()
+    ]
     with torch.no_grad():
         model(*batch.inputs())
+    for hook in hooks:
+        hook.remove()
     model.train()
     return {name: Learned(module, given[name]) for name, module in parts.items()}
 
@@ -79,11 +83,10 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
 def _remember(given: dict[str, tuple[Any, ...]], name: str) -> Callable[..., None]:
     """A hook that keeps what a module is called with; its last call counts."""
 
-    def leaf(x: Any) -> Any:
-        floats = isinstance(x, Tensor) and x.is_floating_point()
-        return x.detach().clone().requires_grad_() if floats else x
-
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given[name] = tuple(map(leaf, inputs))
+        floats = {id(x): x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
+        # One leaf for what is one tensor, such as queries and keys.
+        leaves = {key: x.detach().clone().requires_grad_() for key, x in floats.items()}
+        given[name] = tuple(leaves.get(id(x), x) for x in inputs)
 
     return hook

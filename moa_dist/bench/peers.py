@@ -1,6 +1,6 @@
 """Section `peers`: other MoE layers that are installed, in the shape of the configuration's FFN.
 
-Our FFN is the reference: a ratio of 2 takes twice its time. Peers are taken as they come, with
+Peers are taken as they come, with
 softmax routers and, where a peer has no dropless mode that one rank can afford, a capacity.
 """
 
@@ -29,8 +29,8 @@ def peers(setting: Setting) -> list[Table]:
     make = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
     dense = DenseFFNConfig(d_ff=model.ffn.router.top_k * model.ffn.d_expert)
     ours: dict[str, nn.Module] = {
-        "ours": setting.ready(make(model.ffn)),
         "dense, equal work": setting.ready(make(dense)),
+        "ours": setting.ready(make(model.ffn)),
     }
     others: dict[str, nn.Module] = {"torch grouped_mm": _GroupedMM(model.ffn, model.d_model)}
     notes = {"torch grouped_mm": "sort, gather, grouped_mm twice, index_add"}

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import gcd
 from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessContext, ProcessException
 
 from moa_dist.bench.measure import Table, Work
 from moa_dist.bench.sections import load_shared_section
 from moa_dist.bench.setting import Setting
+from moa_dist.config.checks import check_fields
+from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.network import free_port
 from moa_dist.distributed.start import Job, job, told
-from moa_dist.errors import ClusterError, MoaDistError
+from moa_dist.errors import ClusterError, ConfigError, MoaDistError
 
+Found = tuple[str, Table]
+"""A section and what it measured."""
 LOOPBACK = "127.0.0.1"
+_LOOK_S = 1.0
 
 
-def in_this_job(names: Sequence[str], setting: Setting) -> Iterator[tuple[str, Table]]:
+def in_this_job(names: Sequence[str], setting: Setting) -> Iterator[Found]:
     """Measure, once every rank of this process's job does; section and table, on rank 0 alone."""
     # DeepSpeed 0.19 calls collectives by names that torch is renaming; nothing a user can mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -32,38 +37,43 @@ def in_this_job(names: Sequence[str], setting: Setting) -> Iterator[tuple[str, T
         yield from _measure(names, setting, this_job)
 
 
-def in_a_job(
-    names: Sequence[str], setting: Setting, ranks: int, threads: int
-) -> Iterator[tuple[str, Table]]:
+def in_a_job(names: Sequence[str], setting: Setting, ranks: int, threads: int) -> Iterator[Found]:
     """Start that many ranks on this machine and measure; section and table.
 
-    Raises ClusterError, with what they said, if one of them cannot go on.
+    Raises ClusterError, with what they said, if one of them cannot go on; that ends the others.
     """
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    processes = multiprocessing.start_processes(
-        _rank_main,
-        (ranks, free_port(LOOPBACK), threads, list(names), setting, sender),
-        nprocs=ranks,
-        join=False,
-        start_method="spawn",
-    )
-    assert processes is not None
+    ours = (ranks, free_port(LOOPBACK), threads, list(names), setting, sender)
+    with told({"CUDA_VISIBLE_DEVICES": ""} if setting.device.type == "cpu" else {}):
+        started = multiprocessing.start_processes(
+            _rank_main, ours, nprocs=ranks, join=False, start_method="spawn"
+        )
+    assert started is not None
     sender.close()  # the ranks hold it: it ends with the last of them
-    said = []
-    with contextlib.suppress(EOFError):
-        while True:
-            received = receiver.recv()
-            if isinstance(received, str):
-                said.append(received)
-            else:
-                yield received
     try:
-        while not processes.join():
+        while (received := _received(receiver, started)) is not None:
+            if isinstance(received, str):
+                raise ClusterError(received)
+            yield received
+        while not started.join():
             pass
     except ProcessException as error:
-        said.append(f"rank {error.error_index} failed: {error}")
-    if said:
-        raise ClusterError("\n".join(sorted(said)))
+        raise ClusterError(f"rank {error.error_index} of {ranks} failed: {error}") from error
+    finally:
+        for process in started.processes:
+            process.join(_LOOK_S)
+            process.terminate()
+
+
+def _received(receiver: Connection, started: ProcessContext) -> Found | str | None:
+    """What a rank has found, or why it cannot go on; None after the last of them has ended."""
+    while not receiver.poll(_LOOK_S):
+        started.join(0)  # raises if one has failed
+    try:
+        received: Found | str = receiver.recv()
+    except EOFError:
+        return None
+    return received
 
 
 def _rank_main(
@@ -92,15 +102,26 @@ def _rank_main(
             sender.send(f"rank {rank} of {ranks}: {error}")
 
 
-def _measure(names: Sequence[str], setting: Setting, this_job: Job) -> Iterator[tuple[str, Table]]:
-    setting = replace(setting, device=this_job.device)
-    wanted = setting.config.parallel.expert_parallel
-    fits = wanted > 1 and this_job.world_size % wanted == 0
-    mesh = make_mesh(wanted if fits else this_job.world_size)
+def _measure(names: Sequence[str], setting: Setting, this_job: Job) -> Iterator[Found]:
+    setting = replace(setting, device=this_job.device, seed=this_job.rank)
+    mesh = make_mesh(_expert_parallel(setting.config, this_job.world_size))
+    problems = check_fields(setting.on(mesh))
+    if problems:
+        raise ConfigError([problem.text for problem in problems], setting.config.name)
+    on_cpu = setting.device.type == "cpu"
+    threads = f", each with {torch.get_num_threads()} threads" if on_cpu else ""
+    layout = f"{mesh.world_size} ranks, ep {mesh.expert_parallel}{threads}"
     for name in names:
         for table in load_shared_section(name)(setting, mesh):
             if mesh.rank == 0:
-                yield name, table
+                yield name, replace(table, notes=[*table.notes, layout])
+
+
+def _expert_parallel(config: Config, world_size: int) -> int:
+    """As configured as far as the ranks allow; all ranks where experts are not to be spread."""
+    has_experts = any(part.kind != "dense" for part in (config.model.attention, config.model.ffn))
+    spread = gcd(config.parallel.expert_parallel, world_size)
+    return world_size if spread == 1 and has_experts else spread
 
 
 def together(once: Work) -> Work:

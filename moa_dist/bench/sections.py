@@ -26,9 +26,19 @@ SECTIONS = {
 SHARED_SECTIONS = {
     "exchange": ("moa_dist.bench.exchange", "layers and steps whose experts are spread over ranks"),
     "collectives": ("moa_dist.bench.collectives", "what the links between ranks carry"),
-    "checkpoint": ("moa_dist.bench.checkpoint", "saving and loading, against a step"),
+    "checkpoint": ("moa_dist.bench.checkpoint", "saving and loading in `output`, against a step"),
 }
 """The same of those that several ranks measure together, as `SharedSection`s."""
+
+
+WHEN_EMPTY = {
+    "layers": "the model has no experts",
+    "jetmoe": "the model is no JetMoE",
+    "peers": "the model's FFN has no experts",
+    "exchange": "the model has no experts, or there is one rank alone (--ranks)",
+    "collectives": "there is one rank alone (--ranks)",
+}
+"""Why a section has no table, where that can be."""
 
 
 def load_section(name: str) -> Section:

@@ -30,13 +30,15 @@ class Setting:
     """What to measure, and where."""
 
     config: Config
-    """Its model, `data.sequence_length` and `train.precision` count."""
+    """Of the model, and of how it would be trained."""
     device: torch.device
     """That of this process."""
     sequences: int
     """Per call."""
     repetitions: int
     """Rounds in which the alternatives take turns."""
+    seed: int = 0
+    """Of all that is random, the weights apart."""
     run: Path | None = None
     """A trained run of this configuration, whose layers are measured beside new ones."""
 
@@ -71,7 +73,7 @@ class Setting:
     def vectors(self) -> Tensor:
         """[B, S, D], standard normal."""
         shape = (self.sequences, self.config.data.sequence_length, self.config.model.d_model)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
     def both_passes(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Work:
@@ -107,7 +109,7 @@ class Setting:
         """Random tokens for a training step."""
         model = self.config.model
         shape = (self.sequences, self.config.data.sequence_length + 1)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(self.seed)
         tokens = torch.randint(model.vocab_size, shape, generator=generator)
         source = tokens[:, 1:] if model.objective == "translation" else None
         return Batch(tokens, source=source).to(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 
 from moa_dist.bench.measure import Table, as_json, as_text
 from moa_dist.bench.ranks import in_a_job, in_this_job
-from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS, load_section
+from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS, WHEN_EMPTY, load_section
 from moa_dist.bench.setting import Setting
 from moa_dist.cli.arguments import between
 from moa_dist.config import load_config
 from moa_dist.errors import ConfigError
-from moa_dist.evaluate.trained import load_trained
+from moa_dist.evaluate.trained import config_of_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,23 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     every = (SECTIONS | SHARED_SECTIONS).items()
     sections = "; ".join(f"{name}: {line}" for name, (_, line) in every)
     parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=f"all if none is named ({sections})"
+        "sections",
+        nargs="*",
+        metavar="SECTION | key=value",
+        help=f"all sections if none is named ({sections}); changes to the configuration",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--config",
-        nargs="+",
-        metavar=("FILE", "key=value"),
-        help="YAML file of the model, and changes to it",
-    )
+    what.add_argument("--config", nargs="+", metavar=("FILE", "WORD"), help="YAML file; more words")
     what.add_argument(
         "--run",
         type=Path,
-        help="a trained run, for its configuration, and to measure its layers with their learned "
-        "routers on its held-out text",
+        help="folder of a run or an export, for its configuration, and to measure layers also with "
+        "what their routers have learned, on the run's held-out text",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
-    parser.add_argument("--threads", type=between(int, 1), help="of a CPU, all if absent")
+    parser.add_argument(
+        "--threads", type=between(int, 1), help="of a CPU, all if absent, shared among ranks"
+    )
     parser.add_argument(
         "--sequences", type=between(int, 1), help="per call, instead of train.micro_batch"
     )
@@ -53,41 +54,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=between(int, 1),
         help=f"for {', '.join(SHARED_SECTIONS)}: started on this machine, one per GPU or 2 if "
-        "absent; in a job of `deepspeed` or `torchrun` its ranks measure these sections alone",
+        "absent; the ranks of a job of `deepspeed` or `torchrun` measure these sections alone",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with every round")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, table by table."""
-    path, *words = args.config or [None]  # sections may follow as well as precede it
-    overrides = [word for word in words if "=" in word]
-    names = [*args.sections, *(word for word in words if "=" not in word)]
+    file, *more = args.config or [None]
+    words = [*args.sections, *more]  # sections may follow as well as precede the file
+    names = [word for word in words if "=" not in word]
     in_job = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    _check(names, in_job)
-    config = load_trained(args.run).config if path is None else load_config(path, overrides)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(["--device cuda, but torch sees no GPU; use --device cpu"], "bench")
+    ranks = args.ranks or (torch.cuda.device_count() if device.type == "cuda" else 2)
+    _check(names, args, device, ranks, in_job)
+    changes = [word for word in words if "=" in word]
+    config = load_config(file, changes) if file else config_of_run(args.run, changes)
     if args.threads:
         torch.set_num_threads(args.threads)
     sequences = args.sequences or config.train.micro_batch
-    setting = Setting(config, device, sequences, args.repetitions, args.run)
+    setting = Setting(config, device, sequences, args.repetitions, run=args.run)
     speaks = not in_job or os.environ.get("RANK") == "0"
-    where = _where(setting)
     if speaks and not args.json:
-        print(" ".join(f"{key} {value}" for key, value in where.items()))
+        print(" ".join(f"{key} {value}" for key, value in _where(setting).items()))
+    found = (
+        in_this_job(names or list(SHARED_SECTIONS), setting)
+        if in_job
+        else _alone(names or [*SECTIONS, *SHARED_SECTIONS], setting, ranks, args.threads)
+    )
     results = []
-    for name, table in _in_job(names, setting) if in_job else _alone(names, setting, args):
+    for name, table in found:
         results.append({"section": name, **as_json(table)})
         if not args.json:
             print(f"\n{as_text(table)}", flush=True)
-    if speaks and args.json:
-        print(json.dumps({"where": where, "tables": results}, indent=2))
+    if speaks:
+        empty = set(names) - {result["section"] for result in results}
+        for name in sorted(empty):
+            print(f"{name}: nothing to measure: {WHEN_EMPTY[name]}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"where": _where(setting), "tables": results}, indent=2))
     return 0
 
 
-def _check(names: list[str], in_job: bool) -> None:
+def _check(
+    names: list[str], args: argparse.Namespace, device: torch.device, ranks: int, in_job: bool
+) -> None:
     listed = ", ".join([*SECTIONS, *SHARED_SECTIONS])
     problems = [
         f"no section `{name}`; there are {listed}"
@@ -100,25 +111,28 @@ def _check(names: list[str], in_job: bool) -> None:
             for name in names
             if name in SECTIONS
         ]
+        if args.ranks:
+            problems.append("--ranks starts ranks, but this process is one of a job: leave it out")
+        if args.device == "cpu" and torch.cuda.is_available():
+            problems.append("--device cpu, but ranks of a job take the GPUs that they see")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            problems.append("--device cuda, but torch sees no GPU; use --device cpu")
+        elif ranks > torch.cuda.device_count():
+            problems.append(f"--ranks {ranks}, but there are {torch.cuda.device_count()} GPUs")
     if problems:
         raise ConfigError(problems, "bench")
 
 
-def _in_job(names: list[str], setting: Setting) -> Iterator[tuple[str, Table]]:
-    return in_this_job(names or list(SHARED_SECTIONS), setting)
-
-
 def _alone(
-    names: list[str], setting: Setting, args: argparse.Namespace
+    names: list[str], setting: Setting, ranks: int, threads: int | None
 ) -> Iterator[tuple[str, Table]]:
-    names = names or [*SECTIONS, *SHARED_SECTIONS]
     for name in names:
         if name in SECTIONS:
             for table in load_section(name)(setting):
                 yield name, table
     if shared := [name for name in names if name in SHARED_SECTIONS]:
-        ranks = args.ranks or (torch.cuda.device_count() if setting.device.type == "cuda" else 2)
-        threads = args.threads or max(1, torch.get_num_threads() // ranks)
+        threads = threads or max(1, torch.get_num_threads() // ranks)
         yield from in_a_job(shared, setting, ranks, threads)
 
 

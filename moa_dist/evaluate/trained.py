@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from moa_dist.config.load import config_of, load_config
 from moa_dist.config.model import Objective
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from moa_dist.errors import DataError
-from moa_dist.evaluate.export import is_export, load_export
+from moa_dist.evaluate.export import CONFIG_FILE, is_export, load_export
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.train import checkpoint_files
 from moa_dist.train.checkpoint_check import require_valid
-from moa_dist.train.checkpoint_files import INDEX_FILE, checkpoints, tokenizer_of
+from moa_dist.train.checkpoint_files import INDEX_FILE, Reader, checkpoints, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ def load_trained(path: Path) -> Trained:
         tokenizer_file=file,
         tokenizer_sha256=sha256_of(file.read_bytes()),
     )
+
+
+def config_of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Of what `load_trained` would load, with changes. Raises DataError, and ConfigError."""
+    if is_export(path):
+        return load_config(path / CONFIG_FILE, overrides)
+    config = Reader(find_checkpoint(path)).index.config
+    return config_of(config.model_dump(mode="json"), overrides, str(path))
 
 
 def require(trained: Trained, objective: Objective, what: str) -> None:

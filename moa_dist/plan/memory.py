@@ -206,7 +206,7 @@ def budget(
     stage = config.parallel.zero_stage
     length = config.data.sequence_length
     batch = Batch(
-        config.train.micro_batch * tokens_per_sample(config) // length,
+        -(-config.train.micro_batch * tokens_per_sample(config) // length),
         length,
         layout.element_bytes,
         in_parts=device == "cpu",

@@ -4,9 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from moa_dist.bench.learned import learned_layers
 from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS
+from moa_dist.bench.setting import Setting
 from moa_dist.cli.main import main
+from moa_dist.data.manifest import load_manifest
+from moa_dist.data.validation import validation_batches
+from moa_dist.evaluate.trained import load_trained
+from moa_dist.models.stack import Site
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = (
@@ -42,27 +49,38 @@ def test_every_section_measures_something(name, capsys):
 def test_sections_of_several_ranks_start_them(capsys, tmp_path):
     result = measured(SHARED_SECTIONS, "small/moeut", capsys, f"output={tmp_path}")
     assert sections_of(result) == set(SHARED_SECTIONS)
-    assert all("W 2" in t["title"] or "2 ranks" in t["title"] for t in result["tables"])
+    assert all("2 ranks, ep 2" in t["notes"][-1] for t in result["tables"])
     step = next(t for t in result["tables"] if t["title"].startswith("step"))
-    here, tokens, weights = (row["note"] for row in step["rows"])
-    assert here.startswith("0.0 MiB")
-    assert tokens != here != weights
+    here, tokens, weights = (float(row["note"].split()[0]) for row in step["rows"])
+    assert here == 0 < tokens < weights  # few tokens, but as many experts as in large models
     assert not list(tmp_path.iterdir())  # checkpoints are gone
 
 
 def test_one_rank_has_nothing_to_exchange(capsys, tmp_path):
-    one = ("--ranks", "1", f"output={tmp_path}")
-    result = measured(SHARED_SECTIONS, "small/moeut", capsys, one[2], *one[:2])
-    assert sections_of(result) == {"checkpoint"}
+    config = ("--config", str(CONFIGS / "small/moeut.yaml"), f"output={tmp_path}")
+    assert main(["bench", *SHARED_SECTIONS, *config, *TINY, *FAST, "--ranks", "1"]) == 0
+    said = capsys.readouterr()
+    assert "checkpoint of" in said.out
+    assert "exchange: nothing to measure" in said.err
+    assert "collectives: nothing to measure" in said.err
 
 
-def test_ranks_say_what_they_cannot_do(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (("model.ffn.router.num_experts=2", "model.ffn.router.top_k=1"), "some ranks would hold"),
+        (("output=FILE",), "FILE"),
+    ],
+    ids=["few experts", "no folder"],
+)
+def test_ranks_say_what_they_cannot_do(more, expected, capsys, tmp_path):
     (tmp_path / "file").touch()
-    config = ("--config", str(CONFIGS / "small" / "moeut.yaml"), f"output={tmp_path / 'file'}")
-    assert main(["bench", "checkpoint", *config, *TINY, *FAST]) == 2
+    words = [word.replace("FILE", str(tmp_path / "file")) for word in more]
+    config = ("--config", str(CONFIGS / "small" / "moeut.yaml"), *words)
+    assert main(["bench", "checkpoint", *config, *TINY, *FAST, "--ranks", "3"]) == 2
     said = capsys.readouterr().err
-    assert "rank 0 of 2" in said
-    assert str(tmp_path / "file") in said
+    assert "of 3: " in said
+    assert expected.replace("FILE", str(tmp_path / "file")) in said
 
 
 def test_tables_name_what_was_chosen_and_why(capsys):
@@ -74,10 +92,27 @@ def test_tables_name_what_was_chosen_and_why(capsys):
 
 
 def test_layers_of_a_trained_run_choose_as_they_learned(made, capsys):
-    assert main(["bench", "layers", "--run", str(made / "run"), *FAST]) == 0
+    words = ("train.precision=fp64", "parallel.zero_stage=0", "--run", str(made / "run"))
+    assert main(["bench", "layers", *words, *FAST]) == 0
     printed = capsys.readouterr().out
+    assert "precision fp64" in printed
     assert printed.count("experts, learned router") == 2  # attention and FFN
-    assert "learned router: fullest expert" in printed
+
+
+def test_a_learned_layer_gets_what_it_got_in_its_run(made):
+    run = load_trained(made / "run")
+    setting = Setting(run.config, torch.device("cpu"), sequences=2, repetitions=1)
+    learned = learned_layers(setting, made / "run")
+    folder = made / "data/valid"
+    batches = validation_batches(folder, load_manifest(folder), rank=0, world_size=1, micro_batch=2)
+    tokens, _ = next(batches)
+    statistics = run.model(tokens[:, :-1]).statistics
+    site = Site(1, run.model.stack.num_repeats - 1, "ffn")
+    ffn = learned["ffn"]
+    assert torch.equal(ffn.layer(*ffn.inputs).statistics.load, statistics[site].load)
+    query, key = learned["attention"].inputs[:2]
+    assert query is key  # one leaf, as in the model
+    assert not ffn.layer._forward_pre_hooks
 
 
 def test_an_unknown_section_is_refused(capsys):
@@ -86,8 +121,15 @@ def test_an_unknown_section_is_refused(capsys):
     assert "no section `lairs`; there are layers" in capsys.readouterr().err
 
 
-def test_ranks_of_a_job_measure_only_what_they_share(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("layers",), "`layers` is measured by one process"),
+        (("collectives", "--ranks", "2"), "--ranks starts ranks, but this process is one"),
+    ],
+)
+def test_ranks_of_a_job_measure_only_what_they_share(words, expected, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = ("--config", str(CONFIGS / "small" / "moeut.yaml"))
-    assert main(["bench", "layers", *config]) == 2
-    assert "`layers` is measured by one process" in capsys.readouterr().err
+    assert main(["bench", *words, *config]) == 2
+    assert expected in capsys.readouterr().err
