@@ -1,7 +1,7 @@
 """Section `peers`: other MoE layers that are installed, in the shape of the configuration's FFN.
 
-Peers are taken as they come, with
-softmax routers and, where a peer has no dropless mode that one rank can afford, a capacity.
+Peers are taken as they come, with softmax routers and, where a peer has no dropless mode that one
+rank can afford, a capacity.
 """
 
 from __future__ import annotations

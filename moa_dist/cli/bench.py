@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
     parser.add_argument(
-        "--threads", type=between(int, 1), help="of a CPU, all if absent, shared among ranks"
+        "--threads",
+        type=between(int, 1),
+        help="of each process on a CPU; if absent all, which ranks share",
     )
     parser.add_argument(
         "--sequences", type=between(int, 1), help="per call, instead of train.micro_batch"

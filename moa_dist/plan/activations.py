@@ -180,59 +180,39 @@ def kept(
     `of_exchange`: `exchange_terms` of the parts of a layer whose tokens travel. A model that
     translates has as many tokens of each text; its decoder's layer is the one that is recomputed.
     """
+    layers, again = _stack(model, batch, recompute, of_exchange)
     if model.objective != "translation":
-        return [
-            *_between(model, batch, recompute, of_exchange),
-            *_recomputed(model, batch, recompute, of_exchange),
-            *head_terms(model, batch),
-        ]
+        return [*layers, *again, *head_terms(model, batch)]
+    of_decoder, again = _stack(model, batch, recompute, of_exchange, cross=True)
     width = ("d_model", model.d_model)
     return [
-        *_named("encoder: ", _between(model, batch, recompute, of_exchange)),
+        *_named("encoder: ", layers),
         term("encoder's result and norm", _norm(model), batch.tokens, width, batch.element),
-        *_named("decoder: ", _between(model, batch, recompute, of_exchange, cross=True)),
-        *_recomputed(model, batch, recompute, of_exchange, cross=True),
+        *_named("decoder: ", of_decoder),
+        *again,
         *head_terms(model, batch),
     ]
 
 
-def _between(
+def _stack(
     model: ModelConfig,
     batch: Batch,
     recompute: bool,
     of_exchange: Mapping[str, list[Term]],
     *,
     cross: bool = False,
-) -> list[Term]:
-    """What all layers of a stack keep until the backward pass."""
-    if recompute:
-        of_layer = recomputed_layer_terms(model, batch, of_exchange, cross=cross)
-    else:
-        of_layer = _of_layer(model, batch, of_exchange, cross=cross)
-    return [line.times("layers", model.num_layers) for line in of_layer]
-
-
-def _recomputed(
-    model: ModelConfig,
-    batch: Batch,
-    recompute: bool,
-    of_exchange: Mapping[str, list[Term]],
-    *,
-    cross: bool = False,
-) -> list[Term]:
-    """What the one layer keeps that is computed again."""
-    of_layer = _of_layer(model, batch, of_exchange, cross=cross) if recompute else []
-    return _named("recomputed: ", of_layer)
-
-
-def _of_layer(
-    model: ModelConfig, batch: Batch, of_exchange: Mapping[str, list[Term]], *, cross: bool
-) -> list[Term]:
-    return [
+) -> tuple[list[Term], list[Term]]:
+    """What all layers keep until the backward pass, and what the one keeps that is done again."""
+    layers = ("layers", model.num_layers)
+    of_layer = [
         *layer_terms(model, batch, cross=cross),
         *chain.from_iterable(of_exchange.values()),
         *(_named("cross-", of_exchange.get("attention", [])) if cross else []),
     ]
+    if not recompute:
+        return [line.times(*layers) for line in of_layer], []
+    between = recomputed_layer_terms(model, batch, of_exchange, cross=cross)
+    return [line.times(*layers) for line in between], _named("recomputed: ", of_layer)
 
 
 def _named(prefix: str, lines: Iterable[Term]) -> list[Term]:
