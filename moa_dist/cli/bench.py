@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         type=between(int, 1),
-        help="of each process on a CPU; if absent all, which ranks share",
+        help="of a process on a CPU; if absent all, shared among ranks",
     )
     parser.add_argument(
         "--sequences", type=between(int, 1), help="per call, instead of train.micro_batch"
