@@ -27,7 +27,7 @@ FILES = {
         for n in range(1, 13)
     ],
     "lambada": [
-        {"text": f"the cat sat on the {word}"} for word in ("mat", "dog", "hill", "cat", "the")
+        {"text": f"the cat sat on the {word}"} for word in ("mat", "dog", "hill", "on\nmat", "the")
     ],
 }
 HARNESS = {

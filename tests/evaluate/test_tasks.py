@@ -79,13 +79,17 @@ def test_lambada(tmp_path):
     plain = tmp_path / "words.txt"
     plain.write_text("in my palm , a stone\n\n")
     fake = FakeScores(
-        {" signs": score(-1.0, 2, True), "Shane": score(-2.0), "stone": score(-3.0, 1, True)}
+        {
+            " signs": score(-1.0, 2, True),
+            " said,\n\nShane": score(-2.0),
+            " stone": score(-3.0, 1, True),
+        }
     )
     result = run("lambada", [records, plain], fake)
     assert fake.requests == [
         Request("I care about", " signs"),
-        Request("he said,\n\n", "Shane"),
-        Request("in my palm , a ", "stone"),
+        Request("he", " said,\n\nShane"),
+        Request("in my palm , a", " stone"),
     ]
     assert result.num_examples == 3
     assert result.metrics["accuracy"] == (

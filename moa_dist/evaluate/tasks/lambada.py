@@ -1,8 +1,10 @@
 """LAMBADA (Paperno et al. 2016): the last word of a passage, which takes all of it to guess.
 
 Plain text, a passage per line, or JSON Lines with `context` and `continuation` (the word), or with
-`text`. The word is scored with the white space before it, a space if there is none. It is right
-if each of its tokens is the most probable one, which is to say that greedy decoding writes it.
+`text`. The word is what follows the last space of a passage, as in lm-evaluation-harness: where a
+line ends before the last word, that is more than one word (7 of the 5,153 passages of the published
+raw text). It is scored with the white space before it, a space if there is none. It is right if
+each of its tokens is the most probable one, which is to say that greedy decoding writes it.
 """
 
 from __future__ import annotations
@@ -36,12 +38,10 @@ def _records(file: Path) -> Iterator[Request]:
 
 
 def _split(place: str, passage: str) -> Request:
-    passage = passage.rstrip()
-    word = passage.split()[-1]
-    context = passage.removesuffix(word)
+    context, space, word = passage.rstrip().rpartition(" ")
     if not context.strip():
         raise DataError(f"{place}: a passage of a single word; mend the line")
-    return Request(context, word)
+    return Request(context, space + word)
 
 
 def _requests(passage: Request) -> list[Request]:
