@@ -40,8 +40,9 @@ class Observations:
     """int64, of each token in the text."""
     routers: dict[RouterKey, Selections]
     """What routers chose."""
-    attention: dict[Application, HeadSums]
-    """Where heads looked; in the order in which layers are applied."""
+    attention: dict[tuple[Application, str], HeadSums]
+    """Where heads looked, by application of a layer and attention in it; in the order in which they
+    are applied."""
     num_encoder_layers: int
     """Distinct layers that are applied to a source; they come first."""
 
@@ -50,10 +51,12 @@ class Observations:
         for text, (tokens, real) in texts.items():
             occurrences_V = self.occurrences_V[text]
             occurrences_V += tokens[real].bincount(minlength=len(occurrences_V))
-        for (layer, repeat), heads in self.attention.items():
+        for (application, name), heads in self.attention.items():
+            layer, _ = application
             _, real = texts[self.text_of_layer(layer)]
             beyond_first = real & (torch.arange(real.shape[1], device=real.device) > 0)
-            heads.add(traces[layer, repeat], beyond_first)
+            trace = traces[application]
+            heads.add(trace.heads[name], trace.routing.get(f"{name}.query"), beyond_first)
         for (layer, name), chosen in self.routers.items():
             tokens, real = texts[self.text_of_router((layer, name))]
             repeats = range(len(chosen.load_RE))
@@ -106,10 +109,11 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             for key, router in model.routers().items()
         },
         {
-            (stack.first_layer + layer, repeat): HeadSums(_num_heads(model.config), device)
+            ((stack.first_layer + number, repeat), name): HeadSums(_num_heads(model.config), device)
             for stack in stacks
             for repeat in repeats
-            for layer in range(len(stack.layers))
+            for number, layer in enumerate(stack.layers)
+            for name in (["attention"] if layer.cross is None else ["attention", "attention.cross"])
         },
         num_encoder_layers=model.stack.first_layer,
     )
@@ -184,6 +188,7 @@ def attention_results(seen: Observations) -> list[LayerHeads]:
         LayerHeads(
             layer=layer,
             repeat=repeat,
+            attention=name,
             heads=[
                 HeadResult(queries=queries, **dict(zip(HeadSummary._fields, means, strict=True)))
                 for queries, means in zip(
@@ -191,5 +196,5 @@ def attention_results(seen: Observations) -> list[LayerHeads]:
                 )
             ],
         )
-        for (layer, repeat), sums in seen.attention.items()
+        for ((layer, repeat), name), sums in seen.attention.items()
     ]

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moa_dist.models.trace import BlockTrace, HeadSummary
+from moa_dist.models.trace import HeadSummary
+from moa_dist.moe.router import Routing
 
 NUM_MEASURES = len(HeadSummary._fields)
 
 
 class HeadSums:
-    """Sums over the queries of every head, in one application of a layer.
+    """Sums over the queries of every head of an attention, in one application of its layer.
 
     A head of MoA belongs to an expert, and its queries are those of the tokens that chose it:
     head `expert * heads_per_expert + i`.
@@ -25,14 +26,17 @@ class HeadSums:
         self.queries_H = torch.zeros(num_heads, dtype=torch.int64, device=device)
         """Queries that the sums run over."""
 
-    def add(self, trace: BlockTrace, counted: Tensor) -> None:
-        """Count a batch; `counted` [B, S] bool leaves out padding and the first tokens."""
-        values_BHSM = torch.stack(trace.heads, dim=-1)
+    def add(self, heads: HeadSummary, experts: Routing | None, counted: Tensor) -> None:
+        """Count a batch; `experts` are those of MoA's queries.
+
+        `counted` [B, S] bool leaves out padding and the first tokens.
+        """
+        values_BHSM = torch.stack(heads, dim=-1)
         B, slots, S, _ = values_BHSM.shape
         values = values_BHSM.transpose(1, 2)[counted].flatten(0, 1).double()
         head = torch.arange(slots, device=counted.device).expand(B, S, -1)
-        if query := trace.routing.get("attention.query"):
-            ids_BSK = query.expert_ids.view(B, S, -1)
+        if experts is not None:
+            ids_BSK = experts.expert_ids.view(B, S, -1)
             heads_per_expert = slots // ids_BSK.shape[2]
             inner = torch.arange(heads_per_expert, device=counted.device)
             head = (ids_BSK[..., None] * heads_per_expert + inner).flatten(2)

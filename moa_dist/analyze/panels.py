@@ -159,7 +159,7 @@ def _heads(layers: list[LayerHeads]) -> Iterator[Panel]:
         ("first", "attention to the first token"),
         ("itself", "attention to the token itself"),
     )
-    rows = [f"L{layer.layer} R{layer.repeat}" for layer in layers]
+    rows = [layer.title for layer in layers]
     last = str(len(layers[0].heads) - 1)
     for name, title in measures:
         values_RC = np.array([[_value(head, name) for head in layer.heads] for layer in layers])

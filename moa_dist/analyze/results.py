@@ -129,14 +129,22 @@ class HeadResult(_Result):
 
 
 class LayerHeads(_Result):
-    """The heads of one application of a layer."""
+    """The heads of an attention in one application of a layer."""
 
     layer: Count
     """Distinct layer."""
     repeat: Count
     """Application of that layer."""
+    attention: str
+    """Within the layer: `attention`, or `attention.cross` for that of a decoder to the source."""
     heads: Annotated[list[HeadResult], Field(min_length=1)]
     """[H]; in MoA, all heads of expert 0, then those of expert 1 ..."""
+
+    @property
+    def title(self) -> str:
+        """Such as `L0 R1`, or `L2 R0 cross`."""
+        cross = " cross" if self.attention == "attention.cross" else ""
+        return f"L{self.layer} R{self.repeat}{cross}"
 
 
 class Analysis(_Result):
@@ -157,7 +165,7 @@ class Analysis(_Result):
     routers: list[RouterResult]
     """By layer, then router."""
     attention: list[LayerHeads]
-    """In the order in which layers are applied."""
+    """In the order in which they are applied."""
 
     @model_validator(mode="after")
     def _layers_are_alike(self) -> Self:

@@ -64,7 +64,7 @@ def _specific_experts(router: RouterResult) -> Iterator[str]:
 
 def _heads(layers: list[LayerHeads]) -> Iterator[str]:
     found = [
-        (head, f"L{layer.layer} R{layer.repeat} head {number}")
+        (head, f"{layer.title} head {number}")
         for layer in layers
         for number, head in enumerate(layer.heads)
         if head.queries

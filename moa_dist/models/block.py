@@ -28,7 +28,7 @@ from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import DenseFeedForward, FeedForwardOutput, MoEFeedForward
 from moa_dist.models.moa import MoAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
-from moa_dist.models.trace import BlockTrace
+from moa_dist.models.trace import AttentionTrace, BlockTrace
 from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
@@ -222,22 +222,18 @@ class Block(nn.Module):
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
         x, attention = self._attend(x, mask, gathered.attention, own, trace)
         named = {f"attention.{name}": value for name, value in attention.statistics.items()}
-        longer, routing = attention.cache, _routing("attention", attention)
+        longer, traces = attention.cache, {"attention": attention.trace}
         if self.cross is not None:
             assert memory is not None
             cross = self.cross(x, memory, gathered.cross, of_source, trace)
             x = cross.y
             named |= {f"attention.cross.{name}": v for name, v in cross.statistics.items()}
-            routing |= _routing("attention.cross", cross)
+            traces["attention.cross"] = cross.trace
             longer = None if longer is None else (*longer, *cross.cache)
         x, ffn = self._transform(x, mask.query_real, gathered.ffn, trace)
         if ffn.statistics is not None:
             named["ffn"] = ffn.statistics
-        if attention.trace is None:
-            return BlockOutput(x, named, longer)
-        if ffn.routing is not None:
-            routing["ffn"] = ffn.routing
-        return BlockOutput(x, named, longer, BlockTrace(routing, attention.trace.heads))
+        return BlockOutput(x, named, longer, _block_trace(traces, ffn) if trace else None)
 
     def _attend(
         self,
@@ -263,7 +259,12 @@ class Block(nn.Module):
         return self.ffn_norm(x) if self.placement == "post" else x, output
 
 
-def _routing(part: str, attention: AttentionOutput) -> dict[str, Routing]:
-    """What its routers decided, by their names in the layer; nothing unless it was asked for."""
-    decided = {} if attention.trace is None else attention.trace.routing
-    return {f"{part}.{name}": value for name, value in decided.items()}
+def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOutput) -> BlockTrace:
+    """Of the layer's parts, all of which were asked for one."""
+    routing: dict[str, Routing] = {} if ffn.routing is None else {"ffn": ffn.routing}
+    heads = {}
+    for part, trace in attention.items():
+        assert trace is not None
+        routing |= {f"{part}.{router}": decided for router, decided in trace.routing.items()}
+        heads[part] = trace.heads
+    return BlockTrace(routing, heads)

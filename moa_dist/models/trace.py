@@ -18,7 +18,8 @@ class HeadSummary(NamedTuple):
     """Where every query of every head looks: [B, H, T] each, in fp32 or wider."""
 
     distance: Tensor
-    """Mean distance in tokens to the keys, weighted by attention."""
+    """Mean distance in tokens to the keys, weighted by attention. Between two texts, tokens are as
+    far apart as their places in them, here and below."""
     entropy: Tensor
     """Of the attention over the keys, nats."""
     previous: Tensor
@@ -43,8 +44,8 @@ class BlockTrace(NamedTuple):
 
     routing: dict[str, Routing]
     """By the names under which `BlockOutput` has their statistics."""
-    heads: HeadSummary
-    """Of its self-attention."""
+    heads: dict[str, HeadSummary]
+    """By attention: `attention`, and in a decoder that translates `attention.cross`."""
 
 
 def head_summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummary:

@@ -134,9 +134,19 @@ def test_a_translating_model_has_two_texts(attention):
             load = statistics[Site(layer, repeat, name)].load.sum(0).flatten()
             assert torch.equal(chosen.load_RE[repeat], load)
     layers = attention_results(seen)
-    assert [(layer.layer, layer.repeat) for layer in layers] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    slots = sum(head.queries for head in layers[0].heads), sum(h.queries for h in layers[2].heads)
-    assert slots[0] / slots[1] == (lengths["source"] - 2) / (lengths["text"] - 2)
+    titles = ["L0 R0", "L0 R1", "L1 R0", "L1 R0 cross", "L1 R1", "L1 R1 cross"]
+    assert [layer.title for layer in layers] == titles
+    per_token = 4 if attention == "moa" else 2  # two experts of two heads
+    for layer in layers:
+        beyond_first = lengths["source" if layer.layer == 0 else "text"] - 2
+        assert sum(head.queries for head in layer.heads) == per_token * beyond_first
+    crossed = {layer.repeat: layer.heads for layer in layers if layer.attention != "attention"}
+    traces = model(*batch.inputs(), trace=True).traces
+    for repeat, heads in crossed.items():
+        looked = traces[1, repeat].heads["attention.cross"].entropy
+        counted = batch.inputs()[1][:, None, 1:]
+        total = sum(head.entropy * head.queries for head in heads)
+        assert total == pytest.approx((looked[..., 1:] * counted).sum().item())
 
 
 def routing(ids: list[list[int]], num_experts: int) -> Routing:
@@ -169,7 +179,7 @@ def test_heads_of_moa_belong_to_the_experts_that_tokens_choose():
             for slot in range(2):
                 for inner in range(2):
                     head = int(ids[b, t, slot]) * 2 + inner
-                    sums[head] += trace.heads.entropy[b, slot * 2 + inner, t].item()
+                    sums[head] += trace.heads["attention"].entropy[b, slot * 2 + inner, t].item()
                     queries[head] += 1
     assert [head.queries for head in layer.heads] == queries
     for head, total in zip(layer.heads, sums.tolist(), strict=True):

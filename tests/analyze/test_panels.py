@@ -57,7 +57,12 @@ def analysis(*routers):
         min_count=2,
         routers=list(routers),
         attention=[
-            LayerHeads(layer=0, repeat=repeat, heads=[head(8, 2.0 + repeat), head(0, 0.0)])
+            LayerHeads(
+                layer=0,
+                repeat=repeat,
+                attention="attention",
+                heads=[head(8, 2.0 + repeat), head(0, 0.0)],
+            )
             for repeat in range(2)
         ],
     )
