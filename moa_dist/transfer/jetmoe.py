@@ -117,6 +117,8 @@ def model_config_of(settings: JetMoeSettings) -> dict[str, Any]:
 def problems_of_model(config: ModelConfig) -> Iterator[str]:
     """Why JetMoE would not compute what this model does, a line each."""
     wanted: dict[str, Any] = {
+        "objective": "causal",
+        "scale_embeddings": False,
         "norm_placement": "pre",
         "norm": "rmsnorm",
         "norm_eps": BLOCK_NORM_EPS,
