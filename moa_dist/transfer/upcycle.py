@@ -18,7 +18,7 @@ a token gets some slices only, and only the mean over tokens is right.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,27 +124,49 @@ def upcycle(
         if state[name].shape == before[name].shape:  # else what is to become experts
             state[name].copy_(before[name])
     parts: dict[str, Part] = {}
-    for new, old in zip(model.stack.layers, dense.stack.layers, strict=True):
-        assert isinstance(new, Block)
-        assert isinstance(old, Block)
-        for part in _fill(new, old):
+    for new, old in zip(_layers(model), _layers(dense), strict=True):
+        for part in _fill(new, old, _norm_of_source(model)):
             parts[part.name] = part
     return model.eval(), list(parts.values())
 
 
-def _fill(new: Block, old: Block) -> Iterator[Part]:
+def _layers(model: LanguageModel) -> list[Block]:
+    stacks = [model.stack] if model.encoder is None else [model.encoder, model.stack]
+    return [cast(Block, layer) for stack in stacks for layer in stack.layers]
+
+
+def _norm_of_source(model: LanguageModel) -> nn.Module | None:
+    """What a decoder's layers see of the source comes from it."""
+    if model.encoder is None or model.config.norm_placement != "post":
+        return model.encoder_norm
+    return cast(Block, model.encoder.layers[-1]).ffn_norm
+
+
+def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[Part]:
     """Make the experts of one layer."""
-    # Under post-norm, what a part reads was normalised behind the part before it.
-    norms = (new.attention_norm, new.ffn_norm)
-    before_attention, before_ffn = norms[::-1] if new.placement == "post" else norms
-    match new.attention, old.attention:
-        case MoAttention(), DenseAttention():
-            yield _fill_moa(new.attention, old.attention, before_attention)
-        case SwitchHeadAttention(), DenseAttention():
-            yield _fill_switchhead(new.attention, old.attention, before_attention)
+    norms = [new.attention_norm, new.ffn_norm]
+    if new.cross is not None:
+        norms.insert(1, new.cross.norm)
+    if new.placement == "post":  # what a part reads was normalised behind the part before it
+        norms = [norms[-1], *norms[:-1]]
+    yield from _fill_attention(new.attention, old.attention, norms[0], norms[0])
+    if new.cross is not None and old.cross is not None and norm_of_source is not None:
+        yield from _fill_attention(
+            new.cross.attention, old.cross.attention, norms[1], norm_of_source
+        )
     match new.ffn, old.ffn:
         case MoEFeedForward(), DenseFeedForward():
-            yield _fill_ffn(new.ffn, old.ffn, before_ffn)
+            yield _fill_ffn(new.ffn, old.ffn, norms[-1])
+
+
+def _fill_attention(
+    new: nn.Module, old: nn.Module, norm_of_queries: nn.Module, norm_of_keys: nn.Module
+) -> Iterator[Part]:
+    match new, old:
+        case MoAttention(), DenseAttention():
+            yield _fill_moa(new, old, norm_of_queries)
+        case SwitchHeadAttention(), DenseAttention():
+            yield _fill_switchhead(new, old, norm_of_queries, norm_of_keys)
 
 
 def _fill_moa(new: MoAttention, old: DenseAttention, norm: nn.Module) -> Part:
@@ -156,15 +178,20 @@ def _fill_moa(new: MoAttention, old: DenseAttention, norm: nn.Module) -> Part:
     return Part("attention", exact, _how("queries and outputs copied into every expert", exact))
 
 
-def _fill_switchhead(new: SwitchHeadAttention, old: DenseAttention, norm: nn.Module) -> Part:
+def _fill_switchhead(
+    new: SwitchHeadAttention,
+    old: DenseAttention,
+    norm_of_queries: nn.Module,
+    norm_of_keys: nn.Module,
+) -> Part:
     new.q.weight.copy_(old.q.weight)
     new.k.weight.copy_(old.k.weight)
     H = new.config.num_heads
     v_HDd = old.v.weight.unflatten(0, (H, -1)).mT
     o_HdD = old.o.weight.T.unflatten(0, (H, -1))
-    for experts, matrices, router in (
-        (new.v, v_HDd, new.value_router),
-        (new.o, o_HdD, new.output_router),
+    for experts, matrices, router, norm in (
+        (new.v, v_HDd, new.value_router, norm_of_keys),
+        (new.o, o_HdD, new.output_router, norm_of_queries),
     ):
         matrices = matrices / _even_out(router, norm)[:, None, None]
         experts.weight.copy_(matrices.repeat_interleave(router.config.num_experts, 0))
