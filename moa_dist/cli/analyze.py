@@ -12,7 +12,7 @@ from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, s
 from moa_dist.analyze.summary import summary
 from moa_dist.cli.arguments import between
 from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
-from moa_dist.config.reduced import sequences_per_group
+from moa_dist.config.model import whole_groups
 from moa_dist.data.batches import held_out_batches
 from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches
@@ -107,13 +107,12 @@ def _batches(
         )
         return
     # A masked model reads its text as it is: what is hidden would choose experts of its own.
-    group = sequences_per_group(trained.config.model)
     for tokens, counts in validation_batches(
         folder,
         manifest,
         rank=0,
         world_size=1,
-        micro_batch=-(-args.micro_batch // group) * group,
+        micro_batch=whole_groups(args.micro_batch, trained.config.model),
         sequences=args.sequences,
     ):
         real = None if bool(counts.all()) else counts[:, None].expand_as(tokens)

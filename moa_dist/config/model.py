@@ -6,6 +6,7 @@ them. No torch here, so that a configuration can be checked anywhere.
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -234,3 +235,15 @@ class ModelConfig(Section):
     """Attention of every layer."""
     ffn: FFNConfig
     """Feed-forward part of every layer."""
+
+
+def sequences_per_group(model: ModelConfig) -> int:
+    """Sequences that cannot be parted, by both routers."""
+    routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
+    return lcm(*(router.group_sequences for router in routers))
+
+
+def whole_groups(num_sequences: int, model: ModelConfig) -> int:
+    """That many or, so that no group is parted, a few more."""
+    group = sequences_per_group(model)
+    return -(-num_sequences // group) * group

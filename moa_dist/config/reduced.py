@@ -5,11 +5,17 @@ Every field that is not a size stays as it is, also one that this file has never
 
 from __future__ import annotations
 
-from math import ceil, lcm
+from math import ceil
 from typing import Any, TypeVar
 
 from moa_dist.config.checks import check_fields
-from moa_dist.config.model import ModelConfig, RouterConfig, Section, SwitchHeadConfig
+from moa_dist.config.model import (
+    ModelConfig,
+    RouterConfig,
+    Section,
+    SwitchHeadConfig,
+    sequences_per_group,
+)
 from moa_dist.config.run import Config
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -106,9 +112,3 @@ def _reduced_router(router: RouterConfig, at_least: int, ep: int) -> RouterConfi
     if router.top_k == router.num_experts:
         top_k = num_experts
     return _changed(router, num_experts=num_experts, top_k=top_k, expert_dropout=0.0)
-
-
-def sequences_per_group(model: ModelConfig) -> int:
-    """Sequences that cannot be parted, by both routers."""
-    routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
-    return lcm(*(router.group_sequences for router in routers))

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moa_dist.config.model import ModelConfig
+from moa_dist.config.model import ModelConfig, whole_groups
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
 from moa_dist.data.masking import hide
@@ -92,10 +92,12 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """This rank's share of the first `sequences`, or all; as many micro-batches on every rank.
 
-    What is hidden from a masked model depends on the place of a sample in the folder only. Pairs
-    come in buckets, whatever `micro_batch` says. Raises DataError: a shard is missing or damaged.
+    What is hidden from a masked model depends on the place of a sample in the folder only.
+    `micro_batch` is rounded up to whole groups of `group_sequences`; pairs come in buckets,
+    whatever it says. Raises DataError: a shard is missing or damaged.
     """
     model = config.model
+    micro_batch = whole_groups(micro_batch, model)
     if isinstance(manifest, PairManifest):
         pairs = read_pairs(folder, manifest)
         order = BucketOrder(pairs.longest[:sequences], config.data.bucket_tokens, seed=0)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_dist.config.reduced import sequences_per_group
+from moa_dist.config.model import sequences_per_group
 from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.waiting import Waits

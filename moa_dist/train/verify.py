@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa_dist.config.reduced import reduced, sequences_per_group
+from moa_dist.config.model import sequences_per_group
+from moa_dist.config.reduced import reduced
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.distributed.device import poorest_memory, travels_beside
 from moa_dist.distributed.mesh import Mesh

@@ -18,7 +18,7 @@ LENGTH, GLOBAL_BATCH, VOCABULARY, MASK = 20, 8, 48, 49
 ROUTER = {"num_experts": 3, "top_k": 2, "score": "softmax"}
 
 
-def config(folder: Path, micro_batch: int = 2) -> Config:
+def config(folder: Path, micro_batch: int = 2, **router: int) -> Config:
     return Config.model_validate(
         {
             "name": "masked",
@@ -27,7 +27,7 @@ def config(folder: Path, micro_batch: int = 2) -> Config:
                 "vocab_size": MASK + 1,
                 "d_model": 8,
                 "num_layers": 1,
-                "attention": {"kind": "moa", "d_head": 4, "router": ROUTER},
+                "attention": {"kind": "moa", "d_head": 4, "router": ROUTER | router},
                 "ffn": {"kind": "dense", "d_ff": 8},
             },
             "data": {"train": str(folder), "sequence_length": LENGTH, "workers": 0, "seed": 5},
@@ -126,3 +126,27 @@ def test_held_out_masks_are_fixed_and_fillers_have_none(
     alone, shared = rows(1, 2), rows(2, 4)
     assert alone[:13] == shared[:13]
     assert all(set(row[LENGTH:]) == {NO_TARGET} for row in [*alone[13:], *shared[13:]])
+
+
+def test_held_out_micro_batches_hold_whole_groups(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    """Of sequences that share the experts' capacity."""
+    manifest = make_shards(tmp_path, block_length=LENGTH)
+    grouped = config(tmp_path, group_sequences=2)
+    asked, rounded = (
+        list(
+            held_out_batches(
+                grouped,
+                tmp_path,
+                manifest,
+                rank=1,
+                world_size=2,
+                micro_batch=micro_batch,
+                sequences=13,
+            )
+        )
+        for micro_batch in (3, 4)
+    )
+    assert [batch.num_sequences for batch in asked] == [4, 4]
+    assert rows_of(asked) == rows_of(rounded)
