@@ -29,19 +29,23 @@ class HeadSums:
     def add(self, heads: HeadSummary, experts: Routing | None, counted: Tensor) -> None:
         """Count a batch; `experts` are those of MoA's queries.
 
-        `counted` [B, S] bool leaves out padding and the first tokens.
+        `counted` [B, S] bool leaves out padding and the first tokens. Queries that an expert's
+        capacity dropped are zero, look nowhere, and do not count.
         """
-        values_BHSM = torch.stack(heads, dim=-1)
-        B, slots, S, _ = values_BHSM.shape
-        values = values_BHSM.transpose(1, 2)[counted].flatten(0, 1).double()
+        values_BSHM = torch.stack(heads, dim=-1).transpose(1, 2)
+        B, S, slots, _ = values_BSHM.shape
         head = torch.arange(slots, device=counted.device).expand(B, S, -1)
+        counted = counted[..., None].expand(B, S, slots)
         if experts is not None:
             ids_BSK = experts.expert_ids.view(B, S, -1)
             heads_per_expert = slots // ids_BSK.shape[2]
             inner = torch.arange(heads_per_expert, device=counted.device)
             head = (ids_BSK[..., None] * heads_per_expert + inner).flatten(2)
-        head = head[counted].flatten()
-        self.sums_HM.index_add_(0, head, values)
+            if experts.kept is not None:
+                kept_BSK = experts.kept.view(ids_BSK.shape)
+                counted = counted & kept_BSK.repeat_interleave(heads_per_expert, -1)
+        head = head[counted]
+        self.sums_HM.index_add_(0, head, values_BSHM[counted].double())
         self.queries_H += head.bincount(minlength=len(self.queries_H))
 
     def means(self) -> Tensor:

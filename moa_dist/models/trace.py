@@ -68,9 +68,9 @@ def _summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummar
     distance_TS = (query[:, None] - key).abs().to(dtype)
 
     def at(token_T: Tensor) -> Tensor:
-        # Queries of another text than the keys may stand beyond these, where nothing is to be told.
         index = token_T.clamp(0, len(key) - 1)[None, :, None].expand(len(q), -1, 1)
-        return share_HTS.gather(-1, index).squeeze(-1)
+        # Queries of another text than the keys may stand beyond these, where there is no token.
+        return share_HTS.gather(-1, index).squeeze(-1) * (token_T < len(key))
 
     return HeadSummary(
         distance=(share_HTS * distance_TS).sum(-1),

@@ -167,16 +167,20 @@ def test_repeats_are_compared_token_by_token():
         assert chosen.distinct.tolist() == distinct
 
 
-def test_heads_of_moa_belong_to_the_experts_that_tokens_choose():
-    model = small_model(attention="moa", num_layers=1).eval()
+@pytest.mark.parametrize("capacity", [{}, with_capacity("position")], ids=["all", "drops"])
+def test_heads_of_moa_belong_to_the_experts_that_tokens_choose(capacity):
+    model = small_model(**({"attention": "moa"} | capacity), num_layers=1).eval()
     tokens, counts = tokens_of(3), torch.tensor([True, False, True])
     (layer,) = attention_results(observe(model, [Batch(tokens, rows_real(counts.tolist()))], CPU))
     trace = model(tokens[counts, :-1], trace=True).traces[0, 0]
-    ids = trace.routing["attention.query"].expert_ids.view(2, -1, 2)
+    query = trace.routing["attention.query"]
+    ids = query.expert_ids.view(2, -1, 2)
+    kept = torch.ones_like(ids, dtype=torch.bool) if query.kept is None else query.kept.view_as(ids)
+    assert kept.all() == (not capacity)
     sums, queries = torch.zeros(6, dtype=torch.float64), [0] * 6
     for b in range(2):
         for t in range(1, ids.shape[1]):  # the first token sees only itself
-            for slot in range(2):
+            for slot in kept[b, t].nonzero().flatten().tolist():
                 for inner in range(2):
                     head = int(ids[b, t, slot]) * 2 + inner
                     sums[head] += trace.heads["attention"].entropy[b, slot * 2 + inner, t].item()

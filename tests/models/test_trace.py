@@ -59,6 +59,20 @@ def test_heads_are_summarised_by_the_attention_that_they_use(num_past, real, cau
         torch.testing.assert_close(summary.itself[..., t], row[..., own])
 
 
+def test_between_texts_no_attention_beyond_the_shorter():
+    """Whether or not padding lets it look longer."""
+    q, k = heads(num_keys=6), heads(num_keys=4, seed=1)
+    longer = torch.cat([k, heads(num_keys=3, seed=2)], dim=2)
+    real = torch.arange(7) < torch.tensor([4, 4])[:, None]
+    alone = traced({}, q, k, AttentionMask(causal=False)).heads
+    padded = traced({}, q, longer, AttentionMask(causal=False, key_real=real)).heads
+    for value, other in zip(alone, padded, strict=True):
+        torch.testing.assert_close(value, other)
+    assert alone.itself[..., 4:].eq(0).all()
+    assert alone.previous[..., 5:].eq(0).all()
+    assert alone.previous[..., :5].gt(0).all()
+
+
 def test_no_attention_to_keys_without_probability():
     """A key whose score underflows has no part in the entropy."""
     q = torch.full((1, 1, 2, 4), 100.0)
