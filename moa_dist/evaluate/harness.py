@@ -26,7 +26,7 @@ from moa_dist.errors import DataError, MoaDistError
 from moa_dist.evaluate.generate import generate, stream_text
 from moa_dist.evaluate.sampling import Sampling
 from moa_dist.evaluate.scoring import Request, Scorer, scorer_of
-from moa_dist.evaluate.trained import load_trained
+from moa_dist.evaluate.trained import load_trained, require
 
 _MICRO_BATCH = 8
 
@@ -45,7 +45,7 @@ class HarnessModel(LM):
     ) -> HarnessModel:
         """From `--model_args path=RUN_OR_CHECKPOINT` and `--batch_size N`.
 
-        Raises DataError if there is no such model, or another argument.
+        Raises DataError if there is no such model, it is no causal one, or another argument.
         """
         if arg_dict.keys() != {"path"}:
             raise DataError(
@@ -54,7 +54,9 @@ class HarnessModel(LM):
             )
         batch = str((additional_config or {}).get("batch_size"))
         micro_batch = int(batch) if batch.isdecimal() else _MICRO_BATCH  # it may be `auto`
-        return cls(scorer_of(load_trained(Path(str(arg_dict["path"]))), micro_batch))
+        trained = load_trained(Path(str(arg_dict["path"])))
+        require(trained, "causal", "lm-evaluation-harness")
+        return cls(scorer_of(trained, micro_batch))
 
     @classmethod
     def create_from_arg_string(
@@ -84,7 +86,7 @@ class HarnessModel(LM):
             [[tokenizer.end_of_document, *tokenizer.encode(context)]],
             Sampling(
                 temperature=chosen.get("temperature", 0.0),
-                top_k=chosen.get("top_k"),
+                top_k=chosen.get("top_k") or None,  # Hugging Face's 0 is all
                 top_p=chosen.get("top_p", 1.0),
             ),
             max_new_tokens=chosen["max_gen_toks"],

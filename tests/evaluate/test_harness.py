@@ -102,6 +102,15 @@ def test_generation_is_greedy_and_stops(model):
     assert cut == whole[: whole.index(stops[0])]
 
 
+def test_zero_allows_all_tokens_as_in_hugging_face(model):
+    options = {"until": [], "max_gen_toks": 5, "do_sample": True, "temperature": 1.0}
+    every, zero = (
+        model.generate_until([ask("generate_until", "the cat", options | top_k)])
+        for top_k in ({}, {"top_k": 0})
+    )
+    assert every == zero
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_whole_harness_on_a_local_file(model, tmp_path, name):
     file, task = write_task(name, tmp_path)
