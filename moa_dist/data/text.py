@@ -134,16 +134,16 @@ def read_documents(
         )
 
 
-def read_lines(path: Path, errors: ErrorRule = "strict") -> Iterator[str]:
+def read_lines(path: Path) -> Iterator[str]:
     """Every line of a file, also a compressed one, without its end.
 
     Raises:
-        DataError: the file cannot be read or decoded.
+        DataError: the file cannot be read, or is not UTF-8.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
     with read_errors_named(path), path.open("rb") as raw:
-        for line in _decoded(path, decompressed(path, raw), errors, TextCounts()):
+        for line in _decoded(path, decompressed(path, raw), None, TextCounts()):
             yield line.rstrip("\r\n")
 
 
@@ -215,8 +215,9 @@ def _documents_of(
 
 
 def _decoded(
-    path: Path, raw_lines: Iterator[bytes], errors: ErrorRule, counts: TextCounts
+    path: Path, raw_lines: Iterator[bytes], errors: ErrorRule | None, counts: TextCounts
 ) -> Iterator[str]:
+    """Text of lines; `errors` is None where the user has no choice but to convert the file."""
     offset = 0
     for raw in raw_lines:
         # Cutting at newlines first is safe: no other UTF-8 character contains that byte.
@@ -227,11 +228,11 @@ def _decoded(
                 raise UnicodeDecodeError("utf-8", line, at, at + 1, "a NUL byte, as UTF-16 has")
             yield line.decode()
         except UnicodeDecodeError as error:
-            if errors == "strict":
+            if errors != "replace":
                 at = offset + len(raw) - len(line) + error.start
+                remedy = "convert the file" + (", or use --errors replace" if errors else "")
                 raise DataError(
-                    f"{path}: not UTF-8 at byte {at} of the text ({error.reason}); convert the "
-                    "file, or use --errors replace"
+                    f"{path}: not UTF-8 at byte {at} of the text ({error.reason}); {remedy}"
                 ) from error
             counts.replaced += 1
             yield line.decode(errors="replace").replace("\0", "\ufffd")

@@ -41,7 +41,7 @@ def bleu(
     """Of the translations of a whole corpus, against one reference each; see `translate`.
 
     Raises:
-        DataError: sources and references differ in number, sacrebleu is missing, or as
+        DataError: there are no sources, or not as many references, sacrebleu is missing, or as
             `translate`.
     """
     require_sacrebleu()
@@ -52,6 +52,8 @@ def bleu(
             f"{len(sources)} texts to translate, but {len(references)} references: line i of one "
             "file must be the translation of line i of the other"
         )
+    if not sources:
+        raise DataError("no text to translate: the files are empty; give others")
     found = translate(trained, sources, search, batch=batch, progress=progress)
     metric = BLEU()
     score = metric.corpus_score(found, [list(references)])

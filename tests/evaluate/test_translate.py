@@ -163,3 +163,5 @@ def test_bleu_says_how_it_was_measured(tmp_path, monkeypatch):
     assert 10 < worse.score < 90
     with pytest.raises(DataError, match="2 texts to translate, but 1 references"):
         bleu(model, sources, found[1:], Search(), batch=2)
+    with pytest.raises(DataError, match="no text to translate: the files are empty"):
+        bleu(model, [], [], Search(), batch=2)

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from moa_dist.cli.main import main
+from moa_dist.errors import DataError
+from moa_dist.evaluate.harness import HarnessModel
 from tests.integration.test_commands import ROOT, lines, run
 from tests.parallel_text import lines as parallel_lines
 from tests.parallel_text import write_lines
@@ -71,3 +73,8 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert "attention.cross.query" in analyzed
     assert main(["generate", "runs/tiny", "--prompt", "the"]) == 2
     assert "trained with model.objective translation" in capsys.readouterr().err
+    with pytest.raises(DataError, match="lm-evaluation-harness needs a model trained with causal"):
+        HarnessModel.create_from_arg_string("path=runs/tiny")
+    (tmp_path / "latin").write_bytes(b"caf\xe9\n")
+    assert main(["translate", "mean", "--input", "latin"]) == 2
+    assert capsys.readouterr().err.endswith("convert the file\n")
