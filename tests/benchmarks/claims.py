@@ -7,8 +7,9 @@
     python -m tests.benchmarks.claims [MODEL ...] [--table]
 
 Trains every model of configs/comparison/ on one process: four learning rates for a tenth of the
-budget, seed 0, then the best for the whole budget, with as many seeds as `SEEDS` says. Takes
-hours; interrupted, it continues where it was. `--table` only prints what has finished.
+budget, half of it the warm-up of the whole, seed 0; then the best for the whole budget, with as
+many seeds as `SEEDS` says. Takes hours; interrupted, it continues where it was. `--table` only
+prints what has finished.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moa_dist.config import load_config
+from moa_dist.errors import ExitCode
 from moa_dist.models.counts import count
 from moa_dist.report.read import read_run
 from tests.config.test_shipped_configs import CONFIGS
@@ -51,8 +53,15 @@ class Training:
     def config_file(self) -> Path:
         return CONFIGS / "comparison" / f"{self.model}.yaml"
 
+    @property
+    def diverged(self) -> Path:
+        """A file that says so."""
+        return RUNS / self.name / "diverged"
+
     def loss(self) -> float | None:
-        """Validation loss after the last step, None while there is none."""
+        """Of validation after the last step; infinite if it diverged, None while there is none."""
+        if self.diverged.exists():
+            return math.inf
         total = self.steps or load_config(self.config_file).train.steps
         if not (RUNS / self.name / "metrics.jsonl").exists():
             return None
@@ -61,18 +70,19 @@ class Training:
             return None
         return float(losses.values[-1])
 
-    def run(self) -> float:
-        """Train unless that is done; the validation loss, infinite if training failed."""
-        loss = self.loss()
-        if loss is None:
+    def run(self) -> None:
+        """Train unless that is done. Raises CalledProcessError if it fails but by diverging."""
+        if self.loss() is None:
             overrides = [f"name={self.name}", f"output={RUNS}", f"optimizer.lr={self.rate}"]
             overrides += [f"train.seed={self.seed}", f"data.seed={self.seed}"]
             if self.steps is not None:
                 overrides.append(f"train.steps={self.steps}")
             command = [sys.executable, "launcher/train.py", "--config", str(self.config_file)]
-            subprocess.run([*command, *overrides], check=True, env=os.environ | {"WORLD_SIZE": "1"})
-            loss = self.loss()
-        return math.inf if loss is None else loss
+            done = subprocess.run([*command, *overrides], env=os.environ | {"WORLD_SIZE": "1"})
+            if done.returncode == ExitCode.NOT_FINITE:
+                self.diverged.touch()
+            else:
+                done.check_returncode()
 
 
 def tuned(model: str) -> list[Training]:
