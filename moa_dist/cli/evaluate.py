@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _task(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=PATH, such as blimp=blimp.jsonl")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be NAME=PATH, such as blimp=blimp.jsonl; name the run before --tasks"
+        )
     if name not in TASKS:
         raise argparse.ArgumentTypeError(f"{name!r} is not a task; known are {', '.join(TASKS)}")
     return name, Path(path)
@@ -152,15 +154,17 @@ def _perplexity(
     }
 
 
-def _read_tasks(tasks: list[tuple[str, Path]]) -> dict[str, list[Any]]:
-    """Examples by the name of their task; what is wrong with a file shows before the work."""
+def _read_tasks(tasks: list[tuple[str, Path]]) -> dict[str, dict[Path, list[Any]]]:
+    """Examples by task and file; what is wrong with a file shows before the work."""
     paths: dict[str, list[Path]] = {}
     for name, path in tasks:
         paths.setdefault(name, []).append(path)
     return {name: TASKS[name].examples(several) for name, several in paths.items()}
 
 
-def _run_tasks(examples: dict[str, list[Any]], scorer: Scorer, rank: int) -> dict[str, Result]:
+def _run_tasks(
+    examples: dict[str, dict[Path, list[Any]]], scorer: Scorer, rank: int
+) -> dict[str, Result]:
     line = ProgressLine()
 
     def score(name: str, requests: list[Request]) -> list[Score]:
@@ -177,6 +181,7 @@ def _as_json(result: Result) -> dict[str, Any]:
 
     return {
         "examples": result.num_examples,
+        "cut": result.num_cut,
         **each(result.metrics),
         "groups": {kind: each(members) for kind, members in result.groups.items()},
     }
@@ -202,6 +207,8 @@ def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
         ]
     for task, result in results.items():
         lines.append(f"{task}, {result.num_examples:,} examples")
+        if result.num_cut:
+            lines[-1] += f"; {result.num_cut:,} longer than the model sees, their beginning cut off"
         lines += _table("", result.metrics)
         for kind, members in result.groups.items():
             if len(members) > 1:

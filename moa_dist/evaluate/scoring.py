@@ -52,6 +52,8 @@ class Score(NamedTuple):
     """Tokens of the continuation."""
     greedy: bool
     """Whether each of them is the most probable one, given those before it."""
+    cut: bool = False
+    """Whether the text was longer than the model sees."""
 
     @property
     def per_token(self) -> float:
@@ -106,10 +108,11 @@ class Scorer:
             pieces_of.append(range(first, len(pieces)))
         sums = self._sums(pieces, progress)
         scores = []
-        for (_, continuation), indices in zip(encoded, pieces_of, strict=True):
+        for (context, continuation), indices in zip(encoded, pieces_of, strict=True):
             own = [sums[index] for index in indices]
             loss, misses = (sum(column) for column in zip((0.0, 0.0), *own, strict=True))
-            scores.append(Score(-loss, len(continuation), misses == 0))
+            cut = len(context) + len(continuation) > self.max_length  # the last is only a target
+            scores.append(Score(-loss, len(continuation), misses == 0, cut))
         return scores
 
     def _encode(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:

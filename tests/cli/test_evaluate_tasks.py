@@ -26,13 +26,17 @@ def blimp(tmp_path):
 def test_as_json(made, blimp, tmp_path, capsys):
     words = tmp_path / "words.txt"
     words.write_text("the café sells things\nin 日本 it sells 9\n")
+    more = tmp_path / "more.txt"
+    more.write_text("many " * 30 + "\n")
     command = ["eval", str(made / "run"), "--json", "--tasks", blimp, f"lambada={words}"]
-    assert main([*command, f"lambada={words}"]) == 0
+    assert main([*command, f"lambada={more}"]) == 0
     out, err = capsys.readouterr()
     assert "blimp: 100.0 %" in err
     report = json.loads(out)
     assert "perplexity" not in report
-    assert report["tasks"]["lambada"]["examples"] == 4
+    assert report["tasks"]["lambada"]["examples"] == 3
+    assert report["tasks"]["lambada"]["cut"] == 1, "the last is longer than the model sees"
+    assert report["tasks"]["lambada"]["groups"]["file"].keys() == {"words.txt", "more.txt"}
     scorer = scorer_of(load_trained(made / "run"), 8)
     scores = [scorer.score([Request("", text) for text in pair]) for pair in PAIRS]
     share = sum(good.log_likelihood > bad.log_likelihood for good, bad in scores) / len(PAIRS)

@@ -50,7 +50,7 @@ def make_scorer(micro_batch=3, **router_changes):
 
 @torch.no_grad()
 def by_hand(scorer, context, continuation):
-    """(sum, tokens, greedy), from one forward per token of the continuation."""
+    """(sum, tokens, greedy, cut), from one forward per token of the continuation."""
     tokenizer = scorer.tokenizer
     before = [tokenizer.end_of_document, *tokenizer.encode(context)]
     targets = tokenizer.encode(continuation)
@@ -63,7 +63,7 @@ def by_hand(scorer, context, continuation):
             logits = scorer.model(torch.tensor([row[:at]])).logits[0, -1]
             total += logits.log_softmax(-1)[row[at]].item()
             greedy &= int(logits.argmax()) == row[at]
-    return total, len(targets), greedy
+    return total, len(targets), greedy, len(before) - 1 + len(targets) > LENGTH
 
 
 def assert_close(scores, expected):
@@ -81,6 +81,7 @@ def test_scores_are_sums_of_log_softmax():
     assert_close(scores, expected)
     assert scores[1] == scores[2]
     assert scores[4].num_tokens < LENGTH < scores[5].num_tokens, "no request tests a cut"
+    assert {score.cut for score in scores} == {False, True}
     assert scores[5].per_token == scores[5].log_likelihood / scores[5].num_tokens
 
 
@@ -121,7 +122,7 @@ def test_capacity_is_not_shared_with_other_requests_or_padding(group_sequences):
 def test_no_requests_and_no_continuation():
     scorer = make_scorer()
     assert scorer.score([]) == []
-    assert scorer.score([Request("the", "")]) == [(0.0, 0, True)]
+    assert scorer.score([Request("the", "")]) == [(0.0, 0, True, False)]
 
 
 def test_text_that_cannot_be_encoded():

@@ -92,6 +92,7 @@ def test_lambada(tmp_path):
         Request("in my palm , a", " stone"),
     ]
     assert result.num_examples == 3
+    assert result.groups["file"] == {"words.jsonl": (0.5, 0.5), "words.txt": (1.0, 0.0)}
     assert result.metrics["accuracy"] == (
         pytest.approx(2 / 3),
         pytest.approx(math.sqrt(2 / 9 / 2)),
@@ -191,6 +192,22 @@ def test_damaged_files(tmp_path, task, content, message):
         TASKS[task].examples([file])
     assert message in str(error.value)
     assert str(file) in str(error.value)
+
+
+def test_a_file_given_twice(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(PAIR)
+    with pytest.raises(DataError, match=r"pairs\.jsonl: given twice"):
+        TASKS["blimp"].examples([file, tmp_path])
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    files = [tmp_path / folder / "words.txt" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("the cat\n")
+    result = run("lambada", files, FakeScores({" cat": score(-1.0)}))
+    assert list(result.groups["file"]) == [str(file) for file in files]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from moa_dist.errors import DataError
 from moa_dist.evaluate.scoring import Request, Score
 from moa_dist.evaluate.tasks.files import read_lines
-from moa_dist.evaluate.tasks.task import Result, Task, is_highest, mean, mean_by
+from moa_dist.evaluate.tasks.task import Result, Task, is_highest, mean
 
 SENTENCES = 20
 BLANK = "XXXXX"
@@ -40,8 +40,6 @@ class Question(NamedTuple):
     """Each different from the others."""
     answer: int
     """Which of them was left out."""
-    file: str
-    """Name of the file it is from, which says what kind of word is left out."""
 
 
 def join_tokens(text: str) -> str:
@@ -64,18 +62,18 @@ def _questions(file: Path) -> Iterator[Question]:
         if number != str(len(story) + 1) or not text:
             raise DataError(
                 f"{place}: expected sentence {len(story) + 1} of a question, as "
-                f"'{len(story) + 1} TEXT'; mend the line"
+                f"'{len(story) + 1} TEXT'; mend the line, or is this the file of another task?"
             )
         if len(story) < SENTENCES:
             story.append(text)
         else:
-            yield _question(place, join_tokens(" ".join(story)), text, file.name)
+            yield _question(place, join_tokens(" ".join(story)), text)
             story = []
     if story:
         raise DataError(f"{place}: the file ends within a question; copy it again")
 
 
-def _question(place: str, story: str, line: str, file: str) -> Question:
+def _question(place: str, story: str, line: str) -> Question:
     sentence, *rest = (part for part in line.split("\t") if part)
     if len(rest) != 2 or BLANK not in sentence:
         raise DataError(
@@ -90,7 +88,7 @@ def _question(place: str, story: str, line: str, file: str) -> Question:
             f"are {', '.join(map(ascii, candidates))}; mend the line"
         )
     before, _, after = join_tokens(sentence).partition(BLANK)
-    return Question(f"{story} {before}", after, candidates, candidates.index(answer), file)
+    return Question(f"{story} {before}", after, candidates, candidates.index(answer))
 
 
 def _requests(question: Question) -> list[Request]:
@@ -103,11 +101,7 @@ def _result(questions: list[Question], scores: list[list[Score]]) -> Result:
         total.append(is_highest([score.log_likelihood for score in several], question.answer))
         per_token.append(is_highest([score.per_token for score in several], question.answer))
     metrics = {"accuracy": mean(total), "accuracy_per_token": mean(per_token)}
-    return Result(
-        len(questions),
-        metrics,
-        {"file": mean_by((question.file for question in questions), total)},
-    )
+    return Result(len(questions), metrics, {})
 
 
 CLOZE = Task((".txt",), _read, _requests, _result)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -56,6 +57,8 @@ class Result(NamedTuple):
     """Over all examples."""
     groups: dict[str, dict[str, Mean]]
     """Accuracy of parts of the examples: kind of group -> its name -> accuracy."""
+    num_cut: int = 0
+    """Examples longer than the model sees, whose beginning was cut off."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,46 @@ class Task(Generic[Example]):
     result: Callable[[list[Example], list[list[Score]]], Result]
     """Examples and their scores, of at least one example -> metrics."""
 
-    def examples(self, paths: Sequence[Path]) -> list[Example]:
-        """All examples of these files and folders, at least one.
+    def examples(self, paths: Sequence[Path]) -> dict[Path, list[Example]]:
+        """Those of these files, and of the files in these folders: at least one of each.
 
         Raises:
-            DataError: a file is missing or damaged, or there is no example.
+            DataError: a file is missing or damaged, holds no example, or comes twice.
         """
-        files = [file for path in paths for file in find_files(path, self.suffixes)]
-        examples = [example for file in files for example in self.read(file)]
-        if not examples:
-            raise DataError(f"{', '.join(map(str, paths))}: no example in it; give another file")
+        examples: dict[Path, list[Example]] = {}
+        for file in (file for path in paths for file in find_files(path, self.suffixes)):
+            if any(file.samefile(other) for other in examples):
+                raise DataError(f"{file}: given twice; give it once: no example counts double")
+            examples[file] = self.read(file)
+            if not examples[file]:
+                raise DataError(f"{file}: no example in it; give another file")
         return examples
 
-    def run(self, examples: list[Example], score: Callable[[list[Request]], list[Score]]) -> Result:
-        """Score examples, all of them in one call of `score`."""
-        requests = [self.requests(example) for example in examples]
+    def run(
+        self,
+        examples: Mapping[Path, list[Example]],
+        score: Callable[[list[Request]], list[Score]],
+    ) -> Result:
+        """Score the examples of all files, in one call of `score`."""
+        every = [example for several in examples.values() for example in several]
+        requests = [self.requests(example) for example in every]
         scores = iter(score([request for several in requests for request in several]))
-        return self.result(examples, [[next(scores) for _ in several] for several in requests])
+        scored = [[next(scores) for _ in several] for several in requests]
+        result = self.result(every, scored)
+        return result._replace(
+            # Files of a task that names parts of its own are these.
+            groups=result.groups or {"file": self._by_file(examples, scored)},
+            num_cut=sum(any(score.cut for score in several) for several in scored),
+        )
+
+    def _by_file(
+        self, examples: Mapping[Path, list[Example]], scored: list[list[Score]]
+    ) -> dict[str, Mean]:
+        rest = iter(scored)
+        unique = len({file.name for file in examples}) == len(examples)
+        return {
+            file.name if unique else str(file): self.result(
+                several, list(islice(rest, len(several)))
+            ).metrics["accuracy"]
+            for file, several in examples.items()
+        }
