@@ -1,6 +1,7 @@
 """A trained model as three files: `model.safetensors`, `config.yaml`, `tokenizer.json`.
 
-The names of tensors are those of `LanguageModel.state_dict()`; nothing of training is left.
+The names of tensors are those of `LanguageModel.state_dict()`; nothing of training is left. A
+fourth, `SHA256SUMS`, tells whether the tensors are those that were written.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from moa_dist.config.run import Config
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.train.checkpoint_check import require_valid
+from moa_dist.train.checkpoint_check import altered, read_sums, require_valid
 from moa_dist.train.checkpoint_convert import make_partial
 from moa_dist.train.checkpoint_files import MASTER, Reader, tokenizer_of
-from moa_dist.train.checkpoint_write import move_into_place
+from moa_dist.train.checkpoint_write import move_into_place, write_sums
 from moa_dist.train.tensor_file import TensorSpec, Written, write_file, write_tensors
 
 MODEL_FILE = "model.safetensors"
@@ -53,6 +54,7 @@ def export(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -
     written = write_tensors(partial / MODEL_FILE, specs, _values(reader, specs), metadata)
     write_file(partial / CONFIG_FILE, [to_yaml(index.config).encode()])
     shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+    write_sums(partial, {MODEL_FILE: written.sha256})
     move_into_place(partial, target)
     return written
 
@@ -69,6 +71,12 @@ def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:
 
     Raises DataError if the tensors are not those of the configuration, and ConfigError.
     """
+    try:
+        problems = list(altered(folder, read_sums(folder)))
+    except DataError as error:
+        problems = [str(error)]
+    if problems:
+        raise DataError(f"{problems[0]}; export it again, or use a copy")
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)
     expected, path = model.state_dict(), folder / MODEL_FILE

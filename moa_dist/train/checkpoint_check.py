@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moa_dist.errors import DataError
@@ -19,7 +20,7 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
     """
     try:
         index = Reader(folder).index
-        sums = _read_sums(folder)
+        sums = read_sums(folder)
     except DataError as error:
         return [str(error)]
     problems = incomplete(folder, index)
@@ -27,16 +28,20 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         problems.append(f"{folder / SUMS_FILE}: lacks {file}")
     if problems:
         return problems
-    for file in sorted(sums)[rank::world_size]:
+    return list(altered(folder, {file: sums[file] for file in sorted(sums)[rank::world_size]}))
+
+
+def altered(folder: Path, sums: Mapping[str, str]) -> Iterator[str]:
+    """Files that are not what was written, a line each."""
+    for file, expected in sums.items():
         try:
             with (folder / file).open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            problems.append(f"{folder / file}: cannot be read: {error.strerror}")
+            yield f"{folder / file}: cannot be read: {error.strerror}"
         else:
-            if found != sums[file]:
-                problems.append(f"{folder / file}: altered since it was written")
-    return problems
+            if found != expected:
+                yield f"{folder / file}: altered since it was written"
 
 
 def require_valid(folder: Path) -> None:
@@ -61,7 +66,8 @@ def incomplete(folder: Path, index: Index) -> list[str]:
     return problems
 
 
-def _read_sums(folder: Path) -> dict[str, str]:
+def read_sums(folder: Path) -> dict[str, str]:
+    """Checksums by file. Raises DataError if there are none, or they are damaged."""
     path = folder / SUMS_FILE
     try:
         lines = path.read_text(encoding="ascii").splitlines()

@@ -132,8 +132,12 @@ def _wait_for_parts(
 def seal(folder: Path, index: Index, sha256_of: dict[str, str]) -> None:
     """Write the index and the checksums of all files, of which `sha256_of` knows the tensors'."""
     written = write_file(folder / INDEX_FILE, [index.model_dump_json(indent=1).encode()])
-    sums = sha256_of | {INDEX_FILE: written.sha256}
-    lines = "".join(f"{sums[file]}  {file}\n" for file in sorted(sums))
+    write_sums(folder, sha256_of | {INDEX_FILE: written.sha256})
+
+
+def write_sums(folder: Path, sha256_of: dict[str, str]) -> None:
+    """Write checksums of files as `sha256sum` does."""
+    lines = "".join(f"{sha256_of[file]}  {file}\n" for file in sorted(sha256_of))
     write_file(folder / SUMS_FILE, [lines.encode()])
 
 
