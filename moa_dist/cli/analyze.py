@@ -17,10 +17,10 @@ from moa_dist.data.batches import held_out_batches
 from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.errors import DataError
-from moa_dist.evaluate.export import is_export
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.models.objective import Batch
 from moa_dist.report.analysis import analysis_page
+from moa_dist.train.checkpoint_files import checkpoints
 
 PAGE_FILE = "analysis.html"
 
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where to write; moa-dist report shows what is in a run's own (RUN/analysis)",
+        help="where to write (`analysis` in the folder of the run, average or export); "
+        "moa-dist report shows that of a run",
     )
     parser.add_argument(
         "--sequences", type=between(int, 1), metavar="N", help="read only the first N (all)"
@@ -60,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write numbers, pictures and page, and say what they show; returns the exit status."""
     trained = load_trained(args.path)
+    output: Path = args.output or _whole_run(trained.folder) / ANALYSIS_FOLDER
+    _make(output)
     analysis = _analyze(args, trained)
-    whole_run = trained.folder if is_export(trained.folder) else trained.folder.parent
-    output: Path = args.output or whole_run / ANALYSIS_FOLDER
     pictures = _write(analysis, output)
     print(summary(analysis))
     print(f"\n{output}: {PAGE_FILE}, to open in a browser, {ANALYSIS_FILE}, ", end="")
@@ -123,14 +124,27 @@ def _size(batch: Batch) -> int:
     return batch.num_sequences if batch.real is None else int(batch.real.any(1).sum())
 
 
-def _write(analysis: Analysis, output: Path) -> list[Path]:
+def _whole_run(folder: Path) -> Path:
+    """The run that a checkpoint is one of; an average and an export stand for themselves."""
+    return folder.parent if folder in checkpoints(folder.parent) else folder
+
+
+def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(output, error) from error
+
+
+def _not_written(output: Path, error: OSError) -> DataError:
+    return DataError(f"{output}: not written: {error.strerror}; choose another place with --output")
+
+
+def _write(analysis: Analysis, output: Path) -> list[Path]:
+    try:
         save_analysis(analysis, output)
         page = analysis_page(analysis).encode("utf-8", errors="replace")
         (output / PAGE_FILE).write_bytes(page)
         return write_plots(analysis, output) if can_plot() else []
     except OSError as error:
-        raise DataError(
-            f"{output}: not written: {error.strerror}; choose another place with --output"
-        ) from error
+        raise _not_written(output, error) from error

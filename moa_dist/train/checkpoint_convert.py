@@ -61,12 +61,18 @@ def convert(source: Path, target: Path, *, num_files: int = 1, weights_only: boo
 
 
 def make_partial(target: Path) -> Path:
-    """An empty folder in which `target` is put together; raises DataError if that exists."""
-    if target.exists():
-        raise DataError(f"{target} exists already: name a folder to be made, or delete it")
+    """An empty folder in which `target` is put together.
+
+    Raises DataError if that exists, or can be no folder.
+    """
     partial = partial_folder(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        if target.exists():
+            raise DataError(f"{target} exists already: name a folder to be made, or delete it")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be made: {error.strerror}; name another") from error
     return partial
 
 

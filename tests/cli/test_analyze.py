@@ -71,6 +71,23 @@ def test_an_export_elsewhere(made, tmp_path, no_matplotlib):
     assert load_analysis(tmp_path / "a").tokens == 3 * 16
 
 
+def test_an_average_stands_for_itself(made, tmp_path, no_matplotlib, capsys):
+    """It is no part of a run, and its neighbours are not to share its folder."""
+    run, mean = str(made / "run"), tmp_path / "runs/mean"
+    mean.parent.mkdir()
+    assert main(["checkpoint", "average", run, str(mean), "--last", "2"]) == 0
+    assert main(["analyze", str(mean), "--sequences", "3"]) == 0
+    assert load_analysis(mean / "analysis").tokens == 3 * 16
+
+
+def test_a_place_that_cannot_be_is_refused_at_once(made, capsys):
+    place = made / "run/tokenizer.json"
+    assert main(["analyze", str(made / "run"), "--output", str(place)]) == 2
+    error = capsys.readouterr().err
+    assert "choose another place with --output" in error
+    assert "reading" not in error
+
+
 def test_without_matplotlib_it_says_what_is_missing(made, tmp_path, no_matplotlib, capsys):
     run = tmp_path / "run"
     shutil.copytree(made / "run", run)

@@ -117,6 +117,7 @@ def test_export_is_the_same_model(run, tmp_path, capsys):
     target = tmp_path / "exported"
     assert "load_model" in printed(capsys, "export", run, target)
     assert sorted(p.name for p in target.iterdir()) == [
+        "SHA256SUMS",
         "config.yaml",
         "model.safetensors",
         "tokenizer.json",
@@ -147,6 +148,10 @@ def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, comm
     (tmp_path / "there").mkdir()
     assert main([*command, str(run), str(tmp_path / "there")]) == 2
     assert "there exists already" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file/new", Path("/proc/new")):
+        assert main([*command, str(run), str(place)]) == 2
+        assert f"{place}: cannot be made" in capsys.readouterr().err
     alter(run / "step-00000002")
     assert main([*command, str(run), str(tmp_path / "new")]) == 2
     assert "step-00000002 is damaged" in capsys.readouterr().err
@@ -162,7 +167,9 @@ def test_what_was_altered_is_not_used(run, capsys, command):
     assert main([*command, str(run / "step-00000001")]) == 0
 
 
-@pytest.mark.parametrize("kind", ["other model", "cut", "not a file of tensors"])
+@pytest.mark.parametrize(
+    "kind", ["other model", "cut", "not a file of tensors", "another bit", "no checksums"]
+)
 def test_a_damaged_export_says_so(run, tmp_path, capsys, kind):
     target = tmp_path / "exported"
     printed(capsys, "export", run, target)
@@ -171,6 +178,12 @@ def test_a_damaged_export_says_so(run, tmp_path, capsys, kind):
         model.write_bytes(model.read_bytes()[:-9])
     elif kind == "other model":
         config.write_text(config.read_text().replace("d_model: 16", "d_model: 32"))
+    elif kind == "another bit":
+        content = bytearray(model.read_bytes())
+        content[-1] ^= 1
+        model.write_bytes(content)
+    elif kind == "no checksums":
+        (target / "SHA256SUMS").unlink()
     else:
         model.write_bytes(b"x")
     assert main(["generate", str(target), "--prompt", "a"]) == 2
