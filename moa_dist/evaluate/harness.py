@@ -15,12 +15,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import simple_parse_args_string
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import simple_parse_args_string
+except ImportError as error:
+    raise ImportError(
+        "lm-evaluation-harness is not installed: pip install 'moa-dist[eval]'"
+    ) from error
 
 from moa_dist.errors import DataError, MoaDistError
 from moa_dist.evaluate.generate import generate, stream_text

@@ -1,8 +1,9 @@
 """A trained model as a model of Hugging Face transformers, an optional dependency.
 
 For tools that speak its interface: `from_export` wraps what `moa-dist export` wrote; then
-`save_pretrained`, `from_pretrained` and `AutoModelForCausalLM` work as for any other model, once
-this module is imported. Its `generate` is not there: ours (`moa_dist.evaluate.generate`) is.
+`generate`, `save_pretrained`, `from_pretrained` and `AutoModelForCausalLM` work as for any other
+model, once this module is imported. `generate` keeps no cache, and so reads the whole text again
+for every token; ours (`moa_dist.evaluate.generate`) does not.
 """
 
 from __future__ import annotations
@@ -13,10 +14,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.modeling_outputs import CausalLMOutput
+except ImportError as error:
+    raise ImportError(
+        "transformers is not installed: pip install 'moa-dist[huggingface]'"
+    ) from error
 
 from moa_dist.config.model import ModelConfig
+from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.evaluate.export import load_export
 from moa_dist.models.language_model import LanguageModel
@@ -33,7 +47,7 @@ class MoaDistConfig(PretrainedConfig):
         super().__init__(**more)
 
 
-class MoaDistForCausalLM(PreTrainedModel):
+class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
     """A `LanguageModel` behind the interface of transformers."""
 
     config_class = MoaDistConfig
@@ -43,6 +57,7 @@ class MoaDistForCausalLM(PreTrainedModel):
         super().__init__(config)
         self.model = LanguageModel(ModelConfig.model_validate(config.model))
         self.post_init()
+        self.generation_config.use_cache = False  # its caches are not ours
 
     @classmethod
     def from_export(cls, folder: str | Path) -> MoaDistForCausalLM:
@@ -56,8 +71,16 @@ class MoaDistForCausalLM(PreTrainedModel):
                 f"{folder}: trained with model.objective {config.model.objective}; only causal "
                 "models are wrapped"
             )
+        end = load_tokenizer(Path(folder) / TOKENIZER_FILE).end_of_document
         with torch.device("meta"):
-            result = cls(MoaDistConfig(config.model.model_dump(mode="json")))
+            result = cls(
+                MoaDistConfig(
+                    config.model.model_dump(mode="json"),
+                    bos_token_id=end,
+                    eos_token_id=end,
+                    pad_token_id=end,
+                )
+            )
         result.model = model
         return result.eval()
 

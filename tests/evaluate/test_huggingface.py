@@ -7,11 +7,18 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from moa_dist.config import to_yaml
+from moa_dist.data.manifest import sha256_of
+from moa_dist.data.tokenizer import TOKENIZER_FILE, train_tokenizer
 from moa_dist.evaluate.export import CONFIG_FILE, MODEL_FILE
+from moa_dist.evaluate.generate import generate
 from moa_dist.evaluate.huggingface import MoaDistForCausalLM
+from moa_dist.evaluate.sampling import Sampling
 from moa_dist.models.language_model import build_model
+from moa_dist.train.checkpoint_write import write_sums
 from tests.evaluate.runs import config
 from tests.models.small import ATTENTION, small_config, tokens_of
+
+WINDOW = {"end_of_document": 0, "max_length": 99}
 
 
 @pytest.fixture(params=[*ATTENTION, "tied", "biased"])
@@ -34,7 +41,10 @@ def exported(request, tmp_path):
         {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
         folder / MODEL_FILE,
     )
+    write_sums(folder, {MODEL_FILE: sha256_of((folder / MODEL_FILE).read_bytes())})
     (folder / CONFIG_FILE).write_text(to_yaml(run), encoding="utf-8")
+    tokenizer = train_tokenizer(["the cat sat on the mat"], 270)
+    (folder / TOKENIZER_FILE).write_text(tokenizer.to_json())
     return model, folder
 
 
@@ -48,6 +58,21 @@ def test_logits_are_equal_there_and_back(exported, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert not loaded.training
     assert torch.equal(loaded(tokens).logits, expected)
+
+
+def test_it_generates_what_we_generate(exported, tmp_path):
+    model, folder = exported
+    wrapped, prompts = MoaDistForCausalLM.from_export(folder), tokens_of(2)[:, :4]
+    wrapped.save_pretrained(tmp_path / "saved")
+    found = wrapped.generate(prompts, max_new_tokens=8, do_sample=False)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.generate(prompts, max_new_tokens=8, do_sample=False), found)
+    for row, prompt in zip(found.tolist(), prompts.tolist(), strict=True):
+        greedy, tokens = Sampling(temperature=0.0), list(prompt)
+        for _, token in generate(model, [prompt], greedy, max_new_tokens=8, seed=0, **WINDOW):
+            tokens.append(token)
+        assert row[: len(tokens)] == tokens
+        assert set(row[len(tokens) :]) <= {WINDOW["end_of_document"]}
 
 
 def test_padding_and_labels(exported):
