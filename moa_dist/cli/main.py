@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
@@ -45,12 +47,29 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (2 for what the user can mend)."""
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        status = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+        return status
     except MoaDistError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141  # as a process that the pipe's signal ends
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout goes to a pipe that nobody reads any more, such as that of `head`."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLERR)
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # for what Python still writes when it ends
+    return True
 
 
 def _run(argv: list[str]) -> int:

@@ -1,7 +1,10 @@
 """`moa-dist recipes` names every shipped configuration, and its numbers are counted."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,3 +95,13 @@ def test_a_wrong_recipe(tmp_path, text, message):
     (tmp_path / "wrong.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(tmp_path / "wrong.yaml")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """Such as `head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "moa_dist.cli.main", "recipes"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
