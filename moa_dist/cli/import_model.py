@@ -31,5 +31,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.output}: {short(imported.num_bytes)}B of weights, at step 0")
     if imported.without_tokenizer is not None:
         print(f"without a tokenizer, by which to evaluate: {imported.without_tokenizer}")
-    print(f"to train it: launcher/train.py --config {args.output / CONFIG_FILE} data.train=FOLDER")
+    print(f"to train it: python launcher/train.py --config {args.output / CONFIG_FILE}", end="")
+    given = any(override.startswith("data.train=") for override in args.overrides)
+    print("" if given else " data.train=FOLDER")
     return 0
