@@ -62,16 +62,22 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
     for name in ModelConfig.model_fields:
         before, now = getattr(dense, name), getattr(config, name)
         if name not in _PARTS and before != now:
+            now, before = ("null" if value is None else value for value in (now, before))
             yield f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
     changed = [name for name in _PARTS if getattr(dense, name) != getattr(config, name)]
     if not changed:
         yield "`model.attention` and `model.ffn` are those of the dense model: nothing to do"
     for name in changed:
         before, now = getattr(dense, name), getattr(config, name)
-        if before.kind != "dense" or now.kind == "dense":
+        if before.kind != "dense":
             yield (
-                f"`model.{name}` is {now.kind}, and {before.kind} of other settings in the run: "
-                "experts are made of a dense part only, and any other stays as it is"
+                f"`model.{name}` of the run is {before.kind}: experts are made of a dense part "
+                "only; leave its settings as they are"
+            )
+        elif now.kind == "dense":
+            yield (
+                f"`model.{name}` is dense, with other settings than in the run: leave these as "
+                "they are, or let it be made of experts"
             )
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
         yield from _attention_problems(dense.attention, config)

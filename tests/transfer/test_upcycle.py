@@ -9,6 +9,7 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.evaluate.trained import load_trained
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.transfer.upcycle import problems_of, upcycle
+from tests.config.test_shipped_configs import CONFIGS
 from tests.transfer.runs import LENGTH, VOCABULARY, make_run, randomize
 
 DENSE = {
@@ -138,13 +139,27 @@ def test_routers_are_drawn_and_experts_of_a_group_share_a_row():
         ({"ffn": moe(24, 4, 2, "softmax", activation="silu")}, "`model.ffn.activation` is silu"),
         ({"attention": moa(4, 2, "softmax", heads_per_expert=1)}, "heads_per_expert` is 1"),
         ({"attention": moa(4, 2, "softmax", rope=None)}, "rope` is None"),
-        ({"ffn": {"kind": "dense", "d_ff": 48}}, "experts are made of a dense part only"),
+        ({"ffn": {"kind": "dense", "d_ff": 48}}, "`model.ffn` is dense, with other settings"),
     ],
 )
 def test_what_cannot_be_made_is_refused(changes, message):
     config = ModelConfig.model_validate(DENSE | changes)
     (problem,) = problems_of(ModelConfig.model_validate(DENSE), config)
     assert message in problem
+
+
+def test_experts_are_not_made_of_experts():
+    sparse = ModelConfig.model_validate(DENSE | {"ffn": moe(24, 4, 2, "softmax")})
+    config = ModelConfig.model_validate(DENSE | {"ffn": moe(24, 8, 2, "softmax")})
+    (problem,) = problems_of(sparse, config)
+    assert "`model.ffn` of the run is moe: experts are made of a dense part only" in problem
+
+
+def test_the_shipped_pair_fits():
+    dense, sparse = (load_config(CONFIGS / f"small/{n}.yaml").model for n in ("dense", "upcycled"))
+    assert list(problems_of(dense, sparse)) == []
+    _, parts = upcycle(build_model(dense), sparse)
+    assert all(part.exact for part in parts)
 
 
 def test_command(tmp_path, capsys):
