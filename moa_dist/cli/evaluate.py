@@ -17,11 +17,11 @@ from moa_dist.cli.arguments import between
 from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.ranks import say_once
-from moa_dist.cli.translate import add_search_arguments
+from moa_dist.cli.translate import add_search_arguments, warn_of_long_texts
 from moa_dist.data.batches import held_out_batches
 from moa_dist.data.text import read_lines
 from moa_dist.distributed.start import job
-from moa_dist.errors import MoaDistError
+from moa_dist.errors import DataError, MoaDistError
 from moa_dist.evaluate.bleu import bleu, require_sacrebleu
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
@@ -95,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
+    with_text = args.data is not None or not (args.tasks or args.bleu)
+    if args.sequences is not None and not with_text:
+        raise DataError(
+            "--sequences counts sequences of held-out text, and --tasks and --bleu use all of "
+            "their files: leave it out, or add --data"
+        )
     examples = _read_tasks(args.tasks)
     trained = load_trained(args.path)
     if args.tasks:
@@ -105,7 +111,7 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     report: dict[str, Any] = {"checkpoint": str(trained.folder), "step": trained.step}
     if args.bleu:
         report["bleu"] = _bleu(args, trained, rank)
-    if args.data is not None or not (args.tasks or args.bleu):
+    if with_text:
         report |= _perplexity(args, trained, rank, world_size)
     results = _run_tasks(examples, scorer_of(trained, args.micro_batch), rank)
     if rank == 0:
@@ -116,6 +122,8 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
 
 def _bleu(args: argparse.Namespace, trained: Trained, rank: int) -> dict[str, Any]:
     sources, references = (list(read_lines(file)) for file in args.bleu)
+    if rank == 0:
+        warn_of_long_texts(trained, sources)
     search = Search(args.beam, args.length_penalty)
     progress = partial(ProgressLine(), "translating") if rank == 0 else None
     found = bleu(trained, sources, references, search, batch=args.texts, progress=progress)

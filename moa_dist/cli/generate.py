@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from moa_dist.cli.arguments import between, utf8
@@ -61,14 +62,22 @@ def run(args: argparse.Namespace) -> int:
     """Print each prompt and what the model adds to it; returns the exit status."""
     trained = load_trained(args.path)
     require(trained, "causal", "to continue a text")
+    prompts = trained.tokenizer.encode_batch(args.prompts)
+    longest, seen = max(map(len, prompts)), trained.config.data.sequence_length
+    if longest + args.tokens > seen:
+        print(
+            f"{longest} tokens of prompt and {args.tokens} to add are more than the {seen} that "
+            "the model was trained on: it sees the newest of them only",
+            file=sys.stderr,
+        )
     drawn = generate(
         trained.model,
-        trained.tokenizer.encode_batch(args.prompts),
+        prompts,
         Sampling(args.temperature, args.top_k, args.top_p),
         max_new_tokens=args.tokens,
         seed=args.seed,
         end_of_document=trained.tokenizer.end_of_document,
-        max_length=trained.config.data.sequence_length,
+        max_length=seen,
     )
     texts = list(args.prompts)
     print(texts[0], end="", flush=True)

@@ -14,7 +14,7 @@ from moa_dist.cli.ranks import say_once
 from moa_dist.data.text import read_lines
 from moa_dist.distributed.start import job
 from moa_dist.errors import MoaDistError
-from moa_dist.evaluate.trained import load_trained
+from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.evaluate.translate import Search, translate
 
 
@@ -42,7 +42,7 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     default = Search()
     parser.add_argument(
         "--beam",
-        type=between(int, 1),
+        type=between(int, 1, 100),
         default=default.beam,
         metavar="K",
         help=f"hypotheses per text ({default.beam})",
@@ -57,6 +57,18 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--texts", type=between(int, 1), default=32, metavar="N", help="translated at once (32)"
     )
+
+
+def warn_of_long_texts(trained: Trained, texts: list[str]) -> None:
+    """Say how many are longer than any that the model has seen."""
+    longest = trained.config.data.sequence_length
+    num_longer = sum(len(text) > longest for text in trained.tokenizer.encode_batch(texts))
+    if num_longer:
+        print(
+            f"{num_longer:,} of {len(texts):,} texts are longer than the {longest} tokens that the "
+            "model was trained on: expect little of their translations, or split them",
+            file=sys.stderr,
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,8 +87,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _translate(args: argparse.Namespace, rank: int) -> None:
     texts = list(read_lines(args.input))
+    trained = load_trained(args.path)
+    if rank == 0:
+        warn_of_long_texts(trained, texts)
     found = translate(
-        load_trained(args.path),
+        trained,
         texts,
         Search(args.beam, args.length_penalty),
         batch=args.texts,

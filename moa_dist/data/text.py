@@ -141,7 +141,8 @@ def read_lines(path: Path) -> Iterator[str]:
         DataError: the file cannot be read, or is not UTF-8.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path")
+        what = "not a regular file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {what}; check the path")
     with read_errors_named(path), path.open("rb") as raw:
         for line in _decoded(path, decompressed(path, raw), None, TextCounts()):
             yield line.rstrip("\r\n")

@@ -71,6 +71,11 @@ def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:
 
     Raises DataError if the tensors are not those of the configuration, and ConfigError.
     """
+    if not (folder / CONFIG_FILE).exists():
+        raise DataError(
+            f"{folder}: no {CONFIG_FILE}, so `moa-dist export` has not written this; of a JetMoE, "
+            "`moa-dist import jetmoe` makes a run"
+        )
     try:
         problems = list(altered(folder, read_sums(folder)))
     except DataError as error:

@@ -32,7 +32,7 @@ except ImportError as error:
 from moa_dist.config.model import ModelConfig
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import DataError
-from moa_dist.evaluate.export import load_export
+from moa_dist.evaluate.export import MODEL_FILE, is_export, load_export
 from moa_dist.models.language_model import LanguageModel
 
 
@@ -65,6 +65,8 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises DataError and ConfigError as `load_export`, and DataError for other objectives.
         """
+        if not is_export(Path(folder)):
+            raise DataError(f"{folder}: no {MODEL_FILE}; give what `moa-dist export` has written")
         model, config, _ = load_export(Path(folder))
         if config.model.objective != "causal":
             raise DataError(

@@ -117,7 +117,8 @@ def find_checkpoint(path: Path) -> Path:
     if absolute in checkpoints(absolute.parent) or (absolute / INDEX_FILE).exists():
         return absolute
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder; give the folder of a run or of a checkpoint")
+        what = "a file" if path.exists() else "no such folder"
+        raise DataError(f"{path}: {what}; give the folder of a run or of a checkpoint")
     runs = sorted(run for run in path.iterdir() if checkpoints(run))
     remedy = (
         f"give one of its runs, such as {runs[0]}"

@@ -190,6 +190,14 @@ def test_a_damaged_export_says_so(run, tmp_path, capsys, kind):
     assert "export it again" in capsys.readouterr().err
 
 
+def test_a_folder_of_transformers_says_so(run, tmp_path, capsys):
+    target = tmp_path / "exported"
+    printed(capsys, "export", run, target)
+    (target / "config.yaml").rename(target / "config.json")
+    assert main(["generate", str(target), "--prompt", "a"]) == 2
+    assert "of a JetMoE, `moa-dist import jetmoe` makes a run" in capsys.readouterr().err
+
+
 def test_no_pickle_can_be_read():
     """Checkpoints and exports are safetensors and JSON: nothing that runs when it is read."""
     for path in Path(moa_dist.__file__).parent.rglob("*.py"):

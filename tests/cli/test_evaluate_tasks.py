@@ -86,6 +86,11 @@ def test_there_is_no_such_task(capsys, task, message):
     assert message in capsys.readouterr().err
 
 
+def test_sequences_are_not_examples(made, blimp, capsys):
+    assert main(["eval", str(made / "run"), "--tasks", blimp, "--sequences", "3"]) == 2
+    assert "leave it out, or add --data" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there(made, tmp_path, capsys):
     assert main(["eval", str(made / "run"), "--tasks", f"piqa={tmp_path / 'gone'}"]) == 2
     assert "gone: no such file" in capsys.readouterr().err

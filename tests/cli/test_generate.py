@@ -48,6 +48,14 @@ def test_defaults_and_an_empty_prompt(made, capsys):
     assert printed(capsys, *arguments, "--seed", 1) != first
 
 
+def test_what_the_model_cannot_see_is_said(made, capsys):
+    command = ["generate", str(made / "run"), "--prompt", "the café", "--tokens"]
+    assert main([*command, "2"]) == 0
+    assert "more than" not in capsys.readouterr().err
+    assert main([*command, str(LENGTH)]) == 0
+    assert f"are more than the {LENGTH} that the model was trained on" in capsys.readouterr().err
+
+
 def test_no_checkpoint(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     assert "give the folder of a run that has saved one" in capsys.readouterr().err

@@ -40,3 +40,9 @@ def test_run_without_checkpoint_says_when_it_saves(run):
 def test_missing_folder(run):
     with pytest.raises(DataError, match="two: no such folder"):
         find_checkpoint(run.parent / "two")
+
+
+def test_a_file_instead_of_a_folder(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(DataError, match=r"config\.yaml: a file; give the folder of a run"):
+        find_checkpoint(tmp_path / "config.yaml")
