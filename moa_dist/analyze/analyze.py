@@ -147,6 +147,7 @@ def router_results(
                 together=chosen.together_EE.tolist(),
                 common=chosen.common_RR.tolist(),
                 distinct=chosen.distinct.tolist(),
+                num_frequent=len(frequent),
                 information=mutual_information(tokens_VE[frequent]),
                 most_information=float(entropy(tokens_VE[frequent].sum(0)) - log(chosen.choices)),
                 top_tokens=_top_tokens(

@@ -76,6 +76,8 @@ class RouterResult(_Result):
     """[R][R] experts that a token chose in both repeats, summed over tokens."""
     distinct: list[Count]
     """Tokens, by the number of different experts that they chose over all repeats."""
+    num_frequent: Count
+    """Tokens of the vocabulary that occur often enough for the following."""
     information: Number
     """Mutual information between frequent tokens and the experts they choose, nats."""
     most_information: Number

@@ -32,7 +32,10 @@ def router_lines(router: RouterResult) -> Iterator[str]:
         f"{numbers.imbalance:.2f} x mean; {numbers.dead} never chosen; {numbers.dropped:.1%} of "
         "choices dropped"
     )
-    yield f"the token alone tells {numbers.explained:.1%} of what could be told of its experts"
+    yield (
+        f"the token alone tells {numbers.explained:.1%} of what could be told of its experts, by "
+        f"{router.num_frequent:,} frequent ones"
+    )
     if depth := numbers.depth:
         yield (
             f"{depth.overlap:.1%} of a token's experts come again in another repeat "

@@ -32,6 +32,7 @@ ROUTER = RouterResult(
     together=[[10, 10, 0, 0], [10, 20, 10, 0], [0, 10, 10, 0], [0, 0, 0, 0]],
     common=[[20, 10], [10, 20]],
     distinct=[0, 0, 0, 10, 0],
+    num_frequent=3,
     information=0.1,
     most_information=0.4,
     top_tokens=[
@@ -130,6 +131,7 @@ def test_page_and_text():
     text = summary(analysis(ROUTER))
     assert "expert 0: ␣<b>⏎" in text
     assert "50.0% of a token's experts come again in another repeat (50.0% by chance)" in text
+    assert "the token alone tells 25.0% of what could be told of its experts, by 3" in text
     assert "nearest L0 R0 head 0: 2.0 tokens" in text
 
 
