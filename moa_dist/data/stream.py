@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.order import Exclusions, SampleOrder
 from moa_dist.data.shards import Tokens, read_shard
-from moa_dist.distributed.preemption import PREEMPTION_SIGNALS
+from moa_dist.distributed.preemption import PREEMPTION_SIGNALS, signals_blocked
 from moa_dist.errors import DataError
 
 _PREFETCHED_BATCHES = 8  # per worker; hides the reading of the next window's shards
@@ -171,29 +170,17 @@ def build_loader(
         # Its own, or making a loader would draw from the global generator and change training.
         generator=torch.Generator(),
     )
-    with _ending_signals_blocked():
+    # A cluster ends a job by signals to all of its processes, and the training process needs its
+    # workers until it has finished the step.
+    with signals_blocked():
+        resource_tracker.ensure_running()  # unblocks SIGTERM again, if it is the first to start it
+        signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
         batches = iter(loader)
     while True:
         item = _next_item(batches, timeout_s)
         if isinstance(item, DataError):
             raise item
         yield item
-
-
-@contextmanager
-def _ending_signals_blocked() -> Iterator[None]:
-    """Processes started here do not die of the signals by which a cluster ends a job.
-
-    They go to all of its processes, and the training process needs its workers until it has
-    finished the step. Its other threads still take a signal that comes meanwhile.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # unblocks SIGTERM again, if it is the first to start it
-        signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_trainer(worker: int) -> None:
