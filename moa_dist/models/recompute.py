@@ -9,7 +9,7 @@ parameters, which run inside the block, depend on what was gathered before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 Output = TypeVar("Output")
 
-_CHOICES = (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
-"""Sorting decides who is dropped for lack of capacity."""
+
+def _chooses(op: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it orders scores: who is chosen, or dropped for lack of capacity.
+
+    Sorting integers, assignments by their expert, only repeats what these have decided.
+    """
+    choices = (torch.ops.aten.topk.default, torch.ops.aten.sort.stable)
+    return op in choices and bool(args[0].is_floating_point())
 
 
 class _Keep(TorchDispatchMode):
@@ -31,7 +37,7 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        if op in _CHOICES:
+        if _chooses(op, args):
             self._kept.append(tuple(part.detach() for part in result))
         return result
 
@@ -44,8 +50,13 @@ class _Repeat(TorchDispatchMode):
         self._kept = kept
         self._next = 0
 
+    def __enter__(self) -> Self:
+        self._next = 0  # a graph may be gone through backwards several times
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op not in _CHOICES:
+        if not _chooses(op, args):
             return op(*args, **(kwargs or {}))
         result = self._kept[self._next]
         self._next += 1

@@ -12,7 +12,7 @@ an fp32 or wider one.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -80,21 +80,20 @@ def layer_terms(model: ModelConfig, batch: Batch, *, cross: bool = False) -> lis
     return [stream, *_attention(model, batch), *of_source, *_ffn(model, batch)]
 
 
-def recomputed_layer_terms(
-    model: ModelConfig, batch: Batch, travelling: Container[str] = (), *, cross: bool = False
-) -> list[Term]:
+def recomputed_layer_terms(model: ModelConfig, batch: Batch, *, cross: bool = False) -> list[Term]:
     """The same if it is recomputed: its input, and what `moa_dist.models.recompute` keeps.
 
-    These are the chosen experts with their scores, and the sorted assignments with their order:
-    by expert, and where tokens travel, in the parts `travelling`, by rank before.
+    These are the chosen experts with their scores, and where scores decide who is dropped, these
+    in order.
     """
     terms = [term("input", batch.tokens, ("d_model", model.d_model), batch.element)]
     for name, router, groups, applications in _routers(model):
         times = 2 if cross and name == "attention" else 1
         chosen = ("chosen", groups * router.top_k * applications * times)
-        num_sorts = 2 if name in travelling else 1
-        kept_bytes = ("B", _INDEX[1] + batch.wide[1] + num_sorts * 2 * _INDEX[1])
-        terms.append(term(f"{name}: choices and order", batch.tokens, chosen, kept_bytes))
+        by_score = router.capacity is not None and router.capacity.policy == "probability"
+        num_kept = 2 if by_score else 1
+        kept_bytes = ("B", num_kept * (_INDEX[1] + batch.wide[1]))
+        terms.append(term(f"{name}: choices", batch.tokens, chosen, kept_bytes))
     return terms
 
 
@@ -211,7 +210,7 @@ def _stack(
     ]
     if not recompute:
         return [line.times(*layers) for line in of_layer], []
-    between = recomputed_layer_terms(model, batch, of_exchange, cross=cross)
+    between = recomputed_layer_terms(model, batch, cross=cross)
     return [line.times(*layers) for line in between], _named("recomputed: ", of_layer)
 
 

@@ -145,6 +145,29 @@ def test_recomputation_does_not_choose_experts_again(attention):
     assert score in backward.called, "nothing was recomputed: the test proves nothing"
 
 
+def test_a_recomputed_graph_can_be_gone_through_twice():
+    """As gradients of one loss after the other do."""
+    first, both = (small_model(attention="moa", recompute=True) for _ in range(2))
+    for model, times in ((first, 1), (both, 2)):
+        loss = model(tokens_of()).logits.square().sum()
+        for _ in range(times):
+            loss.backward(retain_graph=True)
+    for ours, theirs in zip(first.parameters(), both.parameters(), strict=True):
+        assert torch.equal(2 * ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_autocast(attention):
+    """Of those who use the model in a training of theirs."""
+    model = small_model(attention=attention).float()
+    plain = model(tokens_of()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(tokens_of()).logits
+    narrow.float().square().sum().backward()
+    torch.testing.assert_close(narrow.float(), plain, atol=0.05, rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_recomputation_is_off_without_gradients():
     model = small_model(recompute=True)
     with torch.no_grad():
