@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from moa_dist.labels import part
 from moa_dist.models.language_model import LanguageModelOutput
+from moa_dist.models.stack import Site
+from moa_dist.moe.statistics import RoutingStatistics
 
 NO_TARGET = -100
 """In the place of a token where nothing is to be predicted."""
@@ -79,8 +81,10 @@ class Objective(NamedTuple):
 
     cross_entropy: Tensor
     """Scalar, summed over targets, nats."""
-    output: LanguageModelOutput
-    """What the model said."""
+    auxiliary: dict[str, Tensor]
+    """Losses of the routers, see `LanguageModelOutput`."""
+    statistics: dict[Site, RoutingStatistics]
+    """What the routers did, likewise."""
 
     def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
         """Scalar whose mean over all micro-batches of a step, on all ranks, is the step's loss.
@@ -90,7 +94,7 @@ class Objective(NamedTuple):
         with uneven padding. `weight` is this micro-batch's number of sequences over their mean:
         auxiliary losses are means over sequences.
         """
-        auxiliary = sum(self.output.auxiliary.values(), torch.zeros_like(self.cross_entropy))
+        auxiliary = sum(self.auxiliary.values(), torch.zeros_like(self.cross_entropy))
         return self.cross_entropy / targets_per_micro_batch + weight * auxiliary
 
 
@@ -106,4 +110,5 @@ def objective(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> O
             reduction="sum",
             label_smoothing=label_smoothing,
         )
-        return Objective(cross_entropy, output)
+        # Without the logits, the largest of all tensors, which the backward pass does not need.
+        return Objective(cross_entropy, output.auxiliary, output.statistics)

@@ -136,7 +136,7 @@ class Engine:
             with part("backward"):
                 self.deepspeed.backward(result.loss(per_micro_batch, weight))
             _add(sums, _values(result, weight))
-            _add_reports(routing, result.output.statistics)
+            _add_reports(routing, result.statistics)
             if i < len(batches) - 1:
                 self.deepspeed.step()
         try:
@@ -272,7 +272,7 @@ def _finite(grad_norm: float) -> float:
 
 
 def _values(result: Objective, weight: float) -> dict[str, Tensor]:
-    auxiliary = {name: weight * value for name, value in result.output.auxiliary.items()}
+    auxiliary = {name: weight * value for name, value in result.auxiliary.items()}
     values = {"cross_entropy": result.cross_entropy, **auxiliary}
     return {name: value.detach() for name, value in values.items()}
 

@@ -40,7 +40,8 @@ def case(attention: dict[str, Any], ffn: dict[str, Any], norm: str, **more: Any)
 
 
 def saved(model: LanguageModel, *, at_once: bool) -> int:
-    """Bytes of the tensors that a forward saves, parameters left out, and of the logits.
+    """Bytes of the tensors that a forward saves, parameters left out, and of the logits, which end
+    with it, but while the loss is computed stand beside all others.
 
     What is recomputed is not saved by autograd, but held by closures.
     """
@@ -62,12 +63,12 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
         tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1))
         source = tokens[:, 1:] if model.encoder is not None else None
         result = objective(model, Data(tokens, source=source))
-    of_result = [part for value in result.output.statistics.values() for part in value]
+    of_result = [part for value in result.statistics.values() for part in value]
     others |= {*existing, *(part.untyped_storage().data_ptr() for part in of_result)}
     for tensor in all_tensors():
         pack(tensor)
-    storages.pop(result.output.logits.untyped_storage().data_ptr(), None)
-    return sum(s.nbytes() for s in storages.values()) + result.output.logits.nbytes
+    logits = SEQUENCES * LENGTH * VOCABULARY * next(model.parameters()).element_size()
+    return sum(s.nbytes() for s in storages.values()) + logits
 
 
 def all_tensors() -> list[Tensor]:
