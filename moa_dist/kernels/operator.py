@@ -116,6 +116,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     x, weight, down, ups, read, write, counts, _, activation = inputs
     _, kept, products = output
+    ctx.set_materialize_grads(False)  # else zeros stand for gradients of what is only kept
     ctx.save_for_backward(x, weight, down, read, write, counts, kept, *ups, *products)
     ctx.activation = activation
 
