@@ -107,7 +107,7 @@ class MoAttention(RoutedModule):
             k, v = cache = extended(cache, k, v)
         # Query heads are slot-major, (slot, head), so keys and values are tiled, not interleaved.
         k, v = (x[:, None].expand(-1, K, -1, -1, -1).flatten(1, 2) for x in (k, v))
-        heads = softmax_attention(q, k, v, mask)
+        heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
 
         slots = heads.transpose(1, 2).reshape(B * T * K, -1)
         experts = Experts(self.matrices("o", gathered))

@@ -106,7 +106,8 @@ class SwitchHeadAttention(RoutedModule):
         v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask).transpose(1, 2).reshape(B * T * H, -1)
+        heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
+        heads = heads.transpose(1, 2).reshape(B * T * H, -1)
 
         output_routing = self.output_router(query, mask.query_real)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
