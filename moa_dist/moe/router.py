@@ -37,12 +37,17 @@ class Routing(NamedTuple):
     """Sums for losses and reports."""
 
 
+_LEAST_SUM = 1e-30
+"""Scores of chosen experts may all underflow, where better ones are hidden from the token: then
+their weights are zero, and not 0 / 0. In fp32 gradients stay finite, too."""
+
+
 def _renormalize(chosen: Tensor) -> Tensor:
-    return chosen / chosen.sum(-1, keepdim=True)
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
 
 
 def _renormalize_detached(chosen: Tensor) -> Tensor:
-    return chosen / chosen.sum(-1, keepdim=True).detach()
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SUM).detach()
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {

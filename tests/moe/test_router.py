@@ -63,6 +63,17 @@ def test_renormalized_softmax_is_the_softmax_over_chosen_logits():
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_scores_that_all_underflow_weigh_nothing(gate):
+    """They are chosen when better experts are hidden; a sigmoid needs no more than that."""
+    logits = torch.full((1, 6, 5), -120.0).requires_grad_()
+    routing = identity_router(5, 3, score="sigmoid", gate=gate)(logits)
+    assert routing.weights.dtype == torch.float32
+    assert (routing.weights < 1e-6).all()
+    routing.weights.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("gate", GATES)
 def test_one_chosen_expert_trains_the_router_but_not_when_renormalized(score, gate):
