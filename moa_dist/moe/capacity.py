@@ -18,9 +18,10 @@ def expert_capacity(num_tokens: Tensor, factor: float, top_k: int, num_experts: 
 
     At most `tokens`, since a token takes an expert once.
     """
-    # In fp64: fp32 would round ceil() up or down once counts pass 2**24.
-    limit = torch.ceil(factor * top_k * num_tokens.double() / num_experts).long()
-    return torch.minimum(limit, num_tokens)
+    # In fp64: fp32 would round ceil() up or down once counts pass 2**24. 1.1 * 10 is a bit more
+    # than 11 in binary, which must not become 12.
+    exact = factor * top_k * num_tokens.double() / num_experts
+    return torch.minimum(torch.ceil(exact * (1 - 1e-14)).long(), num_tokens)
 
 
 def keep_within_capacity(

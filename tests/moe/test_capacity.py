@@ -23,6 +23,7 @@ POLICIES = ["probability", "position"]
         (3, 1.0, 4, 4, 3),  # all experts chosen
         (0, 2.0, 2, 4, 0),
         (2**25 + 1, 1.0, 1, 1, 2**25 + 1),  # beyond fp32
+        (100, 1.1, 1, 10, 11),  # which 1.1 * 100 / 10 exceeds in binary
     ],
 )
 def test_limit(tokens, factor, top_k, num_experts, limit):
