@@ -94,8 +94,9 @@ class RouterConfig(Section):
     that with the sum detached from the gradient (MoA, equation 6). `raw` is the default since
     the published numbers were made with it and it trains the router even at `top_k` 1."""
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability, while training, that an expert is hidden from a token (sigma-MoE's regulariser).
-    Drawn per rank, so with it runs of different layouts are not equal token by token."""
+    """Probability, while training, that an expert is hidden from a token (sigma-MoE's regulariser);
+    where less than `top_k` stay visible, some of the hidden are chosen all the same. Drawn per
+    rank, so with it runs of different layouts are not equal token by token."""
     capacity: CapacityConfig | None = None
     """Limit per expert and group of sequences; absent means dropless."""
     group_sequences: PositiveInt = 1

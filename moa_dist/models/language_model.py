@@ -139,6 +139,8 @@ class LanguageModel(nn.Module):
         num_past, real = 0, token_real
         if source is not None and self.encoder is None:
             raise ValueError("only a model that translates has a source")
+        if source is not None and cache is not None and cache.length:
+            raise ValueError("the cache holds a source already")
         if cache is not None:
             if self.config.objective == "masked":
                 raise ValueError("a masked language model sees both sides: it cannot use a cache")
@@ -248,6 +250,7 @@ def _final_norm(config: ModelConfig) -> nn.Module:
 def positions(tokens: Tensor, real: Tensor | None, num_past: int = 0) -> Tensor:
     """How many real tokens stand before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
 
+    Padding has the position of the real token before it.
     `real` [B, num_past + S] bool tells it of those that were read before, too.
     """
     if real is None:

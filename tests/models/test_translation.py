@@ -177,6 +177,10 @@ def test_a_source_is_for_translation_alone():
         model_of()(target)
     with pytest.raises(ValueError, match="only a model that translates"):
         small_model()(target, source=source)
+    model = model_of().eval()
+    cache = model(target[:, :3], None, model.empty_cache(), source).cache
+    with pytest.raises(ValueError, match="the cache holds a source already"):
+        model(target[:, 3:], None, cache, source)
 
 
 def test_dropout_is_for_training_and_follows_the_seed():
