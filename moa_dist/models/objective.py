@@ -63,6 +63,12 @@ class Batch(NamedTuple):
         """Tokens to predict."""
         return int((self.labels() != NO_TARGET).sum())
 
+    def num_read(self) -> int:
+        """Tokens that the model reads, those of a source and padding left out."""
+        tokens, real, *_ = self.inputs()
+        assert tokens is not None
+        return tokens.numel() if real is None else int(real.sum())
+
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
         return self._each(lambda field: field.to(device, non_blocking=True))

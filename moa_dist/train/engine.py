@@ -49,6 +49,8 @@ class StepResult:
     """Global norm before clipping."""
     tokens: int
     """Targets of all ranks."""
+    tokens_read: int
+    """Of all ranks, padding left out: as many unless some were hidden to be predicted."""
     routing: dict[Site, RoutingReport]
     """Sums over this rank's micro-batches."""
     traffic: dict[Flow, Volume]
@@ -115,8 +117,8 @@ class Engine:
         gradient norm is not finite, or the loss is above `loss_limit`.
         """
         batches = [batch.to(self.device) for batch in batches]
-        own = [[batch.num_targets(), batch.num_sequences] for batch in batches]
-        num_targets, num_sequences = self._sum_over_ranks(
+        own = [[b.num_targets(), b.num_sequences, b.num_read()] for b in batches]
+        num_targets, num_sequences, num_read = self._sum_over_ranks(
             torch.tensor(own).sum(0), "number of targets"
         ).tolist()
         num_targets = max(num_targets, 1)  # all tokens of a step may be padding, or none hidden
@@ -153,7 +155,13 @@ class Engine:
         self.mesh.waits.settle()
         auxiliary = {name: value / num_micro_batches for name, value in values.items()}
         return StepResult(
-            loss, auxiliary, grad_norm, int(num_targets), routing, self.mesh.ledger.take()
+            loss,
+            auxiliary,
+            grad_norm,
+            int(num_targets),
+            int(num_read),
+            routing,
+            self.mesh.ledger.take(),
         )
 
     def _update(self) -> float:

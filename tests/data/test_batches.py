@@ -95,6 +95,7 @@ def test_hidden_tokens_alone_are_predicted(
     )
     labels: Tensor = batch.labels()
     predicted = labels != NO_TARGET
+    assert batch.num_read() == labels.numel(), "what is hidden is read, too"
     assert 0 < batch.num_targets() == int(predicted.sum()) < labels.numel() // 2
     # A sample consists of one token.
     originals = labels.max(1).values[:, None].expand_as(labels)
