@@ -21,7 +21,8 @@ class DataConfig(Section):
     """Tokens per sequence; must be the block length that the shards were prepared with."""
     bucket_tokens: PositiveInt = 4096
     """Translation: a sample is a bucket, of pairs of similar length, and this is the most tokens
-    of a bucket: its pairs times its longest text, padding included."""
+    of a bucket: its pairs times its longest text, padding included. Rather than `train.micro_batch`
+    raise this: several buckets of one micro-batch are padded to the longest text of all."""
     readers: PositiveInt = 8
     """Shards read side by side by all ranks together. The number of ranks must divide it; the
     order of samples depends on it, and on nothing else of the layout. Not for translation, where

@@ -43,12 +43,25 @@ def training_batches(
     """This rank's micro-batches from global sample `consumed` on, without end.
 
     Micro-batch b holds the samples `consumed + rank + W * (b * micro_batch + j)` for j from 0.
-    Raises DataError, also while iterating: see `SampleStream`.
+    Reads all pairs at once, before any limit on the time of a step begins. Raises DataError, also
+    while iterating: see `SampleStream`.
     """
-    data, micro_batch = config.data, config.train.micro_batch
     if isinstance(manifest, PairManifest):
-        yield from _buckets(config, manifest, count(consumed + rank, world_size))
-        return
+        pairs = read_pairs(Path(config.data.train), manifest)
+        samples = count(consumed + rank, world_size)
+        return _buckets(config, pairs, manifest.end_of_document, samples)
+    return _samples(config, manifest, rank, world_size, consumed, exclusions)
+
+
+def _samples(
+    config: Config,
+    manifest: Manifest,
+    rank: int,
+    world_size: int,
+    consumed: int,
+    exclusions: Exclusions,
+) -> Iterator[Batch]:
+    data, micro_batch = config.data, config.train.micro_batch
     stream = SampleStream(
         Path(data.train),
         manifest,
@@ -71,13 +84,12 @@ def training_batches(
         sample += world_size * micro_batch
 
 
-def _buckets(config: Config, manifest: PairManifest, samples: Iterable[int]) -> Iterator[Batch]:
+def _buckets(config: Config, pairs: Pairs, end: int, samples: Iterable[int]) -> Iterator[Batch]:
     """Of `train.micro_batch` samples each."""
-    pairs = read_pairs(Path(config.data.train), manifest)
     order = BucketOrder(pairs.longest, config.data.bucket_tokens, config.data.seed)
     buckets = order.take(samples)
     while chosen := list(islice(buckets, config.train.micro_batch)):
-        yield _translated(pairs, np.concatenate(chosen), manifest.end_of_document)
+        yield _translated(pairs, np.concatenate(chosen), end)
 
 
 def held_out_batches(

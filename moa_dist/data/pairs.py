@@ -85,14 +85,18 @@ def read_pairs(folder: Path, manifest: PairManifest) -> Pairs:
         DataError: a shard is missing, differs from the manifest in any way, or holds a token
             id outside the vocabulary.
     """
-    texts: list[Tokens] = []
+    shards: list[Tokens] = []
+    lengths: list[int] = []
     for index, entry in enumerate(manifest.shards):
         file, content = read_checked(folder, entry)
         first = index * manifest.pairs_per_shard
         count = min(manifest.pairs_per_shard, manifest.pairs - first)
-        texts += _parse(file, content, manifest, range(first, first + count))
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64).reshape(-1, 2)
-    return Pairs(np.concatenate(texts), ends)
+        texts = _parse(file, content, manifest, range(first, first + count))
+        # Shard by shard: an array per text takes many times the room of its tokens.
+        lengths += map(len, texts)
+        shards.append(np.concatenate(texts))
+    ends = np.cumsum(lengths, dtype=np.int64).reshape(-1, 2)
+    return Pairs(np.concatenate(shards), ends)
 
 
 def _parse(file: Path, content: bytes, manifest: PairManifest, pairs: range) -> list[Tokens]:

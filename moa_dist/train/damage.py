@@ -10,6 +10,7 @@ import torch.distributed as dist
 from moa_dist.config.run import DataConfig
 from moa_dist.data.check import SKIP_REMEDY
 from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
+from moa_dist.data.pairs import read_pairs
 from moa_dist.data.shards import read_shard
 from moa_dist.errors import DataError
 
@@ -26,14 +27,18 @@ def find_damage(data: DataConfig, train: AnyManifest, valid: AnyManifest | None)
 
     Args:
         data: the run's data section; without `verify: checksums` nothing is read or left out, nor
-            of pairs, which every rank reads and checks in full when it begins.
+            of pairs to train on, which every rank reads and checks in full when it begins.
         train: manifest of the training data.
         valid: manifest of the validation data.
 
     Raises:
         DataError: a shard is damaged that may not be left out, or no training shard is whole.
     """
-    if data.verify == "sizes" or isinstance(train, PairManifest):
+    if data.verify == "sizes":
+        return {}
+    if isinstance(train, PairManifest):
+        if isinstance(valid, PairManifest) and data.valid:
+            read_pairs(Path(data.valid), valid)
         return {}
     damaged = _damaged_shards(Path(data.train), train)
     problems = []

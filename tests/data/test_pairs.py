@@ -22,6 +22,7 @@ from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
 from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.models.objective import Batch
+from moa_dist.train.damage import find_damage
 from tests.parallel_text import LENGTH, lines, write_lines, write_pairs
 
 BUCKET_TOKENS, GLOBAL_BATCH = 100, 4
@@ -212,6 +213,13 @@ def test_damage_is_named(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):
         read_pairs(tmp_path / "data", manifest)
+    with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):  # not in the first step
+        training_batches(config(tmp_path / "data", 1), manifest, rank=0, world_size=1, consumed=0)
+    held_out = DataConfig(
+        train="other", valid=str(tmp_path / "data"), sequence_length=9, verify="checksums"
+    )
+    with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):
+        find_damage(held_out, manifest, manifest)
 
 
 def test_nothing_but_texts_of_pairs_in_order_is_accepted(tmp_path: Path) -> None:
