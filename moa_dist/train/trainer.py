@@ -9,7 +9,6 @@ has consumed: data order, learning rate and random numbers are functions of thes
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -107,7 +106,7 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             hosts = names_of_hosts()
-            pace = Pace(step, mesh.waits)
+            pace, tokens_read = Pace(step, mesh.waits), 0
             while step < config.train.steps:
                 watchdog.begin(step + 1)
                 batches = [next(micro_batches) for _ in range(accumulation)]
@@ -132,11 +131,12 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                         micro_batches = _micro_batches(
                             config, train_manifest, mesh, samples, exclusions
                         )
-                        pace = Pace(step, mesh.waits)
+                        pace, tokens_read = Pace(step, mesh.waits), 0
                     _tell(listener, [policy.give_up(first, samples, bad, error)])
                     continue
                 watchdog.rest()
                 step += 1
+                tokens_read += result.tokens_read
                 policy.accept(step, result.loss)
                 with pace.paused():
                     _tell(listener, tracer.write())
@@ -158,12 +158,13 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                                 samples=samples,
                                 digest=boundary.digest,
                                 tokens=result.tokens,
-                                tokens_per_second=lap.steps / lap.seconds * result.tokens,
+                                tokens_per_second=tokens_read / lap.seconds,
                                 timing=Timing.of(interval.work, interval.wait, hosts),
                                 routing=interval.routing,
                                 traffic=interval.traffic,
                             )
                         )
+                    tokens_read = 0
                 if valid_manifest and _due(step, config.evaluation.every, config):
                     with pace.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
@@ -218,9 +219,12 @@ def _tell(listener: Observer | None, notes: Iterable[str]) -> None:
 def describe_run(config: Config, folder: Path) -> None:
     """Keep beside the checkpoints what they depend on. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
-    for file in KEPT_FILES:
-        shutil.copyfile(Path(config.data.train) / file, folder / file)
+    contents = {file: (Path(config.data.train) / file).read_bytes() for file in KEPT_FILES}
+    for file, content in ({"config.yaml": to_yaml(config).encode()} | contents).items():
+        path, new = folder / file, folder / f".{file}.new"
+        if not path.exists() or path.read_bytes() != content:
+            new.write_bytes(content)
+            new.replace(path)  # cut short, it would be another run's
 
 
 def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunStart:

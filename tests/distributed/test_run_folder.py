@@ -3,10 +3,37 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from moa_dist.errors import DataError
 from moa_dist.train.checkpoint import from_rank_0
 from moa_dist.train.trainer import describe_run
 from tests.distributed.layouts import Case
+from tests.small_shards import write_folder
+
+
+def test_a_start_that_is_cut_short_spoils_nothing(tmp_path, monkeypatch):
+    """Half a tokenizer.json would be that of another run, and resuming refused for ever."""
+    write_folder(tmp_path / "data")
+    (tmp_path / "data/tokenizer.json").write_text("{}")
+    config = Case().config()
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": str(tmp_path / "data")})}
+    )
+    describe_run(config, tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert before.keys() == {"config.yaml", "tokenizer.json", "manifest.json"}
+    (tmp_path / "data/manifest.json").write_text("another")
+
+    def half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        describe_run(config, tmp_path / "run")
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
 
 
 def begin(folder: Path) -> str:
