@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -85,6 +85,8 @@ class _Write:
     """On rank 0, waits for all parts and makes them a checkpoint."""
     cancelled: Event
     """Tells it that a part will never come."""
+    notes: list[str] = field(default_factory=list)
+    """What else it met, to be said with its success."""
 
     def progress(self) -> int:
         """Done, running or failed, as far as this rank knows."""
@@ -111,6 +113,7 @@ class Checkpointer:
         self._write: _Write | None = None
         self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
         self._failed: str | None = None  # why the last one is not there
+        self._damaged: list[Path] = []  # passed over by `resume`
         self.num_failures = 0
         """Checkpoints that could not be written."""
 
@@ -125,11 +128,13 @@ class Checkpointer:
         folders = from_rank_0(self._tidy_and_list)
         later = [f for f in folders if last_step is not None and step_of(f) > last_step]
         damaged = []
+        self._damaged = []
         for folder in reversed(folders[: len(folders) - len(later)]):
             rank, world_size = dist.get_rank(), dist.get_world_size()
             problems = [p for found in _gather(damage(folder, rank, world_size)) for p in found]
             if problems:
                 damaged.append(f"{folder} is damaged ({problems[0]})")
+                self._damaged.append(folder)
                 continue
             index = load(self._engine, folder)
             from_rank_0(partial(_discard_all, later))
@@ -245,11 +250,17 @@ class Checkpointer:
                 tensors=tensors,
             )
 
+        notes: list[str] = []
+
         def publish_and_prune() -> None:
             publish(target, world_size, make_index, cancelled)
-            prune(self._folder, step, config.checkpoint.keep_last, config.checkpoint.keep_every)
+            keep = config.checkpoint
+            try:
+                prune(self._folder, step, keep.keep_last, keep.keep_every, self._damaged)
+            except OSError as error:  # such as one that somebody reads, on a network file system
+                notes.append(f"an old checkpoint stays: {explain(error)}")
 
-        return _Write(target, identity, part, Background(publish_and_prune), cancelled)
+        return _Write(target, identity, part, Background(publish_and_prune), cancelled, notes)
 
     def _settle(self) -> list[str]:
         """Wait for the pending write, and agree on what became of it."""
@@ -264,11 +275,11 @@ class Checkpointer:
         ]
         if errors:
             write.cancelled.set()
-        error, seconds = from_rank_0(partial(_outcome, write))
+        error, seconds, notes = from_rank_0(partial(_outcome, write))
         if error is not None:
             return [self._note_failure(write.target, "; ".join(errors) or error)]
         self._saved, self._failed = write.identity, None
-        return [f"saved {write.target} in {seconds:.1f} s"]
+        return [f"saved {write.target} in {seconds:.1f} s", *notes]
 
     def _note_failure(self, target: Path, error: str) -> str:
         """Count it; raises SaveError if that is the policy."""
@@ -280,15 +291,15 @@ class Checkpointer:
         return f"{self._failed} (failed {times}; checkpoint.on_failure lets training go on)"
 
 
-def _outcome(write: _Write) -> tuple[str | None, float]:
-    """On rank 0: why there is no checkpoint, if so, and how long it took."""
+def _outcome(write: _Write) -> tuple[str | None, float, list[str]]:
+    """On rank 0: why there is no checkpoint, if so, how long it took, and what else happened."""
     assert write.publication is not None
     error = write.publication.wait()
     if error is None:
-        return None, write.publication.seconds
+        return None, write.publication.seconds, write.notes
     # Gives the room back; if even that fails, the next save says so.
     shutil.rmtree(partial_folder(write.target), ignore_errors=True)
-    return explain(error), write.publication.seconds
+    return explain(error), write.publication.seconds, []
 
 
 def _discard_all(folders: list[Path]) -> None:

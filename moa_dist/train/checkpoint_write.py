@@ -9,10 +9,11 @@ which there is a whole one. Ranks speak through files alone, so all of it can ru
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from threading import Event
 
@@ -114,9 +115,11 @@ def publish(
 def _wait_for_parts(
     partial: Path, world_size: int, cancelled: Event, patience_s: float
 ) -> list[Part]:
-    deadline = time.monotonic() + patience_s
+    deadline = math.inf  # while this rank writes its own part, no other is late
     missing = list(range(world_size))
     while missing := [rank for rank in missing if not _part_file(partial, rank).exists()]:
+        if 0 not in missing:
+            deadline = min(deadline, time.monotonic() + patience_s)
         if cancelled.is_set() or time.monotonic() > deadline:
             why = "after another rank failed" if cancelled.is_set() else f"in {patience_s:.0f} s"
             ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -173,17 +176,26 @@ def remove_leftovers(folder: Path) -> None:
         else:
             path.rename(target)
     for path in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # one in the way of a new one will be noticed
 
 
-def prune(folder: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
+def prune(
+    folder: Path,
+    newest: int,
+    keep_last: int,
+    keep_every: int | None,
+    damaged: Container[Path] = (),
+) -> None:
     """Delete checkpoints up to step `newest`, but the last ones and every so many steps.
 
-    Later ones are left alone: damaged, or else they would have been continued.
+    The `damaged` do not count, and go. Later ones than `newest` are left alone: damaged, or else
+    they would have been continued.
     """
     past = [path for path in checkpoints(folder) if step_of(path) <= newest]
-    for path in past[:-keep_last]:
-        if keep_every is None or step_of(path) % keep_every:
+    sound = [path for path in past if path not in damaged]
+    kept = [path for path in sound if keep_every and step_of(path) % keep_every == 0]
+    for path in past:
+        if path not in sound[-keep_last:] and path not in kept:
             discard(path)
 
 

@@ -1,5 +1,6 @@
 """Saves that fail, on every rank alike; and which checkpoint a run continues from."""
 
+import errno
 import resource
 import subprocess
 import time
@@ -8,6 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -100,6 +102,33 @@ def settle(checkpointer: Checkpointer) -> list[str]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return notes
+
+
+def save_while_an_old_one_is_held(config: Config, folder: Path) -> tuple[list[str], list[str]]:
+    """Notes on rank 0's side, and what is left."""
+    engine = make_engine(CASE, seed=0)
+    checkpointer = Checkpointer(engine, config, folder)
+    checkpointer.save(1, 8)
+    checkpointer.finish()
+    take_step(engine, CASE, 1)
+    busy = OSError(errno.EBUSY, "Device or resource busy", str(folder))
+    with patch("moa_dist.train.checkpoint_write.discard", side_effect=busy):
+        checkpointer.save(2, 16)
+        notes = checkpointer.finish()
+    dist.barrier()
+    left = sorted(path.name for path in folder.iterdir())
+    engine.close()
+    return notes, left
+
+
+def test_an_old_checkpoint_that_stays_is_no_failure(pools, tmp_path):
+    """Such as one that somebody reads, on a network file system."""
+    config = with_policy(CASE, keep_last=1)
+    for notes, left in pools(2).run(save_while_an_old_one_is_held, config, tmp_path / "run"):
+        assert "saved" in notes[0]
+        assert "an old checkpoint stays" in notes[1]
+        assert "Device or resource busy" in notes[1]
+        assert left == ["step-00000001", "step-00000002"]
 
 
 def save_while_failing(config: Config, how: str, folder: Path):

@@ -3,16 +3,17 @@
 import json
 import re
 import subprocess
-from threading import Event, Thread
+from functools import partial
+from threading import Event, Thread, Timer
 
 import pytest
 import torch
 
 from moa_dist.errors import DataError
 from moa_dist.train.checkpoint_check import damage, newest_index
-from moa_dist.train.checkpoint_files import Reader, checkpoints, step_of
-from moa_dist.train.checkpoint_write import partial_folder, publish
-from tests.train.saved import CONFIG, begin, read, save, values, write_rank
+from moa_dist.train.checkpoint_files import Reader, checkpoint_folder, checkpoints, step_of
+from moa_dist.train.checkpoint_write import partial_folder, prune, publish
+from tests.train.saved import CONFIG, begin, make_index, read, save, values, write_rank
 
 TENSORS = "rank-00001.safetensors"
 
@@ -105,6 +106,15 @@ def test_a_damaged_later_one_costs_no_earlier_one(tmp_path):
     assert [step_of(c) for c in checkpoints(tmp_path)] == [2, 3]
 
 
+def test_damaged_ones_do_not_count(tmp_path):
+    """Else keeping two would leave a damaged and a new one."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=3)
+    save(tmp_path, 4, keep_last=3)
+    prune(tmp_path, 4, 2, None, damaged=[checkpoint_folder(tmp_path, 3)])
+    assert [step_of(c) for c in checkpoints(tmp_path)] == [2, 4]
+
+
 def test_newest_readable_index(tmp_path):
     assert newest_index(tmp_path) is None
     for step in (1, 2):
@@ -122,6 +132,16 @@ def test_missing_ranks_are_named_in_time(tmp_path):
     with pytest.raises(DataError, match=r"nothing complete from rank 1, 2 in 0 s.*same folder"):
         publish(target, 3, lambda *_: None, Event(), patience_s=0.2)
     assert checkpoints(tmp_path) == []
+
+
+def test_no_rank_is_late_while_rank_0_writes(tmp_path):
+    target = begin(tmp_path, 1)
+    write_rank(target, 1, 1)
+    late = Timer(0.6, write_rank, (target, 1, 0))
+    late.start()
+    publish(target, 2, partial(make_index, 1), Event(), patience_s=0.3)
+    late.join()
+    assert torch.equal(read(target), values(1))
 
 
 def test_a_failed_rank_ends_the_wait(tmp_path):
