@@ -71,7 +71,7 @@ class SampleStream(IterableDataset[Tensor]):
         if consumed < 0 or consumed % world_size:
             raise DataError(
                 f"cannot resume at sample {consumed} with {world_size} ranks: it is not a multiple "
-                "of the ranks; use a number of ranks that divides train.global_batch"
+                "of the ranks; use a number of ranks that divides it"
             )
         assert 0 <= rank < world_size
         assert micro_batch > 0

@@ -28,10 +28,10 @@ def check_run(config: Config, world_size: int) -> None:
         world_size=world_size,
         objective=config.model.objective,
     )
-    _check_earlier_run(config)
+    _check_earlier_run(config, world_size)
 
 
-def _check_earlier_run(config: Config) -> None:
+def _check_earlier_run(config: Config, world_size: int) -> None:
     """What the run's folder holds must be what this run goes on from."""
     folder = run_folder(config)
     if not checkpoints(folder):
@@ -54,6 +54,22 @@ def _check_earlier_run(config: Config) -> None:
     # Without one, the checkpointer will explain; without samples there is no order to keep.
     if newest is None or newest.samples == 0:
         return
+    if newest.samples % world_size:
+        raise ConfigError(
+            [
+                f"the newest checkpoint has consumed {newest.samples} samples, which {world_size} "
+                "ranks cannot share alike: go on with a number of ranks that divides them"
+            ],
+            f"{folder}",
+        )
+    if newest.config.model.objective != config.model.objective:
+        raise ConfigError(
+            [
+                f"model.objective was {newest.config.model.objective} before: set it back, or "
+                "choose another `name`"
+            ],
+            f"{folder}",
+        )
     before = newest.config.data
     translates = config.model.objective == "translation"
     deciding = ("seed", "bucket_tokens") if translates else ("seed", "readers")
