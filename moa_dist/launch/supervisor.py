@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -169,8 +170,8 @@ def _show(folder: Path, cause: Cause, console: TextIO) -> None:
 
 def _new_folder(logs: Path) -> tuple[int, Path]:
     """Attempts are counted over the whole run, also when the supervisor was started again."""
-    used = [int(path.name.removeprefix("attempt-")) for path in logs.glob("attempt-*")]
-    number = max(used, default=0) + 1
+    used = [re.fullmatch(r"attempt-(\d+)", path.name) for path in logs.glob("attempt-*")]
+    number = max((int(match[1]) for match in used if match), default=0) + 1
     folder = logs / f"attempt-{number:02d}"
     folder.mkdir(parents=True)
     return number, folder

@@ -123,6 +123,15 @@ def test_attempts_are_counted_over_supervisors(config, tmp_path):
     assert script.folders[0].name == "attempt-02"
 
 
+def test_other_folders_are_no_attempts(config, tmp_path):
+    run(config, Script(tmp_path / "x", (75, 2)))
+    (tmp_path / "x").mkdir(exist_ok=True)
+    logs = next(tmp_path.rglob("attempt-01")).parent
+    (logs / "attempt-01.bak").mkdir()
+    _, _, attempts = run(config, Script(tmp_path / "x", (0, 4)))
+    assert [a["attempt"] for a in attempts] == [1, 2]
+
+
 def test_waits_double_up_to_five_minutes():
     policy = RestartPolicy(first_wait_s=1.0)
     assert [policy.wait_s(n) for n in (1, 2, 3, 20)] == [1, 2, 4, 300]
