@@ -10,6 +10,7 @@ supervisor is gone, and then, as when the launcher is, the command is killed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -145,7 +146,8 @@ def _keep(folder: Path, command: list[str], lifeline: Lifeline) -> int:
     now = count_oom_kills()
     killed = None if now is None or oom_kills is None else now - oom_kills
     ended = replace(record, status=status, ended=time.time(), orphaned=orphaned, oom_kills=killed)
-    write_record(folder, ended)
+    with contextlib.suppress(OSError):  # a full disk; the exit status tells most of it
+        write_record(folder, ended)
     return status if status >= 0 else 128 - status
 
 

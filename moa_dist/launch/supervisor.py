@@ -99,8 +99,11 @@ def supervise(
             cause = Cause(f"preempted; then {cause.text}", ExitCode.PREEMPTED, cause.rank)
         gives_up = not cause.is_final and restarts > policy.max_restarts
         wait_s = 0.0 if cause.is_final or gives_up else policy.wait_s(restarts)
+        if cause.exit_code is not ExitCode.DONE:
+            _show(folder, cause, console)
         _record(
             run / ATTEMPTS_FILE,
+            console,
             attempt=number,
             began=began.isoformat(timespec="seconds"),
             seconds=round((datetime.now(UTC) - began).total_seconds(), 1),
@@ -111,8 +114,6 @@ def supervise(
             exit_code=cause.exit_code.name.lower(),
             restarts=not (cause.is_final or gives_up),
         )
-        if cause.exit_code is not ExitCode.DONE:
-            _show(folder, cause, console)
         if cause.is_final or gives_up:
             if gives_up:
                 times = f"{policy.max_restarts} restarts without a new checkpoint"
@@ -182,11 +183,14 @@ def _newest_step(run: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in checkpoints(run)), default=0)
 
 
-def _record(path: Path, **values: object) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(values) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def _record(path: Path, console: TextIO, **values: object) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk: the job's own end is not to be lost with it
+        print(f"{path}: this attempt is not recorded: {error.strerror}", file=console)
 
 
 def _sleep(seconds: float, preemption: Preemption) -> bool:

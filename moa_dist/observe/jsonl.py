@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
+from io import SEEK_END, FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from moa_dist.errors import DataError
 from moa_dist.models.stack import Site
@@ -31,7 +33,7 @@ class MetricsFile:
     """
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._step = 0
         self._routing: dict[Site, RoutingReport] = {}
 
@@ -40,7 +42,7 @@ class MetricsFile:
         path = Path(run.folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path, run.first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         values = _shallow(run)
         values["config"] = run.config.model_dump(mode="json")
         values["provenance"] = asdict(run.provenance)
@@ -72,10 +74,10 @@ class MetricsFile:
     def rewind(self, step: int) -> None:
         """Cut off what lies after this step."""
         assert self._file is not None, "start comes first"
-        path = Path(self._file.name)
+        path = Path(str(self._file.name))
         self._file.close()
         _cut(path, step, same_start=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         self._step, self._routing = step, {}
 
     def note(self, message: str) -> None:
@@ -91,10 +93,18 @@ class MetricsFile:
         assert self._file is not None, "start comes first"
         self._step = step
         record = _strict({"kind": kind, "step": step} | values)
-        line = json.dumps(record, allow_nan=False)
-        # Whole lines, at once: whoever reads along or after a crash misses one line at most.
-        self._file.write(line + "\n")
-        self._file.flush()
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        # Whole lines, at once: whoever reads along or after a crash misses one line at most, and
+        # what a full disk cuts short is taken back.
+        size = self._file.seek(0, SEEK_END)
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(self._file.name)) from error
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

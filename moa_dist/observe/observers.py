@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import torch
@@ -11,12 +12,15 @@ from moa_dist.config.run import Config
 from moa_dist.observe.console import Console
 from moa_dist.observe.gpu import GpuTelemetry
 from moa_dist.observe.jsonl import MetricsFile
+from moa_dist.train.checkpoint_write import explain
 from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 
 
 class Observers:
     """Passes everything on to the console, the metrics file and, if configured, TensorBoard.
 
+    What one of them cannot write, on a full disk, is missing there, and training goes on: whether
+    it may without checkpoints is another question, which `checkpoint.on_failure` answers.
     Every rank may make one, for nothing is opened before `start`; rank 0 alone uses it.
     """
 
@@ -25,6 +29,7 @@ class Observers:
         self._listeners: list[Observer] = [Console(), MetricsFile()]
         self._gpu: GpuTelemetry | None = None
         self._closing = ExitStack()
+        self._failed: set[str] = set()
 
     def start(self, run: RunStart) -> None:
         """See `Observer.start`. The rank's device must be torch's current one."""
@@ -48,13 +53,11 @@ class Observers:
         """See `Observer.step`. Adds what the GPU says."""
         assert self._gpu is not None, "start comes first"
         metrics = replace(metrics, gpu=self._gpu.read())
-        for listener in self._listeners:
-            listener.step(metrics)
+        self._each(lambda listener: listener.step(metrics))
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """See `Observer.validation`."""
-        for listener in self._listeners:
-            listener.validation(metrics)
+        self._each(lambda listener: listener.validation(metrics))
 
     def rewind(self, step: int) -> None:
         """See `Observer.rewind`."""
@@ -63,8 +66,20 @@ class Observers:
 
     def note(self, message: str) -> None:
         """See `Observer.note`."""
+        self._each(lambda listener: listener.note(message))
+
+    def _each(self, tell: Callable[[Observer], None]) -> None:
         for listener in self._listeners:
-            listener.note(message)
+            try:
+                tell(listener)
+            except OSError as error:
+                self._say_once(f"{type(listener).__name__} lacks lines: {explain(error)}")
+
+    def _say_once(self, problem: str) -> None:
+        if problem not in self._failed:
+            self._failed.add(problem)
+            with suppress(OSError):  # the console may be a file on the same disk
+                self._listeners[0].note(problem)
 
     def close(self) -> None:
         """See `Observer.close`. Closes all, also if one of them fails to."""

@@ -223,4 +223,5 @@ def explain(error: Exception) -> str:
         return str(error) or repr(error)
     name = errno.errorcode.get(error.errno, str(error.errno))
     remedy = _REMEDIES.get(error.errno, "check the file system")
-    return f"{error.filename}: {os.strerror(error.errno)} ({name}): {remedy}"
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{os.strerror(error.errno)} ({name}): {remedy}"

@@ -123,6 +123,15 @@ def test_attempts_are_counted_over_supervisors(config, tmp_path):
     assert script.folders[0].name == "attempt-02"
 
 
+def test_a_disk_too_full_for_the_record_hides_no_cause(config, tmp_path):
+    console, script = io.StringIO(), Script(tmp_path / "x", (2, 1))
+    (tmp_path / "x/attempts.jsonl").mkdir(parents=True)  # root may write anywhere but there
+    code = supervise(config, script, RestartPolicy(2, first_wait_s=0.0), Preemption(), console)
+    assert code is ExitCode.USER
+    assert "rank 1's last words" in console.getvalue()
+    assert "attempts.jsonl: this attempt is not recorded: Is a directory" in console.getvalue()
+
+
 def test_other_folders_are_no_attempts(config, tmp_path):
     run(config, Script(tmp_path / "x", (75, 2)))
     (tmp_path / "x").mkdir(exist_ok=True)

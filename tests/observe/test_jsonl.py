@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,23 @@ def write(run, *steps, validate=()):
             file.note(f"saved step {step}")
     file.close()
     return Path(run.folder) / FILE_NAME
+
+
+def test_what_a_full_disk_cuts_short_is_taken_back(run_start):
+    file = MetricsFile()
+    run = run_start()
+    file.start(run)
+    path = Path(run.folder) / FILE_NAME
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            file.step(step_metrics(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file.step(step_metrics(2))
+    file.close()
+    assert outline(path) == [("start", 0), ("step", 2)]
 
 
 def outline(path):

@@ -1,11 +1,13 @@
 """One observer that tells all others."""
 
+import errno
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from moa_dist.observe import Observers
-from moa_dist.observe.jsonl import FILE_NAME, read_metrics
+from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
 from moa_dist.observe.tensorboard import FOLDER_NAME
 from tests.observe.reports import make_config, step_metrics, validation_metrics
 
@@ -27,6 +29,24 @@ def test_everyone_is_told(run_start, capsys, tensorboard):
     assert kinds == ["start", "note", "step", "validation", "note"]
     assert text.count("no GPU telemetry") == 1
     assert (Path(run.folder) / FOLDER_NAME).exists() == tensorboard
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(run_start, capsys, monkeypatch):
+    config = make_config(logging={"tensorboard": False})
+    run = run_start(config=config)
+    observers = Observers(config)
+    observers.start(run)
+    full = OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "step", Mock(side_effect=full))
+        for step in (1, 2):
+            observers.step(step_metrics(step))
+    observers.step(step_metrics(3))
+    observers.close()
+    text = capsys.readouterr().out
+    assert text.count("MetricsFile lacks lines: metrics.jsonl: No space left on device") == 1
+    steps = [r["step"] for r in read_metrics(Path(run.folder) / FILE_NAME) if r["kind"] == "step"]
+    assert steps == [3]
 
 
 def test_nothing_is_opened_before_the_start(tmp_path, monkeypatch):
