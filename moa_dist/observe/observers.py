@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -44,7 +45,7 @@ class Observers:
 
             self._listeners.append(TensorBoard())
         for listener in self._listeners:
-            self._closing.callback(listener.close)
+            self._closing.callback(self._try, listener, listener.close)
             listener.start(run)
         if self._gpu.reason:
             self.note(self._gpu.reason)
@@ -70,10 +71,13 @@ class Observers:
 
     def _each(self, tell: Callable[[Observer], None]) -> None:
         for listener in self._listeners:
-            try:
-                tell(listener)
-            except OSError as error:
-                self._say_once(f"{type(listener).__name__} lacks lines: {explain(error)}")
+            self._try(listener, partial(tell, listener))
+
+    def _try(self, listener: Observer, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            self._say_once(f"{type(listener).__name__} lacks lines: {explain(error)}")
 
     def _say_once(self, problem: str) -> None:
         if problem not in self._failed:

@@ -42,7 +42,9 @@ def test_a_full_disk_is_said_once_and_ends_nothing(run_start, capsys, monkeypatc
         for step in (1, 2):
             observers.step(step_metrics(step))
     observers.step(step_metrics(3))
-    observers.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "close", Mock(side_effect=full))
+        observers.close()
     text = capsys.readouterr().out
     assert text.count("MetricsFile lacks lines: metrics.jsonl: No space left on device") == 1
     steps = [r["step"] for r in read_metrics(Path(run.folder) / FILE_NAME) if r["kind"] == "step"]
