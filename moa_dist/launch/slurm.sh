@@ -27,8 +27,9 @@ run_step() {
     step=
 }
 
-# The launchers start failed ranks again; what is mended here is a launcher that was killed.
-is_lost() { ((status == LOST_PEER || status > 128)); }
+# The launchers start failed ranks again; what is mended here is a launcher that was killed. bash's
+# `wait` says -1 now and then if the step ends while a signal comes: then nobody knows its status.
+is_lost() { ((status == LOST_PEER || status > 128 || status < 0)); }
 for start in 1 2 3; do
     run_step
     if ((asked)) || ! is_lost; then break; fi
