@@ -254,6 +254,7 @@ class Checkpointer:
 
         def publish_and_prune() -> None:
             publish(target, world_size, make_index, cancelled)
+            self._damaged = [path for path in self._damaged if path != target]  # it is sound now
             keep = config.checkpoint
             try:
                 prune(self._folder, step, keep.keep_last, keep.keep_every, self._damaged)

@@ -104,6 +104,35 @@ def settle(checkpointer: Checkpointer) -> list[str]:
     return notes
 
 
+def save_in_place_of_a_damaged_one(config: Config, folder: Path) -> list[str]:
+    """Steps 1 and 2, which is altered, then 2 again and 3; what is left, and sound."""
+    engine = make_engine(CASE, seed=0)
+    checkpointer = Checkpointer(engine, config, folder)
+    for step in (1, 2):
+        take_step(engine, CASE, step)
+        checkpointer.save(step, 8 * step)
+        checkpointer.finish()
+    if dist.get_rank() == 0:
+        file = folder / "step-00000002/rank-00000.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    dist.barrier()
+    assert checkpointer.resume().step == 1
+    for step in (2, 3):
+        take_step(engine, CASE, step)
+        checkpointer.save(step, 8 * step)
+        checkpointer.finish()
+    dist.barrier()
+    left = [path.name for path in checkpoints(folder) if not damage(path)]
+    engine.close()
+    return left
+
+
+def test_what_takes_a_damaged_one_s_place_is_kept(pools, tmp_path):
+    config = with_policy(CASE, keep_last=2)
+    for left in pools(2).run(save_in_place_of_a_damaged_one, config, tmp_path / "run"):
+        assert left == ["step-00000002", "step-00000003"]
+
+
 def save_while_an_old_one_is_held(config: Config, folder: Path) -> tuple[list[str], list[str]]:
     """Notes on rank 0's side, and what is left."""
     engine = make_engine(CASE, seed=0)
