@@ -54,7 +54,8 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
     # Without one, the checkpointer will explain; without samples there is no order to keep.
     if newest is None or newest.samples == 0:
         return
-    if newest.samples % world_size:
+    translates = config.model.objective == "translation"
+    if newest.samples % world_size and not translates:  # whose buckets ranks share from any sample
         raise ConfigError(
             [
                 f"the newest checkpoint has consumed {newest.samples} samples, which {world_size} "
@@ -71,7 +72,6 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
             f"{folder}",
         )
     before = newest.config.data
-    translates = config.model.objective == "translation"
     deciding = ("seed", "bucket_tokens") if translates else ("seed", "readers")
     changed = [f for f in deciding if getattr(before, f) != getattr(config.data, f)]
     if changed:
