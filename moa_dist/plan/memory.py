@@ -302,5 +302,8 @@ def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> l
             return [term("gradients on their way", copied, master)]
         case 3, _:
             return [term("bucket of gradients", bucket, master)]
-    double = ("buckets", 2 if device == "cuda" else 1)
-    return [term("buckets of gradients", double, bucket, master)]
+    if device == "cpu":
+        return [term("bucket of gradients", bucket, master)]
+    largest = max((*sizes.dense, *sizes.experts))
+    bucket = ("elements", FOR_LARGE_MODELS.overlapped_bucket(largest))
+    return [term("buckets of gradients", ("buckets", 2), bucket, master)]

@@ -17,24 +17,43 @@ class ZeroSizes(NamedTuple):
     persistent: int = 100_000
     """Parameters of at most so many elements stay whole at ZeRO 3."""
 
+    def overlapped_bucket(self, largest_parameter: int) -> int:
+        """Bucket size in elements for ZeRO 1 and 2 that reduce while the backward pass runs.
+
+        DeepSpeed 0.19 reduces a gradient that no bucket holds in place, on its reduction stream,
+        and frees it without `record_stream`: the memory may be overwritten before it is read.
+        So every gradient gets a bucket that it fits in.
+        """
+        return max(self.bucket, largest_parameter)
+
 
 FOR_LARGE_MODELS = ZeroSizes()
 """What training uses."""
 
 
 def deepspeed_config(
-    config: Config, world_size: int, sizes: ZeroSizes = FOR_LARGE_MODELS
+    config: Config,
+    world_size: int,
+    largest_parameter: int,
+    sizes: ZeroSizes = FOR_LARGE_MODELS,
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none."""
+    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none.
+
+    `largest_parameter`: elements of the largest parameter that one rank holds.
+    """
     stage = config.parallel.zero_stage
     accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
     zero: dict[str, Any] = {"stage": stage}
+    overlap = torch.cuda.is_available()
+    bucket = sizes.bucket
+    if overlap and stage in (1, 2):
+        bucket = sizes.overlapped_bucket(largest_parameter)
     if stage > 0:
         zero |= {
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "overlap_comm": torch.cuda.is_available(),
-            "reduce_bucket_size": sizes.bucket,
+            "overlap_comm": overlap,
+            "reduce_bucket_size": bucket,
             "allgather_bucket_size": sizes.bucket,
         }
     if stage == 3:

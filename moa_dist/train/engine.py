@@ -96,7 +96,12 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=self.optimizer,
-                config=deepspeed_config(config, mesh.world_size, zero_sizes),
+                config=deepspeed_config(
+                    config,
+                    mesh.world_size,
+                    max(parameter.numel() for parameter in model.parameters()),
+                    zero_sizes,
+                ),
                 dist_init_required=False,
             )
         deepspeed_hooks.count_waits(mesh.waits)
