@@ -29,15 +29,15 @@ from moa_dist.distributed.network import host_name
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.doctor.environment import DEFAULT_PORT
 from moa_dist.errors import ExitCode, MoaDistError
-from moa_dist.launch.across import HostsLauncher
-from moa_dist.launch.follower import follow
 from moa_dist.launch.hostfile import read_hostfile
+from moa_dist.launch.leader import Node, NodesLauncher
 from moa_dist.launch.local import LocalLauncher
-from moa_dist.launch.nodes import Node, NodesLauncher
 from moa_dist.launch.preflight import Wanted
+from moa_dist.launch.retry import HOST_WAIT_S, Waiting
 from moa_dist.launch.ssh import given_arguments
+from moa_dist.launch.ssh_launcher import HostsLauncher
 from moa_dist.launch.supervisor import RestartPolicy, supervise
-from moa_dist.launch.waiting import HOST_WAIT_S, Waiting
+from moa_dist.launch.worker_node import follow
 
 
 def parse() -> argparse.Namespace:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from moa_dist.cli.ranks import say_once, say_unless_rank_0_does
+from moa_dist.cli.rank_output import say_once, say_unless_rank_0_does
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode, MoaDistError, PeerError, SaveError, TrainingError
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, preemption: Preemption) -> int:
 
 def _dry_run(config: Config, world_size: int | None, rank: int) -> int:
     from moa_dist.cli.dry_run import as_text
-    from moa_dist.train.dry_run import dry_run
+    from moa_dist.verify.dry_run import dry_run
 
     result = dry_run(config, world_size)
     if rank == 0:

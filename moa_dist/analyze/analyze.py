@@ -21,7 +21,7 @@ from moa_dist.analyze.selections import Selections
 from moa_dist.config.model import MoAConfig, ModelConfig
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import Application, RouterKey
+from moa_dist.models.stack import LayerCall, RouterKey
 from moa_dist.models.trace import BlockTrace, HeadSummary
 
 Text = Literal["text", "source"]
@@ -40,28 +40,30 @@ class Observations:
     """int64, of each token in the text."""
     routers: dict[RouterKey, Selections]
     """What routers chose."""
-    attention: dict[tuple[Application, str], HeadSums]
+    attention: dict[tuple[LayerCall, str], HeadSums]
     """Where heads looked, by application of a layer and attention in it; in the order in which they
     are applied."""
     num_encoder_layers: int
     """Distinct layers that are applied to a source; they come first."""
 
-    def add(self, texts: dict[Text, Tokens], traces: dict[Application, BlockTrace]) -> None:
+    def add(self, texts: dict[Text, Tokens], traces: dict[LayerCall, BlockTrace]) -> None:
         """Count a batch, and what the model decided."""
-        for text, (tokens, real) in texts.items():
+        for text, (tokens, token_mask) in texts.items():
             occurrences_V = self.occurrences_V[text]
-            occurrences_V += tokens[real].bincount(minlength=len(occurrences_V))
-        for (application, name), heads in self.attention.items():
-            layer, _ = application
-            _, real = texts[self.text_of_layer(layer)]
-            beyond_first = real & (torch.arange(real.shape[1], device=real.device) > 0)
-            trace = traces[application]
+            occurrences_V += tokens[token_mask].bincount(minlength=len(occurrences_V))
+        for (layer_call, name), heads in self.attention.items():
+            layer, _ = layer_call
+            _, token_mask = texts[self.text_of_layer(layer)]
+            beyond_first = token_mask & (
+                torch.arange(token_mask.shape[1], device=token_mask.device) > 0
+            )
+            trace = traces[layer_call]
             heads.add(trace.heads[name], trace.routing.get(f"{name}.query"), beyond_first)
         for (layer, name), chosen in self.routers.items():
-            tokens, real = texts[self.text_of_router((layer, name))]
+            tokens, token_mask = texts[self.text_of_router((layer, name))]
             repeats = range(len(chosen.load_RE))
             routings = [traces[layer, repeat].routing[name] for repeat in repeats]
-            chosen.add(tokens.flatten(), real.flatten(), routings)
+            chosen.add(tokens.flatten(), token_mask.flatten(), routings)
 
     def text_of_layer(self, layer: int) -> Text:
         """What it is applied to."""
@@ -78,18 +80,18 @@ def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device
     """Let `model`, in evaluation mode, read the batches, and count what it does."""
     result = _nothing_seen(model, device)
     for batch in batches:
-        tokens, real, *rest = inputs = batch.to(device).inputs()
-        texts: dict[Text, Tokens] = {"text": _tokens(tokens, real)}
+        tokens, token_mask, *rest = inputs = batch.to(device).inputs()
+        texts: dict[Text, Tokens] = {"text": _tokens(tokens, token_mask)}
         if rest:
-            _, source, source_real = rest
-            texts["source"] = _tokens(source, source_real)
+            _, source, source_mask = rest
+            texts["source"] = _tokens(source, source_mask)
         result.add(texts, model(*inputs, trace=True).traces)
     return result
 
 
-def _tokens(tokens: Tensor | None, real: Tensor | None) -> Tokens:
+def _tokens(tokens: Tensor | None, token_mask: Tensor | None) -> Tokens:
     assert tokens is not None
-    return tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+    return tokens, torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
 
 
 def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:

@@ -37,13 +37,13 @@ class HeadSums:
         head = torch.arange(slots, device=counted.device).expand(B, S, -1)
         counted = counted[..., None].expand(B, S, slots)
         if experts is not None:
-            ids_BSK = experts.expert_ids.view(B, S, -1)
+            ids_BSK = experts.topk_ids.view(B, S, -1)
             heads_per_expert = slots // ids_BSK.shape[2]
             inner = torch.arange(heads_per_expert, device=counted.device)
             head = (ids_BSK[..., None] * heads_per_expert + inner).flatten(2)
-            if experts.kept is not None:
-                kept_BSK = experts.kept.view(ids_BSK.shape)
-                counted = counted & kept_BSK.repeat_interleave(heads_per_expert, -1)
+            if experts.keep_mask is not None:
+                keep_BSK = experts.keep_mask.view(ids_BSK.shape)
+                counted = counted & keep_BSK.repeat_interleave(heads_per_expert, -1)
         head = head[counted]
         self.sums_HM.index_add_(0, head, values_BSHM[counted].double())
         self.queries_H += head.bincount(minlength=len(self.queries_H))

@@ -47,17 +47,17 @@ class Selections:
         self.distinct = zeros(min(num_repeats * choices, num_experts) + 1)
         """Tokens, by how many different experts they chose over all repeats."""
 
-    def add(self, tokens: Tensor, real: Tensor, routings: Sequence[Routing]) -> None:
-        """Count a batch: `tokens` [T] int64, `real` [T] bool, and a routing per repeat."""
+    def add(self, tokens: Tensor, token_mask: Tensor, routings: Sequence[Routing]) -> None:
+        """Count a batch: `tokens` [T] int64, `token_mask` [T] bool, and a routing per repeat."""
         num_experts = self.load_RE.shape[1]
-        ids_RTK = torch.stack([routing.expert_ids.flatten(1) for routing in routings])[:, real]
+        ids_RTK = torch.stack([routing.topk_ids.flatten(1) for routing in routings])[:, token_mask]
         size = (*ids_RTK.shape[:2], num_experts)
         # Ones and zeros: fp32 adds them up exactly as long as a batch has less than 2^24 choices.
         chosen_RTE = torch.zeros(size, device=ids_RTK.device).scatter_(2, ids_RTK, 1.0)
         flat = chosen_RTE.flatten(0, 1)
         by_repeat = chosen_RTE.flatten(1)
         total_TE = chosen_RTE.sum(0)
-        self.tokens_VE.index_add_(0, tokens[real], total_TE.to(torch.int32))
+        self.tokens_VE.index_add_(0, tokens[token_mask], total_TE.to(torch.int32))
         self.load_RE += chosen_RTE.sum(1).long()
         self.together_EE += (flat.T @ flat).long()
         self.common_RR += (by_repeat @ by_repeat.T).long()

@@ -13,13 +13,13 @@ from statistics import median
 import torch.distributed as dist
 
 from moa_dist.bench.measure import Table, Work, compare
-from moa_dist.bench.ranks import together
 from moa_dist.bench.setting import Setting
+from moa_dist.bench.spawned_ranks import together
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.plan.exchange import decide_exchange
+from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
-from moa_dist.train.checkpoint import Checkpointer, from_rank_0
+from moa_dist.train.checkpoint import Checkpointer, broadcast_from_rank0
 from moa_dist.train.engine import Engine
 
 HELD_UP = "save, written beside training"
@@ -32,7 +32,7 @@ def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
     config = setting.on(mesh)
     exchange = decide_exchange(config, mesh.world_size, None).exchange
     engine = build_engine(config, mesh, setting.device, exchange, overlap=False)
-    folder = Path(from_rank_0(partial(_new_folder, config)))
+    folder = Path(broadcast_from_rank0(partial(_new_folder, config)))
     try:
         return [_measure(setting, config, engine, folder)]
     finally:
@@ -67,7 +67,7 @@ def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> 
         after={HELD_UP: beside.finish},
         memory=False,
     )
-    num_bytes = from_rank_0(partial(_bytes_of_newest, folder / "waiting"))
+    num_bytes = broadcast_from_rank0(partial(_bytes_of_newest, folder / "waiting"))
     dist.barrier()  # rank 0 deletes the folder
     rows = [
         replace(row, note=f"{num_bytes / median(row.seconds) / 1e9:.2f} GB/s")

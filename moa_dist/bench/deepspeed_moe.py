@@ -12,7 +12,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from moa_dist.config.model import MoEFFNConfig
-from moa_dist.train.deepspeed_hooks import avoid_compilation
+from moa_dist.train.deepspeed_hooks import disable_shm_comm_jit
 
 CAPACITY = 1.25
 """Its dropless mode pads all experts to the fullest one."""
@@ -26,7 +26,7 @@ def deepspeed_moe(ffn: MoEFFNConfig, d_model: int, expert_parallel: int = 1) -> 
     """
     num_experts = -(-ffn.router.num_experts // expert_parallel) * expert_parallel
     with contextlib.redirect_stdout(io.StringIO()):
-        avoid_compilation()
+        disable_shm_comm_jit()
         deepspeed.init_distributed(verbose=False)
         layer = MoE(
             d_model,

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from moa_dist.bench.deepspeed_moe import CAPACITY, deepspeed_moe
 from moa_dist.bench.dense import equal_work
 from moa_dist.bench.measure import Row, Table, Work, compare
-from moa_dist.bench.ranks import together
 from moa_dist.bench.setting import Setting
+from moa_dist.bench.spawned_ranks import together
 from moa_dist.config.model import DenseAttentionConfig, FFNConfig, MoEFFNConfig
 from moa_dist.config.run import ExpertExchangeConfig
-from moa_dist.distributed.device import travels_beside
+from moa_dist.distributed.device import should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import make_attention, make_feed_forward
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.build import build_engine
 from moa_dist.train.engine import Engine, StepResult
@@ -118,7 +118,7 @@ def _transform(module: nn.Module, x: Tensor) -> Tensor:
 
 def _step(setting: Setting, mesh: Mesh) -> Table:
     """Optimizer included: experts that are on every rank are reduced and updated there."""
-    overlap = travels_beside(setting.config.parallel.overlap, dist.get_backend())
+    overlap = should_overlap(setting.config.parallel.overlap, dist.get_backend())
 
     def build(mesh: Mesh, travels: ExpertExchangeConfig) -> Engine:
         return build_engine(setting.on(mesh), mesh, setting.device, travels, overlap=overlap)
@@ -141,4 +141,4 @@ def _step(setting: Setting, mesh: Mesh) -> Table:
 
 def _travelled(result: StepResult) -> int:
     """Bytes of rows and weights; gradients of what is on several ranks are reduced in any case."""
-    return sum(v.num_bytes for flow, v in result.traffic.items() if flow.purpose != "reduce")
+    return sum(v.num_bytes for key, v in result.traffic.items() if key.purpose != "reduce")

@@ -14,18 +14,18 @@ from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
 from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
-from moa_dist.kernels.at_once import add_up, gather, multiply, routed_at_once
-from moa_dist.kernels.routed import kernel_for, routed_experts
-from moa_dist.kernels.trip import Experts, Trip
+from moa_dist.kernels.grouped import add_up, gather, grouped_experts, multiply
+from moa_dist.kernels.routed_experts import kernel_for, routed_experts
+from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.models.block import Block, make_attention, make_feed_forward
-from moa_dist.moe.dispatch import LocalDispatcher
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.dispatch import LocalTokenDispatcher
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
 
 if TYPE_CHECKING:
     from moa_dist.bench.learned import Learned
 
-Way = Callable[[Experts, Tensor, Trip], Tensor]
+Way = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
 
 
 def layers(setting: Setting) -> list[Table]:
@@ -114,14 +114,16 @@ def _parts(
     recorder = RecordingDispatcher()
     layer.dispatcher = recorder
     work_of(layer)()
-    layer.dispatcher = LocalDispatcher()
+    layer.dispatcher = LocalTokenDispatcher()
     applied = recorder.applied
     work: dict[str, Work] = {
         "the layer": work_of(layer),
         "router": _all(_route(child, setting) for child in layer.children()),
-        "plan": _all(partial(LocalDispatcher().plan, *planned) for planned in recorder.planned),
+        "plan": _all(
+            partial(LocalTokenDispatcher().plan, *planned) for planned in recorder.planned
+        ),
         "dispatch, experts, combine": _all(_whole_trip(a, routed_experts) for a in applied),
-        "  at once: all three": _all(_whole_trip(a, routed_at_once) for a in applied),
+        "  at once: all three": _all(_whole_trip(a, grouped_experts) for a in applied),
         "  at once: dispatch": _all(map(_dispatch, applied)),
         "  at once: experts": _all(map(_multiply, applied)),
         "  at once: combine": _all(map(_combine, applied)),
@@ -150,31 +152,31 @@ def _route(router: nn.Module, setting: Setting) -> Work | None:
 
     def forward() -> Tensor:
         routing = router(x)
-        return routing.weights.sum() + routing.statistics.probability.sum()
+        return routing.topk_weights.sum() + routing.statistics.probability.sum()
 
     return gradients(forward, [x, *router.parameters()])
 
 
 def _whole_trip(recorded: Recorded, way: Way) -> Work:
-    experts, x, trip = recorded
-    return gradients(lambda: way(experts, x, trip), recorded.sources())
+    experts, x, row_map = recorded
+    return gradients(lambda: way(experts, x, row_map), recorded.sources())
 
 
 def _dispatch(recorded: Recorded) -> Work:
-    return gradients(lambda: gather(recorded.x, recorded.trip), [recorded.x])
+    return gradients(lambda: gather(recorded.x, recorded.row_map), [recorded.x])
 
 
 def _multiply(recorded: Recorded) -> Work:
-    experts, x, trip = recorded
-    rows = gather(x, trip).detach().requires_grad_()
-    return gradients(lambda: multiply(experts, rows, trip), [rows, *experts.matrices()])
+    experts, x, row_map = recorded
+    rows = gather(x, row_map).detach().requires_grad_()
+    return gradients(lambda: multiply(experts, rows, row_map), [rows, *experts.tensors()])
 
 
 def _combine(recorded: Recorded) -> Work:
-    experts, x, trip = recorded
-    rows = multiply(experts, gather(x, trip), trip).detach().requires_grad_()
-    weight = [] if trip.weight is None else [trip.weight]
-    return gradients(lambda: add_up(rows, trip), [rows, *weight])
+    experts, x, row_map = recorded
+    rows = multiply(experts, gather(x, row_map), row_map).detach().requires_grad_()
+    weight = [] if row_map.weight is None else [row_map.weight]
+    return gradients(lambda: add_up(rows, row_map), [rows, *weight])
 
 
 def _kernels(recorder: RecordingDispatcher) -> list[str]:

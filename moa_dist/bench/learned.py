@@ -16,8 +16,8 @@ from moa_dist.data.batches import held_out_batches
 from moa_dist.data.manifest import load_manifest
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import load_trained
-from moa_dist.moe.dispatch import LocalDispatcher
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.dispatch import LocalTokenDispatcher
+from moa_dist.moe.routed_module import RoutedModule
 
 
 class Learned(NamedTuple):
@@ -40,7 +40,7 @@ class Learned(NamedTuple):
         recorder = RecordingDispatcher()
         self.layer.dispatcher = recorder
         self.work()()
-        self.layer.dispatcher = LocalDispatcher()
+        self.layer.dispatcher = LocalTokenDispatcher()
         return recorder.fullest()
 
 

@@ -17,7 +17,7 @@ from moa_dist.bench.deepspeed_moe import CAPACITY, deepspeed_moe
 from moa_dist.bench.measure import Table, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
-from moa_dist.distributed.start import job
+from moa_dist.distributed.start import init_distributed
 from moa_dist.models.block import make_feed_forward
 
 
@@ -37,7 +37,7 @@ def peers(setting: Setting) -> list[Table]:
     if find_spec("transformers"):
         others["transformers Mixtral"] = _mixtral(model.ffn, model.d_model)
         notes["transformers Mixtral"] = "gated: 1.5 times the work"
-    with job(), deepspeed_moe(model.ffn, model.d_model) as theirs:
+    with init_distributed(), deepspeed_moe(model.ffn, model.d_model) as theirs:
         others["DeepSpeed MoE"] = theirs
         notes["DeepSpeed MoE"] = f"capacity {CAPACITY}"
         work = {name: setting.feed_forward(layer) for name, layer in ours.items()}

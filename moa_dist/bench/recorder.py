@@ -7,24 +7,24 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moa_dist.distributed.arriving import Arriving, here
-from moa_dist.kernels.routed import routed_experts
-from moa_dist.kernels.trip import Experts, Trip
-from moa_dist.moe.dispatch import Level, LocalDispatcher, LocalPlan
+from moa_dist.distributed.pending import Pending, ready
+from moa_dist.kernels.routed_experts import routed_experts
+from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.moe.dispatch import Level, LocalPlan, LocalTokenDispatcher
 from moa_dist.moe.router import Routing
 
 
 class Recorded(NamedTuple):
     """One application of experts."""
 
-    experts: Experts
+    experts: ExpertWeights
     x: Tensor
-    trip: Trip
+    row_map: RowMap
 
     def sources(self) -> list[Tensor]:
         """All that gets a gradient."""
-        weight = [] if self.trip.weight is None else [self.trip.weight]
-        return [self.x, *self.experts.matrices(), *weight]
+        weight = [] if self.row_map.weight is None else [self.row_map.weight]
+        return [self.x, *self.experts.tensors(), *weight]
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class _RecordingPlan:
     plan: LocalPlan
     applied: list[Recorded]
 
-    def send(self, x: Tensor, read: Level) -> Arriving:
-        """See `DispatchPlan.send`."""
-        return self.plan.send(x, read)
+    def dispatch(self, x: Tensor, read: Level) -> Pending:
+        """See `DispatchPlan.dispatch`."""
+        return self.plan.dispatch(x, read)
 
-    def apply(
-        self, experts: Experts, sent: Arriving, read: Level, write: Level, *, weighted: bool
-    ) -> Arriving:
-        """See `DispatchPlan.apply`."""
+    def run_and_combine(
+        self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
+    ) -> Pending:
+        """See `DispatchPlan.run_and_combine`."""
         x = sent.wait()
-        trip = self.plan.trip(read, write, len(experts.down), weighted)
-        leaves = trip._replace(weight=None if trip.weight is None else _leaf(trip.weight))
+        row_map = self.plan.row_map(read, write, len(experts.down), weighted)
+        leaves = row_map._replace(weight=None if row_map.weight is None else _leaf(row_map.weight))
         self.applied.append(Recorded(experts, _leaf(x), leaves))
-        return here(routed_experts(experts, x, trip))
+        return ready(routed_experts(experts, x, row_map))
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ class RecordingDispatcher:
 
     def fullest(self) -> str:
         """How uneven the loads were."""
-        counts = [applied.trip.counts.double() for applied in self.applied]
+        counts = [applied.row_map.counts.double() for applied in self.applied]
         worst = max(float(each.max() / each.mean()) for each in counts)
         return f"fullest expert: {worst:.2f} x the mean load"
 
     def plan(self, routing: Routing, num_experts: int) -> _RecordingPlan:
         """See `Dispatcher.plan`."""
-        detached = routing._replace(weights=routing.weights.detach())
+        detached = routing._replace(topk_weights=routing.topk_weights.detach())
         self.planned.append((detached, num_experts))
-        return _RecordingPlan(LocalDispatcher().plan(routing, num_experts), self.applied)
+        return _RecordingPlan(LocalTokenDispatcher().plan(routing, num_experts), self.applied)

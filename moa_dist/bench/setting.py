@@ -142,13 +142,13 @@ class BalancedRouter(nn.Module):
         """See `Router.num_experts`."""
         return self.router.num_experts
 
-    def forward(self, x: Tensor, token_real: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
         """See `Router.forward`."""
-        routing = self.router(x, token_real)
-        T, G, K = routing.expert_ids.shape
-        E, device = self.num_experts // G, routing.expert_ids.device
+        routing = self.router(x, token_mask)
+        T, G, K = routing.topk_ids.shape
+        E, device = self.num_experts // G, routing.topk_ids.device
         ids = torch.arange(T * K, device=device).view(T, 1, K) % E
-        return routing._replace(expert_ids=ids + torch.arange(G, device=device)[:, None] * E)
+        return routing._replace(topk_ids=ids + torch.arange(G, device=device)[:, None] * E)
 
 
 def balance(module: Module) -> Module:

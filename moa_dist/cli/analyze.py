@@ -10,6 +10,7 @@ from moa_dist.analyze.analyze import attention_results, observe, router_results
 from moa_dist.analyze.plots import can_plot, write_plots
 from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, save_analysis
 from moa_dist.analyze.summary import summary
+from moa_dist.checkpoint.format import checkpoints
 from moa_dist.cli.arguments import between
 from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
 from moa_dist.config.model import whole_groups
@@ -20,7 +21,6 @@ from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.models.objective import Batch
 from moa_dist.report.analysis import analysis_page
-from moa_dist.train.checkpoint_files import checkpoints
 
 PAGE_FILE = "analysis.html"
 
@@ -116,12 +116,12 @@ def _batches(
         micro_batch=whole_groups(args.micro_batch, trained.config.model),
         sequences=args.sequences,
     ):
-        real = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
-        yield Batch(tokens, real)
+        token_mask = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
+        yield Batch(tokens, token_mask)
 
 
 def _size(batch: Batch) -> int:
-    return batch.num_sequences if batch.real is None else int(batch.real.any(1).sum())
+    return batch.num_sequences if batch.token_mask is None else int(batch.token_mask.any(1).sum())
 
 
 def _whole_run(folder: Path) -> Path:

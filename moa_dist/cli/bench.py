@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from moa_dist.bench.measure import Table, as_json, as_text
-from moa_dist.bench.ranks import in_a_job, in_this_job
 from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS, WHEN_EMPTY, load_section
 from moa_dist.bench.setting import Setting
+from moa_dist.bench.spawned_ranks import in_a_job, in_this_job
 from moa_dist.cli.arguments import between
 from moa_dist.config import load_config
 from moa_dist.errors import ConfigError

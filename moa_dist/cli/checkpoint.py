@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moa_dist.checkpoint.average import average
+from moa_dist.checkpoint.check import damage, incomplete
+from moa_dist.checkpoint.convert import convert
+from moa_dist.checkpoint.format import Reader, checkpoints, step_of
 from moa_dist.cli.arguments import between
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.units import short
 from moa_dist.provenance import Provenance
-from moa_dist.train.checkpoint_average import average
-from moa_dist.train.checkpoint_check import damage, incomplete
-from moa_dist.train.checkpoint_convert import convert
-from moa_dist.train.checkpoint_files import Reader, checkpoints, step_of
 
 _PATH_HELP = "folder of a run, for all its checkpoints, or of one checkpoint"
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moa_dist.cli.arguments import between
-from moa_dist.cli.ranks import let_rank_0_speak
+from moa_dist.cli.rank_output import let_rank_0_speak
 from moa_dist.doctor.finding import Finding, failed
 from moa_dist.errors import ConfigError, PeerError
 
@@ -99,10 +99,10 @@ def _hosts(args: argparse.Namespace) -> list[Finding]:
     """What the launcher would find before it starts a job on them."""
     from moa_dist.config import load_config
     from moa_dist.doctor.environment import DEFAULT_PORT
-    from moa_dist.launch.across import check_hosts
     from moa_dist.launch.hostfile import read_hostfile
     from moa_dist.launch.preflight import Wanted
     from moa_dist.launch.ssh import given_arguments
+    from moa_dist.launch.ssh_launcher import check_hosts
 
     config = load_config(args.config, args.overrides) if args.config else None
     port = int(os.environ.get("MASTER_PORT", DEFAULT_PORT))
@@ -137,11 +137,11 @@ def _configuration(args: argparse.Namespace, is_rank: bool) -> Iterator[Finding]
 
 
 def _ranks(own: list[Finding]) -> Iterator[Finding]:
-    from moa_dist.distributed.start import job
-    from moa_dist.doctor.ranks import check_ranks
+    from moa_dist.distributed.start import init_distributed
+    from moa_dist.doctor.rank_checks import check_ranks
 
-    with job() as this_job:
-        yield from check_ranks(this_job, own)
+    with init_distributed() as context:
+        yield from check_ranks(context, own)
 
 
 class _Report:

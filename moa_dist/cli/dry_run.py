@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moa_dist.observe.units import short
 from moa_dist.plan.terms import total
-from moa_dist.train.dry_run import DryRun
+from moa_dist.verify.dry_run import DryRun
 
 
 def as_text(result: DryRun) -> str:

@@ -16,11 +16,11 @@ from typing import Any
 from moa_dist.cli.arguments import between
 from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.cli.ranks import say_once
+from moa_dist.cli.rank_output import say_once
 from moa_dist.cli.translate import add_search_arguments, warn_of_long_texts
 from moa_dist.data.batches import held_out_batches
 from moa_dist.data.text import read_lines
-from moa_dist.distributed.start import job
+from moa_dist.distributed.start import init_distributed
 from moa_dist.errors import DataError, MoaDistError
 from moa_dist.evaluate.bleu import bleu, require_sacrebleu
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
         _evaluate(args, rank=0, world_size=1)
         return 0
     try:
-        with job() as this_job:
-            _evaluate(args, this_job.rank, this_job.world_size)
+        with init_distributed() as context:
+            _evaluate(args, context.rank, context.world_size)
     except MoaDistError as error:
         say_once(int(os.environ["RANK"]), str(error))
         return 2

@@ -6,9 +6,9 @@ from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
 from moa_dist.models.counts import Counts, States, count, states
-from moa_dist.observe.traffic import flow_name
+from moa_dist.observe.traffic_names import traffic_name
 from moa_dist.observe.units import short
-from moa_dist.plan.exchange import (
+from moa_dist.plan.exchange_choice import (
     PARTS,
     Decision,
     decide_exchange,
@@ -69,7 +69,7 @@ def _as_json(
 def _traffic(config: Config, world_size: int, decision: Decision) -> dict[str, Any]:
     """What a rank sends in a step, on average, and what it holds for that."""
     model = meta_model(config)
-    flows = expected_traffic(config, world_size, decision.exchange, model)
+    traffic = expected_traffic(config, world_size, decision.exchange, model)
     state = expected_state_traffic(config, world_size, model)
     gathered = sum(
         gathered_bytes(config, model, part)
@@ -79,11 +79,11 @@ def _traffic(config: Config, world_size: int, decision: Decision) -> dict[str, A
     return {
         "expert_exchange": decision.because,
         "traffic_per_rank_and_step": {
-            flow_name(flow): {
+            traffic_name(key): {
                 "messages": volume.messages // world_size,
                 "bytes": volume.num_bytes // world_size,
             }
-            for flow, volume in flows.items()
+            for key, volume in traffic.items()
         },
         "state_bytes_per_rank_and_step": {
             name: num_bytes // world_size for name, num_bytes in state._asdict().items()

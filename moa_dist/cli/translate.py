@@ -10,9 +10,9 @@ from pathlib import Path
 
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.cli.ranks import say_once
+from moa_dist.cli.rank_output import say_once
 from moa_dist.data.text import read_lines
-from moa_dist.distributed.start import job
+from moa_dist.distributed.start import init_distributed
 from moa_dist.errors import MoaDistError
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.evaluate.translate import Search, translate
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         _translate(args, rank=0)
         return 0
     try:
-        with job() as this_job:
-            _translate(args, this_job.rank)
+        with init_distributed() as context:
+            _translate(args, context.rank)
     except MoaDistError as error:
         say_once(int(os.environ["RANK"]), str(error))
         return 2

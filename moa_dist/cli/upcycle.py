@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
+from moa_dist.checkpoint.check import require_valid
+from moa_dist.checkpoint.format import read_model, tokenizer_of
+from moa_dist.checkpoint.tensor_file import TensorSpec
 from moa_dist.config import load_config
 from moa_dist.config.run import run_folder
 from moa_dist.errors import ConfigError
 from moa_dist.evaluate.trained import find_checkpoint
-from moa_dist.train.checkpoint_check import require_valid
-from moa_dist.train.checkpoint_files import load_model, tokenizer_of
-from moa_dist.train.tensor_file import TensorSpec
 from moa_dist.transfer.new_run import write_new_run
 from moa_dist.transfer.upcycle import problems_of, upcycle
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     checkpoint = find_checkpoint(args.dense)
     require_valid(checkpoint)
-    dense, index = load_model(checkpoint)
+    dense, index = read_model(checkpoint)
     if problems := list(problems_of(index.config.model, config.model)):
         raise ConfigError(problems, f"{args.config} from {checkpoint}")
     model, parts = upcycle(dense, config.model, seed=config.train.seed)

@@ -1,6 +1,6 @@
 """`moa-dist verify`: is this layout, on these machines, one process? Arguments and printing only.
 
-Started like training, once per rank; see `moa_dist.train.verify`.
+Started like training, once per rank; see `moa_dist.verify.verify`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-from moa_dist.cli.ranks import say_once
+from moa_dist.cli.rank_output import say_once
 from moa_dist.config import Config, find_layout_problems, load_config
 from moa_dist.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from moa_dist.distributed.start import Job
-    from moa_dist.train.compare import Check
-    from moa_dist.train.verify import Report
+    from moa_dist.distributed.start import DistContext
+    from moa_dist.verify.compare import Check
+    from moa_dist.verify.verify import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,21 +51,21 @@ def _verify(config: Config) -> int:
     import torch.distributed as dist
 
     from moa_dist.distributed.mesh import make_mesh
-    from moa_dist.distributed.start import job
-    from moa_dist.train.verify import verify
+    from moa_dist.distributed.start import init_distributed
+    from moa_dist.verify.verify import verify
 
-    with job() as this_job:
+    with init_distributed() as context:
         mesh = make_mesh(config.parallel.expert_parallel)
-        report = verify(config, mesh, this_job.device)
+        report = verify(config, mesh, context.device)
         if mesh.rank == 0:
-            print(as_text(config, this_job, report), flush=True)
+            print(as_text(config, context, report), flush=True)
         dist.barrier()  # launchers kill all ranks at the first that exits with 1
     return 0 if report.equal else 1
 
 
-def as_text(config: Config, this_job: Job, report: Report) -> str:
+def as_text(config: Config, context: DistContext, report: Report) -> str:
     """What was run, a line per comparison, and the verdict."""
-    layout = _layout(report.config, this_job)
+    layout = _layout(report.config, context)
     different = [check for check in report.checks if not check.equal]
     verdict = f"equal: {layout} takes the steps of one process"
     if different:
@@ -88,18 +88,18 @@ def as_text(config: Config, this_job: Job, report: Report) -> str:
     )
 
 
-def _layout(config: Config, this_job: Job) -> str:
+def _layout(config: Config, context: DistContext) -> str:
     parallel, train = config.parallel, config.train
     ep, exchange = parallel.expert_parallel, parallel.expert_exchange
     words = [
-        f"W {this_job.world_size} = ep {ep} x edp {this_job.world_size // ep}",
+        f"W {context.world_size} = ep {ep} x edp {context.world_size // ep}",
         f"ZeRO {parallel.zero_stage}",
     ]
     if ep > 1:
         words.append(f"attention exchanges {exchange.attention}, FFN {exchange.ffn}")
     if train.recompute:
         words.append("recomputed")
-    return ", ".join([*words, f"{this_job.device.type} with {this_job.backend}"])
+    return ", ".join([*words, f"{context.device.type} with {context.backend}"])
 
 
 def _sizes(report: Report) -> str:

@@ -37,20 +37,20 @@ class Merged:
 
     def _merge_into(self, base: Tree, top: Tree, sources: dict[str, str], path: str) -> None:
         for key, value in top.items():
-            here = f"{path}.{key}" if path else key
+            key_path = f"{path}.{key}" if path else key
             old = base.get(key)
             if (
                 isinstance(value, dict)
                 and isinstance(old, dict)
-                and not _switches(old, value, here)
+                and not _switches(old, value, key_path)
             ):
-                self._merge_into(old, value, sources, here)
+                self._merge_into(old, value, sources, key_path)
             else:
-                self._forget(here)
+                self._forget(key_path)
                 base[key] = value
-                self._remember(value, sources, here)
-            if here in sources:
-                self.sources[here] = sources[here]
+                self._remember(value, sources, key_path)
+            if key_path in sources:
+                self.sources[key_path] = sources[key_path]
 
     def _forget(self, path: str) -> None:
         for known in [p for p in self.sources if p == path or p.startswith(path + ".")]:

@@ -61,13 +61,13 @@ def walk(
     A section chosen by `kind` has no entry for `kind` itself: its own entry lists the kinds.
     """
     for name, info in section.model_fields.items():
-        here = f"{path}.{name}" if path else name
+        key_path = f"{path}.{name}" if path else name
         choices = section_types(info)
-        yield SchemaField(here, kinds, info)
+        yield SchemaField(key_path, kinds, info)
         if len(choices) == 1:
-            yield from walk(choices[0], here, kinds)
+            yield from walk(choices[0], key_path, kinds)
         elif choices:
-            yield from _walk_kinds(choices, here)
+            yield from _walk_kinds(choices, key_path)
 
 
 def _walk_kinds(choices: tuple[type[Section], ...], path: str) -> Iterator[SchemaField]:

@@ -111,15 +111,15 @@ class _Converter:
             if not isinstance(key, str):
                 raise self.unreadable(key_node, f"the key {key!r} must be text")
             line = key_node.start_mark.line + 1
-            here = f"{path}.{key}" if path else key
+            key_path = f"{path}.{key}" if path else key
             if key in first_line:
                 self.document.problems.append(
-                    f"{self.name}:{line}: `{here}` stands twice, first on line "
+                    f"{self.name}:{line}: `{key_path}` stands twice, first on line "
                     f"{first_line[key]}; remove one"
                 )
             first_line.setdefault(key, line)
-            self.document.lines[here] = line
-            yield key, self.convert(value_node, here)
+            self.document.lines[key_path] = line
+            yield key, self.convert(value_node, key_path)
 
     def scalar(self, node: yaml.Node) -> Any:
         text = node.value

@@ -47,15 +47,15 @@ def _read_section(
     values = _report_unknown_keys(section, data, path, problems)
     known: dict[str, Any] = {}
     for name, info in section.model_fields.items():
-        here = f"{path}.{name}" if path else name
+        key_path = f"{path}.{name}" if path else name
         if name not in values and not info.is_required():
             known[name] = info.get_default()
             continue
         try:
             if name not in values:
-                text = f"`{here}` is missing; it must be {schema.describe(info)}"
-                raise _UnusableError(here, text, cite=path)
-            known[name] = _read_value(info, values[name], here, problems)
+                text = f"`{key_path}` is missing; it must be {schema.describe(info)}"
+                raise _UnusableError(key_path, text, cite=path)
+            known[name] = _read_value(info, values[name], key_path, problems)
         except _UnusableError as unusable:
             problems.append(unusable.problem)
     part = section.model_construct(None, **known)
@@ -128,7 +128,7 @@ def _report_unknown_keys(
     known = section.model_fields.keys()
     values = {key: value for key, value in data.items() if key in known}
     for key in [k for k in data if k not in known]:
-        here = f"{path}.{key}" if path else key
+        key_path = f"{path}.{key}" if path else key
         elsewhere = _elsewhere(section, key, path)
         guess = closest(key, known)
         if elsewhere:
@@ -138,7 +138,7 @@ def _report_unknown_keys(
             values.setdefault(guess, data[key])
         else:
             hint = f"known here: {', '.join(known)}"
-        problems.append(Problem(f"unknown key `{here}`; {hint}", (here,)))
+        problems.append(Problem(f"unknown key `{key_path}`; {hint}", (key_path,)))
     return values
 
 
@@ -148,13 +148,13 @@ def _elsewhere(section: type[Section], key: str, path: str) -> str | None:
     for field in schema.walk():
         if field.path.rpartition(".")[2] == key:
             places[field.path] = places.get(field.path, ()) + field.kinds
-    here = f"{path}.{key}" if path else key
-    if here in places:
+    key_path = f"{path}.{key}" if path else key
+    if key_path in places:
         own = schema.kind_name(section)
-        return f"kind {own} has none, only kind {' and '.join(places[here])}"
+        return f"kind {own} has none, only kind {' and '.join(places[key_path])}"
 
     def common_parents(place: str) -> int:
-        pairs = zip(place.split("."), here.split("."), strict=False)
+        pairs = zip(place.split("."), key_path.split("."), strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
 
     nearest = sorted(places, key=common_parents, reverse=True)[:2]

@@ -125,12 +125,12 @@ def held_out_batches(
     )
     sample = rank
     for tokens, counts in batches:
-        real = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
+        token_mask = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
         if model.objective == "masked":
             keys = [(_HELD_OUT, sample + world_size * row) for row in range(len(tokens))]
-            yield _masked(tokens, keys, model, manifest, real)
+            yield _masked(tokens, keys, model, manifest, token_mask)
         else:
-            yield Batch(tokens, real)
+            yield Batch(tokens, token_mask)
         sample += world_size * micro_batch
 
 
@@ -149,18 +149,18 @@ def _share(
 
 def _translated(pairs: Pairs, chosen: NDArray[np.intp], end: int) -> Batch:
     """Source texts with their end; targets, which begin and end with it."""
-    tokens, real = padded([[end, *pairs.target(pair), end] for pair in chosen.tolist()])
-    source, source_real = padded([[*pairs.source(pair), end] for pair in chosen.tolist()])
-    return Batch(tokens, real, None, source, source_real)
+    tokens, token_mask = padded([[end, *pairs.target(pair), end] for pair in chosen.tolist()])
+    source, source_mask = padded([[*pairs.source(pair), end] for pair in chosen.tolist()])
+    return Batch(tokens, token_mask, None, source, source_mask)
 
 
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     """Texts [B, S] int64, padded at their end, and which tokens are real; None if all are."""
     lengths = torch.tensor([len(text) for text in texts])
     tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
-    real = torch.arange(tokens.shape[1]) < lengths[:, None]
-    tokens[real] = torch.tensor([token for text in texts for token in text])
-    return tokens, None if bool(real.all()) else real
+    token_mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+    tokens[token_mask] = torch.tensor([token for text in texts for token in text])
+    return tokens, None if bool(token_mask.all()) else token_mask
 
 
 def _masked(
@@ -168,14 +168,14 @@ def _masked(
     keys: Sequence[tuple[int, ...]],
     model: ModelConfig,
     manifest: Manifest,
-    real: Tensor | None = None,
+    token_mask: Tensor | None = None,
 ) -> Batch:
     """The first L of `tokens` [B, L + 1], row i hidden by key i, the mask being the last id."""
-    originals, real = tokens[:, :-1], None if real is None else real[:, :-1]
+    originals, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
     rows = [
         hide(row, *key, mask_token=model.vocab_size - 1, vocab_size=manifest.vocab_size)
         for row, key in zip(originals.numpy(), keys, strict=True)
     ]
     shown, hidden = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-    predicted = hidden if real is None else hidden & real
-    return Batch(shown, real, originals.masked_fill(~predicted, NO_TARGET))
+    predicted = hidden if token_mask is None else hidden & token_mask
+    return Batch(shown, token_mask, originals.masked_fill(~predicted, NO_TARGET))

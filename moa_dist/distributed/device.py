@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-def poorest_memory(device: torch.device) -> int:
+def min_device_memory(device: torch.device) -> int:
     """Bytes that the rank with the least can hold. Collective.
 
     Of a CPU, its share of the machine's memory among the ranks of this node.
@@ -24,12 +24,12 @@ def poorest_memory(device: torch.device) -> int:
     return int(least)
 
 
-def be_deterministic() -> None:
+def enable_determinism() -> None:
     """Choose kernels that repeat bit for bit, before any has run on the device."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
-def travels_beside(wish: str, backend: str) -> bool:
+def should_overlap(wish: str, backend: str) -> bool:
     """`parallel.overlap` decided: `auto` overlaps where communication has engines of its own."""
     return wish == "on" or (wish == "auto" and backend == "nccl")

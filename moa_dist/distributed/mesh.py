@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from moa_dist.distributed.channel import Channel
-from moa_dist.distributed.traffic import Ledger
-from moa_dist.distributed.waiting import Waits
+from moa_dist.distributed.comm_group import CommGroup
+from moa_dist.distributed.comm_timer import CommTimer
+from moa_dist.distributed.traffic import TrafficCounter
 from moa_dist.errors import ClusterError
 
 
@@ -30,14 +30,14 @@ class Mesh:
     """The ep ranks that share one set of experts with this one."""
     edp_group: dist.ProcessGroup
     """The W / ep ranks that hold the same experts as this one."""
-    ledger: Ledger = field(default_factory=Ledger)
+    traffic_counter: TrafficCounter = field(default_factory=TrafficCounter)
     """What this rank sends to others for its experts, and at ZeRO 0 for gradients."""
-    waits: Waits = field(default_factory=Waits)
+    comm_timer: CommTimer = field(default_factory=CommTimer)
     """How long it waits for them."""
 
-    def ep_channel(self, layer: str, *, overlap: bool = False) -> Channel:
+    def ep_comm_group(self, layer: str, *, overlap: bool = False) -> CommGroup:
         """To the ranks that share this one's experts, for the module named `layer`."""
-        return Channel(self.ep_group, layer, self.ledger, self.waits, overlap)
+        return CommGroup(self.ep_group, layer, self.traffic_counter, self.comm_timer, overlap)
 
 
 def expert_parallel_ranks(world_size: int, expert_parallel: int) -> list[list[int]]:
@@ -69,5 +69,5 @@ def make_mesh(expert_parallel: int) -> Mesh:
     )
     assert ep_group is not None
     assert edp_group is not None
-    waits = Waits(on_gpu=dist.get_backend() == "nccl")
-    return Mesh(rank, world_size, expert_parallel, ep_group, edp_group, waits=waits)
+    comm_timer = CommTimer(on_gpu=dist.get_backend() == "nccl")
+    return Mesh(rank, world_size, expert_parallel, ep_group, edp_group, comm_timer=comm_timer)

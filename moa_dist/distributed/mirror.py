@@ -6,7 +6,7 @@ all-to-all comes the block that this rank sends to itself. All sizes are those o
 every rank's data were routed like this one's. Values are plausible, not right: other ranks hold
 other experts. Nothing is sent.
 
-Serves `moa_dist.train.dry_run` and tests of more ranks than a machine could run.
+Serves `moa_dist.verify.dry_run` and tests of more ranks than a machine could run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from moa_dist.distributed.start import ALONE, Job, device_of, told
+from moa_dist.distributed.start import ALONE, DistContext, device_of, patched_environ
 
 BACKEND = "mirror"
 """Name of the backend."""
@@ -90,7 +90,12 @@ class MirrorGroup(dist.ProcessGroup):
         return _Done([part])
 
     def all_to_all_single(
-        self, received: Tensor, sent: Tensor, there: list[int], here: list[int], *_: Any
+        self,
+        received: Tensor,
+        sent: Tensor,
+        recv_splits: list[int],
+        send_splits: list[int],
+        *_: Any,
     ) -> dist.Work:
         """From each rank the block that this one sends to itself.
 
@@ -98,8 +103,8 @@ class MirrorGroup(dist.ProcessGroup):
         this rank's rows stand in for theirs, as often as it takes.
         """
         equal = [len(sent) // self._size] * self._size
-        mine = sent.split(here or equal)[self._rank]
-        for block in received.split(there or equal):
+        mine = sent.split(send_splits or equal)[self._rank]
+        for block in received.split(recv_splits or equal):
             for part in block.split(len(mine)) if len(mine) else ():
                 part.copy_(mine[: len(part)])
             if not len(mine):
@@ -120,13 +125,13 @@ dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
 
 
 @contextmanager
-def mirrored_job(rank: int, world_size: int) -> Iterator[Job]:
+def mirrored_job(rank: int, world_size: int) -> Iterator[DistContext]:
     """Be `rank` of a job of `world_size` ranks, the others mirror images of this one."""
     device = device_of(rank, local_rank=0)
     environment = ALONE | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    with told(environment):
+    with patched_environ(environment):
         dist.init_process_group(BACKEND, rank=rank, world_size=world_size, store=dist.HashStore())
         try:
-            yield Job(rank, world_size, device, BACKEND)
+            yield DistContext(rank, world_size, device, BACKEND)
         finally:
             dist.destroy_process_group()

@@ -29,7 +29,7 @@ ALONE = {
 
 
 @dataclass(frozen=True)
-class Job:
+class DistContext:
     """What this rank is and computes on."""
 
     rank: int
@@ -45,7 +45,7 @@ class Job:
 
 
 @contextmanager
-def told(environment: dict[str, str]) -> Iterator[None]:
+def patched_environ(environment: dict[str, str]) -> Iterator[None]:
     """While open, these environment variables are as a launcher would have set them."""
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -74,7 +74,7 @@ def device_of(rank: int, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def job() -> Iterator[Job]:
+def init_distributed() -> Iterator[DistContext]:
     """Join the job that `deepspeed`, `torchrun` or plain `python` started this process in.
 
     On GPUs each rank takes the device of its LOCAL_RANK and talks through NCCL; without
@@ -87,7 +87,7 @@ def job() -> Iterator[Job]:
                 "several tasks were started, but none was told its rank: start one task per node, "
                 "and in it `deepspeed` or `torchrun`"
             )
-        with told(ALONE), job() as alone:
+        with patched_environ(ALONE), init_distributed() as alone:
             yield alone
         return
     missing = [name for name in ALONE if name not in os.environ]
@@ -116,7 +116,7 @@ def job() -> Iterator[Job]:
             "every rank was started, that the address is reachable and that the port is free"
         ) from error
     with heartbeat(device) as beat:
-        yield Job(rank, world_size, device, backend, beat)
+        yield DistContext(rank, world_size, device, backend, beat)
     # Not after an error: other ranks may be inside a collective, and waiting for them here would
     # keep this process from ending, by which its launcher ends the others.
     dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 Counted are bytes that leave the rank, in the algorithms that move fewest: what an all-to-all keeps
 at home is not counted, a gather or scatter over P ranks moves P - 1 shards, and an all-reduce
-twice the share (P - 1) / P of its data. `moa_dist.plan.traffic` predicts the same numbers.
+twice the share (P - 1) / P of its data. `moa_dist.plan.predicted_traffic` predicts the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ gradients), rows on their way to experts, rows on their way back, weights of exp
 Gradients of rows and weights count with the trip whose way they take back."""
 
 
-class Flow(NamedTuple):
+class TrafficKey(NamedTuple):
     """One kind of traffic."""
 
     layer: str
@@ -27,7 +27,7 @@ class Flow(NamedTuple):
     """Sent by the backward pass."""
 
 
-class Volume(NamedTuple):
+class TrafficVolume(NamedTuple):
     """How much of it."""
 
     messages: int
@@ -35,29 +35,29 @@ class Volume(NamedTuple):
     num_bytes: int
     """Sent to other ranks by this one."""
 
-    def plus(self, other: Volume) -> Volume:
+    def plus(self, other: TrafficVolume) -> TrafficVolume:
         """Both together."""
-        return Volume(self.messages + other.messages, self.num_bytes + other.num_bytes)
+        return TrafficVolume(self.messages + other.messages, self.num_bytes + other.num_bytes)
 
 
-NO_VOLUME = Volume(0, 0)
+NO_TRAFFIC = TrafficVolume(0, 0)
 """Nothing sent."""
 
-Traffic = Mapping[Flow, Volume]
+Traffic = Mapping[TrafficKey, TrafficVolume]
 """All flows of a step."""
 
 
-class Ledger:
+class TrafficCounter:
     """Adds up flows until they are taken, once per step."""
 
     def __init__(self) -> None:
-        self._volumes: dict[Flow, Volume] = {}
+        self._volumes: dict[TrafficKey, TrafficVolume] = {}
 
-    def add(self, flow: Flow, num_bytes: int) -> None:
+    def add(self, key: TrafficKey, num_bytes: int) -> None:
         """Count one collective."""
-        self._volumes[flow] = self._volumes.get(flow, NO_VOLUME).plus(Volume(1, num_bytes))
+        self._volumes[key] = self._volumes.get(key, NO_TRAFFIC).plus(TrafficVolume(1, num_bytes))
 
-    def take(self) -> dict[Flow, Volume]:
+    def take(self) -> dict[TrafficKey, TrafficVolume]:
         """Everything added since the last call."""
         taken, self._volumes = self._volumes, {}
         return taken

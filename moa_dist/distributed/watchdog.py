@@ -19,9 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.heartbeat import Heartbeat
-from moa_dist.distributed.standing import Standing, all_stacks, own_standing, summary
-from moa_dist.distributed.waiting import Waits
+from moa_dist.distributed.rank_status import RankStatus, all_stacks, own_status, summary
 from moa_dist.errors import ExitCode
 
 FOLDER = "hangs"
@@ -43,7 +43,7 @@ class Watchdog:
     def __init__(
         self,
         beat: Heartbeat | None,
-        waits: Waits,
+        comm_timer: CommTimer,
         run_folder: Path,
         *,
         limit_s: float | None,
@@ -60,7 +60,7 @@ class Watchdog:
             world_size: number of ranks.
             say: where rank 0 tells what it learned.
         """
-        self._beat, self._waits, self._say = beat, waits, say
+        self._beat, self._comm_timer, self._say = beat, comm_timer, say
         self._rank = 0 if beat is None else beat.rank
         self._others = set(range(world_size)) - {self._rank}
         self._folder = run_folder / FOLDER
@@ -127,8 +127,8 @@ class Watchdog:
             time.sleep(0.05)
             for news in self._news():
                 if "standing" in news:
-                    standing = Standing(**news["standing"])
-                    known[standing.rank] = standing
+                    status = RankStatus(**news["standing"])
+                    known[status.rank] = status
         first, lines = summary(list(known.values()), self._others - set(known))
         if is_end:
             first = f"no step ended within train.step_limit = {self._limit_s:g} s: {first}"
@@ -156,15 +156,15 @@ class Watchdog:
     def _answer(self, name: str) -> None:
         self._tell({"standing": asdict(self._write_stacks(name))})
 
-    def _write_stacks(self, name: str) -> Standing:
+    def _write_stacks(self, name: str) -> RankStatus:
         step = self._step
-        standing = own_standing(self._rank, step and step[0], self._waits.progress)
+        status = own_status(self._rank, step and step[0], self._comm_timer.progress)
         folder = self._folder / Path(name).name
-        text = f"{standing}\n\n{all_stacks()}"
+        text = f"{status}\n\n{all_stacks()}"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"rank-{self._rank}.txt").write_text(text, encoding="utf-8")
-        return standing
+        return status
 
     def _tell(self, news: dict[str, Any]) -> None:
         if self._beat is not None:

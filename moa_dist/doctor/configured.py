@@ -76,7 +76,7 @@ def _data(config: Config) -> Iterator[Finding]:
 
 
 def _checkpoints(config: Config) -> Iterator[Finding]:
-    from moa_dist.train.checkpoint_files import checkpoints
+    from moa_dist.checkpoint.format import checkpoints
 
     folder = run_folder(config)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

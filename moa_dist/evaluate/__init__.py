@@ -1,1 +1,1 @@
-"""Perplexity and samples of trained models."""
+"""What a trained model can do: perplexity, zero-shot tasks, generation, translation, export."""

@@ -14,16 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moa_dist.checkpoint.check import altered, read_sums, require_valid
+from moa_dist.checkpoint.convert import make_partial
+from moa_dist.checkpoint.format import MASTER, Reader, tokenizer_of
+from moa_dist.checkpoint.tensor_file import TensorSpec, Written, write_file, write_tensors
+from moa_dist.checkpoint.write import move_into_place, write_sums
 from moa_dist.config import load_config, to_yaml
 from moa_dist.config.run import Config
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.train.checkpoint_check import altered, read_sums, require_valid
-from moa_dist.train.checkpoint_convert import make_partial
-from moa_dist.train.checkpoint_files import MASTER, Reader, tokenizer_of
-from moa_dist.train.checkpoint_write import move_into_place, write_sums
-from moa_dist.train.tensor_file import TensorSpec, Written, write_file, write_tensors
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.yaml"

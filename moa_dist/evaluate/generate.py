@@ -86,7 +86,7 @@ def _read(
 
     `cache` holds all but the last token of each, or is None if it holds nothing.
     """
-    real = None
+    token_mask = None
     if cache is None:
         cache = model.empty_cache()
         longest = max(map(len, texts))
@@ -94,10 +94,10 @@ def _read(
         rows = [[0] * (longest - len(text)) + text for text in texts]
         if any(len(text) < longest for text in texts):
             first = torch.tensor([longest - len(text) for text in texts], device=device)
-            real = torch.arange(longest, device=device) >= first[:, None]
+            token_mask = torch.arange(longest, device=device) >= first[:, None]
     else:
         rows = [text[-1:] for text in texts]
-    output = model(torch.tensor(rows, device=device), real, cache)
+    output = model(torch.tensor(rows, device=device), token_mask, cache)
     return output.logits[:, -1].double().cpu(), output.cache
 
 

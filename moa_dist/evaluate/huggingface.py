@@ -102,8 +102,8 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
         where nothing is to be predicted, also the mean cross-entropy of each next one. Other
         arguments, which ask for what these models do not return, have no effect.
         """
-        real = None if attention_mask is None else attention_mask.bool()
-        logits = self.model(input_ids, real).logits
+        token_mask = None if attention_mask is None else attention_mask.bool()
+        logits = self.model(input_ids, token_mask).logits
         loss = None
         if labels is not None:
             wide = torch.promote_types(logits.dtype, torch.float32)

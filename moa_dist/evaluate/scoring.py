@@ -29,7 +29,7 @@ from torch import Tensor
 from moa_dist.config.model import sequences_per_group
 from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks
-from moa_dist.distributed.waiting import Waits
+from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.evaluate.trained import Trained
 from moa_dist.models.language_model import LanguageModel
 
@@ -149,7 +149,7 @@ class Scorer:
                 progress(done, len(pieces))
         if ranked:  # each piece is zero on all ranks but one
             device = next(self.model.parameters()).device
-            sums = sum_over_ranks([sums.to(device)], Waits(), "scores")[0].cpu()
+            sums = sum_over_ranks([sums.to(device)], CommTimer(), "scores")[0].cpu()
         return sums.tolist()
 
     def _batches(self, pieces: list[_Piece]) -> list[list[_Piece]]:
@@ -171,15 +171,15 @@ class Scorer:
         stride = sequences_per_group(self.model.config)
         rows, length = len(batch) * stride, max(len(piece.tokens) for piece in batch) - 1
         tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
-        real = torch.zeros(rows, length, dtype=torch.bool)
+        token_mask = torch.zeros(rows, length, dtype=torch.bool)
         scored = torch.zeros(rows, length, dtype=torch.bool)
         for row, piece in zip(range(0, rows, stride), batch, strict=True):
             end = len(piece.tokens) - 1
             tokens[row, : end + 1] = torch.tensor(piece.tokens)
-            real[row, :end] = True
+            token_mask[row, :end] = True
             scored[row, end - piece.num_scored : end] = True
         device = next(self.model.parameters()).device
-        padded = None if bool(real.all()) else real.to(device)
+        padded = None if bool(token_mask.all()) else token_mask.to(device)
         logits_NV = self.model(tokens[:, :-1].to(device), padded).logits[scored.to(device)]
         targets_N = tokens[:, 1:][scored].to(device)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from moa_dist.checkpoint import format as checkpoint_format
+from moa_dist.checkpoint.check import require_valid
+from moa_dist.checkpoint.format import INDEX_FILE, Reader, checkpoints, tokenizer_of
 from moa_dist.config.load import config_of, load_config
 from moa_dist.config.model import Objective
 from moa_dist.config.run import Config
@@ -16,9 +19,6 @@ from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.evaluate.export import CONFIG_FILE, is_export, load_export
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.train import checkpoint_files
-from moa_dist.train.checkpoint_check import require_valid
-from moa_dist.train.checkpoint_files import INDEX_FILE, Reader, checkpoints, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _load(folder: Path) -> tuple[LanguageModel, Config, int]:
     if is_export(folder):
         return load_export(folder)
     require_valid(folder)
-    model, index = checkpoint_files.load_model(folder)
+    model, index = checkpoint_format.read_model(folder)
     return model, index.config, index.step
 
 

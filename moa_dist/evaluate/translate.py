@@ -103,7 +103,7 @@ def beam_search(
     """
     model = dropless(model)
     device = next(model.parameters()).device
-    source, source_real = (
+    source, source_mask = (
         None if x is None else x.to(device) for x in padded([[*text, end] for text in sources])
     )
     beams = [_Beam(len(text) + _EXTRA_TOKENS) for text in sources]
@@ -111,9 +111,9 @@ def beam_search(
     searching = list(beams)
     while searching:
         log_probability, token, cache = _read(
-            model, last, cache, source, source_real, 2 * search.beam
+            model, last, cache, source, source_mask, 2 * search.beam
         )
-        source = source_real = None  # from here on, they are in the cache
+        source = source_mask = None  # from here on, they are in the cache
         rows, row, still = [], 0, []
         for beam in searching:
             size = len(beam.going_on)
@@ -138,13 +138,13 @@ def _read(
     last: list[int],
     cache: Cache,
     source: Tensor | None,
-    source_real: Tensor | None,
+    source_mask: Tensor | None,
     num_best: int,
 ) -> tuple[list[list[float]], list[list[int]], Cache]:
     """Of each hypothesis the likeliest next tokens, [R, num_best]: log-probabilities and ids."""
     device = next(model.parameters()).device
     tokens = torch.tensor(last, device=device)[:, None]
-    output = model(tokens, None, cache, source, source_real)
+    output = model(tokens, None, cache, source, source_mask)
     log_probability = output.logits[:, -1].double().log_softmax(-1)
     best = log_probability.topk(min(num_best, log_probability.shape[-1]), dim=-1)
     assert output.cache is not None

@@ -1,1 +1,1 @@
-"""Grouped matrix products."""
+"""Kernels that compute routed experts, chosen by device, type and widths."""

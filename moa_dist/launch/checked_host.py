@@ -106,5 +106,5 @@ class HostProcess:
         if self._host is None:
             last = errors[-1] if errors else f"exit status {status}"
             return NoAnswerError(f"its check failed: {last}")
-        text, remedy = ssh.explain(self._host, status, errors)
+        text, remedy = ssh.explain_ssh_failure(self._host, status, errors)
         return NoAnswerError(text, remedy, unreachable=status == 255)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moa_dist.distributed.network import HOST_VARIABLE, free_port
 from moa_dist.distributed.preemption import signals_blocked
-from moa_dist.launch.cause import Cause
+from moa_dist.launch.failure import Cause
 from moa_dist.launch.hostfile import Host, write_hostfile
 from moa_dist.launch.rank import VISIBLE_VARIABLE
 
@@ -74,7 +74,7 @@ class DeepSpeedLauncher:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlacement:
     """This machine among the nodes of a job that are started one by one."""
 
     hosts: Sequence[Host]
@@ -90,7 +90,7 @@ class Place:
 class LocalJob:
     """One attempt. Every process of it ends with this one, also if this one is killed.
 
-    The keepers of the ranks (`moa_dist.launch.rank`) and the launchers between here and there
+    The agents of the ranks (`moa_dist.launch.rank`) and the launchers between here and there
     inherit two pipes: on their standard input this process lives or is gone, and their standard
     output ends when the last of them has ended.
     """
@@ -98,7 +98,11 @@ class LocalJob:
     problem: str | None = None
 
     def __init__(
-        self, folder: Path, command: Sequence[str], ranks: int | None, place: Place | None = None
+        self,
+        folder: Path,
+        command: Sequence[str],
+        ranks: int | None,
+        place: RankPlacement | None = None,
     ) -> None:
         """Start `command` on `ranks` ranks, or on as many as there are devices.
 
@@ -116,10 +120,10 @@ class LocalJob:
             environment[HOST_VARIABLE] = place.hosts[place.node].name
             if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
                 environment[VISIBLE_VARIABLE] = visible
-        keeper = ["--no_local_rank", "--module", "moa_dist.launch.rank", str(folder), *command]
+        agent = ["--no_local_rank", "--module", "moa_dist.launch.rank", str(folder), *command]
         lifeline, self._lifeline = os.pipe()
         self._launcher = DeepSpeedLauncher(
-            folder, [*where, *keeper], stdin=lifeline, environment=environment
+            folder, [*where, *agent], stdin=lifeline, environment=environment
         )
         os.close(lifeline)
 

@@ -219,7 +219,7 @@ def _clocks(hosts: Mapping[str, CheckedHost]) -> Iterator[Finding]:
 def _reach_back(
     found: Preflight, hosts: Mapping[str, CheckedHost], answers: Mapping[str, Message], port: int
 ) -> None:
-    """Whether keepers will reach this process, where ssh comes from."""
+    """Whether agents will reach this process, where ssh comes from."""
     calls = {
         name: {"do": "reach", "address": answer["client"], "port": port}
         for name, answer in answers.items()

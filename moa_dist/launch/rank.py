@@ -1,4 +1,4 @@
-"""The keeper of one rank: `python -m moa_dist.launch.rank FOLDER [COMMAND...]`, started as a rank.
+"""The agent of one rank: `python -m moa_dist.launch.rank FOLDER [COMMAND...]`, started as a rank.
 
 Runs the command with its output in `FOLDER/rank-N.log`, records in `FOLDER/rank-N.json` how it
 ended, which launchers tell inexactly, and passes on the signals by which a job is asked to stop.
@@ -29,7 +29,7 @@ from moa_dist.distributed.network import (
     is_loopback,
 )
 from moa_dist.distributed.preemption import PREEMPTION_SIGNALS
-from moa_dist.launch.cause import count_oom_kills
+from moa_dist.launch.failure import count_oom_kills
 from moa_dist.launch.link import Link, LinkLostError, connect
 from moa_dist.launch.record import RankRecord, Start, read_start, write_record
 
@@ -44,7 +44,7 @@ News = Literal["stop", "gone"]
 
 
 class Lifeline(Protocol):
-    """What a keeper hears of its supervisor."""
+    """What a agent hears of its supervisor."""
 
     def news(self, timeout_s: float) -> News | None:
         """To stop the command in order, or that the supervisor is gone; waits that long."""
@@ -55,7 +55,7 @@ class Pipe:
 
     def __init__(self) -> None:
         self._input = sys.stdin.fileno()
-        os.set_blocking(self._input, False)  # another rank's keeper may have taken the byte
+        os.set_blocking(self._input, False)  # another rank's agent may have taken the byte
 
     def news(self, timeout_s: float) -> News | None:
         """See `Lifeline`."""
@@ -68,7 +68,7 @@ class Pipe:
 
 
 class Network:
-    """To another host; held by one keeper of each, whose end is that of the others there."""
+    """To another host; held by one agent of each, whose end is that of the others there."""
 
     def __init__(self, start: Start) -> None:
         """Raises OSError if the supervisor does not listen."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 START_FILE = "start.json"
-"""What keepers on other hosts cannot be told by their command line, which shells would mangle."""
+"""What agents on other hosts cannot be told by their command line, which shells would mangle."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Start:
     port: int
     """Where the supervisor listens, on the host that ssh came from."""
     token: str
-    """By which it knows its own keepers."""
+    """By which it knows its own agents."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class RankRecord:
     """Its process there."""
     status: int | None = None
     """Exit code, or minus the signal that killed it; None while it runs, and for ever if its
-    keeper was killed."""
+    agent was killed."""
     ended: float | None = None
     """When, in seconds since 1970."""
     orphaned: bool = False
-    """Its keeper ended it, since nobody watched over the job any more."""
+    """Its agent ended it, since nobody watched over the job any more."""
     oom_kills: int | None = None
-    """Processes that the kernel killed on that host meanwhile for want of memory, in the keeper's
+    """Processes that the kernel killed on that host meanwhile for want of memory, in the agent's
     control group; None where that cannot be read."""
 
     @property
@@ -70,7 +70,7 @@ def read_records(folder: Path) -> list[RankRecord]:
 
 
 def write_start(folder: Path, start: Start) -> None:
-    """For keepers to read; for nobody but this user, since it holds the token."""
+    """For agents to read; for nobody but this user, since it holds the token."""
     _replace(folder / START_FILE, asdict(start), mode=0o600)
 
 

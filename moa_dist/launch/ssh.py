@@ -43,7 +43,7 @@ def python_path() -> str:
     return os.pathsep.join(os.path.abspath(part) for part in given.split(os.pathsep) if part)
 
 
-def explain(host: str, status: int, errors: Sequence[str]) -> tuple[str, str]:
+def explain_ssh_failure(host: str, status: int, errors: Sequence[str]) -> tuple[str, str]:
     """Why a command of `on_host` gave no answer, and what to do about it.
 
     `status` is its exit status, 255 where it is ssh's own; `errors` the lines that it left.

@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from moa_dist.checkpoint.format import checkpoints
 from moa_dist.config.run import Config, run_folder
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode
-from moa_dist.launch.cause import Cause, find_cause, last_lines
-from moa_dist.train.checkpoint_files import checkpoints
+from moa_dist.launch.failure import Cause, find_cause, last_lines
 
 ATTEMPTS_FILE = "attempts.jsonl"
 """In the run's folder: one line per attempt."""

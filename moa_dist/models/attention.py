@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import DenseAttentionConfig, RopeConfig
-from moa_dist.labels import is_part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.models.trace import AttentionTrace, head_summary
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.profiling import annotated
 
 
 class AttentionMask(NamedTuple):
@@ -28,9 +28,9 @@ class AttentionMask(NamedTuple):
 
     causal: bool
     """Query t sees keys 0 ... num_past + t only."""
-    query_real: Tensor | None = None
+    query_mask: Tensor | None = None
     """[B, T] bool, true for real tokens; None when there is no padding."""
-    key_real: Tensor | None = None
+    key_mask: Tensor | None = None
     """[B, S] bool, true for real tokens; None when there is no padding."""
     num_past: int = 0
     """How many of the keys, the first ones, come from a cache."""
@@ -39,9 +39,9 @@ class AttentionMask(NamedTuple):
     0 ... T - 1."""
 
     @property
-    def new_key_real(self) -> Tensor | None:
-        """`key_real` of the keys that do not come from a cache."""
-        return None if self.key_real is None else self.key_real[:, self.num_past :]
+    def new_key_mask(self) -> Tensor | None:
+        """`key_mask` of the keys that do not come from a cache."""
+        return None if self.key_mask is None else self.key_mask[:, self.num_past :]
 
 
 class AttentionOutput(NamedTuple):
@@ -65,7 +65,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
     # A single query after those of the cache sees every key.
     causal = mask.causal and not (mask.num_past and q.shape[-2] == 1)
     # `is_causal` lets query t see keys 0 ... t, whatever came before.
-    if mask.key_real is None and not (causal and mask.num_past):
+    if mask.key_mask is None and not (causal and mask.num_past):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys(q, k, mask))
 
@@ -76,8 +76,8 @@ def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
     visible = torch.ones(T if mask.causal else 1, S, dtype=torch.bool, device=q.device)
     if mask.causal:
         visible = visible.tril(mask.num_past)
-    if mask.key_real is not None:
-        visible = visible & mask.key_real[:, None, None, :]
+    if mask.key_mask is not None:
+        visible = visible & mask.key_mask[:, None, None, :]
     # A query that sees no key (it can only be padding) would be 0 / 0: let it see all.
     return visible | ~visible.any(-1, keepdim=True)
 
@@ -143,7 +143,7 @@ class DenseAttention(nn.Module):
         projections = sum(p.macs(length) for p in (self.q, self.k, self.v, self.o))
         return {"projections": projections, "softmax": softmax_macs(length, length, width)}
 
-    @is_part("attention")
+    @annotated("attention")
     def forward(
         self,
         query: Tensor,

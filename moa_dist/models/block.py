@@ -22,14 +22,14 @@ from moa_dist.config.model import (
     MoEFFNConfig,
     SwitchHeadConfig,
 )
-from moa_dist.distributed.arriving import Arriving
+from moa_dist.distributed.pending import Pending
 from moa_dist.models.attention import AttentionMask, AttentionOutput, DenseAttention
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import DenseFeedForward, FeedForwardOutput, MoEFeedForward
-from moa_dist.models.moa import MoAttention
+from moa_dist.models.moa import MoAAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.models.trace import AttentionTrace, BlockTrace
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -48,13 +48,13 @@ def make_norm(config: ModelConfig, eps: float) -> nn.LayerNorm | nn.RMSNorm:
 
 def make_attention(
     config: AttentionConfig, d_model: int, init_scale: float
-) -> DenseAttention | MoAttention | SwitchHeadAttention:
+) -> DenseAttention | MoAAttention | SwitchHeadAttention:
     """The attention kinds: a new one is a file and a line here."""
     match config:
         case DenseAttentionConfig():
             return DenseAttention(config, d_model, init_scale)
         case MoAConfig():
-            return MoAttention(config, d_model, init_scale)
+            return MoAAttention(config, d_model, init_scale)
         case SwitchHeadConfig():
             return SwitchHeadAttention(config, d_model, init_scale)
 
@@ -84,11 +84,11 @@ class GatheredExperts(NamedTuple):
 class ArrivingExperts(NamedTuple):
     """The same on their way."""
 
-    attention: Mapping[str, Arriving]
+    attention: Mapping[str, Pending]
     """Of the attention's experts."""
-    cross: Mapping[str, Arriving]
+    cross: Mapping[str, Pending]
     """Of those of a decoder's attention to the source."""
-    ffn: Mapping[str, Arriving]
+    ffn: Mapping[str, Pending]
     """Of the FFN's experts."""
 
     def wait(self) -> GatheredExperts:
@@ -113,22 +113,22 @@ class BlockOutput(NamedTuple):
     """None if it was not asked for."""
 
 
-class Memory(NamedTuple):
+class EncoderMemory(NamedTuple):
     """What a decoder's layers see of the source text."""
 
     x: Tensor
     """[B, R, D], normalised: the encoder's output. With a cache that holds keys and values of the
     source, R is 0."""
-    query_real: Tensor | None
+    query_mask: Tensor | None
     """[B, S] bool, true for real tokens of the target; None when there is no padding."""
-    real: Tensor | None
+    source_mask: Tensor | None
     """[B, all of the source] bool, true for real tokens; None when there is no padding."""
 
     @property
     def mask(self) -> AttentionMask:
         """Every token of the target sees all of the source."""
-        num_past = 0 if self.real is None else self.real.shape[1] - self.x.shape[1]
-        return AttentionMask(False, self.query_real, self.real, num_past)
+        num_past = 0 if self.source_mask is None else self.source_mask.shape[1] - self.x.shape[1]
+        return AttentionMask(False, self.query_mask, self.source_mask, num_past)
 
 
 class CrossAttention(nn.Module):
@@ -148,7 +148,7 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Memory,
+        memory: EncoderMemory,
         gathered: Gathered,
         cache: KeyValues | None,
         trace: bool = False,
@@ -215,7 +215,7 @@ class Block(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts = _ALL_EXPERTS_HERE,
         cache: KeyValues | None = None,
-        memory: Memory | None = None,
+        memory: EncoderMemory | None = None,
         trace: bool = False,
     ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`."""
@@ -230,7 +230,7 @@ class Block(nn.Module):
             named |= {f"attention.cross.{name}": v for name, v in cross.statistics.items()}
             traces["attention.cross"] = cross.trace
             longer = None if longer is None else (*longer, *cross.cache)
-        x, ffn = self._transform(x, mask.query_real, gathered.ffn, trace)
+        x, ffn = self._transform(x, mask.query_mask, gathered.ffn, trace)
         if ffn.statistics is not None:
             named["ffn"] = ffn.statistics
         return BlockOutput(x, named, longer, _block_trace(traces, ffn) if trace else None)
@@ -251,10 +251,10 @@ class Block(nn.Module):
         return self.attention_norm(x) if self.placement == "post" else x, output
 
     def _transform(
-        self, x: Tensor, token_real: Tensor | None, gathered: Gathered, trace: bool
+        self, x: Tensor, token_mask: Tensor | None, gathered: Gathered, trace: bool
     ) -> tuple[Tensor, FeedForwardOutput]:
         n = x if self.placement == "post" else self.ffn_norm(x)
-        output = self.ffn(x if self.placement == "peri" else n, n, token_real, gathered, trace)
+        output = self.ffn(x if self.placement == "peri" else n, n, token_mask, gathered, trace)
         x = x + self.dropout(output.y)
         return self.ffn_norm(x) if self.placement == "post" else x, output
 

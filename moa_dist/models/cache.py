@@ -36,25 +36,27 @@ class Cache(NamedTuple):
     another input."""
     length: int = 0
     """Tokens read so far, padding included (P)."""
-    real: Tensor | None = None
+    token_mask: Tensor | None = None
     """[B, P] bool, false at padding; None when there is none."""
-    source_real: Tensor | None = None
+    source_mask: Tensor | None = None
     """[B, R] bool, false at padding of the source text; None when there is none, or no source."""
 
     def select(self, rows: Tensor) -> Cache:
         """The sequences at `rows` [n] int64, in that order; one may be taken several times."""
         layers = tuple(tuple(part[rows] for part in layer) for layer in self.layers)
-        real, source_real = (None if x is None else x[rows] for x in (self.real, self.source_real))
-        return Cache(layers, self.length, real, source_real)
+        token_mask, source_mask = (
+            None if x is None else x[rows] for x in (self.token_mask, self.source_mask)
+        )
+        return Cache(layers, self.length, token_mask, source_mask)
 
-    def real_with(self, tokens: Tensor, token_real: Tensor | None) -> Tensor | None:
+    def mask_with(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor | None:
         """[B, P + T]: which tokens are real once `tokens` [B, T] are read, too.
 
-        `token_real` [B, T] tells of these, None for all; returns None when there is no padding.
+        `token_mask` [B, T] tells of these, None for all; returns None when there is no padding.
         """
-        if self.real is None and token_real is None:
+        if self.token_mask is None and token_mask is None:
             return None
-        past, new = self.real, token_real
+        past, new = self.token_mask, token_mask
         if past is None:
             past = torch.ones(len(tokens), self.length, dtype=torch.bool, device=tokens.device)
         if new is None:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.kernels.activations import ACTIVATIONS
-from moa_dist.kernels.trip import Experts
-from moa_dist.labels import is_part
+from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.profiling import annotated
 
 
 class FeedForwardOutput(NamedTuple):
@@ -48,12 +48,12 @@ class DenseFeedForward(nn.Module):
         """Multiply-accumulates for one sequence, by part."""
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
-    @is_part("ffn")
+    @annotated("ffn")
     def forward(
         self,
         x: Tensor,
         router_input: Tensor,
-        token_real: Tensor | None,
+        token_mask: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
         trace: bool = False,
     ) -> FeedForwardOutput:
@@ -93,33 +93,37 @@ class MoEFeedForward(RoutedModule):
             "routers": self.router.macs(length),
         }
 
-    def uses(self) -> list[Use]:
-        """See `RoutedModule.uses`."""
-        return [Use("router", "token", self.up.d_in, "token", self.down.d_out, weighted=True)]
+    def routed_projections(self) -> list[RoutedProjection]:
+        """See `RoutedModule.routed_projections`."""
+        return [
+            RoutedProjection(
+                "router", "token", self.up.d_in, "token", self.down.d_out, weighted=True
+            )
+        ]
 
-    @is_part("ffn")
+    @annotated("ffn")
     def forward(
         self,
         x: Tensor,
         router_input: Tensor,
-        token_real: Tensor | None,
+        token_mask: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
         trace: bool = False,
     ) -> FeedForwardOutput:
         """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D]; padding: the bias only.
 
-        `token_real` [B, S] bool is true for real tokens; None when there is no padding.
+        `token_mask` [B, S] bool is true for real tokens; None when there is no padding.
         """
-        routing = self.router(router_input, token_real)
+        routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         names = ("up",) if self.gate is None else ("up", "gate")
-        experts = Experts(
-            down=self.matrices("down", gathered),
-            ups=tuple(self.matrices(name, gathered) for name in names),
+        experts = ExpertWeights(
+            down=self.expert_weights("down", gathered),
+            ups=tuple(self.expert_weights(name, gathered) for name in names),
             activation=self.config.activation,
         )
-        sent = plan.send(x.flatten(0, 1), "token")
-        y = plan.apply(experts, sent, "token", "token", weighted=True).wait().view_as(x)
+        sent = plan.dispatch(x.flatten(0, 1), "token")
+        y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait().view_as(x)
         if self.bias is not None:
             y = self.bias(y)
         return FeedForwardOutput(y, routing.statistics, routing if trace else None)

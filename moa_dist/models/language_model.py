@@ -22,10 +22,10 @@ from moa_dist.config.model import (
     RouterConfig,
 )
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import Memory, make_norm
+from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
-from moa_dist.models.stack import Application, LayerStack, RouterKey, Site, StackOutput
+from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
 from moa_dist.moe.losses import balance_losses
@@ -38,14 +38,14 @@ class LanguageModelOutput(NamedTuple):
 
     logits: Tensor
     """[B, S, V]."""
-    auxiliary: dict[str, Tensor]
+    aux_losses: dict[str, Tensor]
     """Scalar losses by name, such as `ffn/entropy`: coefficients applied, summed over distinct
     layers. Training adds them all to the cross-entropy."""
-    statistics: dict[Site, RoutingStatistics]
+    statistics: dict[RouterCall, RoutingStatistics]
     """One entry per router application."""
     cache: Cache | None = None
     """With the tokens of this forward; None if it was given none."""
-    traces: dict[Application, BlockTrace] | None = None
+    traces: dict[LayerCall, BlockTrace] | None = None
     """What every application of a layer decided; None if it was not asked for."""
 
 
@@ -117,18 +117,18 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        token_real: Tensor | None = None,
+        token_mask: Tensor | None = None,
         cache: Cache | None = None,
         source: Tensor | None = None,
-        source_real: Tensor | None = None,
+        source_mask: Tensor | None = None,
         *,
         trace: bool = False,
     ) -> LanguageModelOutput:
         """Logits at every position: of the next token, or of the token itself if masked.
 
-        `tokens` [B, S] int64; `token_real` [B, S] bool is false at padding, None for none. The
+        `tokens` [B, S] int64; `token_mask` [B, S] bool is false at padding, None for none. The
         position of a token is the number of real ones before it: padding may stand anywhere.
-        A model that translates needs the `source` [B, R] int64, with `source_real` likewise,
+        A model that translates needs the `source` [B, R] int64, with `source_mask` likewise,
         unless the cache holds what it was before.
 
         With a `cache`, tokens follow those in it, the logits are those of a forward over all of
@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         see `dropless`; or if a cache or a source does not go with the objective. With `trace` the
         output says what every layer decided.
         """
-        num_past, real = 0, token_real
+        num_past, key_mask = 0, token_mask
         if source is not None and self.encoder is None:
             raise ValueError("only a model that translates has a source")
         if source is not None and cache is not None and cache.length:
@@ -149,20 +149,20 @@ class LanguageModel(nn.Module):
                     "with a capacity, what an expert drops depends on the whole sequence, which "
                     "a cache does not hold; use dropless(model)"
                 )
-            num_past, real = cache.length, cache.real_with(tokens, token_real)
-        position = positions(tokens, real, num_past)
+            num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
+        position = positions(tokens, key_mask, num_past)
         x, memory, encoded = self._embed(tokens, position), None, None
         if self.encoder is not None:
             if source is not None:
-                encoded = self._encode(source, source_real, trace)
+                encoded = self._encode(source, source_mask, trace)
                 x_source = encoded.x
             elif cache is None or not cache.length:
                 raise ValueError("a model that translates needs a source")
             else:  # its keys and values are in the cache
-                x_source, source_real = x[:, :0], cache.source_real
-            memory = Memory(x_source, token_real, source_real)
+                x_source, source_mask = x[:, :0], cache.source_mask
+            memory = EncoderMemory(x_source, token_mask, source_mask)
         causal = self.config.objective != "masked"
-        mask = AttentionMask(causal, token_real, real, num_past, position)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, position)
         output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
@@ -171,9 +171,9 @@ class LanguageModel(nn.Module):
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
         if output.cache is None:
-            auxiliary = self._auxiliary(statistics)
-            return LanguageModelOutput(logits, auxiliary, statistics, None, traces)
-        longer = Cache(output.cache, num_past + tokens.shape[1], real, source_real)
+            aux_losses = self._aux_losses(statistics)
+            return LanguageModelOutput(logits, aux_losses, statistics, None, traces)
+        longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
         return LanguageModelOutput(logits, {}, statistics, longer, traces)
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -185,19 +185,19 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
 
-    def _encode(self, source: Tensor, real: Tensor | None, trace: bool) -> StackOutput:
+    def _encode(self, source: Tensor, token_mask: Tensor | None, trace: bool) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
-        position = positions(source, real)
-        mask = AttentionMask(False, real, real, 0, position)
+        position = positions(source, token_mask)
+        mask = AttentionMask(False, token_mask, token_mask, 0, position)
         output = self.encoder(self._embed(source, position), mask, trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
-    def _auxiliary(self, statistics: dict[Site, RoutingStatistics]) -> dict[str, Tensor]:
+    def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:
         """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""
         repeats = defaultdict(list)
-        for site, value in statistics.items():
-            repeats[site.key].append(value)
+        for call, value in statistics.items():
+            repeats[call.key].append(value)
         totals = {router: total(values) for router, values in repeats.items()}
         sums: dict[str, Tensor] = {}
         for router, value in self._in_scope(totals).items():
@@ -247,16 +247,16 @@ def _final_norm(config: ModelConfig) -> nn.Module:
     return make_norm(config, config.final_norm_eps or config.norm_eps)
 
 
-def positions(tokens: Tensor, real: Tensor | None, num_past: int = 0) -> Tensor:
+def positions(tokens: Tensor, token_mask: Tensor | None, num_past: int = 0) -> Tensor:
     """How many real tokens stand before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
 
     Padding has the position of the real token before it.
-    `real` [B, num_past + S] bool tells it of those that were read before, too.
+    `token_mask` [B, num_past + S] bool tells it of those that were read before, too.
     """
-    if real is None:
+    if token_mask is None:
         return torch.arange(num_past, num_past + tokens.shape[1], device=tokens.device)[None]
     # Padding in front of the first token shares its position.
-    return (real.cumsum(1)[:, num_past:] - 1).clamp(min=0)
+    return (token_mask.cumsum(1)[:, num_past:] - 1).clamp(min=0)
 
 
 def sinusoidal_positions(position: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:

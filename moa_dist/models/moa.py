@@ -14,8 +14,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
-from moa_dist.kernels.trip import Experts
-from moa_dist.labels import is_part
+from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -28,11 +27,12 @@ from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router
+from moa_dist.profiling import annotated
 
 
-class MoAttention(RoutedModule):
+class MoAAttention(RoutedModule):
     """`y_t = sum over chosen e of w_e W_o^e attention(W_q^e x_t, K, V)` (equations 5-8).
 
     The two trips, to queries and to outputs, share one dispatch plan.
@@ -67,15 +67,15 @@ class MoAttention(RoutedModule):
             "softmax": softmax_macs(length, length, K * width),
         }
 
-    def uses(self) -> list[Use]:
-        """See `RoutedModule.uses`."""
+    def routed_projections(self) -> list[RoutedProjection]:
+        """See `RoutedModule.routed_projections`."""
         D, width = self.q.d_in, self.q.d_out
         return [
-            Use("router", "token", D, "slot", width, weighted=False),
-            Use("router", "slot", width, "token", D, weighted=True),
+            RoutedProjection("router", "token", D, "slot", width, weighted=False),
+            RoutedProjection("router", "slot", width, "token", D, weighted=True),
         ]
 
-    @is_part("attention")
+    @annotated("attention")
     def forward(
         self,
         query: Tensor,
@@ -92,14 +92,14 @@ class MoAttention(RoutedModule):
         """
         B, T, D = query.shape
         K, h = self.config.router.top_k, self.config.heads_per_expert
-        routing = self.router(query, mask.query_real)
+        routing = self.router(query, mask.query_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
         # Keys and values are computed while rows travel.
-        sent = plan.send(query.reshape(B * T, D), "token")
+        sent = plan.dispatch(query.reshape(B * T, D), "token")
         k = self.k(key).unflatten(-1, (h, -1)).transpose(1, 2)
-        experts = Experts(self.matrices("q", gathered))
-        returning = plan.apply(experts, sent, "token", "slot", weighted=False)
+        experts = ExpertWeights(self.expert_weights("q", gathered))
+        returning = plan.run_and_combine(experts, sent, "token", "slot", weighted=False)
         v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
         q = returning.wait().view(B, T, K * h, -1).transpose(1, 2)
         q, k = (apply_rope(x, self.config.rope, mask.position) for x in (q, k))
@@ -110,9 +110,9 @@ class MoAttention(RoutedModule):
         heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
 
         slots = heads.transpose(1, 2).reshape(B * T * K, -1)
-        experts = Experts(self.matrices("o", gathered))
-        sent = plan.send(slots, "slot")
-        y = plan.apply(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
+        experts = ExpertWeights(self.expert_weights("o", gathered))
+        sent = plan.dispatch(slots, "slot")
+        y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
         if self.bias is not None:
             y = self.bias(y)
         return AttentionOutput(

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.labels import part
 from moa_dist.models.language_model import LanguageModelOutput
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.profiling import annotate
 
 NO_TARGET = -100
 """In the place of a token where nothing is to be predicted."""
@@ -27,13 +27,13 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     """[B, S] int64, or [B, S + 1] without `targets`: then each token is to predict the next."""
-    real: Tensor | None = None
+    token_mask: Tensor | None = None
     """Of the shape of `tokens`, bool, false at padding; None when there is none."""
     targets: Tensor | None = None
     """[B, S] int64: what is to be predicted at each token, or NO_TARGET."""
     source: Tensor | None = None
     """[B, R] int64: what the sequences are translations of."""
-    source_real: Tensor | None = None
+    source_mask: Tensor | None = None
     """[B, R] bool, false at padding; None when there is none."""
 
     @property
@@ -43,21 +43,21 @@ class Batch(NamedTuple):
 
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What the model is called with."""
-        tokens, real = self.tokens, self.real
+        tokens, token_mask = self.tokens, self.token_mask
         if self.targets is None:
-            tokens, real = tokens[:, :-1], None if real is None else real[:, :-1]
+            tokens, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
         if self.source is None:
-            return tokens, real
-        return tokens, real, None, self.source, self.source_real
+            return tokens, token_mask
+        return tokens, token_mask, None, self.source, self.source_mask
 
     def labels(self) -> Tensor:
         """[B, S] int64: what is to be predicted at each input token, or NO_TARGET."""
         if self.targets is not None:
             return self.targets
         following = self.tokens[:, 1:]
-        if self.real is None:
+        if self.token_mask is None:
             return following
-        return following.masked_fill(~self.real[:, 1:], NO_TARGET)
+        return following.masked_fill(~self.token_mask[:, 1:], NO_TARGET)
 
     def num_targets(self) -> int:
         """Tokens to predict."""
@@ -65,9 +65,9 @@ class Batch(NamedTuple):
 
     def num_read(self) -> int:
         """Tokens that the model reads, those of a source and padding left out."""
-        tokens, real, *_ = self.inputs()
+        tokens, token_mask, *_ = self.inputs()
         assert tokens is not None
-        return tokens.numel() if real is None else int(real.sum())
+        return tokens.numel() if token_mask is None else int(token_mask.sum())
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
@@ -87,9 +87,9 @@ class Objective(NamedTuple):
 
     cross_entropy: Tensor
     """Scalar, summed over targets, nats."""
-    auxiliary: dict[str, Tensor]
+    aux_losses: dict[str, Tensor]
     """Losses of the routers, see `LanguageModelOutput`."""
-    statistics: dict[Site, RoutingStatistics]
+    statistics: dict[RouterCall, RoutingStatistics]
     """What the routers did, likewise."""
 
     def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
@@ -100,14 +100,14 @@ class Objective(NamedTuple):
         with uneven padding. `weight` is this micro-batch's number of sequences over their mean:
         auxiliary losses are means over sequences.
         """
-        auxiliary = sum(self.auxiliary.values(), torch.zeros_like(self.cross_entropy))
-        return self.cross_entropy / targets_per_micro_batch + weight * auxiliary
+        aux_losses = sum(self.aux_losses.values(), torch.zeros_like(self.cross_entropy))
+        return self.cross_entropy / targets_per_micro_batch + weight * aux_losses
 
 
 def objective(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Objective:
     """Run the model on a micro-batch and sum the cross-entropy of its targets."""
     output: LanguageModelOutput = model(*batch.inputs())
-    with part("loss"):
+    with annotate("loss"):
         wide = torch.promote_types(output.logits.dtype, torch.float32)
         cross_entropy = F.cross_entropy(
             output.logits.flatten(0, 1).to(wide),
@@ -117,4 +117,4 @@ def objective(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> O
             label_smoothing=label_smoothing,
         )
         # Without the logits, the largest of all tensors, which the backward pass does not need.
-        return Objective(cross_entropy, output.auxiliary, output.statistics)
+        return Objective(cross_entropy, output.aux_losses, output.statistics)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import Block, BlockOutput, GatheredExperts, Memory
+from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.recompute import recomputed
 from moa_dist.models.trace import BlockTrace
@@ -25,11 +25,11 @@ RouterKey = tuple[int, str]
 """A router: its distinct layer, and its name within that."""
 
 
-Application = tuple[int, int]
+LayerCall = tuple[int, int]
 """A layer's: the distinct layer, and the repeat."""
 
 
-class Site(NamedTuple):
+class RouterCall(NamedTuple):
     """Where a router was applied."""
 
     layer: int
@@ -51,12 +51,12 @@ class StackOutput(NamedTuple):
 
     x: Tensor
     """[B, S, D]."""
-    statistics: dict[Site, RoutingStatistics]
+    statistics: dict[RouterCall, RoutingStatistics]
     """One entry per router application."""
     cache: tuple[KeyValues, ...] | None = None
     """By application of a layer, with the new keys and values; None if none was given."""
-    traces: dict[Application, BlockTrace] | None = None
-    """By application of a layer, numbered as in `Site`; None if they were not asked for."""
+    traces: dict[LayerCall, BlockTrace] | None = None
+    """By application of a layer, numbered as in `RouterCall`; None if they were not asked for."""
 
 
 class LayerStack(nn.Module):
@@ -97,7 +97,7 @@ class LayerStack(nn.Module):
         x: Tensor,
         mask: AttentionMask,
         cache: tuple[KeyValues, ...] | None = None,
-        memory: Memory | None = None,
+        memory: EncoderMemory | None = None,
         trace: bool = False,
     ) -> StackOutput:
         """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer."""
@@ -118,7 +118,7 @@ class LayerStack(nn.Module):
                 if output.cache is not None:
                     extended.append(output.cache)
                 for router, value in output.statistics.items():
-                    statistics[Site(self.first_layer + i, repeat, router)] = value
+                    statistics[RouterCall(self.first_layer + i, repeat, router)] = value
                 if output.trace is not None:
                     traces[self.first_layer + i, repeat] = output.trace
         longer = None if cache is None else tuple(extended)
@@ -134,7 +134,7 @@ class LayerStack(nn.Module):
         mask: AttentionMask,
         gathered: GatheredExperts,
         cache: KeyValues | None,
-        memory: Memory | None,
+        memory: EncoderMemory | None,
         trace: bool,
     ) -> BlockOutput:
         # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.

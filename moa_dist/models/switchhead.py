@@ -13,8 +13,7 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
-from moa_dist.kernels.trip import Experts
-from moa_dist.labels import is_part
+from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     AttentionMask,
     AttentionOutput,
@@ -27,8 +26,9 @@ from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed import NOTHING_GATHERED, Gathered, RoutedModule, Use
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router
+from moa_dist.profiling import annotated
 
 
 class SwitchHeadAttention(RoutedModule):
@@ -64,15 +64,15 @@ class SwitchHeadAttention(RoutedModule):
             "softmax": softmax_macs(length, length, H * self.config.d_head),
         }
 
-    def uses(self) -> list[Use]:
-        """See `RoutedModule.uses`."""
+    def routed_projections(self) -> list[RoutedProjection]:
+        """See `RoutedModule.routed_projections`."""
         D, d = self.v.d_in, self.v.d_out
         return [
-            Use("value_router", "token", D, "head", d, weighted=True),
-            Use("output_router", "head", d, "token", D, weighted=True),
+            RoutedProjection("value_router", "token", D, "head", d, weighted=True),
+            RoutedProjection("output_router", "head", d, "token", D, weighted=True),
         ]
 
-    @is_part("attention")
+    @annotated("attention")
     def forward(
         self,
         query: Tensor,
@@ -95,13 +95,13 @@ class SwitchHeadAttention(RoutedModule):
             x = x.unflatten(-1, (H, -1)).transpose(1, 2)
             return apply_rope(x, self.config.rope, mask.position)
 
-        value_routing = self.value_router(key, mask.new_key_real)
+        value_routing = self.value_router(key, mask.new_key_mask)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         # Queries and keys are computed while rows travel.
-        sent = plan.send(value.reshape(B * S, D), "token")
+        sent = plan.dispatch(value.reshape(B * S, D), "token")
         q = heads_of(self.q(query))
-        experts = Experts(self.matrices("v", gathered))
-        returning = plan.apply(experts, sent, "token", "head", weighted=True)
+        experts = ExpertWeights(self.expert_weights("v", gathered))
+        returning = plan.run_and_combine(experts, sent, "token", "head", weighted=True)
         k = heads_of(self.k(key))
         v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
         if cache is not None:
@@ -109,11 +109,11 @@ class SwitchHeadAttention(RoutedModule):
         heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
         heads = heads.transpose(1, 2).reshape(B * T * H, -1)
 
-        output_routing = self.output_router(query, mask.query_real)
+        output_routing = self.output_router(query, mask.query_mask)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        experts = Experts(self.matrices("o", gathered))
-        sent = plan.send(heads, "head")
-        y = plan.apply(experts, sent, "head", "token", weighted=True).wait().view(B, T, D)
+        experts = ExpertWeights(self.expert_weights("o", gathered))
+        sent = plan.dispatch(heads, "head")
+        y = plan.run_and_combine(experts, sent, "head", "token", weighted=True).wait().view(B, T, D)
         routing = {"value": value_routing, "output": output_routing}
         statistics = {name: value.statistics for name, value in routing.items()}
         return AttentionOutput(y, statistics, cache, traced(routing, q, k, mask) if trace else None)

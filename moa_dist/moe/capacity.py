@@ -27,7 +27,7 @@ def expert_capacity(num_tokens: Tensor, factor: float, top_k: int, num_experts: 
 def keep_within_capacity(
     chosen_ids: Tensor,
     scores: Tensor,
-    real: Tensor | None,
+    token_mask: Tensor | None,
     *,
     num_experts: int,
     num_sequence_groups: int,
@@ -36,7 +36,7 @@ def keep_within_capacity(
     """Which assignments fit.
 
     `chosen_ids` [T, G, K] experts within each router group, `scores` [T, G, K] their scores,
-    `real` [T] bool or None for all. Returns [T, G, K] bool, false for padding.
+    `token_mask` [T] bool or None for all. Returns [T, G, K] bool, false for padding.
     """
     T, G, K = chosen_ids.shape
     N, device = num_sequence_groups, chosen_ids.device
@@ -44,8 +44,8 @@ def keep_within_capacity(
     router_group = torch.arange(G, device=device)
     queue = (sequence_group[:, None] * G + router_group)[:, :, None] * num_experts + chosen_ids
     num_queues = N * G * num_experts
-    if real is not None:  # padding waits in a queue of its own, behind all others
-        queue = queue.masked_fill(~real[:, None, None], num_queues)
+    if token_mask is not None:  # padding waits in a queue of its own, behind all others
+        queue = queue.masked_fill(~token_mask[:, None, None], num_queues)
     queue = queue.flatten()
 
     if capacity.policy == "probability":
@@ -58,7 +58,7 @@ def keep_within_capacity(
     place = torch.empty_like(queue)
     place[order] = torch.arange(len(queue), device=device) - starts[queue[order]]
 
-    tokens = torch.ones(T, device=device).long() if real is None else real.long()
+    tokens = torch.ones(T, device=device).long() if token_mask is None else token_mask.long()
     tokens = tokens.view(N, -1).sum(1)
     limit = expert_capacity(tokens, capacity.factor, K, num_experts)
     limit = limit.repeat_interleave(G * num_experts)

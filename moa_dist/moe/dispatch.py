@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_dist.distributed.arriving import Arriving, here
-from moa_dist.kernels.routed import routed_experts
-from moa_dist.kernels.trip import Experts, Trip
-from moa_dist.labels import is_part
+from moa_dist.distributed.pending import Pending, ready
+from moa_dist.kernels.routed_experts import routed_experts
+from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import occurrences
+from moa_dist.profiling import annotated
 
 Level = Literal["token", "head", "slot"]
 
@@ -36,18 +36,18 @@ Level = Literal["token", "head", "slot"]
 class DispatchPlan(Protocol):
     """How the rows of one routing travel to the experts of this rank and back.
 
-    An immutable value: one plan serves several trips, as MoA's queries and outputs. Rows travel
-    while other things are computed: between `send` and `apply` to the experts, between `apply` and
-    the wait for its result back.
+    An immutable value: one plan serves several round trips, such as MoA's queries and outputs. A
+    layer may compute while rows travel: to the experts between `dispatch` and `run_and_combine`,
+    and back until it waits for the result.
     """
 
-    def send(self, x: Tensor, read: Level) -> Arriving:
+    def dispatch(self, x: Tensor, read: Level) -> Pending:
         """Rows [rows of `read`, D] of this rank, on their way to their experts."""
         ...
 
-    def apply(
-        self, experts: Experts, sent: Arriving, read: Level, write: Level, *, weighted: bool
-    ) -> Arriving:
+    def run_and_combine(
+        self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
+    ) -> Pending:
         """Rows of level `read` that were sent -> [rows of `write`, O] of this rank.
 
         Every kept assignment sends its row through its expert, weighted by the router if asked;
@@ -78,23 +78,23 @@ class Assignments:
     """int64 row of each level."""
     num_rows: dict[Level, int]
     """Rows that each level has in all."""
-    all_taken: bool
+    is_dropless: bool
     """Whether all are known to belong to an expert."""
 
 
 def assignments_of(routing: Routing, num_experts: int) -> Assignments:
     """All assignments of a routing, token-major; no expert has those that are not kept."""
-    T, G, K = routing.expert_ids.shape
-    expert = routing.expert_ids
-    if routing.kept is not None:
-        expert = expert.where(routing.kept, num_experts)
+    T, G, K = routing.topk_ids.shape
+    expert = routing.topk_ids
+    if routing.keep_mask is not None:
+        expert = expert.where(routing.keep_mask, num_experts)
     slot = torch.arange(T * G * K, device=expert.device)
     return Assignments(
         expert=expert.flatten(),
-        weight=routing.weights.flatten(),
+        weight=routing.topk_weights.flatten(),
         rows={"token": slot // (G * K), "head": slot // K, "slot": slot},
         num_rows={"token": T, "head": T * G, "slot": T * G * K},
-        all_taken=routing.kept is None,
+        is_dropless=routing.keep_mask is None,
     )
 
 
@@ -107,7 +107,7 @@ class LocalPlan:
 
     counts: Tensor
     """[E] int64 rows per expert."""
-    all_taken: bool
+    is_dropless: bool
     """Whether they are known to be all."""
     weight: Tensor
     """[A], expert-major, those of no expert last."""
@@ -117,42 +117,42 @@ class LocalPlan:
     """Rows that each level has in all."""
 
     @classmethod
-    @is_part("dispatch")
+    @annotated("dispatch")
     def of(cls, assignments: Assignments, num_experts: int) -> LocalPlan:
         """Sort by expert, keeping the order of tokens within one."""
         expert = assignments.expert
         order = expert.argsort(stable=True)
         return cls(
             counts=occurrences(expert, num_experts + 1)[:num_experts],
-            all_taken=assignments.all_taken,
+            is_dropless=assignments.is_dropless,
             weight=assignments.weight[order],
             rows={level: rows[order] for level, rows in assignments.rows.items()},
             num_rows=assignments.num_rows,
         )
 
-    def send(self, x: Tensor, read: Level) -> Arriving:
-        """See `DispatchPlan.send`."""
-        return here(x)
+    def dispatch(self, x: Tensor, read: Level) -> Pending:
+        """See `DispatchPlan.dispatch`."""
+        return ready(x)
 
-    def apply(
-        self, experts: Experts, sent: Arriving, read: Level, write: Level, *, weighted: bool
-    ) -> Arriving:
-        """See `DispatchPlan.apply`."""
-        trip = self.trip(read, write, len(experts.down), weighted)
-        return here(routed_experts(experts, sent.wait(), trip))
+    def run_and_combine(
+        self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
+    ) -> Pending:
+        """See `DispatchPlan.run_and_combine`."""
+        row_map = self.row_map(read, write, len(experts.down), weighted)
+        return ready(routed_experts(experts, sent.wait(), row_map))
 
-    def trip(self, read: Level, write: Level, num_experts: int, weighted: bool) -> Trip:
+    def row_map(self, read: Level, write: Level, num_experts: int, weighted: bool) -> RowMap:
         """The rows' way from one level to another through `num_experts` matrices.
 
         A shard of experts may end in one that no token ever takes.
         """
         unused = num_experts - len(self.counts)
-        return Trip(
+        return RowMap(
             read=self.rows[read],
             write=self.rows[write],
-            num_written=self.num_rows[write],
+            num_output_rows=self.num_rows[write],
             counts=F.pad(self.counts, (0, unused)) if unused else self.counts,
-            all_taken=self.all_taken,
+            is_dropless=self.is_dropless,
             weight=self.weight if weighted else None,
         )
 
@@ -163,7 +163,7 @@ def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LocalDispatcher:
+class LocalTokenDispatcher:
     """All experts are on this rank."""
 
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from moa_dist.distributed.arriving import Arriving
+from moa_dist.distributed.pending import Pending
 from moa_dist.moe.initialize import Initializer
 
 
@@ -28,7 +28,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.num_experts = self.num_local = num_experts
         self.first_expert = 0
-        self.gather: Callable[[Tensor], Arriving] | None = None
+        self.gather: Callable[[Tensor], Pending] | None = None
         self.d_in, self.d_out = d_in, d_out  # kept, since ZeRO 3 empties `weight` between uses
         self.init = init
         self.weight = nn.Parameter(torch.empty(num_experts, d_in, d_out))
@@ -55,7 +55,7 @@ class GroupedLinear(nn.Module):
         """Multiply-accumulates for one row."""
         return self.d_in * self.d_out
 
-    def forward(self) -> Arriving:
+    def forward(self) -> Pending:
         """The weights [E, d_in, d_out] of all experts, on their way here.
 
         A call of this module, for ZeRO 3 gathers parameters call by call.

@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import RouterConfig
-from moa_dist.labels import is_part
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.profiling import annotated
 
 
 class Routing(NamedTuple):
     """A router's decision for T tokens; the input of a dispatcher."""
 
-    expert_ids: Tensor
+    topk_ids: Tensor
     """[T, G, K] int64; flat id `group * E + expert`."""
-    weights: Tensor
+    topk_weights: Tensor
     """[T, G, K] in fp32 or wider; carries the gradient to the router."""
-    kept: Tensor | None
+    keep_mask: Tensor | None
     """[T, G, K] bool, false for padding tokens and dropped assignments; None keeps all."""
     statistics: RoutingStatistics
     """Sums for losses and reports."""
@@ -121,11 +121,11 @@ class Router(nn.Module):
         """Multiply-accumulates of one application."""
         return num_tokens * self.logits.weight.numel()
 
-    @is_part("router")
-    def forward(self, x_BSD: Tensor, token_real: Tensor | None = None) -> Routing:
+    @annotated("router")
+    def forward(self, x_BSD: Tensor, token_mask: Tensor | None = None) -> Routing:
         """Route each token.
 
-        `token_real` [B, S] bool is true for real tokens; padding is not routed or counted.
+        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
         B, S, _ = x_BSD.shape
         E, K = self.config.num_experts, self.config.top_k
@@ -139,14 +139,14 @@ class Router(nn.Module):
         scores = SCORES[self.config.score](logits)
         chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
         chosen = scores.gather(-1, chosen_ids)
-        real = None if token_real is None else token_real.reshape(B * S)
-        kept = self._keep(chosen_ids, chosen, real, N)
+        token_mask = None if token_mask is None else token_mask.reshape(B * S)
+        keep_mask = self._keep(chosen_ids, chosen, token_mask, N)
         group_offset = torch.arange(self.num_groups, device=logits.device) * E
         return Routing(
-            expert_ids=chosen_ids + group_offset[:, None],
-            weights=GATES[self.config.gate](chosen),
-            kept=kept,
-            statistics=_statistics(logits, chosen_ids, kept, real, N),
+            topk_ids=chosen_ids + group_offset[:, None],
+            topk_weights=GATES[self.config.gate](chosen),
+            keep_mask=keep_mask,
+            statistics=_statistics(logits, chosen_ids, keep_mask, token_mask, N),
         )
 
     def _selectable(self, scores: Tensor) -> Tensor:
@@ -160,15 +160,19 @@ class Router(nn.Module):
         return scores
 
     def _keep(
-        self, chosen_ids: Tensor, chosen: Tensor, real: Tensor | None, num_sequence_groups: int
+        self,
+        chosen_ids: Tensor,
+        chosen: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
     ) -> Tensor | None:
         """[T, G, K] bool, or None when nothing is excluded."""
         if self.config.capacity is None:
-            return None if real is None else real[:, None, None].expand_as(chosen_ids)
+            return None if token_mask is None else token_mask[:, None, None].expand_as(chosen_ids)
         return keep_within_capacity(
             chosen_ids,
             chosen.detach(),
-            real,
+            token_mask,
             num_experts=self.config.num_experts,
             num_sequence_groups=num_sequence_groups,
             capacity=self.config.capacity,
@@ -178,13 +182,13 @@ class Router(nn.Module):
 def _statistics(
     logits: Tensor,
     chosen_ids: Tensor,
-    kept: Tensor | None,
-    real: Tensor | None,
+    keep_mask: Tensor | None,
+    token_mask: Tensor | None,
     num_sequence_groups: int,
 ) -> RoutingStatistics:
-    """Sums per group of sequences, of `logits` [T, G, E] and `chosen_ids`, `kept` [T, G, K].
+    """Sums per group of sequences, of `logits` [T, G, E] and `chosen_ids`, `keep_mask` [T, G, K].
 
-    `real` [T] bool excludes padding; None for none.
+    `token_mask` [T] bool excludes padding; None for none.
     """
     T, G, E = logits.shape
     N = num_sequence_groups
@@ -195,12 +199,12 @@ def _statistics(
     z = log_sum.square()
     entropy = log_sum - (probability * logits).sum(-1)
     counted = torch.ones(T, dtype=torch.int64, device=logits.device)
-    if real is not None:
-        counted = real.long()
-        probability = probability * real[:, None, None]
-        z, entropy = z * real[:, None], entropy * real[:, None]
+    if token_mask is not None:
+        counted = token_mask.long()
+        probability = probability * token_mask[:, None, None]
+        z, entropy = z * token_mask[:, None], entropy * token_mask[:, None]
     chosen = counted[:, None, None].expand_as(chosen_ids)
-    dropped = torch.zeros_like(chosen) if kept is None else chosen * ~kept
+    dropped = torch.zeros_like(chosen) if keep_mask is None else chosen * ~keep_mask
 
     def per_group(x_T: Tensor) -> Tensor:
         return x_T.unflatten(0, (N, -1)).sum(1)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.collectives import all_gather_shards, sum_over_ranks
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.moe.exchange import ExchangeDispatcher
+from moa_dist.moe.all_to_all import AllToAllTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear, expert_layers, shard_starts
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -37,10 +37,10 @@ def shard_experts(
         if not isinstance(module, RoutedModule):
             continue
         travels = getattr(exchange, name.rpartition(".")[2])
-        assert travels != "auto", "see moa_dist.plan.exchange"
-        channel = mesh.ep_channel(name, overlap=overlap)
+        assert travels != "auto", "see moa_dist.plan.exchange_choice"
+        comm_group = mesh.ep_comm_group(name, overlap=overlap)
         if travels == "tokens":
-            module.dispatcher = ExchangeDispatcher(channel)
+            module.dispatcher = AllToAllTokenDispatcher(comm_group)
         for child_name, child in module.named_children():
             if isinstance(child, GroupedLinear):
                 del unseen[f"{name}.{child_name}"]
@@ -48,7 +48,7 @@ def shard_experts(
                 if travels == "weights":
                     starts = shard_starts(child.num_experts, mesh.expert_parallel)
                     sizes = [stop - first for first, stop in pairwise(starts)]
-                    child.gather = partial(all_gather_shards, sizes=sizes, channel=channel)
+                    child.gather = partial(all_gather_shards, sizes=sizes, comm_group=comm_group)
     # Whole on every rank, such a layer would still be reduced as if it were a shard.
     assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"
 
@@ -66,6 +66,6 @@ def pool_statistics(statistics: list[RoutingStatistics], *, mesh: Mesh) -> list[
         return total + mesh.world_size * (own - own.detach())
 
     parts = [part for value in statistics for part in value]
-    totals = sum_over_ranks(parts, mesh.waits, "statistics of the global batch")
+    totals = sum_over_ranks(parts, mesh.comm_timer, "statistics of the global batch")
     sums = map(pooled, totals, parts)
     return [RoutingStatistics(*islice(sums, len(value))) for value in statistics]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from moa_dist.config.run import Config, tokens_per_sample
+from moa_dist.observe.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
 from moa_dist.observe.routing import overall_drop_share
 from moa_dist.observe.units import duration, short
-from moa_dist.train.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
 
 _PARTITIONED = (
     "nothing partitioned",
@@ -53,8 +53,8 @@ class Console:
             f"{100 * metrics.step // total:3d}%",
             f"loss {metrics.loss:6.3f}",
         ]
-        if metrics.auxiliary:
-            fields.append(f"aux {sum(metrics.auxiliary.values()):6.3f}")
+        if metrics.aux_losses:
+            fields.append(f"aux {sum(metrics.aux_losses.values()):6.3f}")
         fields += [
             f"lr {metrics.lr:.1e}",
             f"norm {metrics.grad_norm:5.2f}",

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moa_dist.errors import DataError
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.observe.routing import routing_summary, site_name
-from moa_dist.observe.traffic import flow_name
-from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.routing import router_call_name, routing_summary
+from moa_dist.observe.traffic_names import traffic_name
 
 FILE_NAME = "metrics.jsonl"
 """In the run's folder."""
@@ -35,7 +35,7 @@ class MetricsFile:
     def __init__(self) -> None:
         self._file: FileIO | None = None
         self._step = 0
-        self._routing: dict[Site, RoutingReport] = {}
+        self._routing: dict[RouterCall, RoutingReport] = {}
 
     def start(self, run: RunStart) -> None:
         """Open the file, cut it back, and write configuration, sizes and provenance."""
@@ -53,10 +53,11 @@ class MetricsFile:
         self._routing = metrics.routing
         values = _shallow(metrics)
         values["routing"] = {
-            site_name(site): routing_summary(report) for site, report in metrics.routing.items()
+            router_call_name(call): routing_summary(report)
+            for call, report in metrics.routing.items()
         }
         values["traffic"] = {
-            flow_name(flow): volume._asdict() for flow, volume in metrics.traffic.items()
+            traffic_name(key): volume._asdict() for key, volume in metrics.traffic.items()
         }
         values |= asdict(metrics.timing)
         del values["timing"]
@@ -67,7 +68,7 @@ class MetricsFile:
         # Not at every step: there can be thousands of experts.
         values = asdict(metrics)
         values["load"] = {
-            site_name(site): report.load.tolist() for site, report in self._routing.items()
+            router_call_name(call): report.load.tolist() for call, report in self._routing.items()
         }
         self._write("validation", metrics.step, values)
 

@@ -14,7 +14,7 @@ _CHARTS = {
         "bits per byte of held-out text": "validation/bits_per_byte",
         "gradient norm": "train/grad_norm",
         "learning rate": "train/lr",
-        "auxiliary losses": "auxiliary/.*",
+        "auxiliary losses": "aux_losses/.*",
     },
     "Speed": {
         "tokens per second, all ranks": "speed/tokens_per_second",

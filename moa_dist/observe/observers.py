@@ -9,12 +9,12 @@ from functools import partial
 
 import torch
 
+from moa_dist.checkpoint.write import describe_write_error
 from moa_dist.config.run import Config
 from moa_dist.observe.console import Console
 from moa_dist.observe.gpu import GpuTelemetry
 from moa_dist.observe.jsonl import MetricsFile
-from moa_dist.train.checkpoint_write import explain
-from moa_dist.train.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 
 
 class Observers:
@@ -77,7 +77,7 @@ class Observers:
         try:
             work()
         except OSError as error:
-            self._say_once(f"{type(listener).__name__} lacks lines: {explain(error)}")
+            self._say_once(f"{type(listener).__name__} lacks lines: {describe_write_error(error)}")
 
     def _say_once(self, problem: str) -> None:
         if problem not in self._failed:

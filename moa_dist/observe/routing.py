@@ -10,22 +10,22 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 
 _CELL = (8, 4)
 """Height and width in pixels of one expert in a heatmap."""
 
 
-def site_name(site: Site) -> str:
+def router_call_name(call: RouterCall) -> str:
     """Such as `layer0.repeat1.ffn`; layers of one repeat count as repeat 0."""
-    return f"layer{site.layer}.repeat{site.repeat}.{site.router}"
+    return f"layer{call.layer}.repeat{call.repeat}.{call.router}"
 
 
-def site_of(name: str) -> Site | None:
-    """What `site_name` names; None if it names nothing."""
+def router_call_of(name: str) -> RouterCall | None:
+    """What `router_call_name` names; None if it names nothing."""
     found = re.fullmatch(r"layer(\d{1,9})\.repeat(\d{1,9})\.(.+)", name)
-    return Site(int(found[1]), int(found[2]), found[3]) if found else None
+    return RouterCall(int(found[1]), int(found[2]), found[3]) if found else None
 
 
 def drop_share(report: RoutingReport) -> float:
@@ -33,7 +33,7 @@ def drop_share(report: RoutingReport) -> float:
     return report.dropped.sum().item() / max(report.load.sum().item(), 1)
 
 
-def overall_drop_share(routing: dict[Site, RoutingReport]) -> float:
+def overall_drop_share(routing: dict[RouterCall, RoutingReport]) -> float:
     """The same over all routers together."""
     dropped = sum(report.dropped.sum().item() for report in routing.values())
     return dropped / max(sum(report.load.sum().item() for report in routing.values()), 1)
@@ -53,18 +53,18 @@ def routing_summary(report: RoutingReport) -> dict[str, float]:
     }
 
 
-def load_heatmaps(routing: dict[Site, RoutingReport]) -> dict[str, NDArray[np.uint8]]:
+def load_heatmaps(routing: dict[RouterCall, RoutingReport]) -> dict[str, NDArray[np.uint8]]:
     """One grey picture per router name: a row per (layer, repeat), a column per expert.
 
     Black is an expert without tokens, middle grey an even load, white twice that or more: the
     scale is fixed, so that pictures of different steps compare.
     """
     rows: dict[str, list[NDArray[np.uint8]]] = {}
-    for site in sorted(routing):
-        load = routing[site].load.flatten().double().numpy()
+    for call in sorted(routing):
+        load = routing[call].load.flatten().double().numpy()
         relative = load / (load.mean() or 1.0)
         grey = (np.clip(relative / 2, 0, 1) * 255).astype(np.uint8)
-        rows.setdefault(site.router, []).append(grey)
+        rows.setdefault(call.router, []).append(grey)
     height, width = _CELL
     return {
         router: np.stack(grey).repeat(height, axis=0).repeat(width, axis=1)

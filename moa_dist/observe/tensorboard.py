@@ -9,13 +9,13 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from moa_dist.config import to_yaml
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.layout import layout
+from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
 from moa_dist.observe.peak import peak_flops
-from moa_dist.observe.routing import load_heatmaps, routing_summary, site_name
-from moa_dist.observe.traffic import traffic_summary
-from moa_dist.train.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.routing import load_heatmaps, router_call_name, routing_summary
+from moa_dist.observe.traffic_names import traffic_summary
 
 FOLDER_NAME = "tensorboard"
 """In the run's folder."""
@@ -28,7 +28,7 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
         self._is_laid_out = False
         self._run: RunStart | None = None
-        self._routing: dict[Site, RoutingReport] = {}
+        self._routing: dict[RouterCall, RoutingReport] = {}
 
     def start(self, run: RunStart) -> None:
         """Open the event file and write the configuration."""
@@ -51,11 +51,11 @@ class TensorBoard:
             "train/lr": metrics.lr,
             "train/grad_norm": metrics.grad_norm,
         }
-        values |= {f"auxiliary/{name}": value for name, value in metrics.auxiliary.items()}
+        values |= {f"aux_losses/{name}": value for name, value in metrics.aux_losses.items()}
         values |= self._speed(metrics.tokens_per_second)
-        for site, report in metrics.routing.items():
+        for call, report in metrics.routing.items():
             summary = routing_summary(report)
-            values |= {f"routing/{site_name(site)}/{k}": v for k, v in summary.items()}
+            values |= {f"routing/{router_call_name(call)}/{k}": v for k, v in summary.items()}
         if metrics.traffic:
             summary = traffic_summary(metrics.traffic)
             values |= {f"traffic/{name}": value for name, value in summary.items()}

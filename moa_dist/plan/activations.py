@@ -26,10 +26,10 @@ from moa_dist.config.model import (
     RouterConfig,
     SwitchHeadConfig,
 )
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
+from moa_dist.plan.predicted_traffic import expected_rows
 from moa_dist.plan.terms import Factor, Term, term
-from moa_dist.plan.traffic import expected_rows
 
 _INDEX: Factor = ("B", 8)
 _KNOWN_BY_RESULT = ("relu",)
@@ -46,8 +46,8 @@ class Batch:
     """Tokens of each."""
     element_bytes: int
     """Of an activation: 2 in bf16, 4, 8 in fp64."""
-    in_parts: bool = False
-    """Experts take rows in parts, as on CPUs; see `moa_dist.kernels.routed`."""
+    cpu_blocked: bool = False
+    """Experts take rows in parts, as on CPUs; see `moa_dist.kernels.routed_experts`."""
 
     @property
     def tokens(self) -> Factor:
@@ -100,7 +100,7 @@ def recomputed_layer_terms(model: ModelConfig, batch: Batch, *, cross: bool = Fa
 def exchange_terms(module: RoutedModule, name: str, num_ranks: int, batch: Batch) -> list[Term]:
     """What one application keeps in addition if rows travel to `num_ranks` ranks and back."""
     lines = []
-    for use in module.uses():
+    for use in module.routed_projections():
         router = module.get_submodule(use.router)
         assert isinstance(router, Router)
         groups, top_k = router.num_groups, router.config.top_k
@@ -118,14 +118,14 @@ def exchange_terms(module: RoutedModule, name: str, num_ranks: int, batch: Batch
             term(f"{name}: indices of rows", batch.tokens, ("rows", there + back), _INDEX),
             term(f"{name}: sums that came back", batch.tokens, ("rows", back), width, batch.wide),
         ]
-        if batch.in_parts:
+        if batch.cpu_blocked:
             # They take the place of the rows that were made here, if any were.
             made = {"token": 0, "head": groups, "slot": groups * top_k}[use.read]
             more, width = ("rows", there - made), ("d_in", use.d_in)
             lines.append(
                 term(f"{name}: rows that arrived", batch.tokens, more, width, batch.element)
             )
-    for router_name in dict.fromkeys(use.router for use in module.uses()):
+    for router_name in dict.fromkeys(use.router for use in module.routed_projections()):
         router = module.get_submodule(router_name)
         assert isinstance(router, Router)
         slots = ("G x K", router.num_groups * router.config.top_k)
@@ -256,7 +256,7 @@ def _softmax(num_heads: int, d_head: int, batch: Batch) -> list[Term]:
     """Queries, keys, values and the result; fused kernels keep no scores, but know no fp64."""
     width = ("H x d", num_heads * d_head)
     lines = [term("queries, keys, values, heads", ("kept", 4), batch.tokens, width, batch.element)]
-    if batch.element_bytes == 8 and not batch.in_parts:
+    if batch.element_bytes == 8 and not batch.cpu_blocked:
         keys = ("keys", batch.sequence_length)
         lines.append(term("attention scores", batch.tokens, ("H", num_heads), keys, batch.element))
     return lines
@@ -271,7 +271,7 @@ def _ffn(model: ModelConfig, batch: Batch) -> list[Term]:
             return [term("hidden", ("kept", kept), batch.tokens, hidden, batch.element)]
         case MoEFFNConfig():
             # In parts, products before the activation alone, which is then done again.
-            kept = (1 + ffn.gated) if batch.in_parts else _hidden(ffn.activation, ffn.gated)
+            kept = (1 + ffn.gated) if batch.cpu_blocked else _hidden(ffn.activation, ffn.gated)
             D, hiddens = model.d_model, (("kept", kept), ("d_expert", ffn.d_expert))
             return [
                 *_router("FFN router", ffn.router, 1, model.d_model, batch),
@@ -319,7 +319,7 @@ def _trip(
     rows = (batch.tokens, ("chosen", chosen))
     lines = [term(f"{name}: hidden", *rows, *hidden, batch.element)] if hidden else []
     width_in, width_out = ("d_in", d_in), ("d_out", d_out)
-    if not batch.in_parts:
+    if not batch.cpu_blocked:
         # What is added up is kept as it was and, if so, weighted.
         results = ("kept", 2 if weighted else 1)
         return [

@@ -44,7 +44,7 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Link:
+class NetworkLink:
     """What a collective of some ranks runs over."""
 
     bandwidth: float
@@ -72,7 +72,7 @@ class Cluster:
         """Ranks of one node in a group of `size` ranks, each `stride` after the one before."""
         return min(size, max(1, self.gpus_per_node // stride))
 
-    def ring(self, size: int, stride: int) -> Link:
+    def ring(self, size: int, stride: int) -> NetworkLink:
         """Link of an all-reduce, a gather or a scatter: rings that use all adapters of the group.
 
         Across nodes a group's ring is cut into as many as it has ranks in a node, each with its
@@ -80,21 +80,21 @@ class Cluster:
         """
         members = self.members_per_node(size, stride)
         if members == size:
-            return Link(self.gpu.link_bandwidth, self.link_latency)
+            return NetworkLink(self.gpu.link_bandwidth, self.link_latency)
         across = members * self.gpu.network_bandwidth
-        return Link(min(self.gpu.link_bandwidth, across), self.network_latency)
+        return NetworkLink(min(self.gpu.link_bandwidth, across), self.network_latency)
 
-    def all_to_all(self, size: int) -> Link:
+    def all_to_all(self, size: int) -> NetworkLink:
         """Link of an all-to-all among `size` neighbours, which send each other equally much.
 
         What goes to the own node and what goes to others leave side by side.
         """
         members = self.members_per_node(size, stride=1)
         if members == size:
-            return Link(self.gpu.link_bandwidth, self.link_latency)
+            return NetworkLink(self.gpu.link_bandwidth, self.link_latency)
         away = (size - members) / (size - 1)
         slowest = max((1 - away) / self.gpu.link_bandwidth, away / self.gpu.network_bandwidth)
-        return Link(1 / slowest, self.network_latency)
+        return NetworkLink(1 / slowest, self.network_latency)
 
 
 def with_figures(gpu: Gpu, **figures: float | None) -> Gpu:

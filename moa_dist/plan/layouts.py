@@ -13,11 +13,11 @@ from itertools import product
 
 from moa_dist.config.checks import check_fields
 from moa_dist.config.run import Config, ExpertExchangeConfig
-from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.plan.cluster import Cluster
-from moa_dist.plan.exchange import PARTS, expected_traffic, layout_of, meta_model
+from moa_dist.plan.exchange_choice import PARTS, expected_traffic, layout_of, meta_model
 from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
 from moa_dist.plan.terms import total
 from moa_dist.plan.time import Assumptions, RowBytes, StepTime, row_bytes, step_time
@@ -83,7 +83,7 @@ class Planner:
     def __init__(self, config: Config, cluster: Cluster, assumed: Assumptions) -> None:
         self.config, self.cluster, self.assumed = config, cluster, assumed
         self._sizes: dict[int, Sizes] = {}
-        self._flows: dict[tuple[object, ...], dict[Flow, Volume]] = {}
+        self._flows: dict[tuple[object, ...], dict[TrafficKey, TrafficVolume]] = {}
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -119,7 +119,7 @@ class Planner:
         )
         return Planned(config, memory, time)
 
-    def _traffic(self, config: Config) -> dict[Flow, Volume]:
+    def _traffic(self, config: Config) -> dict[TrafficKey, TrafficVolume]:
         """What travels for experts: it does not depend on ZeRO."""
         parallel, train = config.parallel, config.train
         exchange = parallel.expert_exchange

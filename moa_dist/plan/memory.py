@@ -21,11 +21,11 @@ from torch import nn
 from moa_dist.config.run import Config, OptimizerConfig, tokens_per_sample
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.plan.activations import Batch, exchange_terms, kept, working_terms
+from moa_dist.plan.predicted_traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
 from moa_dist.plan.terms import Term, term, total
-from moa_dist.plan.traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
-from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes
+from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 
 _REDUCED_AT_ONCE = 500_000_000
 """Elements that DeepSpeed's bf16 optimizer, its choice at stage 1, copies for an all-reduce."""
@@ -89,7 +89,7 @@ def states(
     layout: Layout,
     zero_stage: int,
     optimizer: OptimizerConfig,
-    zero_sizes: ZeroSizes = FOR_LARGE_MODELS,
+    zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> States:
     """Exact bytes of a rank (the fullest), as deepspeed 0.19 keeps them."""
     result = States([], [], [], [])
@@ -209,7 +209,7 @@ def budget(
         -(-config.train.micro_batch * tokens_per_sample(config) // length),
         length,
         layout.element_bytes,
-        in_parts=device == "cpu",
+        cpu_blocked=device == "cpu",
     )
     held = states(sizes, layout, stage, config.optimizer)
     masters = total(held.masters) or total(held.parameters)
@@ -287,7 +287,7 @@ def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Te
 
 
 def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> list[Term]:
-    bucket = ("elements", FOR_LARGE_MODELS.bucket)
+    bucket = ("elements", DEFAULT_ZERO_SIZES.bucket)
     master = ("B", MASTER_BYTES)
     match zero_stage, layout.element_bytes:
         case 0, _:
@@ -305,5 +305,5 @@ def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> l
     if device == "cpu":
         return [term("bucket of gradients", bucket, master)]
     largest = max((*sizes.dense, *sizes.experts))
-    bucket = ("elements", FOR_LARGE_MODELS.overlapped_bucket(largest))
+    bucket = ("elements", DEFAULT_ZERO_SIZES.overlapped_bucket(largest))
     return [term("buckets of gradients", ("buckets", 2), bucket, master)]

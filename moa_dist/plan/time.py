@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moa_dist.config.run import Config
-from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
 from moa_dist.observe.units import short
-from moa_dist.plan.cluster import Cluster, Link
+from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
-from moa_dist.plan.traffic import Layout, state_traffic
-from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS
+from moa_dist.plan.predicted_traffic import Layout, state_traffic
+from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES
 
 _BYTES_PER_UPDATE = 32
 """Of memory per master: AdamW reads and writes it and two moments and reads a gradient, all fp32,
@@ -92,12 +92,12 @@ def step_time(
     counts: Counts,
     rows_moved: RowBytes,
     layout: Layout,
-    flows: Mapping[Flow, Volume],
+    traffic: Mapping[TrafficKey, TrafficVolume],
     sizes: Sizes,
     cluster: Cluster,
     assumed: Assumptions,
 ) -> StepTime:
-    """Predict a step; `flows` is what travels for experts, all ranks together."""
+    """Predict a step; `traffic` is what travels for experts, all ranks together."""
     peak = cluster.gpu.flops(config.train.precision)
     assert peak is not None, "checked when the cluster was described"
     sequences = layout.num_micro_batches * config.train.micro_batch
@@ -115,7 +115,7 @@ def step_time(
     masters = sum(sizes.dense) / share[0] + sum(sizes.experts) / share[1]
     update = _span("update", _BYTES_PER_UPDATE * masters, "B", reach, cluster.gpu.memory_bandwidth)
     spans = [products, rows, update]
-    spans += _expert_spans(flows, layout, cluster, assumed)
+    spans += _expert_spans(traffic, layout, cluster, assumed)
     spans += _state_spans(sizes, layout, stage, cluster, assumed, products.seconds + rows.seconds)
     return StepTime(
         spans=tuple(spans),
@@ -141,7 +141,7 @@ class RowBytes(NamedTuple):
 
 
 def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
-    """By the steps of `moa_dist.kernels.routed.routed_at_once` and their gradients.
+    """By the steps of `moa_dist.kernels.routed_experts.grouped_experts` and their gradients.
 
     Shared layers count once per repeat.
     """
@@ -151,7 +151,7 @@ def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
         if not isinstance(module, RoutedModule):
             continue
         layers = {n: c for n, c in module.named_children() if isinstance(c, GroupedLinear)}
-        for use in module.uses():
+        for use in module.routed_projections():
             router = module.get_submodule(use.router)
             assert isinstance(router, Router)
             chosen = router.num_groups * router.config.top_k
@@ -168,7 +168,10 @@ def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
 
 
 def _expert_spans(
-    flows: Mapping[Flow, Volume], layout: Layout, cluster: Cluster, assumed: Assumptions
+    traffic: Mapping[TrafficKey, TrafficVolume],
+    layout: Layout,
+    cluster: Cluster,
+    assumed: Assumptions,
 ) -> list[Span]:
     """Rows and weights that travel: nothing hides them for sure."""
     kinds = {
@@ -177,7 +180,7 @@ def _expert_spans(
     }
     spans = []
     for name, (link, of_weights) in kinds.items():
-        volumes = [v for flow, v in flows.items() if (flow.purpose == "gather") == of_weights]
+        volumes = [v for key, v in traffic.items() if (key.purpose == "gather") == of_weights]
         if volumes:
             num_bytes = sum(v.num_bytes for v in volumes) / layout.world_size
             messages = sum(v.messages for v in volumes) / layout.world_size
@@ -214,7 +217,7 @@ def _state_spans(
             if not num_bytes:
                 continue
             of_rank = num_bytes / layout.world_size
-            messages = max(1, of_rank / (FOR_LARGE_MODELS.bucket * layout.element_bytes))
+            messages = max(1, of_rank / (DEFAULT_ZERO_SIZES.bucket * layout.element_bytes))
             span = _sent(f"{kind} {what}", of_rank, messages, link, assumed, hidden_by)
             spans.append(span)
             if what == "gradients":
@@ -228,7 +231,7 @@ def _sent(
     name: str,
     num_bytes: float,
     messages: float,
-    link: Link,
+    link: NetworkLink,
     assumed: Assumptions,
     hidden_by: float,
 ) -> Span:

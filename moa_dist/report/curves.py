@@ -50,10 +50,11 @@ def shared_curves(runs: Sequence[Run]) -> Iterator[str]:
 
 def own_curves(run: Run) -> Iterator[str]:
     """Those with several lines for one run: auxiliary losses, and traffic by purpose and layer."""
-    auxiliary = run.group("auxiliary/")
-    if auxiliary:
+    aux_losses = run.group("aux_losses/")
+    if aux_losses:
         lines = [
-            Line(name, series, i % NUM_COLORS) for i, (name, series) in enumerate(auxiliary.items())
+            Line(name, series, i % NUM_COLORS)
+            for i, (name, series) in enumerate(aux_losses.items())
         ]
         yield curves("Auxiliary losses", "Coefficients applied", lines, marks=run.starts)
     traffic = run.group("traffic/")

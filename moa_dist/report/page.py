@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moa_dist.checkpoint.format import Index
 from moa_dist.data.order import read_exclusions
 from moa_dist.observe.units import duration, short
 from moa_dist.report.analysis import analysis_sections
@@ -17,7 +18,6 @@ from moa_dist.report.numbers import Number, headline, last_step, layout
 from moa_dist.report.read import Note, Run
 from moa_dist.report.routing import routing_figures
 from moa_dist.report.time import time_figures
-from moa_dist.train.checkpoint_files import Index
 
 _ROUTINE = ("saved ", "no GPU telemetry")
 """How notes begin that nobody needs to act on."""

@@ -16,16 +16,16 @@ import yaml
 from numpy.typing import NDArray
 
 from moa_dist.analyze.results import ANALYSIS_FOLDER, Analysis, load_analysis
+from moa_dist.checkpoint.format import Index, Reader, checkpoints
 from moa_dist.distributed import watchdog
 from moa_dist.errors import DataError
 from moa_dist.launch.supervisor import ATTEMPTS_FILE
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.observe.jsonl import FILE_NAME, read_metrics
-from moa_dist.observe.routing import site_of
-from moa_dist.observe.traffic import layer_and_purpose
+from moa_dist.observe.routing import router_call_of
+from moa_dist.observe.traffic_names import layer_and_purpose
 from moa_dist.report.series import Series
-from moa_dist.train import out_of_memory, trace
-from moa_dist.train.checkpoint_files import Index, Reader, checkpoints
+from moa_dist.train import out_of_memory, profile
 
 CONFIG_FILE = "config.yaml"
 _MOST_REPORTS = 20
@@ -43,7 +43,7 @@ _SCALARS = (
 """Of a step."""
 _VALIDATION = ("loss", "perplexity", "bits_per_byte")
 
-Load = dict[Site, NDArray[np.float64]]
+Load = dict[RouterCall, NDArray[np.float64]]
 """Of each router application, assignments [G, E]: G router groups, E experts each."""
 
 
@@ -86,8 +86,8 @@ class Run:
     starts: list[int] = field(default_factory=list)
     """Steps after which training began or went on."""
     series: dict[str, Series] = field(default_factory=dict)
-    """By name: `loss`, `validation/loss`, `auxiliary/NAME`, `traffic/PURPOSE/LAYER` in MiB..."""
-    routing: dict[str, dict[Site, Series]] = field(default_factory=dict)
+    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `traffic/PURPOSE/LAYER` in MiB..."""
+    routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
     """By measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
     """The first and the last that were written, with their steps."""
@@ -161,7 +161,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_metrics(run: Run) -> None:
     columns: dict[str, _Column] = defaultdict(_Column)
-    routing: dict[str, dict[Site, _Column]] = defaultdict(lambda: defaultdict(_Column))
+    routing: dict[str, dict[RouterCall, _Column]] = defaultdict(lambda: defaultdict(_Column))
     try:
         for record in read_metrics(run.folder / FILE_NAME):
             kind, step = record["kind"], record["step"]
@@ -177,9 +177,9 @@ def _read_metrics(run: Run) -> None:
                 for name, value in _step_values(record):
                     columns[name].add(step, value)
                 for name, summary in _mapping(record.get("routing")).items():
-                    if site := site_of(name):
+                    if call := router_call_of(name):
                         for measure, value in _mapping(summary).items():
-                            routing[measure][site].add(step, value)
+                            routing[measure][call].add(step, value)
             elif kind == "validation":
                 for name in _VALIDATION:
                     columns[f"validation/{name}"].add(step, record.get(name))
@@ -190,22 +190,22 @@ def _read_metrics(run: Run) -> None:
         run.problems.append(_what_happened(error))
     run.series = {name: column.series() for name, column in columns.items()}
     run.routing = {
-        measure: {site: column.series() for site, column in sorted(sites.items())}
-        for measure, sites in routing.items()
+        measure: {call: column.series() for call, column in sorted(calls.items())}
+        for measure, calls in routing.items()
     }
 
 
 def _step_values(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in _SCALARS:
         yield name, record.get(name)
-    for group in ("auxiliary", "gpu"):
+    for group in ("aux_losses", "gpu"):
         for name, value in _mapping(record.get(group)).items():
             yield f"{group}/{name}", value
     for which in ("slowest", "fastest"):
         yield f"{which}/seconds", _mapping(record.get(which)).get("seconds")
     mib: dict[str, float] = defaultdict(float)
-    for flow, volume in _mapping(record.get("traffic")).items():
-        layer, purpose = layer_and_purpose(flow)
+    for key, volume in _mapping(record.get("traffic")).items():
+        layer, purpose = layer_and_purpose(key)
         mib[f"traffic/{purpose}/{layer}"] += _number(_mapping(volume).get("num_bytes")) / 2**20
     yield from mib.items()
 
@@ -231,7 +231,7 @@ def _read_attempts(run: Run) -> None:
 
 
 def _read_traces(run: Run) -> None:
-    for path in sorted((run.folder / trace.FOLDER).glob("rank-*.parts.json")):
+    for path in sorted((run.folder / profile.FOLDER).glob("rank-*.parts.json")):
         try:
             record = _mapping(json.loads(path.read_text(encoding="utf-8")))
             (first, last), rank = map(int, record["steps"]), int(record["rank"])
@@ -292,7 +292,7 @@ def _load(value: Any) -> Load:
             array_GE = np.array(counts, dtype=np.float64)
         except (ValueError, TypeError):
             continue
-        site = site_of(name)
-        if site and array_GE.ndim == 2 and array_GE.size:
-            load[site] = array_GE
+        call = router_call_of(name)
+        if call and array_GE.ndim == 2 and array_GE.size:
+            load[call] = array_GE
     return load

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.report.heatmap import Shades, heatmap, key
 from moa_dist.report.html import figure, table
 from moa_dist.report.read import Load, Run
@@ -44,42 +44,42 @@ _MEASURES = (
 
 def routing_figures(run: Run) -> dict[str, list[str]]:
     """Of each router: four measures over time, then the load of every expert."""
-    routers = {site.router for sites in run.routing.values() for site in sites}
-    routers |= {site.router for _, load in run.loads for site in load}
+    routers = {call.router for calls in run.routing.values() for call in calls}
+    routers |= {call.router for _, load in run.loads for call in load}
     return {router: [*_measures(run, router), *_loads(run, router)] for router in sorted(routers)}
 
 
 def _measures(run: Run, router: str) -> Iterator[str]:
     for measure in _MEASURES:
-        sites = {
-            site: series
-            for site, series in run.routing.get(measure.name, {}).items()
-            if site.router == router and len(series.finite())
+        calls = {
+            call: series
+            for call, series in run.routing.get(measure.name, {}).items()
+            if call.router == router and len(series.finite())
         }
-        if sites:
-            yield _over_time(measure, sites)
+        if calls:
+            yield _over_time(measure, calls)
 
 
 def _loads(run: Run, router: str) -> Iterator[str]:
     for i, (step, load) in enumerate(run.loads):
-        mine = {site: load[site] for site in sorted(load) if site.router == router}
+        mine = {call: load[call] for call in sorted(load) if call.router == router}
         which = "last" if i else "first" if len(run.loads) > 1 else "only"
         yield from _over_experts(f"{which} validation, step {step:,}", mine)
 
 
-def _over_time(measure: _Measure, sites: dict[Site, Series]) -> str:
+def _over_time(measure: _Measure, calls: dict[RouterCall, Series]) -> str:
     title = measure.title
-    low = min(float(series.finite().values.min()) for series in sites.values())
-    high = max(float(series.finite().values.max()) for series in sites.values())
+    low = min(float(series.finite().values.min()) for series in calls.values())
+    high = max(float(series.finite().values.max()) for series in calls.values())
     if measure.if_floor and high <= measure.floor:
         return figure(title, measure.about, f'<p class="none">{measure.if_floor}</p>', "")
-    num_columns = min(_MOST_COLUMNS, max(len(series) for series in sites.values()))
-    values_RC = np.stack([_columns(series, measure, num_columns) for series in sites.values()])
+    num_columns = min(_MOST_COLUMNS, max(len(series) for series in calls.values()))
+    values_RC = np.stack([_columns(series, measure, num_columns) for series in calls.values()])
     # From the least possible, so that what is harmless looks harmless; entropies lie close.
     shades = Shades(low if measure.name == "entropy" else measure.floor, high)
-    first = min(int(series.steps[0]) for series in sites.values())
-    last = max(int(series.steps[-1]) for series in sites.values())
-    rows = row_labels(list(sites))
+    first = min(int(series.steps[0]) for series in calls.values())
+    last = max(int(series.steps[-1]) for series in calls.values())
+    rows = row_labels(list(calls))
     drawn = heatmap(
         title,
         values_RC,
@@ -90,7 +90,7 @@ def _over_time(measure: _Measure, sites: dict[Site, Series]) -> str:
     )
     numbers = table(
         ["layer, repeat", "first", "last", "mean", "lowest", "highest"],
-        [[row, *_summary(series)] for row, series in zip(rows, sites.values(), strict=True)],
+        [[row, *_summary(series)] for row, series in zip(rows, calls.values(), strict=True)],
     )
     body = drawn + key(shades, readable(shades.low), readable(shades.high))
     return figure(title, measure.about, body, numbers)
@@ -113,12 +113,12 @@ def _summary(series: Series) -> list[str]:
 def _over_experts(when: str, load: Load) -> Iterator[str]:
     """One figure, or several if routers of this name differ in shape."""
     for shape in sorted({counts.shape for counts in load.values()}):
-        sites = [site for site, counts in load.items() if counts.shape == shape]
+        calls = [call for call, counts in load.items() if counts.shape == shape]
         num_groups, num_experts = shape
-        flat_RC = np.stack([load[site].reshape(-1) for site in sites])
+        flat_RC = np.stack([load[call].reshape(-1) for call in calls])
         mean_R1 = flat_RC.mean(1, keepdims=True)
         relative_RC = flat_RC / np.where(mean_R1 > 0, mean_R1, 1.0)
-        rows = row_labels(sites)
+        rows = row_labels(calls)
         title = "Load of every expert"
         experts = f"{num_experts} experts"
         if num_groups > 1:
@@ -156,8 +156,8 @@ def _extremes(load_C: NDArray[np.float64]) -> list[str]:
     ]
 
 
-def row_labels(sites: Sequence[Site]) -> list[str]:
+def row_labels(calls: Sequence[RouterCall]) -> list[str]:
     """Such as `L0 R1`; layers that are not repeated need no R."""
-    if any(site.repeat for site in sites):
-        return [f"L{site.layer} R{site.repeat}" for site in sites]
-    return [f"L{site.layer}" for site in sites]
+    if any(call.repeat for call in calls):
+        return [f"L{call.layer} R{call.repeat}" for call in calls]
+    return [f"L{call.layer}" for call in calls]

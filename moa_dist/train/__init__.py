@@ -1,1 +1,1 @@
-"""The training loop, the engine, checkpoints."""
+"""The training loop, the DeepSpeed engine, and what surrounds one step."""

@@ -76,7 +76,7 @@ class BadSteps:
         if step >= self._at:
             self._in_row = 0
 
-    def refuse(self, error: BadStepError, step: int) -> None:
+    def reject(self, error: BadStepError, step: int) -> None:
         """Step `step` was refused. Raises TrainingError if the run should not go on."""
         self._at = max(self._at, step)
         self._in_row += 1
@@ -87,7 +87,7 @@ class BadSteps:
             times = f"more than train.bad_step_limit = {limit} times in a row"
             raise TrainingError(f"step {step} was refused {times}: {error}") from error
 
-    def give_up(self, first: int, stop: int, step: int, error: BadStepError) -> str:
+    def discard(self, first: int, stop: int, step: int, error: BadStepError) -> str:
         """Record that samples `first` to `stop` - 1 have no effect; returns a line about it.
 
         Those that were given up before are not listed again.
@@ -97,7 +97,7 @@ class BadSteps:
         self.given_up.append(GivenUp(first, stop - 1, step, str(error)))
         return f"step {step} refused: {error}; samples {first} to {stop - 1} are given up"
 
-    def go_back(self, state: JsonValue) -> None:
+    def rollback(self, state: JsonValue) -> None:
         """To the losses of a checkpoint; what was given up since stays given up.
 
         `state` is None for one that was made, not trained.

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from moa_dist.distributed.collectives import sum_over_ranks
-from moa_dist.distributed.waiting import Waits
-from moa_dist.models.stack import RouterKey, Site
+from moa_dist.distributed.comm_timer import CommTimer
+from moa_dist.models.stack import RouterCall, RouterKey
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingReport
 
 
 def update_biases(
-    routers: Mapping[RouterKey, Router], routing: Mapping[Site, RoutingReport], waits: Waits
+    routers: Mapping[RouterKey, Router],
+    routing: Mapping[RouterCall, RoutingReport],
+    comm_timer: CommTimer,
 ) -> None:
     """Move every bias by the load of the whole step. Collective over all ranks.
 
@@ -24,9 +26,9 @@ def update_biases(
     if not biases:
         return
     own: dict[RouterKey, Tensor] = {}
-    for site, report in routing.items():
-        if site.key in biases:
-            own[site.key] = own[site.key] + report.load if site.key in own else report.load
-    loads = sum_over_ranks([own[key] for key in biases], waits, "loads that move biases")
+    for call, report in routing.items():
+        if call.key in biases:
+            own[call.key] = own[call.key] + report.load if call.key in own else report.load
+    loads = sum_over_ranks([own[key] for key in biases], comm_timer, "loads that move biases")
     for bias, load in zip(biases.values(), loads, strict=True):
         bias.update(load)

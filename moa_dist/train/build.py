@@ -10,7 +10,7 @@ from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes
+from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.train.engine import Engine
 
 
@@ -21,7 +21,7 @@ def build_engine(
     exchange: ExpertExchangeConfig,
     *,
     overlap: bool,
-    zero_sizes: ZeroSizes = FOR_LARGE_MODELS,
+    zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> Engine:
     """The initial model of `config`. Collective over all ranks.
 

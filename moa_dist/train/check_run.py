@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moa_dist.checkpoint.check import newest_index
+from moa_dist.checkpoint.format import checkpoints
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.check import check_data
 from moa_dist.data.manifest import MANIFEST_FILE
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError
-from moa_dist.train.checkpoint_check import newest_index
-from moa_dist.train.checkpoint_files import checkpoints
 
 KEPT_FILES = (TOKENIZER_FILE, MANIFEST_FILE)
 """Copied from the training data into the run's folder: a resumed run must meet the same."""

@@ -20,12 +20,9 @@ import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 
-from moa_dist.config.run import Config
-from moa_dist.errors import DataError, SaveError
-from moa_dist.provenance import Provenance, differences, provenance
-from moa_dist.train.background import Background
-from moa_dist.train.checkpoint_check import damage
-from moa_dist.train.checkpoint_files import (
+from moa_dist.checkpoint.background import Background
+from moa_dist.checkpoint.check import damage
+from moa_dist.checkpoint.format import (
     FORMAT,
     MASTER,
     Index,
@@ -35,15 +32,19 @@ from moa_dist.train.checkpoint_files import (
     checkpoints,
     step_of,
 )
-from moa_dist.train.checkpoint_write import (
+from moa_dist.checkpoint.host_copy import HostCopy
+from moa_dist.checkpoint.write import (
+    describe_write_error,
     discard,
-    explain,
     partial_folder,
     prune,
     publish,
     remove_leftovers,
     write_part,
 )
+from moa_dist.config.run import Config
+from moa_dist.errors import DataError, SaveError
+from moa_dist.provenance import Provenance, differences, provenance
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import (
     fragments,
@@ -52,7 +53,6 @@ from moa_dist.train.fragments import (
     num_updates,
     publish_masters,
 )
-from moa_dist.train.host_copy import HostCopy
 
 Result = TypeVar("Result")
 _DONE, _RUNNING, _FAILED = 0, 1, 2
@@ -109,7 +109,7 @@ class Checkpointer:
         self._config = config
         self._folder = folder
         self._host = HostCopy(engine.device)
-        self._provenance = from_rank_0(provenance)
+        self._provenance = broadcast_from_rank0(provenance)
         self._write: _Write | None = None
         self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
         self._failed: str | None = None  # why the last one is not there
@@ -125,7 +125,7 @@ class Checkpointer:
         or of this model, or if there is none to go back to; and like `save`.
         """
         notes = self._settle()
-        folders = from_rank_0(self._tidy_and_list)
+        folders = broadcast_from_rank0(self._tidy_and_list)
         later = [f for f in folders if last_step is not None and step_of(f) > last_step]
         damaged = []
         self._damaged = []
@@ -137,7 +137,7 @@ class Checkpointer:
                 self._damaged.append(folder)
                 continue
             index = load(self._engine, folder)
-            from_rank_0(partial(_discard_all, later))
+            broadcast_from_rank0(partial(_discard_all, later))
             self._saved = (index.step, index.samples, index.state)
             notes += [*damaged, f"continuing from {folder}", *self._changes(index.provenance)]
             return Resumed(index.step, index.samples, index.state, notes)
@@ -176,7 +176,7 @@ class Checkpointer:
             return notes
         target = checkpoint_folder(self._folder, step)
         try:
-            from_rank_0(partial(self._prepare, target))
+            broadcast_from_rank0(partial(self._prepare, target))
         except DataError as error:
             return [*notes, self._note_failure(target, str(error))]
         self._write = self._start_writing(target, identity)
@@ -259,7 +259,7 @@ class Checkpointer:
             try:
                 prune(self._folder, step, keep.keep_last, keep.keep_every, self._damaged)
             except OSError as error:  # such as one that somebody reads, on a network file system
-                notes.append(f"an old checkpoint stays: {explain(error)}")
+                notes.append(f"an old checkpoint stays: {describe_write_error(error)}")
 
         return _Write(target, identity, part, Background(publish_and_prune), cancelled, notes)
 
@@ -271,12 +271,12 @@ class Checkpointer:
         found = write.part.wait()
         errors = [
             f"rank {rank}: {text}"
-            for rank, text in enumerate(_gather(found and explain(found)))
+            for rank, text in enumerate(_gather(found and describe_write_error(found)))
             if text is not None
         ]
         if errors:
             write.cancelled.set()
-        error, seconds, notes = from_rank_0(partial(_outcome, write))
+        error, seconds, notes = broadcast_from_rank0(partial(_outcome, write))
         if error is not None:
             return [self._note_failure(write.target, "; ".join(errors) or error)]
         self._saved, self._failed = write.identity, None
@@ -300,7 +300,7 @@ def _outcome(write: _Write) -> tuple[str | None, float, list[str]]:
         return None, write.publication.seconds, write.notes
     # Gives the room back; if even that fails, the next save says so.
     shutil.rmtree(partial_folder(write.target), ignore_errors=True)
-    return explain(error), write.publication.seconds, []
+    return describe_write_error(error), write.publication.seconds, []
 
 
 def _discard_all(folders: list[Path]) -> None:
@@ -315,7 +315,7 @@ def _gather(value: Result) -> list[Result]:
     return values
 
 
-def from_rank_0(function: Callable[[], Result]) -> Result:
+def broadcast_from_rank0(function: Callable[[], Result]) -> Result:
     """What `function` returns there, on all ranks.
 
     Rank 0 alone looks at names in the folder, which other nodes may see later. If it meets an
@@ -326,7 +326,7 @@ def from_rank_0(function: Callable[[], Result]) -> Result:
         try:
             answer[0] = function()
         except OSError as error:
-            answer[1] = explain(error)
+            answer[1] = describe_write_error(error)
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise DataError(answer[1])

@@ -27,7 +27,7 @@ class ZeroSizes(NamedTuple):
         return max(self.bucket, largest_parameter)
 
 
-FOR_LARGE_MODELS = ZeroSizes()
+DEFAULT_ZERO_SIZES = ZeroSizes()
 """What training uses."""
 
 
@@ -35,7 +35,7 @@ def deepspeed_config(
     config: Config,
     world_size: int,
     largest_parameter: int,
-    sizes: ZeroSizes = FOR_LARGE_MODELS,
+    sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> dict[str, Any]:
     """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none.
 

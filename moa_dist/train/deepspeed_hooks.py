@@ -26,15 +26,15 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
+from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
-from moa_dist.distributed.waiting import Waits
 from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.routed import RoutedModule
+from moa_dist.moe.routed_module import RoutedModule
 
 _MARKER = "_deepspeed_expert_marker"
 
 
-def avoid_compilation() -> None:
+def disable_shm_comm_jit() -> None:
     """Keep DeepSpeed from compiling its shared-memory collectives on CPUs at start.
 
     That takes a minute, needs a compiler, and a process killed meanwhile leaves a lock file
@@ -104,7 +104,7 @@ def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> li
     return result
 
 
-def lend_expert_weights(model: nn.Module) -> None:
+def register_expert_weights(model: nn.Module) -> None:
     """Tell ZeRO 3 that a `RoutedModule` uses the weights of its `GroupedLinear`s itself.
 
     ZeRO 3 gathers the parameters of a module when that is called, and these are not; but for
@@ -167,9 +167,9 @@ class _TimedBackend:
         }
     )
 
-    def __init__(self, backend: Any, waits: Waits) -> None:
+    def __init__(self, backend: Any, comm_timer: CommTimer) -> None:
         self.backend = backend
-        self._waits = waits
+        self._comm_timer = comm_timer
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.backend, name)
@@ -177,38 +177,38 @@ class _TimedBackend:
 
     def _timed(self, name: str, function: Any, *args: Any, **keywords: Any) -> Any:
         what = f"{name} by ZeRO"
-        with self._waits.begin(what):
+        with self._comm_timer.begin(what):
             work = function(*args, **keywords)
-        return _TimedWork(work, self._waits, what) if hasattr(work, "wait") else work
+        return _TimedWork(work, self._comm_timer, what) if hasattr(work, "wait") else work
 
 
 class _TimedWork:
     """What a collective that was begun returns."""
 
-    def __init__(self, work: Any, waits: Waits, what: str) -> None:
-        self._work, self._waits, self._what = work, waits, what
+    def __init__(self, work: Any, comm_timer: CommTimer, what: str) -> None:
+        self._work, self._comm_timer, self._what = work, comm_timer, what
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
     def wait(self, *args: Any, **keywords: Any) -> Any:
-        with self._waits.wait(self._what):
+        with self._comm_timer.wait(self._what):
             return self._work.wait(*args, **keywords)
 
 
-def count_waits(waits: Waits) -> None:
+def time_collectives(comm_timer: CommTimer) -> None:
     """Let the collectives that DeepSpeed enters by itself count as waiting, for one engine."""
-    stop_counting_waits()
-    deepspeed_comm.cdb = _TimedBackend(deepspeed_comm.cdb, waits)
+    restore_backend()
+    deepspeed_comm.cdb = _TimedBackend(deepspeed_comm.cdb, comm_timer)
 
 
-def stop_counting_waits() -> None:
+def restore_backend() -> None:
     """As DeepSpeed has it."""
     if isinstance(deepspeed_comm.cdb, _TimedBackend):
         deepspeed_comm.cdb = deepspeed_comm.cdb.backend
 
 
-def refuse_step(engine: Any) -> None:
+def discard_step(engine: Any) -> None:
     """`engine.step()` at ZeRO 1 to 3, but gradients are forgotten and nothing else changes.
 
     DeepSpeed does so when their norm is not finite, and offers no other way to give up a step.

@@ -22,18 +22,18 @@ from torch import Tensor
 
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.errors import BadStepError
-from moa_dist.labels import part
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import pool_statistics
 from moa_dist.moe.statistics import RoutingReport, report
+from moa_dist.profiling import annotate
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
-from moa_dist.train.deepspeed_config import FOR_LARGE_MODELS, ZeroSizes, deepspeed_config
+from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes, deepspeed_config
 from moa_dist.train.optimizer import make_optimizer
 
 
@@ -43,7 +43,7 @@ class StepResult:
 
     loss: float
     """Mean cross-entropy per target, nats."""
-    auxiliary: dict[str, float]
+    aux_losses: dict[str, float]
     """Mean auxiliary losses over the sequences of the global batch."""
     grad_norm: float
     """Global norm before clipping."""
@@ -51,9 +51,9 @@ class StepResult:
     """Targets of all ranks."""
     tokens_read: int
     """Of all ranks, padding left out: as many unless some were hidden to be predicted."""
-    routing: dict[Site, RoutingReport]
+    routing: dict[RouterCall, RoutingReport]
     """Sums over this rank's micro-batches."""
-    traffic: dict[Flow, Volume]
+    traffic: dict[TrafficKey, TrafficVolume]
     """What this rank sent for experts, and at ZeRO 0 for gradients."""
 
 
@@ -66,7 +66,7 @@ class Engine:
         config: Config,
         mesh: Mesh,
         device: torch.device,
-        zero_sizes: ZeroSizes = FOR_LARGE_MODELS,
+        zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
     ) -> None:
         """Wrap `model`, whose experts `shard_experts` has sharded over `mesh`.
 
@@ -82,11 +82,11 @@ class Engine:
         if config.train.precision == "fp64":
             model = model.double()
 
-        deepspeed_hooks.avoid_compilation()
+        deepspeed_hooks.disable_shm_comm_jit()
         deepspeed_logger.setLevel(logging.WARNING)
         experts = [p for name, p in model.named_parameters() if name in self.expert_names]
         deepspeed_hooks.tag_expert_parameters(experts, mesh)
-        deepspeed_hooks.lend_expert_weights(model)
+        deepspeed_hooks.register_expert_weights(model)
         self.optimizer = make_optimizer(
             config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
         )
@@ -104,7 +104,7 @@ class Engine:
                 ),
                 dist_init_required=False,
             )
-        deepspeed_hooks.count_waits(mesh.waits)
+        deepspeed_hooks.time_collectives(mesh.comm_timer)
         if self.zero_stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip
 
@@ -130,17 +130,17 @@ class Engine:
         num_micro_batches = self.mesh.world_size * len(batches)
         per_micro_batch = num_targets / num_micro_batches
         self.deepspeed.train()
-        self.mesh.ledger.take()  # what evaluation has sent
+        self.mesh.traffic_counter.take()  # what evaluation has sent
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-        routing: dict[Site, RoutingReport] = {}
+        routing: dict[RouterCall, RoutingReport] = {}
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             result = objective(self.deepspeed, batch, self.label_smoothing)
             weight = batch.num_sequences * num_micro_batches / num_sequences
             # DeepSpeed divides by the number of micro-batches and averages over ranks.
-            with part("backward"):
+            with annotate("backward"):
                 self.deepspeed.backward(result.loss(per_micro_batch, weight))
             _add(sums, _values(result, weight))
             _add_reports(routing, result.statistics)
@@ -152,21 +152,21 @@ class Engine:
             if loss > loss_limit:
                 raise BadStepError(f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}")
         except BadStepError:
-            self._refuse()
+            self._discard_gradients()
             raise
-        with part("optimizer"):
+        with annotate("optimizer"):
             grad_norm = self._update()
-            update_biases(self.model.routers(), routing, self.mesh.waits)
-        self.mesh.waits.settle()
-        auxiliary = {name: value / num_micro_batches for name, value in values.items()}
+            update_biases(self.model.routers(), routing, self.mesh.comm_timer)
+        self.mesh.comm_timer.settle()
+        aux_losses = {name: value / num_micro_batches for name, value in values.items()}
         return StepResult(
             loss,
-            auxiliary,
+            aux_losses,
             grad_norm,
             int(num_targets),
             int(num_read),
             routing,
-            self.mesh.ledger.take(),
+            self.mesh.traffic_counter.take(),
         )
 
     def _update(self) -> float:
@@ -176,19 +176,19 @@ class Engine:
             return _finite(float(self.deepspeed.get_global_grad_norm()))
         norm = float(self._reduce_and_clip())
         if not math.isfinite(norm):
-            self._refuse()
+            self._discard_gradients()
         else:
             self.deepspeed.step()
         return _finite(norm)
 
-    def _refuse(self) -> None:
+    def _discard_gradients(self) -> None:
         """Forget the gradients; the next micro-batch is the first of a step."""
         if self.zero_stage == 0:
             for parameter in self.model.parameters():
                 parameter.grad = None  # which the optimizer leaves out
             self.deepspeed.step()
         else:
-            deepspeed_hooks.refuse_step(self.deepspeed)
+            deepspeed_hooks.discard_step(self.deepspeed)
 
     def _reduce_and_clip(self) -> Tensor:
         """Average gradients over ranks, clip them by their global norm, return that norm.
@@ -208,17 +208,17 @@ class Engine:
             flat = torch.cat(
                 [g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)]
             )
-            flow = Flow("experts" if group else "dense", "reduce", backward=True)
-            with self.mesh.waits.begin(flow):
+            key = TrafficKey("experts" if group else "dense", "reduce", backward=True)
+            with self.mesh.comm_timer.begin(key):
                 dist.all_reduce(flat, group=group)
             num_ranks = dist.get_world_size(group)
-            self.mesh.ledger.add(flow, 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
+            self.mesh.traffic_counter.add(key, 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
             flat /= self.mesh.world_size
             squares.append(flat.double().square().sum())
             parts = flat.split([g.numel() for g in gradients])
             for gradient, average in zip(gradients, parts, strict=True):
                 gradient.copy_(average.view_as(gradient))
-        with self.mesh.waits.begin("norm of expert gradients"):
+        with self.mesh.comm_timer.begin("norm of expert gradients"):
             dist.all_reduce(squares[1], group=self.mesh.ep_group)
         norm = (squares[0] + squares[1]).sqrt()
         if self.clip_norm is not None:
@@ -263,14 +263,14 @@ class Engine:
 
     def _sum_over_ranks(self, value: Tensor, what: str) -> Tensor:
         value = value.to(self.device)
-        with self.mesh.waits.begin(what):
+        with self.mesh.comm_timer.begin(what):
             dist.all_reduce(value)
         return value
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and groups."""
         self.deepspeed.destroy()
-        deepspeed_hooks.stop_counting_waits()
+        deepspeed_hooks.restore_backend()
         deepspeed_hooks.unregister_groups()
 
 
@@ -285,8 +285,8 @@ def _finite(grad_norm: float) -> float:
 
 
 def _values(result: Objective, weight: float) -> dict[str, Tensor]:
-    auxiliary = {name: weight * value for name, value in result.auxiliary.items()}
-    values = {"cross_entropy": result.cross_entropy, **auxiliary}
+    aux_losses = {name: weight * value for name, value in result.aux_losses.items()}
+    values = {"cross_entropy": result.cross_entropy, **aux_losses}
     return {name: value.detach() for name, value in values.items()}
 
 
@@ -295,9 +295,11 @@ def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         sums[name] = sums[name] + value if name in sums else value
 
 
-def _add_reports(routing: dict[Site, RoutingReport], statistics: dict[Site, Any]) -> None:
-    for site, value in statistics.items():
+def _add_reports(
+    routing: dict[RouterCall, RoutingReport], statistics: dict[RouterCall, Any]
+) -> None:
+    for call, value in statistics.items():
         new = report(value)
-        if site in routing:
-            new = RoutingReport(*(a + b for a, b in zip(routing[site], new, strict=True)))
-        routing[site] = new
+        if call in routing:
+            new = RoutingReport(*(a + b for a, b in zip(routing[call], new, strict=True)))
+        routing[call] = new

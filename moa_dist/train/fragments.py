@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moa_dist.checkpoint.format import MASTER
 from moa_dist.moe.experts import expert_layers
-from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.engine import Engine
 
 

@@ -22,29 +22,29 @@ from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.check import check_data
 from moa_dist.data.manifest import AnyManifest
 from moa_dist.data.order import Exclusions, as_json, exclude, read_exclusions
-from moa_dist.distributed.device import be_deterministic, poorest_memory, travels_beside
+from moa_dist.distributed.device import enable_determinism, min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.preemption import Preemption
-from moa_dist.distributed.start import Job, job
+from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.models.counts import count
 from moa_dist.models.objective import Batch
-from moa_dist.plan.exchange import decide_exchange
+from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, Timing, ValidationMetrics
+from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.provenance import provenance
 from moa_dist.train.bad_steps import BadSteps
-from moa_dist.train.boundary import agree, gather_interval, names_of_hosts
 from moa_dist.train.build import build_engine
 from moa_dist.train.check_run import KEPT_FILES
-from moa_dist.train.checkpoint import Checkpointer, Resumed, from_rank_0
-from moa_dist.train.damage import find_damage, summary
+from moa_dist.train.checkpoint import Checkpointer, Resumed, broadcast_from_rank0
+from moa_dist.train.corruption import find_corrupt_shards, summary
 from moa_dist.train.engine import Engine
-from moa_dist.train.metrics import Observer, RunStart, StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.optimizer import learning_rate
 from moa_dist.train.out_of_memory import explained
-from moa_dist.train.pace import Pace
-from moa_dist.train.trace import Tracer
+from moa_dist.train.profile import Tracer
+from moa_dist.train.step_sync import gather_interval, names_of_hosts, sync_step
+from moa_dist.train.step_timer import StepTimer
 
 
 def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCode:
@@ -53,20 +53,20 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
     Every rank of the job calls this; `observer` listens on rank 0. Returns PREEMPTED, after
     saving, if `preemption` was requested of any rank, else DONE.
     """
-    with job() as this_job:
+    with init_distributed() as context:
         train_manifest, valid_manifest = check_data(
             config.data,
             vocab_size=config.model.vocab_size,
-            world_size=this_job.world_size,
+            world_size=context.world_size,
             objective=config.model.objective,
         )
-        damaged = find_damage(config.data, train_manifest, valid_manifest)
+        damaged = find_corrupt_shards(config.data, train_manifest, valid_manifest)
         if config.train.deterministic:
-            be_deterministic()
+            enable_determinism()
         mesh = make_mesh(config.parallel.expert_parallel)
-        decision = decide_exchange(config, mesh.world_size, poorest_memory(this_job.device))
-        overlap = travels_beside(config.parallel.overlap, this_job.backend)
-        engine = build_engine(config, mesh, this_job.device, decision.exchange, overlap=overlap)
+        decision = decide_exchange(config, mesh.world_size, min_device_memory(context.device))
+        overlap = should_overlap(config.parallel.overlap, context.backend)
+        engine = build_engine(config, mesh, context.device, decision.exchange, overlap=overlap)
         folder = run_folder(config)
         checkpointer = Checkpointer(engine, config, folder)
         resumed = checkpointer.resume()
@@ -81,18 +81,18 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             return checkpointer.save(step, samples, state)
 
         listener = observer if mesh.rank == 0 else None
-        tracer = Tracer(config.profile, folder, mesh.rank, this_job.device)
+        tracer = Tracer(config.profile, folder, mesh.rank, context.device)
         watchdog = Watchdog(
-            this_job.beat,
-            mesh.waits,
+            context.beat,
+            mesh.comm_timer,
             folder,
             limit_s=config.train.step_limit,
             world_size=mesh.world_size,
         )
         try:
-            from_rank_0(partial(describe_run, config, folder))
+            broadcast_from_rank0(partial(describe_run, config, folder))
             if listener:
-                run_start = _run_start(config, this_job, folder, step)
+                run_start = _run_start(config, context, folder, step)
                 listener.start(
                     replace(
                         run_start,
@@ -106,12 +106,12 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
             micro_batches = _micro_batches(config, train_manifest, mesh, samples, exclusions)
             accumulation = config.train.global_batch // (mesh.world_size * config.train.micro_batch)
             hosts = names_of_hosts()
-            pace, tokens_read = Pace(step, mesh.waits), 0
+            step_timer, tokens_read = StepTimer(step, mesh.comm_timer), 0
             while step < config.train.steps:
                 watchdog.begin(step + 1)
                 batches = [next(micro_batches) for _ in range(accumulation)]
-                boundary = agree(preemption.requested, batches, this_job.device, mesh.waits)
-                if boundary.stop:
+                sync = sync_step(preemption.requested, batches, context.device, mesh.comm_timer)
+                if sync.stop:
                     break
                 samples += config.train.global_batch
                 _seed_random_numbers(config.train.seed, step + 1, mesh.rank)
@@ -123,28 +123,28 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                         result = engine.step(batches, lr, policy.loss_limit)
                 except BadStepError as error:
                     watchdog.rest()
-                    policy.refuse(error, step + 1)
+                    policy.reject(error, step + 1)
                     bad, first = step + 1, samples - config.train.global_batch
                     if config.train.on_bad_step == "rewind":
-                        resumed = _go_back(checkpointer, policy, listener, step)
+                        resumed = _rollback(checkpointer, policy, listener, step)
                         step, first = resumed.step, resumed.samples
                         micro_batches = _micro_batches(
                             config, train_manifest, mesh, samples, exclusions
                         )
-                        pace, tokens_read = Pace(step, mesh.waits), 0
-                    _tell(listener, [policy.give_up(first, samples, bad, error)])
+                        step_timer, tokens_read = StepTimer(step, mesh.comm_timer), 0
+                    _tell(listener, [policy.discard(first, samples, bad, error)])
                     continue
                 watchdog.rest()
                 step += 1
                 tokens_read += result.tokens_read
                 policy.accept(step, result.loss)
-                with pace.paused():
+                with step_timer.paused():
                     _tell(listener, tracer.write())
 
                 if _due(step, config.logging.every, config):
-                    lap = pace.lap(step)
+                    lap = step_timer.lap(step)
                     interval = gather_interval(
-                        result.routing, result.traffic, lap, mesh, this_job.device
+                        result.routing, result.traffic, lap, mesh, context.device
                     )
                     _tell(listener, checkpointer.poll())
                     if listener:
@@ -152,11 +152,11 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                             StepMetrics(
                                 step=step,
                                 loss=result.loss,
-                                auxiliary=result.auxiliary,
+                                aux_losses=result.aux_losses,
                                 grad_norm=result.grad_norm,
                                 lr=lr,
                                 samples=samples,
-                                digest=boundary.digest,
+                                digest=sync.digest,
                                 tokens=result.tokens,
                                 tokens_per_second=tokens_read / lap.seconds,
                                 timing=Timing.of(interval.work, interval.wait, hosts),
@@ -166,12 +166,12 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                         )
                     tokens_read = 0
                 if valid_manifest and _due(step, config.evaluation.every, config):
-                    with pace.paused():
+                    with step_timer.paused():
                         metrics = _validate(engine, config, valid_manifest, step)
                     if listener:
                         listener.validation(metrics)
                 if _due(step, config.checkpoint.every, config):
-                    with pace.paused():
+                    with step_timer.paused():
                         notes = save()
                     _tell(listener, notes)
             watchdog.rest()
@@ -198,12 +198,12 @@ def _due(step: int, every: int, config: Config) -> bool:
     return step % every == 0 or step == config.train.steps
 
 
-def _go_back(
+def _rollback(
     checkpointer: Checkpointer, policy: BadSteps, listener: Observer | None, step: int
 ) -> Resumed:
     """Restore the newest checkpoint, and the reports and the memory that belong to it."""
     resumed = checkpointer.resume(last_step=step)
-    policy.go_back(resumed.state.get("bad_steps"))
+    policy.rollback(resumed.state.get("bad_steps"))
     if listener:
         listener.rewind(resumed.step)
     _tell(listener, resumed.notes)
@@ -227,17 +227,17 @@ def describe_run(config: Config, folder: Path) -> None:
             new.replace(path)  # cut short, it would be another run's
 
 
-def _run_start(config: Config, this_job: Job, folder: Path, step: int) -> RunStart:
+def _run_start(config: Config, context: DistContext, folder: Path, step: int) -> RunStart:
     counts = count(config.model, config.data.sequence_length)
-    device = str(this_job.device.type)
-    if this_job.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(this_job.device)})"
+    device = str(context.device.type)
+    if context.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(context.device)})"
     return RunStart(
         config=config,
         folder=str(folder),
-        world_size=this_job.world_size,
+        world_size=context.world_size,
         device=device,
-        backend=this_job.backend,
+        backend=context.backend,
         num_parameters=counts.total,
         num_active_parameters=counts.active,
         flops_per_token=counts.flops_per_token,

@@ -17,6 +17,11 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moa_dist.checkpoint.check import require_valid
+from moa_dist.checkpoint.convert import make_partial
+from moa_dist.checkpoint.format import MASTER, FileName, Reader, parse, tokenizer_of
+from moa_dist.checkpoint.tensor_file import TensorSpec, Written, write_file, write_tensors
+from moa_dist.checkpoint.write import move_into_place
 from moa_dist.config.load import config_of
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
@@ -25,11 +30,6 @@ from moa_dist.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, load_tokeni
 from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.export import MODEL_FILE
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.train.checkpoint_check import require_valid
-from moa_dist.train.checkpoint_convert import make_partial
-from moa_dist.train.checkpoint_files import MASTER, FileName, Reader, parse, tokenizer_of
-from moa_dist.train.checkpoint_write import move_into_place
-from moa_dist.train.tensor_file import TensorSpec, Written, write_file, write_tensors
 from moa_dist.transfer.jetmoe import (
     Entry,
     JetMoeSettings,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moa_dist.checkpoint.convert import make_partial
+from moa_dist.checkpoint.format import FORMAT, MASTER, Index, Piece, checkpoint_folder
+from moa_dist.checkpoint.tensor_file import TensorSpec, write_file, write_tensors
+from moa_dist.checkpoint.write import move_into_place, seal
 from moa_dist.config import to_yaml
 from moa_dist.config.run import Config
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.evaluate.export import CONFIG_FILE
-from moa_dist.train.checkpoint_convert import make_partial
-from moa_dist.train.checkpoint_files import FORMAT, MASTER, Index, Piece, checkpoint_folder
-from moa_dist.train.checkpoint_write import move_into_place, seal
-from moa_dist.train.tensor_file import TensorSpec, write_file, write_tensors
 
 _FILE = "weights.safetensors"
 

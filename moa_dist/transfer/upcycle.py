@@ -35,7 +35,7 @@ from moa_dist.models.attention import DenseAttention
 from moa_dist.models.block import Block
 from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.models.moa import MoAttention
+from moa_dist.models.moa import MoAAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.moe.router import Router
 
@@ -46,7 +46,7 @@ _EVEN = 0.1
 """Factor of a router whose weights should hardly vary; which experts it chooses stays the same."""
 
 
-class Part(NamedTuple):
+class FilledPart(NamedTuple):
     """What was done to attention or FFN."""
 
     name: str
@@ -118,7 +118,7 @@ def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[str]:
 @torch.no_grad()
 def upcycle(
     dense: LanguageModel, config: ModelConfig, *, seed: int = 0
-) -> tuple[LanguageModel, list[Part]]:
+) -> tuple[LanguageModel, list[FilledPart]]:
     """A model of `config`, without problems, with the weights of `dense`, and what was done.
 
     In the type of `dense`. What has no counterpart there, routers above all, is drawn by `seed`.
@@ -129,7 +129,7 @@ def upcycle(
     for name in state.keys() & before.keys():
         if state[name].shape == before[name].shape:  # else what is to become experts
             state[name].copy_(before[name])
-    parts: dict[str, Part] = {}
+    parts: dict[str, FilledPart] = {}
     for new, old in zip(_layers(model), _layers(dense), strict=True):
         for part in _fill(new, old, _norm_of_source(model)):
             parts[part.name] = part
@@ -148,7 +148,7 @@ def _norm_of_source(model: LanguageModel) -> nn.Module | None:
     return cast(Block, model.encoder.layers[-1]).ffn_norm
 
 
-def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[Part]:
+def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[FilledPart]:
     """Make the experts of one layer."""
     norms = [new.attention_norm, new.ffn_norm]
     if new.cross is not None:
@@ -167,21 +167,23 @@ def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[
 
 def _fill_attention(
     new: nn.Module, old: nn.Module, norm_of_queries: nn.Module, norm_of_keys: nn.Module
-) -> Iterator[Part]:
+) -> Iterator[FilledPart]:
     match new, old:
-        case MoAttention(), DenseAttention():
+        case MoAAttention(), DenseAttention():
             yield _fill_moa(new, old, norm_of_queries)
         case SwitchHeadAttention(), DenseAttention():
             yield _fill_switchhead(new, old, norm_of_queries, norm_of_keys)
 
 
-def _fill_moa(new: MoAttention, old: DenseAttention, norm: nn.Module) -> Part:
+def _fill_moa(new: MoAAttention, old: DenseAttention, norm: nn.Module) -> FilledPart:
     for ours, theirs in ((new.k, old.k), (new.v, old.v)):
         ours.weight.copy_(theirs.weight)
     new.q.weight.copy_(old.q.weight.T)
     new.o.weight.copy_(old.o.weight.T / _even_out(new.router, norm))
     exact = _sums_to_one(new.router.config)
-    return Part("attention", exact, _how("queries and outputs copied into every expert", exact))
+    return FilledPart(
+        "attention", exact, _how("queries and outputs copied into every expert", exact)
+    )
 
 
 def _fill_switchhead(
@@ -189,7 +191,7 @@ def _fill_switchhead(
     old: DenseAttention,
     norm_of_queries: nn.Module,
     norm_of_keys: nn.Module,
-) -> Part:
+) -> FilledPart:
     new.q.weight.copy_(old.q.weight)
     new.k.weight.copy_(old.k.weight)
     H = new.config.num_heads
@@ -203,10 +205,10 @@ def _fill_switchhead(
         experts.weight.copy_(matrices.repeat_interleave(router.config.num_experts, 0))
     exact = _sums_to_one(new.config.router)
     how = "each head's values and outputs copied into its experts"
-    return Part("attention", exact, _how(how, exact))
+    return FilledPart("attention", exact, _how(how, exact))
 
 
-def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> Part:
+def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> FilledPart:
     router, d_expert = new.router.config, new.config.d_expert
     num_slices = old.up.out_features // d_expert
     num_groups = router.num_experts // num_slices
@@ -227,7 +229,7 @@ def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> Pa
     if not whole_groups:
         how += f", of which a token takes {router.top_k}"
     exact = whole_groups and _sums_to_one(router)
-    return Part("ffn", exact, _how(how, exact))
+    return FilledPart("ffn", exact, _how(how, exact))
 
 
 def _how(how: str, exact: bool) -> str:
@@ -250,5 +252,5 @@ def _even_out(router: Router, norm: nn.Module) -> Tensor:
     router.logits.weight.mul_(_EVEN)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, _SAMPLE, router.logits.weight.shape[1], generator=generator)
-    weights = router.eval()(norm(x.to(router.logits.weight))).weights
+    weights = router.eval()(norm(x.to(router.logits.weight))).topk_weights
     return weights.sum(-1).mean(0)

@@ -11,7 +11,7 @@ from moa_dist.analyze.headline import headline
 from moa_dist.analyze.selections import Selections
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import RoutingStatistics
 from tests.models.small import FFN, LENGTH, small_config, small_model, tokens_of, with_capacity
@@ -80,8 +80,8 @@ def test_sums_agree_with_the_statistics_and_with_each_other(attention):
     ]
     loads = Counter()
     for batch in batches:
-        for site, statistics in model(*batch.inputs()).statistics.items():
-            loads[site] = loads[site] + statistics.load.sum(0).flatten()
+        for call, statistics in model(*batch.inputs()).statistics.items():
+            loads[call] = loads[call] + statistics.load.sum(0).flatten()
     seen = observe(model, batches, CPU)
     num_tokens = 5 * (tokens_of().shape[1] - 1)
     assert seen.occurrences_V["text"].sum() == num_tokens
@@ -117,13 +117,13 @@ def test_a_translating_model_has_two_texts(attention):
     fields = {"position": "sinusoidal", "objective": "translation", "num_distinct_layers": 1}
     model = small_model(attention=attention, **fields).eval()
     real = torch.arange(LENGTH) < torch.tensor([LENGTH, 4])[:, None]
-    source_real = torch.arange(12) < torch.tensor([5, 12])[:, None]  # longer than the target
-    batch = Batch(tokens_of(), real, None, tokens_of(2, 12, seed=1), source_real)
+    source_mask = torch.arange(12) < torch.tensor([5, 12])[:, None]  # longer than the target
+    batch = Batch(tokens_of(), real, None, tokens_of(2, 12, seed=1), source_mask)
     seen = observe(model, [batch], CPU)
     lengths = {"text": LENGTH - 1 + 4, "source": 5 + 12}
     assert {text: int(seen.occurrences_V[text].sum()) for text in lengths} == lengths
     statistics = model(*batch.inputs()).statistics
-    assert {site.key for site in statistics} == seen.routers.keys()
+    assert {call.key for call in statistics} == seen.routers.keys()
     for (layer, name), chosen in seen.routers.items():
         text = "source" if layer == 0 or name == "attention.cross.value" else "text"
         assert seen.text_of_router((layer, name)) == text
@@ -131,7 +131,7 @@ def test_a_translating_model_has_two_texts(attention):
             chosen.tokens_VE.sum(1), seen.occurrences_V[text] * 2 * chosen.choices
         ), "every token chooses as many"
         for repeat in range(2):
-            load = statistics[Site(layer, repeat, name)].load.sum(0).flatten()
+            load = statistics[RouterCall(layer, repeat, name)].load.sum(0).flatten()
             assert torch.equal(chosen.load_RE[repeat], load)
     layers = attention_results(seen)
     titles = ["L0 R0", "L0 R1", "L1 R0", "L1 R0 cross", "L1 R1", "L1 R1 cross"]
@@ -174,8 +174,12 @@ def test_heads_of_moa_belong_to_the_experts_that_tokens_choose(capacity):
     (layer,) = attention_results(observe(model, [Batch(tokens, rows_real(counts.tolist()))], CPU))
     trace = model(tokens[counts, :-1], trace=True).traces[0, 0]
     query = trace.routing["attention.query"]
-    ids = query.expert_ids.view(2, -1, 2)
-    kept = torch.ones_like(ids, dtype=torch.bool) if query.kept is None else query.kept.view_as(ids)
+    ids = query.topk_ids.view(2, -1, 2)
+    kept = (
+        torch.ones_like(ids, dtype=torch.bool)
+        if query.keep_mask is None
+        else query.keep_mask.view_as(ids)
+    )
     assert kept.all() == (not capacity)
     sums, queries = torch.zeros(6, dtype=torch.float64), [0] * 6
     for b in range(2):

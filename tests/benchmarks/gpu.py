@@ -23,14 +23,14 @@ from moa_dist.bench.measure import Table, Work, as_text, compare
 from moa_dist.bench.sections import load_section
 from moa_dist.bench.setting import Setting
 from moa_dist.config import load_config
-from moa_dist.kernels.at_once import routed_at_once
+from moa_dist.kernels.custom_op import custom_op_experts
+from moa_dist.kernels.grouped import grouped_experts
 from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
-from moa_dist.kernels.operator import routed_operator
-from moa_dist.kernels.routed import kernel_for, routed_experts
-from moa_dist.kernels.trip import Experts, Trip, hidden_rows
+from moa_dist.kernels.routed_experts import kernel_for, routed_experts
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-Kernel = Callable[[Experts, Tensor, Trip], Tensor]
+Kernel = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Of the largest deviation, relative to the largest number."""
 SHAPES: dict[
@@ -45,7 +45,7 @@ REHEARSAL: dict[str, tuple[int, ...]] = {"FFN": (128, 44, 9, 3, 16)}
 
 def inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gated: bool = False
-) -> tuple[Experts, Tensor, Trip]:
+) -> tuple[ExpertWeights, Tensor, RowMap]:
     """A sigma-MoE of random weights, of which a tenth of all assignments is dropped."""
     T, D, E, K, F = shape
     generator = torch.Generator().manual_seed(0)
@@ -60,52 +60,54 @@ def inputs(
     counts = chosen.flatten().bincount(minlength=E + 1)[:E]
     rows = (torch.arange(T * K) // K)[order].to(device)
     weight = torch.rand(T * K, generator=generator).to(device).requires_grad_()
-    trip = Trip(rows, rows, T, counts.to(device), all_taken=False, weight=weight)
+    row_map = RowMap(rows, rows, T, counts.to(device), is_dropless=False, weight=weight)
     ups = tuple(draw(E, D, F, scale=D**-0.5) for _ in range(1 + gated))
-    return Experts(draw(E, F, D, scale=F**-0.5), ups, "silu"), draw(T, D), trip
+    return ExpertWeights(draw(E, F, D, scale=F**-0.5), ups, "silu"), draw(T, D), row_map
 
 
-def sources_of(experts: Experts, x: Tensor, trip: Trip) -> list[Tensor]:
-    assert trip.weight is not None
-    return [x, trip.weight, *experts.matrices()]
+def sources_of(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> list[Tensor]:
+    assert row_map.weight is not None
+    return [x, row_map.weight, *experts.tensors()]
 
 
-def both_passes(kernel: Kernel, experts: Experts, x: Tensor, trip: Trip) -> list[Tensor]:
-    y = kernel(experts, x, trip)
-    return [y, *torch.autograd.grad(y, sources_of(experts, x, trip), y.detach())]
+def both_passes(kernel: Kernel, experts: ExpertWeights, x: Tensor, row_map: RowMap) -> list[Tensor]:
+    y = kernel(experts, x, row_map)
+    return [y, *torch.autograd.grad(y, sources_of(experts, x, row_map), y.detach())]
 
 
-def exact(experts: Experts, x: Tensor, trip: Trip) -> list[Tensor]:
+def exact(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> list[Tensor]:
     """The same in fp64, by a product per expert."""
 
     def wide(t: Tensor) -> Tensor:
         return t.detach().double().requires_grad_()
 
-    assert trip.weight is not None
-    doubles = Experts(wide(experts.down), tuple(map(wide, experts.ups)), experts.activation)
-    return both_passes(routed_at_once, doubles, wide(x), trip._replace(weight=wide(trip.weight)))
+    assert row_map.weight is not None
+    doubles = ExpertWeights(wide(experts.down), tuple(map(wide, experts.ups)), experts.activation)
+    return both_passes(
+        grouped_experts, doubles, wide(x), row_map._replace(weight=wide(row_map.weight))
+    )
 
 
-def kernels_for(experts: Experts, x: Tensor) -> dict[str, Kernel]:
+def kernels_for(experts: ExpertWeights, x: Tensor) -> dict[str, Kernel]:
     """All that can compute this on this device."""
-    kernels: dict[str, Kernel] = {"operator": routed_operator}
-    if grouped_matmul_fits(x, *experts.matrices()):
-        kernels["grouped product"] = routed_at_once
+    kernels: dict[str, Kernel] = {"operator": custom_op_experts}
+    if grouped_matmul_fits(x, *experts.tensors()):
+        kernels["grouped product"] = grouped_experts
     return kernels
 
 
-def naive(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
+def naive(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
     """What one would write first: expert by expert, with a look at the counts."""
-    assert trip.weight is not None
-    y = torch.zeros(trip.num_written, experts.down.shape[2], dtype=x.dtype, device=x.device)
+    assert row_map.weight is not None
+    y = torch.zeros(row_map.num_output_rows, experts.down.shape[2], dtype=x.dtype, device=x.device)
     start = 0
-    for expert, count in enumerate(trip.counts.tolist()):
+    for expert, count in enumerate(row_map.counts.tolist()):
         taken = slice(start, start + count)
-        rows = x[trip.read[taken]]
+        rows = x[row_map.read[taken]]
         products = tuple(rows @ up[expert] for up in experts.ups)
         out = hidden_rows(products, experts.activation) @ experts.down[expert]
-        weighted = (out * trip.weight[taken, None]).to(y.dtype)
-        y = y.index_add(0, trip.write[taken], weighted)
+        weighted = (out * row_map.weight[taken, None]).to(y.dtype)
+        y = y.index_add(0, row_map.write[taken], weighted)
         start += count
     return y
 

@@ -13,7 +13,7 @@ from moa_dist.cli.main import main
 from moa_dist.data.manifest import load_manifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.evaluate.trained import load_trained
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = (
@@ -107,9 +107,9 @@ def test_a_learned_layer_gets_what_it_got_in_its_run(made):
     batches = validation_batches(folder, load_manifest(folder), rank=0, world_size=1, micro_batch=2)
     tokens, _ = next(batches)
     statistics = run.model(tokens[:, :-1]).statistics
-    site = Site(1, run.model.stack.num_repeats - 1, "ffn")
+    call = RouterCall(1, run.model.stack.num_repeats - 1, "ffn")
     ffn = learned["ffn"]
-    assert torch.equal(ffn.layer(*ffn.inputs).statistics.load, statistics[site].load)
+    assert torch.equal(ffn.layer(*ffn.inputs).statistics.load, statistics[call].load)
     query, key = learned["attention"].inputs[:2]
     assert query is key  # one leaf, as in the model
     assert not ffn.layer._forward_pre_hooks

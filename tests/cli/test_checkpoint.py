@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import moa_dist
+from moa_dist.checkpoint.check import damage
+from moa_dist.checkpoint.format import Reader, read_model
 from moa_dist.cli.main import main
 from moa_dist.observe.units import short
 from moa_dist.provenance import provenance
-from moa_dist.train.checkpoint_check import damage
-from moa_dist.train.checkpoint_files import Reader, load_model
 from tests.evaluate.runs import LENGTH, VOCABULARY
 
 
@@ -62,8 +62,8 @@ def test_show(run, capsys):
 def test_average(run, tmp_path, capsys):
     target = tmp_path / "mean"
     assert "steps 1, 2" in printed(capsys, "checkpoint", "average", run, target)
-    parts = [load_model(run / f"step-0000000{step}")[0].state_dict() for step in (1, 2)]
-    model, index = load_model(target)
+    parts = [read_model(run / f"step-0000000{step}")[0].state_dict() for step in (1, 2)]
+    model, index = read_model(target)
     assert damage(target) == []
     assert index.step == 2
     for name, value in model.state_dict().items():
@@ -72,7 +72,7 @@ def test_average(run, tmp_path, capsys):
     assert main(["checkpoint", "average", str(run), str(target)]) == 2  # it exists
     last = tmp_path / "last"
     printed(capsys, "checkpoint", "average", run, last, "--last", "1")
-    for name, value in load_model(last)[0].state_dict().items():
+    for name, value in read_model(last)[0].state_dict().items():
         assert torch.equal(value, parts[1][name])
     assert main(["checkpoint", "average", str(tmp_path / "data"), str(tmp_path / "none")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_export_is_the_same_model(run, tmp_path, capsys):
         "model.safetensors",
         "tokenizer.json",
     ]
-    expected = logits(load_model(run / "step-00000002")[0])
+    expected = logits(read_model(run / "step-00000002")[0])
     for path in (target, str(target), run, run / "step-00000002"):
         assert torch.equal(logits(moa_dist.load_model(path)), expected)
     ask = ["--prompt", "the", "--tokens", 8]

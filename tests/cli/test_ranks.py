@@ -1,6 +1,6 @@
 """What every rank finds is said once, and what one of them finds is said by that one."""
 
-from moa_dist.cli.ranks import say_unless_rank_0_does
+from moa_dist.cli.rank_output import say_unless_rank_0_does
 
 
 def test_rank_0_speaks_at_once(capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from moa_dist.train.checkpoint_files import checkpoints
+from moa_dist.checkpoint.format import checkpoints
 
 _COMPARED = ("samples", "digest", "loss", "grad_norm")
 

@@ -163,7 +163,7 @@ def cut_and_mend(job: Job, hosts: Sequence[Host], strangers: Sequence[int] = ())
     def working() -> list[psutil.Process]:
         return [p for host in hosts for p in host.processes() if p.pid not in others]
 
-    check(len(working()) >= 6, "launchers, keepers and ranks on both hosts")
+    check(len(working()) >= 6, "launchers, agents and ranks on both hosts")
     before = working()
     hosts[1].cable("down")
     cut = time.monotonic()
@@ -276,8 +276,8 @@ def prove(folder: Path, parts: Sequence[str]) -> None:
         env=os.environ | ENVIRONMENT,
     )
     installed = metadata.version(PACKAGE)
-    site = Path(str(metadata.distribution(PACKAGE).locate_file("")))
-    metadata_file = site / f"{PACKAGE}-{installed}.dist-info/METADATA"
+    call = Path(str(metadata.distribution(PACKAGE).locate_file("")))
+    metadata_file = call / f"{PACKAGE}-{installed}.dist-info/METADATA"
     old, text = folder / "METADATA", metadata_file.read_text()
     old.write_text(text.replace(f"\nVersion: {installed}\n", f"\nVersion: {OTHER_VERSION}\n"))
     hidden = folder / "runs/faults"

@@ -22,7 +22,7 @@ from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
 from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.models.objective import Batch
-from moa_dist.train.damage import find_damage
+from moa_dist.train.corruption import find_corrupt_shards
 from tests.parallel_text import LENGTH, lines, write_lines, write_pairs
 
 BUCKET_TOKENS, GLOBAL_BATCH = 100, 4
@@ -60,13 +60,13 @@ def texts_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """Source and target of each sequence, without padding."""
     assert batch.source is not None
     everything = torch.ones_like
-    real = everything(batch.tokens).bool() if batch.real is None else batch.real
-    source_real = (
-        everything(batch.source).bool() if batch.source_real is None else batch.source_real
+    real = everything(batch.tokens).bool() if batch.token_mask is None else batch.token_mask
+    source_mask = (
+        everything(batch.source).bool() if batch.source_mask is None else batch.source_mask
     )
     return [
         (source[s].tolist(), tokens[t].tolist())
-        for source, s, tokens, t in zip(batch.source, source_real, batch.tokens, real, strict=True)
+        for source, s, tokens, t in zip(batch.source, source_mask, batch.tokens, real, strict=True)
     ]
 
 
@@ -219,7 +219,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         train="other", valid=str(tmp_path / "data"), sequence_length=9, verify="checksums"
     )
     with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):
-        find_damage(held_out, manifest, manifest)
+        find_corrupt_shards(held_out, manifest, manifest)
 
 
 def test_nothing_but_texts_of_pairs_in_order_is_accepted(tmp_path: Path) -> None:

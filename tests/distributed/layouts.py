@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
@@ -129,8 +129,8 @@ class Case:
                 return Batch(tokens, real, tokens.masked_fill(~hidden, NO_TARGET))
             case "translation":
                 lengths = torch.randint(LENGTH, (self.sequences, 1), generator=generator)
-                source_real = torch.arange(LENGTH) < lengths
-                return Batch(tokens, real, None, tokens[:, 1:].flip(0), source_real)
+                source_mask = torch.arange(LENGTH) < lengths
+                return Batch(tokens, real, None, tokens[:, 1:].flip(0), source_mask)
         return Batch(tokens, real)
 
 
@@ -139,7 +139,7 @@ class Outcome:
     """Whole-model values: of the last step, or after it."""
 
     loss: float
-    auxiliary: dict[str, float]
+    aux_losses: dict[str, float]
     grad_norm: float
     parameters: dict[str, torch.Tensor]
     """And buffers."""
@@ -164,8 +164,8 @@ def one_process_step(case: Case, model: Any, optimizer: Any, batch: Batch) -> Ou
     predicted = labels != NO_TARGET
     smoothing = case.label_smoothing
     loss = F.cross_entropy(output.logits[predicted], labels[predicted], label_smoothing=smoothing)
-    auxiliary = sum(output.auxiliary.values())
-    (loss + auxiliary).backward()
+    aux_losses = sum(output.aux_losses.values())
+    (loss + aux_losses).backward()
     gradients = [p.grad for p in model.parameters()]
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     if case.clip_norm:
@@ -175,7 +175,7 @@ def one_process_step(case: Case, model: Any, optimizer: Any, batch: Batch) -> Ou
     move_biases(model, output.statistics)
     return Outcome(
         loss=loss.item(),
-        auxiliary={name: value.item() for name, value in output.auxiliary.items()},
+        aux_losses={name: value.item() for name, value in output.aux_losses.items()},
         grad_norm=norm.item(),
         parameters=model.state_dict(),
         dropped=sum(int(s.dropped.sum()) for s in output.statistics.values()),
@@ -188,13 +188,13 @@ def move_biases(model: Any, statistics: dict[Any, Any]) -> None:
     names = {"ffn": "ffn.router", "attention.query": "attention.router"}
     names |= {f"attention.{use}": f"attention.{use}_router" for use in ("value", "output")}
     state = model.state_dict()
-    for layer, router in {(site.layer, site.router) for site in statistics}:
+    for layer, router in {(call.layer, call.router) for call in statistics}:
         if router not in names:  # of an attention to the source, which no case gives a bias
             continue
         name = f"stack.layers.{layer}.{names[router]}"
         if f"{name}.bias.value" not in state:
             continue
-        load = sum(s.load.sum(0) for site, s in statistics.items() if site[::2] == (layer, router))
+        load = sum(s.load.sum(0) for call, s in statistics.items() if call[::2] == (layer, router))
         rate = model.get_submodule(name).config.balance.bias_rate
         for group, loads in enumerate(load.tolist()):
             mean = sum(loads) / len(loads)
@@ -241,7 +241,7 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
     ]
     engine.close()
     dropped = sum(int(r.dropped.sum()) for r in result.routing.values())
-    return result.loss, result.auxiliary, result.grad_norm, owned, dropped
+    return result.loss, result.aux_losses, result.grad_norm, owned, dropped
 
 
 def whole(
@@ -263,7 +263,7 @@ def distributed(pools, case: Case) -> Outcome:
     results = pools(case.world_size).run(on_rank, case)
     losses, auxiliaries, norms, owned, dropped = zip(*results, strict=True)
     assert len(set(losses)) == 1
-    assert all(auxiliary == auxiliaries[0] for auxiliary in auxiliaries)
+    assert all(aux_losses == auxiliaries[0] for aux_losses in auxiliaries)
     assert len(set(norms)) == 1, "ranks disagree on the gradient norm"
     parameters = {}
     for name, parameter in build_model(case.config().model).double().state_dict().items():
@@ -279,9 +279,9 @@ def distributed(pools, case: Case) -> Outcome:
 def assert_equal(ours: Outcome, reference: Outcome, bound: float) -> None:
     assert ours.dropped == reference.dropped, "assignments dropped"
     assert abs(ours.loss - reference.loss) < bound * abs(reference.loss), "loss"
-    assert ours.auxiliary.keys() == reference.auxiliary.keys()
-    for name, value in reference.auxiliary.items():
-        assert abs(ours.auxiliary[name] - value) < bound * abs(value), name
+    assert ours.aux_losses.keys() == reference.aux_losses.keys()
+    for name, value in reference.aux_losses.items():
+        assert abs(ours.aux_losses[name] - value) < bound * abs(value), name
     assert abs(ours.grad_norm - reference.grad_norm) < bound * reference.grad_norm, "norm"
     for name, value in reference.parameters.items():
         error = (ours.parameters[name] - value).abs().max().item()

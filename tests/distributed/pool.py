@@ -34,10 +34,10 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
     }
     import torch
 
-    from moa_dist.distributed.start import job
+    from moa_dist.distributed.start import init_distributed
 
     torch.set_num_threads(1)
-    with job():
+    with init_distributed():
         while (task := _receive(pipe)) is not None:
             function, args, keywords = task
             try:

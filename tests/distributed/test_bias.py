@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from moa_dist.train.checkpoint_files import checkpoints, load_model
+from moa_dist.checkpoint.format import checkpoints, read_model
 from tests.distributed.layouts import (
     MOA,
     Case,
@@ -112,7 +112,7 @@ def test_other_layouts_and_one_process_read_the_same_biases(pools, tmp_path, tar
     assert ours.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(ours[key], value), key
-    loaded = load_model(checkpoints(tmp_path)[-1])[0].state_dict()
+    loaded = read_model(checkpoints(tmp_path)[-1])[0].state_dict()
     for (name, _), value in expected.items():
         if name.endswith("bias.value"):
             assert torch.equal(loaded[name].flatten(), value), name

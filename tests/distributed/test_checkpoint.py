@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.checkpoint.format import checkpoints, read_model
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.checkpoint import Checkpointer
-from moa_dist.train.checkpoint_files import checkpoints, load_model
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import SEQUENCES, Case
@@ -38,7 +38,7 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
     trace = []
     for step in range(first, last + 1):
         rows = (torch.arange(mesh.rank, SEQUENCES, mesh.world_size) + step) % SEQUENCES
-        micro = [Batch(batch.tokens[r], batch.real[r]) for r in rows.split(case.micro_batch)]
+        micro = [Batch(batch.tokens[r], batch.token_mask[r]) for r in rows.split(case.micro_batch)]
         result = engine.step(micro, lr=1e-2 / step)
         trace.append((result.loss, result.grad_norm))
     if save:
@@ -73,10 +73,10 @@ def test_same_layout_continues_bit_for_bit(pools, tmp_path, case):
 
 def test_whole_model_on_one_process(pools, tmp_path):
     pools(2).run(run_steps, ADAM, tmp_path, seed=0, first=1, last=1, save=True)
-    model, index = load_model(checkpoints(tmp_path)[-1])
+    model, index = read_model(checkpoints(tmp_path)[-1])
     assert index.step == 1
     batch = ADAM.batch()
-    inputs, real = batch.tokens[:, :-1], batch.real[:, :-1]
+    inputs, real = batch.tokens[:, :-1], batch.token_mask[:, :-1]
     assert model(inputs, real).logits.isfinite().all()
     initial = build_model(ADAM.config().model)
     pairs = zip(model.parameters(), initial.parameters(), strict=True)
@@ -102,4 +102,4 @@ def test_damage_is_named(pools, tmp_path, damage):
         )
         file = folder
     with pytest.raises(DataError, match=file.name):
-        load_model(folder)
+        read_model(folder)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_dist.checkpoint.format import MASTER
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.checkpoint_files import MASTER
 from moa_dist.train.engine import Engine
 from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import (

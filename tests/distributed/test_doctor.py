@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moa_dist.distributed.start import Job
-from moa_dist.doctor import ranks
+from moa_dist.distributed.start import DistContext
+from moa_dist.doctor import rank_checks
 from moa_dist.doctor.finding import Finding
 from moa_dist.doctor.probes import all_probes
-from moa_dist.doctor.ranks import check_ranks, clock_offsets, gather, judge, measure
+from moa_dist.doctor.rank_checks import check_ranks, clock_offsets, gather, judge, measure
 
 CPU = torch.device("cpu")
 HOST = socket.gethostname()
@@ -99,10 +99,10 @@ def check_with_another_version(rank):
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == rank:
             own = [Finding("data", "FAULT", "no such folder")]
-            versions = ranks.package_versions() | {"numpy": "1.0"}
-            patch.setattr(ranks, "package_versions", lambda: versions)
-        job = Job(dist.get_rank(), dist.get_world_size(), CPU, "gloo")
-        return list(check_ranks(job, own))
+            versions = rank_checks.package_versions() | {"numpy": "1.0"}
+            patch.setattr(rank_checks, "package_versions", lambda: versions)
+        context = DistContext(dist.get_rank(), dist.get_world_size(), CPU, "gloo")
+        return list(check_ranks(context, own))
 
 
 def test_a_wrong_version_and_a_rank_s_own_fault_are_named(pools):

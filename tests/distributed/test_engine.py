@@ -129,7 +129,7 @@ def poisoned_step(case: Case) -> tuple[str, bool]:
     before = [f.view.clone() for f in fragments(engine, owned_only=True)]
     rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
     with pytest.raises(TrainingError) as error:
-        engine.step([Batch(batch.tokens[r], batch.real[r]) for r in rows], lr=1.0)
+        engine.step([Batch(batch.tokens[r], batch.token_mask[r]) for r in rows], lr=1.0)
     after = [f.view for f in fragments(engine, owned_only=True)]
     changed = not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     engine.close()
@@ -158,7 +158,7 @@ def steps_with_trouble(case: Case, trouble: str | None) -> tuple[list, list[torc
     model = build_model(config.model, parallelize=partial(shard_experts, mesh=mesh))
     engine = Engine(model, config, mesh, torch.device("cpu"))
     rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
-    micro = [Batch(batch.tokens[r], batch.real[r]) for r in rows]
+    micro = [Batch(batch.tokens[r], batch.token_mask[r]) for r in rows]
     results = [engine.step(micro, lr=1e-2)]
     if trouble == "spike":
         with pytest.raises(BadStepError, match="the loss spikes"):

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moa_dist.distributed.channel import Channel
-from moa_dist.distributed.traffic import Ledger
-from moa_dist.distributed.waiting import Waits
-from moa_dist.kernels.trip import Experts
-from moa_dist.moe.dispatch import Dispatcher, LocalDispatcher, LocalPlan
-from moa_dist.moe.exchange import ExchangeDispatcher
+from moa_dist.distributed.comm_group import CommGroup
+from moa_dist.distributed.comm_timer import CommTimer
+from moa_dist.distributed.traffic import TrafficCounter
+from moa_dist.kernels.row_map import ExpertWeights
+from moa_dist.moe.all_to_all import AllToAllTokenDispatcher
+from moa_dist.moe.dispatch import Dispatcher, LocalPlan, LocalTokenDispatcher
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 from tests.moe.routings import draw, random_routing
@@ -61,7 +61,7 @@ class Case:
         num_ranks = len(self.tokens)
         shards = pairwise(shard_starts(self.num_experts, num_ranks))
         owner = [r for r, (first, stop) in enumerate(shards) for _ in range(first, stop)]
-        return torch.tensor(owner)[self.routing(rank).expert_ids]
+        return torch.tensor(owner)[self.routing(rank).topk_ids]
 
 
 class Outcome(NamedTuple):
@@ -82,8 +82,10 @@ def project_all(
     outcomes = []
     for read, write, weighted in PROJECTIONS:
         x = draw(case.num_rows(read, rank), D_IN, seed=10 + rank).requires_grad_()
-        y = plan.apply(Experts(experts), plan.send(x, read), read, write, weighted=weighted).wait()
-        sources = (x, experts, *([routing.weights] if weighted else []))
+        y = plan.run_and_combine(
+            ExpertWeights(experts), plan.dispatch(x, read), read, write, weighted=weighted
+        ).wait()
+        sources = (x, experts, *([routing.topk_weights] if weighted else []))
         upstream = draw(*y.shape, seed=20 + rank)
         gradients = torch.autograd.grad(y, sources, upstream, retain_graph=True)
         outcomes.append(Outcome(y.detach(), *gradients, *([] if weighted else [None])))
@@ -100,16 +102,16 @@ def my_experts(case: Case, rank: int) -> slice:
     return slice(*shard_starts(case.num_experts, num_ranks)[rank : rank + 2])
 
 
-def channel(overlap: bool = False) -> Channel:
+def comm_group(overlap: bool = False) -> CommGroup:
     """To all ranks of the pool."""
-    return Channel(dist.group.WORLD, "layer", Ledger(), Waits(), overlap)
+    return CommGroup(dist.group.WORLD, "layer", TrafficCounter(), CommTimer(), overlap)
 
 
 def on_rank(case: Case, overlap: bool = False) -> tuple[list[Outcome], list[int]]:
     """Runs on every rank of a pool."""
     rank = dist.get_rank()
     experts = all_experts(case)[my_experts(case, rank)].requires_grad_()
-    return project_all(case, rank, ExchangeDispatcher(channel(overlap)), experts)
+    return project_all(case, rank, AllToAllTokenDispatcher(comm_group(overlap)), experts)
 
 
 CASES = {
@@ -133,7 +135,7 @@ def test_equals_local_dispatch(pools, case, overlap):
     num_ranks = len(case.tokens)
     results = pools(num_ranks).run(on_rank, case, overlap)
     experts = all_experts(case).requires_grad_()
-    references = [project_all(case, r, LocalDispatcher(), experts) for r in range(num_ranks)]
+    references = [project_all(case, r, LocalTokenDispatcher(), experts) for r in range(num_ranks)]
     for i, projection in enumerate(PROJECTIONS):
         ours, theirs = ([outcomes[i] for outcomes, _ in side] for side in (results, references))
         for ours_r, theirs_r in zip(ours, theirs, strict=True):
@@ -159,8 +161,8 @@ def test_equals_local_dispatch(pools, case, overlap):
 def rows_travelling(case: Case) -> dict[str, tuple[list[int], list[int]]]:
     """Runs on every rank of a pool: rows sent to and received from each rank, by level."""
     rank = dist.get_rank()
-    plan = ExchangeDispatcher(channel()).plan(case.routing(rank), case.num_experts)
-    return {level: (trip.sent, trip.received) for level, trip in plan.routes.items()}
+    plan = AllToAllTokenDispatcher(comm_group()).plan(case.routing(rank), case.num_experts)
+    return {level: (row_map.sent, row_map.received) for level, row_map in plan.routes.items()}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -170,7 +172,7 @@ def test_a_row_travels_once_per_destination_rank(pools, case):
     results = pools(num_ranks).run(rows_travelling, case)
     for level in LEVELS:
         for rank in range(num_ranks):
-            kept, owners = case.routing(rank).kept, case.owners(rank)
+            kept, owners = case.routing(rank).keep_mask, case.owners(rank)
             if kept is None:
                 kept = torch.ones_like(owners, dtype=torch.bool)
             row = torch.arange(case.num_rows(level, rank))

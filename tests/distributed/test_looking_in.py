@@ -10,12 +10,12 @@ import torch
 
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.errors import MemoryLimitError
-from moa_dist.labels import PREFIX
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
+from moa_dist.profiling import PREFIX
 from moa_dist.train.engine import Engine
 from moa_dist.train.out_of_memory import explained, holdings, remedies
-from moa_dist.train.trace import FOLDER, Tracer
+from moa_dist.train.profile import FOLDER, Tracer
 from tests.distributed.layouts import Case, micro_batches
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_a_trace_of_chosen_steps_shows_the_parts(pools, tmp_path):
     once = {"loss", "backward", "optimizer", "other"} & set(parts)
     both = {"router", "dispatch", "exchange", "experts", "attention", "ffn"}
     assert once >= {"loss", "backward", "optimizer", "other"}
-    assert set(parts) >= both | {f"{part} (backward)" for part in both}
+    assert set(parts) >= both | {f"{annotate} (backward)" for annotate in both}
     assert all(milliseconds > 0 for milliseconds in parts.values())
 
 

@@ -15,7 +15,7 @@ from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import objective
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.exchange import layout_of, meta_model
+from moa_dist.plan.exchange_choice import layout_of, meta_model
 from moa_dist.plan.memory import sizes_of, states
 from moa_dist.plan.terms import total
 from moa_dist.train.engine import Engine

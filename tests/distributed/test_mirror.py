@@ -7,12 +7,12 @@ import pytest
 
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
-from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.exchange import expected_traffic, meta_model
+from moa_dist.plan.exchange_choice import expected_traffic, meta_model
 from tests.distributed.layouts import MOA, SWITCHHEAD, Case, router
 
 MODELS = {
@@ -21,14 +21,16 @@ MODELS = {
 }
 
 
-def forward_and_backward(case: Case, mesh: Any) -> tuple[dict[Flow, Volume], dict[str, int]]:
+def forward_and_backward(
+    case: Case, mesh: Any
+) -> tuple[dict[TrafficKey, TrafficVolume], dict[str, int]]:
     """What this rank sent, and elements of the gradients of its experts."""
     config = case.config()
     exchange = config.parallel.expert_exchange
     model = build_model(
         config.model, parallelize=partial(shard_experts, mesh=mesh, exchange=exchange)
     )
-    mesh.ledger.take()
+    mesh.traffic_counter.take()
     # The same on every rank.
     tokens = case.batch().tokens[: case.micro_batch]
     result = objective(model, Batch(tokens))
@@ -38,10 +40,10 @@ def forward_and_backward(case: Case, mesh: Any) -> tuple[dict[Flow, Volume], dic
         assert layer.weight.grad is not None, name
         assert layer.weight.grad.isfinite().all(), name
         gradients[name] = layer.weight.grad.numel()
-    return mesh.ledger.take(), gradients
+    return mesh.traffic_counter.take(), gradients
 
 
-def on_rank(case: Case) -> tuple[dict[Flow, Volume], dict[str, int]]:
+def on_rank(case: Case) -> tuple[dict[TrafficKey, TrafficVolume], dict[str, int]]:
     return forward_and_backward(case, make_mesh(case.expert_parallel))
 
 
@@ -59,7 +61,7 @@ def test_sizes_are_those_of_real_ranks(pools, expert_parallel, model, exchange):
         model=model | {"num_layers": 1, "num_distinct_layers": 1},
     )
 
-    def of_attention(sent: dict[Flow, Volume]) -> dict[Flow, Volume]:
+    def of_attention(sent: dict[TrafficKey, TrafficVolume]) -> dict[TrafficKey, TrafficVolume]:
         return {f: v for f, v in sent.items() if f.layer.endswith(".attention")}
 
     for rank, (real, gradients) in enumerate(pools(4).run(on_rank, case)):
@@ -94,8 +96,8 @@ def test_one_of_1024_ranks_sends_what_is_planned(rank, expert_parallel, exchange
     model = meta_model(config)
     planned = expected_traffic(config, 1024, config.parallel.expert_exchange, model)
     assert sent == {
-        flow: Volume(volume.messages // 1024, volume.num_bytes // 1024)
-        for flow, volume in planned.items()
+        key: TrafficVolume(volume.messages // 1024, volume.num_bytes // 1024)
+        for key, volume in planned.items()
     }
     assert gradients == {
         name: -(-layer.num_experts // expert_parallel) * layer.macs_per_row()

@@ -40,10 +40,12 @@ def make_engine(case: Case, seed: int) -> Engine:
 
 def take_step(engine: Engine, case: Case, step: int) -> float:
     batch = case.batch()
-    assert batch.real is not None
+    assert batch.token_mask is not None
     ranks = torch.arange(engine.mesh.rank, SEQUENCES, engine.mesh.world_size)
     rows = ((ranks + step) % SEQUENCES).split(case.micro_batch)
-    return engine.step([Batch(batch.tokens[r], batch.real[r]) for r in rows], 1e-2 / step).loss
+    return engine.step(
+        [Batch(batch.tokens[r], batch.token_mask[r]) for r in rows], 1e-2 / step
+    ).loss
 
 
 def owned_state(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:

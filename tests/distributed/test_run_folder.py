@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moa_dist.errors import DataError
-from moa_dist.train.checkpoint import from_rank_0
+from moa_dist.train.checkpoint import broadcast_from_rank0
 from moa_dist.train.trainer import describe_run
 from tests.distributed.layouts import Case
 from tests.small_shards import write_folder
@@ -39,7 +39,7 @@ def test_a_start_that_is_cut_short_spoils_nothing(tmp_path, monkeypatch):
 def begin(folder: Path) -> str:
     """On every rank: the message."""
     try:
-        from_rank_0(partial(describe_run, Case().config(), folder))
+        broadcast_from_rank0(partial(describe_run, Case().config(), folder))
     except DataError as error:
         return str(error)
     return "written"

@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moa_dist.checkpoint.check import damage
+from moa_dist.checkpoint.format import Reader, checkpoints
 from moa_dist.config.run import Config
 from moa_dist.errors import DataError, SaveError
 from moa_dist.provenance import provenance
 from moa_dist.train import checkpoint
 from moa_dist.train.checkpoint import Checkpointer
-from moa_dist.train.checkpoint_check import damage
-from moa_dist.train.checkpoint_files import Reader, checkpoints
 from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import Case
 from tests.distributed.test_reshard import make_engine, owned_state, take_step
@@ -141,7 +141,7 @@ def save_while_an_old_one_is_held(config: Config, folder: Path) -> tuple[list[st
     checkpointer.finish()
     take_step(engine, CASE, 1)
     busy = OSError(errno.EBUSY, "Device or resource busy", str(folder))
-    with patch("moa_dist.train.checkpoint_write.discard", side_effect=busy):
+    with patch("moa_dist.checkpoint.write.discard", side_effect=busy):
         checkpointer.save(2, 16)
         notes = checkpointer.finish()
     dist.barrier()

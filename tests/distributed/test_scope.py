@@ -44,8 +44,8 @@ def test_global_batch_is_one_group_in_any_layout(pools, case):
     """SGD at rate 1, not clipped: the step is the gradient of every parameter."""
     reference = one_process(case)
     per_sequence = one_process(replace(case, model=balanced(**ALL_LOSSES)))
-    for name, value in reference.auxiliary.items():  # z has no interaction of tokens but padding
-        assert abs(value - per_sequence.auxiliary[name]) > 1e-6 * abs(value)
+    for name, value in reference.aux_losses.items():  # z has no interaction of tokens but padding
+        assert abs(value - per_sequence.aux_losses[name]) > 1e-6 * abs(value)
     assert_equal(distributed(pools, case), reference, FP64)
 
 
@@ -64,7 +64,7 @@ def test_micro_batch_is_one_group(pools, micro_batch):
     ours, reference = (distributed(pools, c) for c in (case, replace(case, model=grouped)))
     assert_equal(ours, reference, FP64)
     other = distributed(pools, replace(case, micro_batch=6 - micro_batch))
-    assert abs(other.auxiliary["ffn/switch"] - ours.auxiliary["ffn/switch"]) > 1e-6
+    assert abs(other.aux_losses["ffn/switch"] - ours.aux_losses["ffn/switch"]) > 1e-6
 
 
 LAYOUT_FREE = {
@@ -78,7 +78,7 @@ LAYOUT_FREE = {
 def test_coefficients_mean_the_same_in_any_layout(pools, case):
     case = replace(case, model=balanced(**ALL_LOSSES))
     reference = one_process(case)
-    assert reference.auxiliary.keys() == {
+    assert reference.aux_losses.keys() == {
         f"{part}/{name}" for part in ("attention", "ffn") for name in ALL_LOSSES
     }
     assert_equal(distributed(pools, case), reference, FP64)
@@ -96,7 +96,7 @@ def biases_around_evaluation(case: Case) -> list[dict[str, torch.Tensor]]:
 
     batch, result = case.batch(), [biases()]
     rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size)
-    engine.step([Batch(batch.tokens[rows], batch.real[rows])], lr=1e-2)
+    engine.step([Batch(batch.tokens[rows], batch.token_mask[rows])], lr=1e-2)
     result.append(biases())
     # Where all experts are here, ranks may bring unequal numbers of batches.
     batches = [Batch(batch.tokens[row][None]) for row in rows]

@@ -16,12 +16,18 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.distributed.traffic import Flow, Volume
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.moe.experts import expert_layers, shard_starts
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.traffic import Layout, Rows, expected_rows, expert_traffic, state_traffic
+from moa_dist.plan.predicted_traffic import (
+    Layout,
+    Rows,
+    expected_rows,
+    expert_traffic,
+    state_traffic,
+)
 from moa_dist.train.engine import Engine
 from tests.distributed.layouts import (
     AS_IF_LARGE,
@@ -86,7 +92,7 @@ class Wire(TorchDispatchMode):
 class Counted(NamedTuple):
     """One step on one rank."""
 
-    ledger: dict[Flow, Volume]
+    traffic_counter: dict[TrafficKey, TrafficVolume]
     wire: dict[str, int]
     rows: dict[tuple[str, str], Rows]
     """(layer, router) -> rows for other ranks, found anew from the experts chosen."""
@@ -103,8 +109,12 @@ def on_rank(case: Case) -> Counted:
 
     def note(name: str, router: Router, output: Any) -> None:
         starts = shard_starts(router.num_experts, case.expert_parallel)
-        owner = torch.bucketize(output.expert_ids, torch.tensor(starts[1:]), right=True)
-        kept = output.kept if output.kept is not None else torch.ones_like(owner, dtype=torch.bool)
+        owner = torch.bucketize(output.topk_ids, torch.tensor(starts[1:]), right=True)
+        kept = (
+            output.keep_mask
+            if output.keep_mask is not None
+            else torch.ones_like(owner, dtype=torch.bool)
+        )
         others = [r for r in range(case.expert_parallel) if r != mesh.ep_group.rank()]
         goes = kept & (owner == torch.tensor(others)[:, None, None, None])  # [P - 1, T, G, K]
         more = (goes.any(-1).any(-1).sum(), goes.any(-1).sum(), goes.sum())
@@ -119,10 +129,10 @@ def on_rank(case: Case) -> Counted:
     if case.zero_stage == 3:
         engine.step(batches, lr=0.1)  # in which it learns the order of modules
     rows.clear()
-    begun = mesh.waits.progress.begun
+    begun = mesh.comm_timer.progress.begun
     with Wire() as wire:
         result = engine.step(batches, lr=0.1)
-    begun = mesh.waits.progress.begun - begun
+    begun = mesh.comm_timer.progress.begun - begun
     assert begun == wire.num_calls, "each collective, ours or DeepSpeed's, counts as waiting"
     engine.close()
     return Counted(result.traffic, dict(wire.num_bytes), dict(rows))
@@ -130,18 +140,20 @@ def on_rank(case: Case) -> Counted:
 
 def add_up(results: list[Counted]) -> Counted:
     """All ranks together."""
-    ledger: dict[Flow, Volume] = {}
+    traffic_counter: dict[TrafficKey, TrafficVolume] = {}
     wire: dict[str, int] = defaultdict(int)
     rows: dict[tuple[str, str], Rows] = {}
     for result in results:
-        for flow, volume in result.ledger.items():
-            ledger[flow] = ledger[flow].plus(volume) if flow in ledger else volume
+        for key, volume in result.traffic_counter.items():
+            traffic_counter[key] = (
+                traffic_counter[key].plus(volume) if key in traffic_counter else volume
+            )
         for name, num_bytes in result.wire.items():
             wire[name] += num_bytes
         for key, more in result.rows.items():
             old = rows.get(key, Rows(0, 0, 0))
             rows[key] = Rows(*(a + b for a, b in zip(old, more, strict=True)))
-    return Counted(ledger, wire, rows)
+    return Counted(traffic_counter, wire, rows)
 
 
 def layout_of(case: Case) -> Layout:
@@ -213,7 +225,7 @@ def check(pools, case: Case) -> None:
     forwards = 2 if case.recompute else 1
     rows = {key: Rows(*(n // forwards for n in r)) for key, r in counted.rows.items()}
     predicted = expert_traffic(model_of(case), layout, lambda *key: rows[key])
-    ours = {flow: v for flow, v in counted.ledger.items() if flow.purpose != "reduce"}
+    ours = {key: v for key, v in counted.traffic_counter.items() if key.purpose != "reduce"}
     assert ours == predicted
 
     states = state_traffic(*sizes_of(case), layout, case.zero_stage, AS_IF_LARGE)
@@ -221,7 +233,9 @@ def check(pools, case: Case) -> None:
         sum(states) + sum(volume.num_bytes for volume in predicted.values())
     )
     if case.zero_stage == 0:
-        reduced = [v.num_bytes for flow, v in counted.ledger.items() if flow.purpose == "reduce"]
+        reduced = [
+            v.num_bytes for key, v in counted.traffic_counter.items() if key.purpose == "reduce"
+        ]
         assert sum(reduced) == states.gradients
 
 
@@ -243,7 +257,7 @@ def test_prediction_needs_no_router_where_every_expert_is_taken(pools, world_siz
         )
 
     predicted = expert_traffic(model, layout_of(case), rows_of)
-    assert {f: v for f, v in counted.ledger.items() if f.purpose != "reduce"} == predicted
+    assert {f: v for f, v in counted.traffic_counter.items() if f.purpose != "reduce"} == predicted
 
 
 def test_expected_rows_of_many_choices():

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.checkpoint.format import MASTER
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import objective
 from moa_dist.train.checkpoint import Checkpointer
-from moa_dist.train.checkpoint_files import MASTER
 from tests.distributed.layouts import MOA, Case, router, whole
 from tests.distributed.test_reshard import LAYOUTS, make_engine, owned_state, take_step
 from tests.transfer.runs import make_run, randomize

@@ -11,11 +11,11 @@ from torch import nn
 from moa_dist.cli.verify import as_text
 from moa_dist.config import Config, load_config
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.distributed.start import Job
+from moa_dist.distributed.start import DistContext
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.moe.experts import expert_layers
-from moa_dist.train.compare import Check
-from moa_dist.train.verify import Report, make_batch, verify
+from moa_dist.verify.compare import Check
+from moa_dist.verify.verify import Report, make_batch, verify
 from tests.config.test_shipped_configs import CONFIGS
 
 MODELS = {
@@ -103,7 +103,7 @@ def test_data_differs_between_ranks_and_tokens_within_a_sequence():
     batch = make_batch(config, 0)
     assert len({tuple(row.tolist()) for row in batch.tokens[:, :16]}) == len(batch.tokens)
     assert all(len(set(row.tolist())) == len(row) for row in batch.tokens)
-    lengths = batch.real.sum(1)
+    lengths = batch.token_mask.sum(1)
     assert lengths.max() == batch.tokens.shape[1]
     assert lengths.min() == 0
 
@@ -156,7 +156,7 @@ def test_one_wrong_weight_of_one_rank_is_named(pools):
     found = {check.what: check for check in differences(report)}
     assert found["initial parameters"].where == "stack.layers.1.ffn.down.weight"
     assert "logits" in found
-    text = as_text(config, Job(0, 2, torch.device("cpu"), "gloo"), report)
+    text = as_text(config, DistContext(0, 2, torch.device("cpu"), "gloo"), report)
     last = text.splitlines()[-1]
     assert last.startswith("DIFFERENT: on W 2 = ep 2 x edp 1, ZeRO 2")
     assert "initial parameters of stack.layers.1.ffn.down.weight is off by 1.0e-03" in last

@@ -11,10 +11,10 @@ import torch
 
 from moa_dist.cli import hang
 from moa_dist.cli.main import main
+from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.heartbeat import Heartbeat
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.distributed.standing import Standing, summary
-from moa_dist.distributed.waiting import Waits
+from moa_dist.distributed.rank_status import RankStatus, summary
 from moa_dist.distributed.watchdog import FOLDER, SUMMARY, Watchdog
 from moa_dist.errors import ExitCode
 from moa_dist.models.language_model import build_model
@@ -38,7 +38,7 @@ def sleep_in_layer_3_of_rank_1(rank: int, beat: Heartbeat, folder: Path) -> None
     config = make_config("dense").model.model_copy(update={"num_layers": 4})
     config = config.model_copy(update={"num_distinct_layers": 4})
     model = build_model(config, seed=0, parallelize=partial(shard_experts, mesh=mesh))
-    watchdog = Watchdog(beat, mesh.waits, folder, limit_s=LIMIT_S, world_size=2)
+    watchdog = Watchdog(beat, mesh.comm_timer, folder, limit_s=LIMIT_S, world_size=2)
     hook = partial(begin_and_oversleep, watchdog, rank)
     model.stack.layers[3].ffn.router.register_forward_pre_hook(hook)
     objective(model, Batch(torch.full((2, 9), rank))).loss(16).backward()
@@ -73,10 +73,10 @@ def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
 
 def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
     said: list[str] = []
-    waits = Waits()
-    watchdog = Watchdog(None, waits, tmp_path, limit_s=None, say=said.append)
+    comm_timer = CommTimer()
+    watchdog = Watchdog(None, comm_timer, tmp_path, limit_s=None, say=said.append)
     watchdog.begin(7)
-    with waits.begin("losses"):
+    with comm_timer.begin("losses"):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out
     assert "is in step 7; waits in collective 1, losses, since 0 s; at cli/hang.py:" in answer
@@ -88,8 +88,8 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
     assert main(["hang", str(tmp_path / "absent")]) == 2
 
 
-def standing(rank: int, begun: int, inside: bool) -> Standing:
-    return Standing(rank, "a", 3, begun, "losses", inside, 60.0, "x.py:1 f")
+def status(rank: int, begun: int, inside: bool) -> RankStatus:
+    return RankStatus(rank, "a", 3, begun, "losses", inside, 60.0, "x.py:1 f")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,6 @@ def standing(rank: int, begun: int, inside: bool) -> Standing:
     ],
 )
 def test_whom_the_others_wait_for(known, silent, first):
-    line, lines = summary([standing(*values) for values in known], silent)
+    line, lines = summary([status(*values) for values in known], silent)
     assert re.match(first, line)
     assert len(lines.splitlines()) == len(known)

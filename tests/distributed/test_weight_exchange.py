@@ -29,7 +29,7 @@ def count_collectives(exchange: dict[str, str]) -> tuple[int, int, int, int]:
     gathers, scatters, exchanges = (spy.start() for spy in spies)
     output = model(tokens)
     assert scatters.call_count == 0
-    (output.logits.square().mean() + sum(output.auxiliary.values())).backward()
+    (output.logits.square().mean() + sum(output.aux_losses.values())).backward()
     mock.patch.stopall()
     num_tensors = len(list(expert_layers(model)))
     return num_tensors, gathers.call_count, scatters.call_count, exchanges.call_count

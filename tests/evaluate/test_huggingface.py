@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from moa_dist.checkpoint.write import write_sums
 from moa_dist.config import to_yaml
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, train_tokenizer
@@ -14,7 +15,6 @@ from moa_dist.evaluate.generate import generate
 from moa_dist.evaluate.huggingface import MoaDistForCausalLM
 from moa_dist.evaluate.sampling import Sampling
 from moa_dist.models.language_model import build_model
-from moa_dist.train.checkpoint_write import write_sums
 from tests.evaluate.runs import config
 from tests.models.small import ATTENTION, small_config, tokens_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moa_dist.train.checkpoint_files import Reader
+from moa_dist.checkpoint.format import Reader
 
 ROOT = Path(__file__).parents[2]
 BATCH, STEPS, EVERY = 8, 36, 6

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moa_dist.checkpoint.format import Reader
 from moa_dist.errors import ExitCode
-from moa_dist.train.checkpoint_files import Reader
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -114,7 +114,7 @@ def test_resumed_run_is_bit_identical(trained):
     train("name=again", cwd=trained)
     resumed, whole = lines(folder, "step"), lines(trained / "runs/tiny", "step")[3:]
     for ours, theirs in zip(resumed, whole, strict=True):
-        for key in ("step", "loss", "auxiliary", "grad_norm", "lr"):
+        for key in ("step", "loss", "aux_losses", "grad_norm", "lr"):
             assert ours[key] == theirs[key], key
     ours, theirs = (lines(f, "validation")[-1] for f in (folder, trained / "runs/tiny"))
     assert ours["loss"] == theirs["loss"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from moa_dist.checkpoint.format import Reader, checkpoint_folder
 from moa_dist.data.order import Exclusion, read_exclusions
-from moa_dist.train.checkpoint_files import Reader, checkpoint_folder
 from tests.integration.test_commands import BIN, free_port
 from tests.small_shards import write_folder
 

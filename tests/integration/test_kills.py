@@ -127,7 +127,7 @@ def kill_at_a_random_moment(watched: Watched, after: int, choice: random.Random)
         if moment == "save":
             watched.until(watched.saves)
         time.sleep(choice.uniform(0, 0.02 if moment == "save" else 0.2))
-    if target == "launcher":  # rank, its keeper, `deepspeed.launcher.launch`
+    if target == "launcher":  # rank, its agent, `deepspeed.launcher.launch`
         victim = psutil.Process(pids[0]).parents()[1]
         assert "deepspeed.launcher.launch" in victim.cmdline()
     else:
@@ -214,7 +214,7 @@ def test_killed_supervisor_leaves_no_ranks_behind(folder):
     finally:
         supervisor.kill()
         supervisor.wait(WAIT_S)
-    assert len(family) >= 6  # two launchers, two keepers, two ranks
+    assert len(family) >= 6  # two launchers, two agents, two ranks
     _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 

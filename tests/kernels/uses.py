@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.trip import Experts, Trip, hidden_rows
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows
 
 D, FF, HEADS = 6, 4, 3
 
@@ -35,7 +35,7 @@ TOKENS, DROPPED = 5, 2
 
 def inputs(
     use: Use, counts: list[int], dtype: torch.dtype = torch.float64
-) -> tuple[Experts, Tensor, Trip, list[Tensor]]:
+) -> tuple[ExpertWeights, Tensor, RowMap, list[Tensor]]:
     """Operation, rows, trip, and all that has a gradient. Some rows are read or written by
     nobody, and some assignments are no expert's, as when assignments are dropped."""
     generator = torch.Generator().manual_seed(0)
@@ -56,28 +56,28 @@ def inputs(
     weight = draw(A, dtype=torch.promote_types(dtype, torch.float32)) if use.weighted else None
     ups = tuple(draw(E, use.d_in, FF) for _ in range(use.num_ups))
     down = draw(E, FF if ups else use.d_in, use.d_out)
-    trip = Trip(
+    row_map = RowMap(
         read=rows(use.read),
         write=rows(use.write),
-        num_written=num_rows[use.write],
+        num_output_rows=num_rows[use.write],
         counts=torch.tensor(counts),
-        all_taken=False,
+        is_dropless=False,
         weight=weight,
     )
     sources = [x, down, *ups, *([] if weight is None else [weight])]
-    return Experts(down, ups, "silu"), x, trip, sources
+    return ExpertWeights(down, ups, "silu"), x, row_map, sources
 
 
-def one_at_a_time(experts: Experts, x: Tensor, trip: Trip) -> Tensor:
-    expert_of = [e for e, count in enumerate(trip.counts.tolist()) for _ in range(count)]
-    y = [x.new_zeros(experts.down.shape[2])] * trip.num_written
+def one_at_a_time(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
+    expert_of = [e for e, count in enumerate(row_map.counts.tolist()) for _ in range(count)]
+    y = [x.new_zeros(experts.down.shape[2])] * row_map.num_output_rows
     for a, e in enumerate(expert_of):
-        row = x[trip.read[a]]
+        row = x[row_map.read[a]]
         if experts.ups:
             row = hidden_rows(tuple(row @ up[e] for up in experts.ups), experts.activation)
         row = row @ experts.down[e]
-        write = int(trip.write[a])
-        y[write] = y[write] + (row if trip.weight is None else trip.weight[a] * row)
+        write = int(row_map.write[a])
+        y[write] = y[write] + (row if row_map.weight is None else row_map.weight[a] * row)
     return torch.stack(y)
 
 

@@ -10,7 +10,7 @@ from moa_dist.config import load_config
 from moa_dist.config.run import Config
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode
-from moa_dist.launch.cause import Cause
+from moa_dist.launch.failure import Cause
 from moa_dist.launch.record import RankRecord, write_record
 from moa_dist.launch.supervisor import RestartPolicy, supervise
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moa_dist.config.model import MoAConfig, RopeConfig, SwitchHeadConfig
 from moa_dist.models.attention import AttentionMask, apply_rope, rotated_width
-from moa_dist.models.moa import MoAttention
+from moa_dist.models.moa import MoAAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.moe.initialize import initialize
 from tests.models.small import router
@@ -63,7 +63,7 @@ def test_moa_equals_its_equations(causal, rope, heads_per_expert):
             "router": router(5, 2, "softmax"),
         }
     )
-    layer = MoAttention(config, D, init_scale=1.0)
+    layer = MoAAttention(config, D, init_scale=1.0)
     initialize(layer, seed=0)
     layer.double()
     query, key, value = inputs(causal)
@@ -87,7 +87,7 @@ def test_moa_of_equal_experts_is_multi_query_attention(gate):
     config = MoAConfig.model_validate(
         {"d_head": d, "rope": None, "router": router(4, 4, "softmax", gate=gate)}
     )
-    layer = MoAttention(config, D, init_scale=1.0)
+    layer = MoAAttention(config, D, init_scale=1.0)
     initialize(layer, seed=0)
     layer.double()
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_switchhead_of_one_expert_is_dense_attention_with_gates():
 def test_output_is_zero_at_padding(kind):
     if kind == "moa":
         config = MoAConfig.model_validate({"d_head": d, "router": router(5, 2, "softmax")})
-        layer = MoAttention(config, D, init_scale=1.0)
+        layer = MoAAttention(config, D, init_scale=1.0)
         initialize(layer, seed=0)
         layer.double()
     else:

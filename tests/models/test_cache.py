@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moa_dist.models.language_model import dropless
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from tests.models.small import (
     ATTENTION,
     FFN,
@@ -51,7 +51,7 @@ def test_cached_logits_equal_those_of_one_forward(attention, placement, position
     torch.testing.assert_close(logits, model(tokens).logits, **CLOSE)
     assert cache.length == LENGTH
     assert [k.shape[2] for k, _ in cache.layers] == [LENGTH] * 4  # one per application
-    assert cache.real is None
+    assert cache.token_mask is None
 
 
 @pytest.mark.parametrize("pieces", PIECES)
@@ -64,7 +64,7 @@ def test_padding_anywhere_changes_nothing(attention, position, pieces):
     real = real.bool()
     logits, cache = read(model, tokens, PIECES[pieces], real)
     together = model(tokens, real).logits
-    assert torch.equal(cache.real, real)
+    assert torch.equal(cache.token_mask, real)
     for b in range(4):
         alone = model(tokens[b : b + 1, real[b]]).logits[0]
         torch.testing.assert_close(logits[b, real[b]], alone, **CLOSE)
@@ -83,8 +83,8 @@ def test_padding_may_end_or_begin_with_a_piece(attention):
             cache = output.cache
             logits.append(output.logits)
         torch.testing.assert_close(
-            torch.cat(logits, dim=1)[cache.real],
-            torch.cat([model(tokens[b : b + 1, cache.real[b]]).logits[0] for b in range(2)]),
+            torch.cat(logits, dim=1)[cache.token_mask],
+            torch.cat([model(tokens[b : b + 1, cache.token_mask[b]]).logits[0] for b in range(2)]),
             **CLOSE,
         )
 
@@ -94,7 +94,7 @@ def test_padding_is_not_routed(attention):
     model, real = model_of(attention, "rope"), torch.tensor([[True, True], [False, True]])
     cache = model(tokens_of(2, 3), None, model.empty_cache()).cache
     output = model(tokens_of(2, 2), real, cache)
-    assert output.statistics.keys() >= {Site(1, 1, "ffn")}
+    assert output.statistics.keys() >= {RouterCall(1, 1, "ffn")}
     for statistics in output.statistics.values():
         assert statistics.num_tokens.tolist() == [2, 1]
 

@@ -48,7 +48,7 @@ def block_of(case: dict[str, Any]) -> Block:
 
 
 def loss_of(block: Block, x: Tensor, real: Tensor | None) -> Tensor:
-    output = block(x, AttentionMask(causal=True, query_real=real, key_real=real))
+    output = block(x, AttentionMask(causal=True, query_mask=real, key_mask=real))
     losses = [
         loss
         for name, router in block.routers().items()

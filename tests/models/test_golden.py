@@ -21,7 +21,7 @@ from moa_dist.config.model import (
 )
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.models.moa import MoAttention
+from moa_dist.models.moa import MoAAttention
 from moa_dist.moe.losses import balance_losses
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -88,12 +88,12 @@ def test_moeut_language_model():
     tokens = golden["tokens"]
     output = model(tokens[:, :-1])
     cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
-    auxiliary = sum(output.auxiliary.values())
-    (cross_entropy + auxiliary).backward()
+    aux_losses = sum(output.aux_losses.values())
+    (cross_entropy + aux_losses).backward()
 
     assert relative_error(output.logits, golden["logits"]) < 1e-5
     assert relative_error(cross_entropy, golden["cross_entropy"]) < 1e-5
-    assert relative_error(auxiliary, golden["regularisation"].double()) < 1e-5
+    assert relative_error(aux_losses, golden["regularisation"].double()) < 1e-5
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert gradients.keys() == parameters.keys()
     for name, value in golden.items():
@@ -119,7 +119,7 @@ def test_moa_attention(name, bound):
             num_experts=6, top_k=3, score="softmax", group_sequences=len(x), balance=balance
         ),
     )
-    layer = MoAttention(config, d_model=24, init_scale=1.0).double()
+    layer = MoAAttention(config, d_model=24, init_scale=1.0).double()
     names = {
         "w_gate": "router.logits.weight",
         "w_q": "q.weight",
@@ -135,16 +135,16 @@ def test_moa_attention(name, bound):
     memory = golden["memory"].requires_grad_() if "memory" in golden else x
     mask = AttentionMask(
         causal=causal,
-        query_real=~golden["query_pad"] if padded else None,
-        key_real=~golden["key_pad"] if padded else None,
+        query_mask=~golden["query_pad"] if padded else None,
+        key_mask=~golden["key_pad"] if padded else None,
     )
     output = layer(x, memory, memory, mask)
-    auxiliary = sum(balance_losses(output.statistics["query"], balance).values())
-    ((output.y * golden["grad_y"]).sum() + auxiliary).backward()
+    aux_losses = sum(balance_losses(output.statistics["query"], balance).values())
+    ((output.y * golden["grad_y"]).sum() + aux_losses).backward()
 
     assert relative_error(output.y, golden["y"]) < bound
     if not padded:
-        assert relative_error(auxiliary, golden["aux"].squeeze()) < bound
+        assert relative_error(aux_losses, golden["aux"].squeeze()) < bound
     for n in names:
         gradient = layer.get_parameter(names[n]).grad
         assert relative_error(gradient, ours(n, golden[f"grad.{n}"])) < bound, n

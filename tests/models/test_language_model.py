@@ -102,13 +102,13 @@ def test_sinusoidal_positions_tell_equal_tokens_apart(d_model):
 
 
 def test_unused_losses_are_absent():
-    assert small_model(attention="moa")(tokens_of()).auxiliary == {}
+    assert small_model(attention="moa")(tokens_of()).aux_losses == {}
 
 
 def test_dense_model_has_no_statistics():
     output = small_model(attention="dense", ffn="dense")(tokens_of())
     assert output.statistics == {}
-    assert output.auxiliary == {}
+    assert output.aux_losses == {}
 
 
 def test_moe_ffn_equals_its_equation():

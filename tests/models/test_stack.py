@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_dist.models.stack import LayerStack, Site
+from moa_dist.models.stack import LayerStack, RouterCall
 from moa_dist.moe.losses import BALANCE_LOSSES
 from moa_dist.moe.statistics import total
 from tests.models.small import ATTENTION, FFN, small_config, small_model, tokens_of
@@ -30,7 +30,7 @@ def test_shared_layers_equal_hand_copied_ones(attention):
     ours, theirs = shared(tokens), copied(tokens)
     torch.testing.assert_close(ours.logits, theirs.logits, **CLOSE)
     for (layer, repeat, router), statistics in ours.statistics.items():
-        expected = theirs.statistics[Site(2 * repeat + layer, 0, router)]
+        expected = theirs.statistics[RouterCall(2 * repeat + layer, 0, router)]
         torch.testing.assert_close(statistics.probability, expected.probability, **CLOSE)
 
     for output in (ours, theirs):
@@ -52,7 +52,9 @@ def test_number_of_repeats_must_be_whole():
 def test_statistics_of_every_application():
     model = small_model(attention="switchhead", num_layers=6, num_distinct_layers=2)
     routers = ("attention.value", "attention.output", "ffn")
-    expected = {Site(layer, repeat, r) for layer in (0, 1) for repeat in (0, 1, 2) for r in routers}
+    expected = {
+        RouterCall(layer, repeat, r) for layer in (0, 1) for repeat in (0, 1, 2) for r in routers
+    }
     assert model(tokens_of()).statistics.keys() == expected
 
 
@@ -70,7 +72,7 @@ def test_auxiliary_losses_are_taken_over_the_sum_of_repeats_and_added_over_layer
 
     def loss(name: str, router: str) -> torch.Tensor:
         by_layer = [
-            total(output.statistics[Site(layer, repeat, router)] for repeat in range(3))
+            total(output.statistics[RouterCall(layer, repeat, router)] for repeat in range(3))
             for layer in range(2)
         ]
         return sum(BALANCE_LOSSES[name](statistics) for statistics in by_layer)
@@ -81,14 +83,14 @@ def test_auxiliary_losses_are_taken_over_the_sum_of_repeats_and_added_over_layer
         "ffn/entropy": 0.5 * loss("entropy", "ffn"),
         "ffn/switch": 2.0 * loss("switch", "ffn"),
     }
-    torch.testing.assert_close(output.auxiliary, expected)
+    torch.testing.assert_close(output.aux_losses, expected)
 
 
 def losses_and_gradients(model, tokens):
     torch.manual_seed(0)
     output = model.train()(tokens)
-    auxiliary = sum(output.auxiliary.values())
-    loss = F.cross_entropy(output.logits.flatten(0, 1), tokens.flatten()) + auxiliary
+    aux_losses = sum(output.aux_losses.values())
+    loss = F.cross_entropy(output.logits.flatten(0, 1), tokens.flatten()) + aux_losses
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters)
     return loss.detach(), dict(zip(names, gradients, strict=True)), output.statistics
@@ -114,9 +116,9 @@ def test_recomputation_is_bit_identical(attention, expert_dropout):
     assert torch.equal(plain[0], recomputed[0])
     for name, gradient in plain[1].items():
         assert torch.equal(gradient, recomputed[1][name]), name
-    for site, statistics in plain[2].items():
-        for ours, theirs in zip(statistics, recomputed[2][site], strict=True):
-            assert torch.equal(ours, theirs), site
+    for call, statistics in plain[2].items():
+        for ours, theirs in zip(statistics, recomputed[2][call], strict=True):
+            assert torch.equal(ours, theirs), call
 
 
 class Operators(TorchDispatchMode):

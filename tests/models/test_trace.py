@@ -18,15 +18,15 @@ def test_a_trace_agrees_with_the_statistics(attention, ffn, mask):
     assert plain.traces is None
     torch.testing.assert_close(output.logits, plain.logits, rtol=0, atol=0)
     assert list(output.traces) == [(0, 0), (1, 0), (0, 1), (1, 1)], "in the order of application"
-    sites = {
+    calls = {
         (layer, repeat, router): routing
         for (layer, repeat), trace in output.traces.items()
         for router, routing in trace.routing.items()
     }
-    assert sites.keys() == plain.statistics.keys()
-    for site, routing in sites.items():
-        load = plain.statistics[site].load
-        chosen = routing.expert_ids.unflatten(0, (len(load), -1))
+    assert calls.keys() == plain.statistics.keys()
+    for call, routing in calls.items():
+        load = plain.statistics[call].load
+        chosen = routing.topk_ids.unflatten(0, (len(load), -1))
         for sequence, counts in enumerate(load):
             real = slice(None) if mask is None else mask[sequence]
             ids = chosen[sequence][real].flatten()
@@ -44,7 +44,7 @@ def heads(num_heads=3, num_keys=LENGTH, width=4, seed=0):
 @pytest.mark.parametrize("causal", [False, True])
 def test_heads_are_summarised_by_the_attention_that_they_use(num_past, real, causal):
     q, k = heads()[:, :, num_past:], heads(seed=1)
-    mask = AttentionMask(causal, key_real=real, num_past=num_past)
+    mask = AttentionMask(causal, key_mask=real, num_past=num_past)
     identity = torch.eye(LENGTH, dtype=torch.float64).expand(2, 3, -1, -1)
     share = softmax_attention(q, k, identity, mask)  # of identity values, the attention itself
     summary = traced({}, q, k, mask).heads
@@ -65,7 +65,7 @@ def test_between_texts_no_attention_beyond_the_shorter():
     longer = torch.cat([k, heads(num_keys=3, seed=2)], dim=2)
     real = torch.arange(7) < torch.tensor([4, 4])[:, None]
     alone = traced({}, q, k, AttentionMask(causal=False)).heads
-    padded = traced({}, q, longer, AttentionMask(causal=False, key_real=real)).heads
+    padded = traced({}, q, longer, AttentionMask(causal=False, key_mask=real)).heads
     for value, other in zip(alone, padded, strict=True):
         torch.testing.assert_close(value, other)
     assert alone.itself[..., 4:].eq(0).all()

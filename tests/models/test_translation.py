@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import dropless
 from moa_dist.models.objective import Batch, objective
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from tests.models.small import (
     ATTENTION,
     LENGTH,
@@ -59,21 +59,21 @@ def test_padding_changes_nothing_and_is_not_routed(attention, placement):
     """Logits, every router's statistics, and with them losses: each pair as if alone."""
     model, (target, source) = model_of(attention, norm_placement=placement), texts()
     batch = model(target, REAL, None, source, SOURCE_REAL)
-    sites = {site.router for site in batch.statistics}
-    assert ("attention.cross.query" in sites) == (attention == "moa")
+    calls = {call.router for call in batch.statistics}
+    assert ("attention.cross.query" in calls) == (attention == "moa")
     for b in range(2):
         alone = model(target[b : b + 1, REAL[b]], source=source[b : b + 1, SOURCE_REAL[b]])
         torch.testing.assert_close(batch.logits[b, REAL[b]], alone.logits[0], **CLOSE)
         assert batch.statistics.keys() == alone.statistics.keys()
-        for site, statistics in alone.statistics.items():
-            for ours, theirs in zip(batch.statistics[site], statistics, strict=True):
+        for call, statistics in alone.statistics.items():
+            for ours, theirs in zip(batch.statistics[call], statistics, strict=True):
                 torch.testing.assert_close(ours[b], theirs[0], **CLOSE)
 
 
 def test_padding_takes_no_capacity():
     model, (target, source) = model_of(**with_capacity("position")), texts()
     batch = model(target, REAL, None, source, SOURCE_REAL)
-    dropped = {site.router for site, s in batch.statistics.items() if s.dropped.any()}
+    dropped = {call.router for call, s in batch.statistics.items() if s.dropped.any()}
     assert dropped >= {"attention.query", "attention.cross.query", "ffn"}
     for b in range(2):
         alone = model(target[b : b + 1, REAL[b]], source=source[b : b + 1, SOURCE_REAL[b]])
@@ -82,9 +82,9 @@ def test_padding_takes_no_capacity():
 
 def test_texts_that_are_padding_alone_stay_finite():
     model, (target, source) = model_of(), texts()
-    real, source_real = REAL.clone(), SOURCE_REAL.clone()
-    real[0] = source_real[1] = False
-    output = model(target, real, None, source, source_real)
+    real, source_mask = REAL.clone(), SOURCE_REAL.clone()
+    real[0] = source_mask[1] = False
+    output = model(target, real, None, source, source_mask)
     output.logits.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -121,9 +121,9 @@ def test_decoder_routers_come_after_the_encoders():
     model, (target, source) = model_of(), texts()
     routers = model.routers()
     output = model(target, source=source)
-    assert list(routers) == [site.key for site in output.statistics]
-    assert Site(1, 0, "attention.query") in output.statistics  # the encoder's last layer
-    assert Site(2, 0, "attention.cross.query") in output.statistics
+    assert list(routers) == [call.key for call in output.statistics]
+    assert RouterCall(1, 0, "attention.query") in output.statistics  # the encoder's last layer
+    assert RouterCall(2, 0, "attention.cross.query") in output.statistics
     free = dropless(model)
     torch.testing.assert_close(free(target, source=source).logits, output.logits)
 

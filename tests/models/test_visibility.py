@@ -52,8 +52,8 @@ def test_padding_changes_nothing_for_real_tokens(attention, placement):
     for b, length in enumerate(MASK.sum(1).tolist()):
         alone = model(tokens[b : b + 1, :length])
         torch.testing.assert_close(batch.logits[b, :length], alone.logits[0], **CLOSE)
-        for site, statistics in alone.statistics.items():
-            for ours, theirs in zip(batch.statistics[site], statistics, strict=True):
+        for call, statistics in alone.statistics.items():
+            for ours, theirs in zip(batch.statistics[call], statistics, strict=True):
                 torch.testing.assert_close(ours[b], theirs[0], **CLOSE)
 
 

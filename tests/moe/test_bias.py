@@ -35,12 +35,12 @@ def test_changes_the_choice_but_neither_weights_nor_probabilities(score, gate):
     before = router(logits)
     router.bias.value[0, 3] = 10.0
     after = router(logits)
-    assert (after.expert_ids == 3).any(-1).all()
-    assert not (before.expert_ids == 3).any(-1).all()
+    assert (after.topk_ids == 3).any(-1).all()
+    assert not (before.topk_ids == 3).any(-1).all()
     scores = logits[0].softmax(-1) if score == "softmax" else logits[0].sigmoid()
-    chosen = scores.gather(-1, after.expert_ids[:, 0])
+    chosen = scores.gather(-1, after.topk_ids[:, 0])
     expected = chosen if gate == "raw" else chosen / chosen.sum(-1, keepdim=True)
-    torch.testing.assert_close(after.weights[:, 0], expected)
+    torch.testing.assert_close(after.topk_weights[:, 0], expected)
     assert torch.equal(after.statistics.probability, before.statistics.probability)
     assert not torch.equal(after.statistics.load, before.statistics.load)
 
@@ -51,14 +51,14 @@ def test_full_experts_drop_by_score_not_by_bias():
     router = identity_router(2, 1, capacity=capacity, balance={"bias_rate": RATE})
     router.bias.value[0, 1] = 10.0
     routing = router(torch.tensor([[[0.0, 1.0], [0.0, 3.0]]], dtype=torch.float64))
-    assert routing.expert_ids.flatten().tolist() == [1, 1]
-    assert routing.kept.flatten().tolist() == [False, True]
+    assert routing.topk_ids.flatten().tolist() == [1, 1]
+    assert routing.keep_mask.flatten().tolist() == [False, True]
 
 
 def test_hidden_experts_stay_hidden():
     router = random_router(8, 1, 8, expert_dropout=0.5, balance={"bias_rate": RATE}).train()
     router.bias.value[0, 3] = 100.0
-    chosen = (router(draw(4, 64, 8)).expert_ids == 3).double().mean().item()
+    chosen = (router(draw(4, 64, 8)).topk_ids == 3).double().mean().item()
     assert chosen == pytest.approx(0.5, abs=0.1)
 
 

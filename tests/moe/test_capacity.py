@@ -105,9 +105,9 @@ def test_sequences_are_independent(policy):
     router = random_router(4, 2, 6, 2, capacity={"factor": 0.7, "policy": policy})
     x = draw(3, 10, 6)
     mask = torch.arange(10) < torch.tensor([10, 4, 7])[:, None]
-    whole = router(x, mask).kept.unflatten(0, (3, 10))
+    whole = router(x, mask).keep_mask.unflatten(0, (3, 10))
     for b in range(3):
-        assert torch.equal(router(x[b : b + 1], mask[b : b + 1]).kept, whole[b])
+        assert torch.equal(router(x[b : b + 1], mask[b : b + 1]).keep_mask, whole[b])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -117,10 +117,10 @@ def test_padding_uses_no_capacity(policy):
     x = draw(1, 10, 6)
     padded = torch.cat([100 * draw(1, 7, 6, seed=1), x], 1)
     mask = (torch.arange(17) >= 7)[None]
-    kept = router(padded, mask).kept
+    kept = router(padded, mask).keep_mask
     assert not kept[:7].any()
-    assert torch.equal(kept[7:], router(x).kept)
-    assert not router(x).kept.all()
+    assert torch.equal(kept[7:], router(x).keep_mask)
+    assert not router(x).keep_mask.all()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -132,5 +132,5 @@ def test_groups_of_sequences_share_capacity(policy):
         identity_router(2, 1, capacity={"factor": 1.0, "policy": policy}, group_sequences=n)(logits)
         for n in (1, 2)
     )
-    assert apart.kept.sum() == 4
-    assert together.kept.all()
+    assert apart.keep_mask.sum() == 4
+    assert together.keep_mask.all()

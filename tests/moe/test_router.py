@@ -15,22 +15,22 @@ def test_flat_ids_of_several_router_groups():
     x = draw(2, 5, 6)
     grouped = random_router(E, K, 6, G)
     routing = grouped(x)
-    assert routing.expert_ids.shape == (10, G, K)
-    assert routing.expert_ids.dtype == torch.int64
+    assert routing.topk_ids.shape == (10, G, K)
+    assert routing.topk_ids.dtype == torch.int64
     assert grouped.num_experts == G * E
     for g in range(G):
         alone = random_router(E, K, 6)
         with torch.no_grad():
             alone.logits.weight.copy_(grouped.logits.weight[g * E : (g + 1) * E])
         expected = alone(x)
-        assert torch.equal(routing.expert_ids[:, g], expected.expert_ids[:, 0] + g * E)
-        torch.testing.assert_close(routing.weights[:, g], expected.weights[:, 0])
+        assert torch.equal(routing.topk_ids[:, g], expected.topk_ids[:, 0] + g * E)
+        torch.testing.assert_close(routing.topk_weights[:, g], expected.topk_weights[:, 0])
         assert torch.equal(routing.statistics.load[:, g], expected.statistics.load[:, 0])
 
 
 def test_chooses_the_highest_logits():
     logits = torch.tensor([[[0.1, 3.0, 2.0, -1.0], [5.0, 4.0, -3.0, 4.5]]], dtype=torch.float64)
-    assert identity_router(4, 2)(logits).expert_ids.tolist() == [[[1, 2]], [[0, 3]]]
+    assert identity_router(4, 2)(logits).topk_ids.tolist() == [[[1, 2]], [[0, 3]]]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -39,12 +39,12 @@ def test_weights_and_their_gradient(score, gate):
     """Each gate against its definition, the gradient to the logits included."""
     logits, upstream = draw(1, 6, 5).requires_grad_(), draw(6, 1, 3, seed=1)
     routing = identity_router(5, 3, score=score, gate=gate)(logits)
-    gradient = torch.autograd.grad(routing.weights, logits, upstream)[0]
+    gradient = torch.autograd.grad(routing.topk_weights, logits, upstream)[0]
 
-    chosen = SCORES[score](logits)[0].gather(-1, routing.expert_ids[:, 0])
+    chosen = SCORES[score](logits)[0].gather(-1, routing.topk_ids[:, 0])
     total = chosen.sum(-1, keepdim=True)
     expected = chosen if gate == "raw" else chosen / total
-    torch.testing.assert_close(routing.weights[:, 0], expected)
+    torch.testing.assert_close(routing.topk_weights[:, 0], expected)
     if gate == "renormalized_detached":  # the total counts as a constant: scale what flows back
         expected, upstream = chosen, upstream / total.detach()[:, None]
     torch.testing.assert_close(
@@ -55,10 +55,10 @@ def test_weights_and_their_gradient(score, gate):
 def test_renormalized_softmax_is_the_softmax_over_chosen_logits():
     logits, upstream = draw(1, 6, 5).requires_grad_(), draw(6, 3, seed=1)
     routing = identity_router(5, 3, gate="renormalized")(logits)
-    expected = logits[0].gather(-1, routing.expert_ids[:, 0]).softmax(-1)
-    torch.testing.assert_close(routing.weights[:, 0], expected)
+    expected = logits[0].gather(-1, routing.topk_ids[:, 0]).softmax(-1)
+    torch.testing.assert_close(routing.topk_weights[:, 0], expected)
     ours, theirs = (
-        torch.autograd.grad(w, logits, upstream)[0] for w in (routing.weights[:, 0], expected)
+        torch.autograd.grad(w, logits, upstream)[0] for w in (routing.topk_weights[:, 0], expected)
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -68,9 +68,9 @@ def test_scores_that_all_underflow_weigh_nothing(gate):
     """They are chosen when better experts are hidden; a sigmoid needs no more than that."""
     logits = torch.full((1, 6, 5), -120.0).requires_grad_()
     routing = identity_router(5, 3, score="sigmoid", gate=gate)(logits)
-    assert routing.weights.dtype == torch.float32
-    assert (routing.weights < 1e-6).all()
-    routing.weights.sum().backward()
+    assert routing.topk_weights.dtype == torch.float32
+    assert (routing.topk_weights < 1e-6).all()
+    routing.topk_weights.sum().backward()
     assert logits.grad.isfinite().all()
 
 
@@ -79,7 +79,7 @@ def test_scores_that_all_underflow_weigh_nothing(gate):
 def test_one_chosen_expert_trains_the_router_but_not_when_renormalized(score, gate):
     """With K = 1 a renormalized weight is the constant 1."""
     logits = draw(1, 6, 4).requires_grad_()
-    weights = identity_router(4, 1, score=score, gate=gate)(logits).weights
+    weights = identity_router(4, 1, score=score, gate=gate)(logits).topk_weights
     gradient = torch.autograd.grad(weights.sum(), logits)[0]
     assert (gradient.abs().amax(-1) > 1e-3).all() == (gate != "renormalized")
     assert (gradient.abs().max() < 1e-12) == (gate == "renormalized")
@@ -91,9 +91,9 @@ def test_bfloat16_input_is_routed_in_fp32(autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         routing = router(x)
     expected = router.float()(x.float())
-    assert routing.weights.dtype == torch.float32
-    assert torch.equal(routing.expert_ids, expected.expert_ids)
-    assert torch.equal(routing.weights, expected.weights)
+    assert routing.topk_weights.dtype == torch.float32
+    assert torch.equal(routing.topk_ids, expected.topk_ids)
+    assert torch.equal(routing.topk_weights, expected.topk_weights)
     for ours, theirs in zip(routing.statistics, expected.statistics, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
@@ -104,7 +104,7 @@ def test_logits_closer_than_bfloat16_do_not_tie_under_autocast():
     logits = torch.tensor([[[1.0, 1.001]]])
     with torch.autocast("cpu", torch.bfloat16):
         routing = identity_router(2, 1).float()(logits)
-    assert routing.expert_ids.item() == 1
+    assert routing.topk_ids.item() == 1
 
 
 MASK = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [False] * 6])
@@ -114,9 +114,9 @@ MASK = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [False] * 6])
 def test_padding_is_neither_routed_nor_counted(capacity):
     router, x = random_router(4, 2, 5, 2, capacity=capacity), draw(3, 6, 5)
     routing = router(x, MASK)
-    assert not routing.kept[~MASK.flatten()].any()
+    assert not routing.keep_mask[~MASK.flatten()].any()
     if capacity is None:
-        assert routing.kept[MASK.flatten()].all()
+        assert routing.keep_mask[MASK.flatten()].all()
     statistics = routing.statistics
     assert statistics.num_tokens.tolist() == [6, 2, 0]
     assert (statistics.load.sum(-1) == 2 * statistics.num_tokens[:, None]).all()
@@ -124,7 +124,7 @@ def test_padding_is_neither_routed_nor_counted(capacity):
         assert not value[2].any()
 
     other = router(torch.where(MASK[..., None], x, 100 * draw(3, 6, 5, seed=1)), MASK)
-    assert torch.equal(other.kept, routing.kept)
+    assert torch.equal(other.keep_mask, routing.keep_mask)
     for ours, theirs in zip(other.statistics, statistics, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -141,7 +141,7 @@ def test_statistics_equal_sums_over_tokens():
     B, S, E, K = 3, 6, 4, 2
     logits = draw(B, S, E)
     routing = identity_router(E, K, capacity={"factor": 0.5})(logits, MASK)
-    ids, kept = (t.view(B, S, K) for t in (routing.expert_ids, routing.kept))
+    ids, kept = (t.view(B, S, K) for t in (routing.topk_ids, routing.keep_mask))
     for b in range(B):
         real = [s for s in range(S) if MASK[b, s]]
         probability = [logits[b, s].softmax(-1) for s in real]
@@ -168,24 +168,26 @@ def test_load_is_counted_before_dropping_and_exactly():
     assert statistics.load.dtype == statistics.dropped.dtype == torch.int64
     assert statistics.num_tokens.dtype == torch.int64
     assert (statistics.load.sum(-1) == 8 * 2).all()
-    assert statistics.dropped.sum() == (~routing.kept).sum() > 0
-    kept = torch.bincount(routing.expert_ids[routing.kept], minlength=8).view(2, 4)
+    assert statistics.dropped.sum() == (~routing.keep_mask).sum() > 0
+    kept = torch.bincount(routing.topk_ids[routing.keep_mask], minlength=8).view(2, 4)
     assert torch.equal((statistics.load - statistics.dropped).sum(0), kept)
 
 
 def test_expert_dropout_hides_experts_in_training_only():
     x = draw(4, 64, 8)
     plain, router = random_router(8, 1, 8)(x), random_router(8, 1, 8, expert_dropout=0.5)
-    assert torch.equal(router.eval()(x).expert_ids, plain.expert_ids)
+    assert torch.equal(router.eval()(x).topk_ids, plain.topk_ids)
     torch.manual_seed(0)
     routing = router.train()(x)
     # The best expert is hidden from half of the tokens.
-    assert (routing.expert_ids != plain.expert_ids).double().mean().item() == pytest.approx(
+    assert (routing.topk_ids != plain.topk_ids).double().mean().item() == pytest.approx(
         0.5, abs=0.1
     )
     # Dropout changes the choice; weights and probabilities stay those of all experts.
     scores = router.logits(x.flatten(0, 1)).softmax(-1)
-    torch.testing.assert_close(routing.weights[:, 0], scores.gather(-1, routing.expert_ids[:, 0]))
+    torch.testing.assert_close(
+        routing.topk_weights[:, 0], scores.gather(-1, routing.topk_ids[:, 0])
+    )
     assert torch.equal(routing.statistics.probability, plain.statistics.probability)
 
 

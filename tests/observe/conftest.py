@@ -3,7 +3,7 @@
 import pytest
 
 from moa_dist.config import Config
-from moa_dist.train.metrics import RunStart
+from moa_dist.observe.metrics import RunStart
 from tests.observe.reports import PROVENANCE, make_config
 
 

@@ -5,11 +5,11 @@ import math
 import torch
 
 from moa_dist.config import Config
-from moa_dist.distributed.traffic import Flow, Volume
-from moa_dist.models.stack import Site
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
+from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.provenance import Provenance
-from moa_dist.train.metrics import StepMetrics, Timing, ValidationMetrics
 
 PROVENANCE = Provenance("0123456789abcdef", None, "3.11.2", {"torch": "2.13.0"}, image=None)
 
@@ -39,19 +39,19 @@ def make_config(attention: str = "switchhead", **changes) -> Config:
     )
 
 
-def routing() -> dict[Site, RoutingReport]:
+def routing() -> dict[RouterCall, RoutingReport]:
     """Two repeats of one FFN router: 10 assignments of 5 tokens each."""
     load = torch.tensor([[[6, 4, 0, 0]], [[3, 3, 2, 2]]])
     dropped = torch.tensor([[[3, 0, 0, 0]], [[0, 0, 0, 0]]])
     entropy = torch.tensor([5 * math.log(2), 5.0], dtype=torch.float64)
-    return {Site(0, r, "ffn"): RoutingReport(load[r], dropped[r], entropy) for r in (0, 1)}
+    return {RouterCall(0, r, "ffn"): RoutingReport(load[r], dropped[r], entropy) for r in (0, 1)}
 
 
 def step_metrics(step: int, **changes) -> StepMetrics:
     values = {
         "step": step,
         "loss": 5.0 + 1 / (3 * step),
-        "auxiliary": {"ffn/entropy": -0.03, "attention/entropy": -0.001},
+        "aux_losses": {"ffn/entropy": -0.03, "attention/entropy": -0.001},
         "grad_norm": 0.41,
         "lr": 0.1 + 0.2,
         "samples": 16 * step,
@@ -61,8 +61,8 @@ def step_metrics(step: int, **changes) -> StepMetrics:
         "timing": Timing.of([0.5, 0.3], [0.1, 0.3], ["node-1", "node-2"]),
         "routing": routing(),
         "traffic": {
-            Flow("stack.layers.0.ffn", "dispatch", False): Volume(2, 3 * 2**20),
-            Flow("stack.layers.0.ffn", "dispatch", True): Volume(2, 2**20),
+            TrafficKey("stack.layers.0.ffn", "dispatch", False): TrafficVolume(2, 3 * 2**20),
+            TrafficKey("stack.layers.0.ffn", "dispatch", True): TrafficVolume(2, 2**20),
         },
     }
     return StepMetrics(**(values | changes))

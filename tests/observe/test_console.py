@@ -6,8 +6,8 @@ import re
 import pytest
 
 from moa_dist.observe.console import Console
+from moa_dist.observe.metrics import Timing
 from moa_dist.observe.units import duration, short
-from moa_dist.train.metrics import Timing
 from tests.observe.reports import make_config, step_metrics, validation_metrics
 
 
@@ -89,7 +89,7 @@ def test_only_a_straggler_is_worth_a_word(run_start):
 
 def test_dense_models_have_no_routing_fields(run_start):
     console, stream = start(run_start())
-    console.step(step_metrics(1, routing={}, auxiliary={}))
+    console.step(step_metrics(1, routing={}, aux_losses={}))
     assert "drop" not in last_line(stream)
     assert "aux" not in last_line(stream)
 

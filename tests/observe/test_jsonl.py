@@ -55,7 +55,7 @@ def test_round_trip_keeps_every_bit(run_start):
     assert Provenance(**start["provenance"]) == run.provenance
     wanted = step_metrics(7)
     assert (step["loss"], step["lr"]) == (wanted.loss, wanted.lr)
-    assert step["auxiliary"] == wanted.auxiliary
+    assert step["aux_losses"] == wanted.aux_losses
     assert step["tokens_per_second"] == wanted.tokens_per_second
     assert step["routing"]["layer0.repeat0.ffn"] == {
         "drop_share": 0.3,
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_null_in_strict_json(run_start):
     file = MetricsFile()
     run = run_start(flops_per_token=math.inf)
     file.start(run)
-    file.step(step_metrics(1, loss=math.nan, auxiliary={"z": -math.inf}, grad_norm=math.inf))
+    file.step(step_metrics(1, loss=math.nan, aux_losses={"z": -math.inf}, grad_norm=math.inf))
     file.close()
     path = Path(run.folder) / FILE_NAME
 
@@ -160,7 +160,7 @@ def test_what_is_not_finite_is_null_in_strict_json(run_start):
         json.loads(line, parse_constant=refuse)
     start, step = read_metrics(path)
     assert start["flops_per_token"] is None
-    assert (step["loss"], step["auxiliary"], step["grad_norm"]) == (None, {"z": None}, None)
+    assert (step["loss"], step["aux_losses"], step["grad_norm"]) == (None, {"z": None}, None)
     assert step["lr"] == step_metrics(1).lr
 
 

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from moa_dist.models.stack import Site
+from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.routing import (
     load_heatmaps,
     overall_drop_share,
+    router_call_name,
+    router_call_of,
     routing_summary,
-    site_name,
-    site_of,
 )
 from tests.observe.reports import routing
 
 
 def test_site_name():
-    assert site_name(Site(0, 1, "attention.value")) == "layer0.repeat1.attention.value"
-    assert site_of("layer0.repeat1.attention.value") == Site(0, 1, "attention.value")
-    assert site_of("elsewhere") is None
+    assert router_call_name(RouterCall(0, 1, "attention.value")) == "layer0.repeat1.attention.value"
+    assert router_call_of("layer0.repeat1.attention.value") == RouterCall(0, 1, "attention.value")
+    assert router_call_of("elsewhere") is None
 
 
 def test_summary_over_router_groups():

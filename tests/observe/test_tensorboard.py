@@ -37,7 +37,7 @@ def test_curves_and_pictures(run_start):
     assert values(events, "train/perplexity")[-1] == (20, pytest.approx(math.exp(loss)))
     assert values(events, "train/lr")[0] == (10, pytest.approx(0.3))
     assert values(events, "train/grad_norm")[0] == (10, pytest.approx(0.41))
-    assert values(events, "auxiliary/ffn/entropy")[0] == (10, pytest.approx(-0.03))
+    assert values(events, "aux_losses/ffn/entropy")[0] == (10, pytest.approx(-0.03))
     assert values(events, "speed/tokens_per_second")[0] == (10, pytest.approx(12345.678))
     for name, value in {
         "drop_share": 0.3,

@@ -13,13 +13,13 @@ from torch import Tensor
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
-from moa_dist.kernels.routed import routed_at_once
+from moa_dist.kernels.routed_experts import grouped_experts
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch as Data
 from moa_dist.models.objective import objective
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.activations import Batch, exchange_terms, kept
-from moa_dist.plan.exchange import PARTS
+from moa_dist.plan.exchange_choice import PARTS
 from moa_dist.plan.terms import total
 from tests.distributed.layouts import Case, router
 
@@ -55,7 +55,7 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
             storages[storage.data_ptr()] = storage  # kept, so that no other takes its place
         return tensor
 
-    as_on_gpus = patch("moa_dist.moe.dispatch.routed_experts", routed_at_once)
+    as_on_gpus = patch("moa_dist.moe.dispatch.routed_experts", grouped_experts)
     with (
         as_on_gpus if at_once else nullcontext(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
@@ -78,7 +78,7 @@ def all_tensors() -> list[Tensor]:
 
 
 def predicted(config: Any, dtype: torch.dtype, *, at_once: bool, **of_exchange: Any) -> int:
-    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize, in_parts=not at_once)
+    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize, cpu_blocked=not at_once)
     return total(kept(config, batch, recompute=False, **of_exchange))
 
 
@@ -143,7 +143,7 @@ def test_rows_that_travel_are_kept_too(attention, at_once):
             parallelize=partial(shard_experts, mesh=mesh, exchange=ExpertExchangeConfig()),
         )
         found = saved(model, at_once=at_once)
-    batch = Batch(SEQUENCES, LENGTH, 4, in_parts=not at_once)
+    batch = Batch(SEQUENCES, LENGTH, 4, cpu_blocked=not at_once)
     block = build_model(config).stack.layers[0]
     more = {part: exchange_terms(getattr(block, part), part, 4, batch) for part in PARTS}
     whole = predicted(config, torch.float32, at_once=at_once, of_exchange=more)

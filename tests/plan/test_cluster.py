@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config import load_config
-from moa_dist.plan.cluster import GPUS, Cluster, Link
-from moa_dist.plan.exchange import PARTS
+from moa_dist.plan.cluster import GPUS, Cluster, NetworkLink
+from moa_dist.plan.exchange_choice import PARTS
 from moa_dist.plan.layouts import Planner, with_layout
 from moa_dist.plan.terms import total
 from moa_dist.plan.time import Assumptions
@@ -39,7 +39,7 @@ def test_rings_use_all_adapters_of_their_group(size, stride, bandwidth):
 
 
 def test_most_of_an_all_to_all_leaves_the_node():
-    assert cluster(64).all_to_all(8) == Link(LINK, 10e-6)
+    assert cluster(64).all_to_all(8) == NetworkLink(LINK, 10e-6)
     # To 8 of 15 others by the adapter; the 7 in the node are done by then.
     assert cluster(64).all_to_all(16).bandwidth == pytest.approx(NETWORK * 15 / 8)
 

@@ -7,7 +7,7 @@ import pytest
 
 from moa_dist.config import to_yaml
 from moa_dist.observe.jsonl import MetricsFile
-from moa_dist.train.metrics import RunStart
+from moa_dist.observe.metrics import RunStart
 from tests.observe.reports import PROVENANCE, make_config, step_metrics, validation_metrics
 
 

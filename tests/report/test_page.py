@@ -86,7 +86,7 @@ def test_numbers_of_a_run(write_run):
 
 def test_nothing_from_a_file_becomes_markup(write_run):
     evil = "<script>\"alert(1)'&"
-    folder = write_run("a", label=evil, auxiliary={evil: 1.0})
+    folder = write_run("a", label=evil, aux_losses={evil: 1.0})
     records = [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
     for record in records:
         if record["kind"] == "step":
@@ -152,7 +152,7 @@ def test_a_missing_or_damaged_part_is_named(write_run, part):
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [], {}, [[]], {"layer0.repeat0.ffn": "x"}])
-@pytest.mark.parametrize("key", ["routing", "traffic", "auxiliary", "loss", "load", "config"])
+@pytest.mark.parametrize("key", ["routing", "traffic", "aux_losses", "loss", "load", "config"])
 def test_values_of_another_kind_are_left_out(write_run, key, value):
     folder = write_run(steps=range(1, 11))
     records = [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]

@@ -18,32 +18,32 @@ def policy(state=None, **changes) -> BadSteps:
 
 def test_stop_raises_what_was_wrong():
     with pytest.raises(BadStepError, match="not finite"):
-        policy(on_bad_step="stop").refuse(NAN, 1)
+        policy(on_bad_step="stop").reject(NAN, 1)
 
 
 @pytest.mark.parametrize("on_bad_step", ["skip", "rewind"])
 def test_too_many_in_a_row_end_the_run(on_bad_step):
     bad = policy(on_bad_step=on_bad_step, bad_step_limit=2)
-    bad.refuse(NAN, 7)
-    bad.refuse(NAN, 7)
+    bad.reject(NAN, 7)
+    bad.reject(NAN, 7)
     with pytest.raises(TrainingError, match="step 7 was refused more than"):
-        bad.refuse(NAN, 7)
+        bad.reject(NAN, 7)
 
 
 def test_a_row_ends_when_the_bad_step_is_taken():
     bad = policy(bad_step_limit=1)
     for _ in range(5):
-        bad.refuse(NAN, 7)
+        bad.reject(NAN, 7)
         bad.accept(7, 1.0)
 
 
 def test_repeating_steps_before_the_bad_one_does_not_end_the_row():
     bad = policy(on_bad_step="rewind", bad_step_limit=1)
-    bad.refuse(NAN, 7)
+    bad.reject(NAN, 7)
     bad.accept(5, 1.0)
     bad.accept(6, 1.0)
     with pytest.raises(TrainingError):
-        bad.refuse(NAN, 7)
+        bad.reject(NAN, 7)
 
 
 def test_spike_is_measured_by_the_median_of_enough_losses():
@@ -69,14 +69,14 @@ def test_resumed_run_decides_as_the_interrupted_one():
     bad = policy(spike_factor=2.0, bad_step_limit=1)
     for step in range(1, 12):
         bad.accept(step, float(step))
-    bad.refuse(NAN, 12)
-    bad.give_up(88, 96, 12, NAN)
+    bad.reject(NAN, 12)
+    bad.discard(88, 96, 12, NAN)
     again = policy(bad.state(), spike_factor=2.0, bad_step_limit=1)
     assert again.state() == bad.state()
     assert again.loss_limit == bad.loss_limit == 12.0
     assert again.given_up == [GivenUp(88, 95, 12, "the loss is not finite")]
     with pytest.raises(TrainingError):
-        again.refuse(NAN, 12)
+        again.reject(NAN, 12)
 
 
 def test_going_back_restores_losses_but_not_what_was_given_up():
@@ -86,9 +86,9 @@ def test_going_back_restores_losses_but_not_what_was_given_up():
     before = bad.state()
     for step in range(11, 90):
         bad.accept(step, 5.0)
-    bad.refuse(NAN, 90)
-    bad.go_back(before)
-    bad.give_up(80, 720, 90, NAN)
+    bad.reject(NAN, 90)
+    bad.rollback(before)
+    bad.discard(80, 720, 90, NAN)
     assert bad.loss_limit == 2.0
     assert len(bad.given_up) == 1
     assert before["given_up"] == []
@@ -96,6 +96,6 @@ def test_going_back_restores_losses_but_not_what_was_given_up():
 
 def test_samples_are_listed_once_though_two_rewinds_pass_over_them():
     bad = policy(on_bad_step="rewind")
-    bad.give_up(80, 120, 15, NAN)
-    bad.give_up(80, 136, 12, NAN)
+    bad.discard(80, 120, 15, NAN)
+    bad.discard(80, 136, 12, NAN)
     assert [(g.first, g.last) for g in bad.given_up] == [(80, 119), (120, 135)]

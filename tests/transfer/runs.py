@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from moa_dist.checkpoint.tensor_file import TensorSpec
 from moa_dist.config.run import Config
 from moa_dist.data.tokenizer import TOKENIZER_FILE, train_tokenizer
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.train.tensor_file import TensorSpec
 from moa_dist.transfer.new_run import write_new_run
 
 VOCABULARY, LENGTH = 270, 12

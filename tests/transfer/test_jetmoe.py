@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, JetMoeConfig, JetMoeForCausalLM
 
 import moa_dist
+from moa_dist.checkpoint.check import damage
 from moa_dist.cli.main import main
 from moa_dist.config import load_config
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.train.checkpoint_check import damage
 from moa_dist.transfer.jetmoe import entries, problems_of_model
 from tests.transfer.jetmoes import batch, make_jetmoe
 from tests.transfer.runs import LENGTH, VOCABULARY, make_run, randomize

@@ -1,0 +1,1 @@
+"""Checkpoints that any layout can read: format, writing, checking, converting, averaging."""

@@ -1,0 +1,51 @@
+"""Routed experts step by step: gather all rows, multiply each by its expert's matrices, add up.
+
+What an accelerator's grouped matrix product needs, and the oracle of the other kernels. Shapes as
+in `row_map`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moa_dist.kernels.grouped_matmul import grouped_matmul
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
+
+
+def grouped_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
+    """`routed_experts` under autograd; holds [A, D] and [A, O]."""
+    return add_up(multiply(experts, gather(x, row_map), row_map), row_map)
+
+
+def gather(x: Tensor, row_map: RowMap) -> Tensor:
+    """[X, D] -> [A, D] in the order of experts."""
+    return _zero_unassigned(x.index_select(0, row_map.read), row_map)
+
+
+def multiply(experts: ExpertWeights, rows: Tensor, row_map: RowMap) -> Tensor:
+    """[A, D] -> [A, O], each row by its expert."""
+    if experts.ups:
+        products = tuple(grouped_matmul(rows, up, row_map.counts) for up in experts.ups)
+        rows = hidden_rows(products, experts.activation)
+    return grouped_matmul(rows, experts.down, row_map.counts)
+
+
+def add_up(rows: Tensor, row_map: RowMap) -> Tensor:
+    """[A, O] -> [Y, O], weighted."""
+    wide = _zero_unassigned(rows, row_map).to(sum_type(rows))
+    if row_map.weight is not None:
+        wide = wide * row_map.weight[:, None]
+    y = wide.new_zeros(row_map.num_output_rows, wide.shape[-1])
+    return y.index_add(0, row_map.write, wide).to(rows.dtype)
+
+
+def _zero_unassigned(rows: Tensor, row_map: RowMap) -> Tensor:
+    """Zero where no expert takes a row: grouped products leave there what was in memory.
+
+    Before them for the gradient's sake, after them for the value's.
+    """
+    if row_map.is_dropless:
+        return rows
+    taken = torch.arange(len(rows), device=rows.device) < row_map.counts.sum()
+    return rows.where(taken[:, None], 0)

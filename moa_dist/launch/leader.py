@@ -1,0 +1,241 @@
+"""A job whose nodes are started one by one, as Slurm and Kubernetes do: node 0 leads.
+
+Node 0 listens on the job's address; the others (`worker_node.py`) connect, are checked, and start
+and end their ranks when it says so. One node decides, so that all start the same attempt and end
+with the same status.
+
+Messages to a node: `ask`, a request for its checks; `start`, an attempt; `preempt`; `end`, its
+ranks; `exit`, the end of the job. From a node: `token` and what it is, once; `answer`; `ended`, its
+ranks; `preempt`, somebody asked it to stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from moa_dist.config.run import Config, run_folder
+from moa_dist.distributed.network import free_port, is_loopback
+from moa_dist.doctor.finding import Finding
+from moa_dist.errors import ClusterError, ExitCode
+from moa_dist.launch.checked_host import ANSWER_S, HostProcess, NoAnswerError
+from moa_dist.launch.failure import Cause
+from moa_dist.launch.link import Hub, Link, LinkLostError
+from moa_dist.launch.local import END_S, LocalJob, RankPlacement
+from moa_dist.launch.overdue import Overdue
+from moa_dist.launch.preflight import Preflight, Wanted, preflight
+from moa_dist.launch.retry import Waiting
+
+_POLL_S = 0.2
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Node:
+    """What this process was told of its place."""
+
+    nodes: int
+    """How many there are."""
+    rank: int
+    """Which one this is."""
+    address: str
+    """Where node 0 listens, for the others."""
+    port: int
+    """And on which port."""
+    ranks: int | None
+    """To start here; None for one per GPU, or one."""
+    host: str
+    """What messages call this machine."""
+
+    def hello(self, config: Config) -> Message:
+        """What it says of itself first."""
+        return {
+            "token": token(config),
+            "node": self.rank,
+            "nodes": self.nodes,
+            "ranks": self.ranks,
+            "host": self.host,
+        }
+
+
+def token(config: Config) -> str:
+    """Tells jobs apart that were given the same address and port; no secret."""
+    return str(run_folder(config))
+
+
+class RemoteNode:
+    """Node 0's view of another one. Used by one thread at a time."""
+
+    def __init__(self, link: Link, waiting: Waiting) -> None:
+        self.link, self._waiting = link, waiting
+        self.ended = True
+        """It has no ranks running, as far as it can be known."""
+
+    def ask(self, request: Message) -> Message:
+        """Have it run a check."""
+        self.link.send({"ask": request})
+        deadline = time.monotonic() + 2 * ANSWER_S
+        while time.monotonic() < deadline:
+            message = self.look(_POLL_S)
+            if message is not None and "answer" in message:
+                answer: Message = message["answer"]
+                if "error" in answer:
+                    raise NoAnswerError(answer["error"], answer["remedy"])
+                return answer
+            if self.link.lost:
+                raise NoAnswerError(self.link.lost, unreachable=True)
+        raise NoAnswerError(f"did not answer within {2 * ANSWER_S:g} s")
+
+    def close(self) -> None:
+        """Nothing to do: the link stays."""
+
+    def look(self, timeout_s: float) -> Message | None:
+        """Read what came and is not an answer; returns the answer, if one did."""
+        try:
+            message = self.link.receive(timeout_s)
+        except LinkLostError:
+            self.ended = True
+            return None
+        if message is not None and "ended" in message:
+            self.ended = True
+        if message is not None and "preempt" in message:
+            self._waiting.preemption.requested = True
+        return message
+
+
+class NodesJob:
+    """One attempt on all nodes."""
+
+    def __init__(
+        self, folder: Path, job: LocalJob, remotes: dict[str, RemoteNode], place: RankPlacement
+    ) -> None:
+        """`job` are the ranks of this node; the others are told to start theirs."""
+        self._job, self._remotes = job, remotes
+        self._overdue = Overdue(folder)
+        self.problem: str | None = None
+        for node, remote in enumerate(remotes.values(), 1):
+            remote.ended = False
+            there = asdict(replace(place, node=node))
+            remote.link.send({"start": {"folder": str(folder), "place": there}})
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the ranks of all nodes have ended that can be reached; waits that long."""
+        is_over = self._job.wait(timeout_s)
+        for name, remote in self._remotes.items():
+            while remote.look(0.0) is not None:
+                pass
+            if remote.link.lost is not None and self.problem is None:
+                self.problem = f"host {name} {remote.link.lost}"
+                self.end()
+        if self.problem is None:
+            self.problem = self._overdue.problem()
+            if self.problem is not None:
+                self.end()
+        return is_over and all(remote.ended for remote in self._remotes.values())
+
+    def preempt(self) -> None:
+        """Ask the ranks of all nodes to stop in order."""
+        self._job.preempt()
+        for remote in self._remotes.values():
+            remote.link.send({"preempt": True})
+
+    def end(self) -> None:
+        """End the ranks of all nodes that can be reached; a node cut off ends its own."""
+        for remote in self._remotes.values():
+            remote.link.send({"end": True})
+        self._job.end()
+        deadline = time.monotonic() + 2 * END_S
+        for remote in self._remotes.values():
+            while not remote.ended and time.monotonic() < deadline:
+                remote.look(_POLL_S)
+
+
+class NodesLauncher:
+    """Starts attempts on all nodes; for node 0."""
+
+    def __init__(
+        self, node: Node, config: Config, command: Sequence[str], wanted: Wanted, waiting: Waiting
+    ) -> None:
+        """Listens for the others. Raises ClusterError if it cannot."""
+        self._node, self._command, self._waiting = node, command, waiting
+        self._wanted, self._meeting = wanted, Preflight()
+        self._token = token(config)
+        address = node.address if is_loopback(node.address) else ""
+        try:
+            self._hub = Hub(address, node.port, self._token)
+        except OSError as error:
+            raise ClusterError(
+                f"node 0 cannot listen on port {node.port} ({error.strerror}): end what holds it "
+                "(moa-dist doctor names it), or start all nodes with another --master-port"
+            ) from error
+        self._remotes: dict[str, RemoteNode] = {}
+        self.ends_with = ExitCode.DEFECT
+        """What the job came to, for the other nodes."""
+
+    def ready(self) -> Cause | None:
+        """Wait for all nodes, and check them."""
+        found = self._waiting.until_fit(self._check)
+        if isinstance(found, Cause):
+            return found
+        self._meeting = found
+        return None
+
+    def start(self, folder: Path) -> NodesJob:
+        """Start an attempt in its folder."""
+        meeting = self._meeting
+        place = RankPlacement(meeting.hosts, 0, meeting.master_addr, meeting.master_port)
+        job = LocalJob(folder, self._command, None, place)
+        return NodesJob(folder.absolute(), job, self._remotes, place)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """All nodes end with the same status."""
+        for link in list(self._hub.links.values()):
+            link.send({"exit": self.ends_with})
+        self._hub.close()
+
+    def _check(self) -> Preflight:
+        """Of all nodes if they are there; else says who is missing."""
+        self._refuse()
+        missing, names = Preflight(), [self._node.host]
+        links = {node: self._hub.links.get(node) for node in range(1, self._node.nodes)}
+        remotes: list[RemoteNode] = []
+        for node, link in links.items():
+            if link is not None:
+                remotes.append(RemoteNode(link, self._waiting))
+                remotes[-1].look(0.0)
+                names.append(link.hello["host"])
+            if link is None or link.lost:
+                missing.unreachable.append(f"node {node}")
+                text = f"node {node} is not there"
+                missing.findings.append(Finding("host", "FAULT", text))
+        if missing.unreachable:
+            return missing
+        unique = len(set(names)) == len(names)
+        names = [name if unique else f"{name}-{node}" for node, name in enumerate(names)]
+        self._remotes = dict(zip(names[1:], remotes, strict=True))
+        slots = [self._node.ranks, *(remote.link.hello["ranks"] for remote in remotes)]
+        # The name that all were given may be one for loopback on this node; the others' ends of
+        # their links are not.
+        address = remotes[0].link.hello["reached"] if remotes else self._node.address
+        wanted = replace(self._wanted, master_addr=address, master_port=free_port())
+        own = HostProcess()
+        try:
+            return preflight({names[0]: own, **self._remotes}, slots, wanted)
+        finally:
+            own.close()
+
+    def _refuse(self) -> None:
+        nodes = self._node.nodes
+        for node, link in list(self._hub.links.items()):
+            if link.hello["nodes"] != nodes or not 0 < node < nodes:
+                text = f"node 0 was started with --nodes {nodes}, which lacks node {node}"
+                if link.hello["nodes"] != nodes:
+                    text = f"node 0 was started with --nodes {nodes}, this one with another number"
+                link.send({"exit": ExitCode.USER, "text": text})

@@ -1,0 +1,170 @@
+"""A job on the hosts of a hostfile, started by DeepSpeed's own path: `pdsh` over ssh.
+
+What that path leaves open is closed here. It goes on without a hostfile that is missing, and with
+`--force_multi` does not run one remote host's ranks here. Shells on the way split arguments, so
+agents read theirs from a file. Nobody ends ranks whose ssh connection is gone, so a agent on
+each host holds a link to this process. Its way to end a job, `pkill -f` on every host, would end
+other jobs too and hang at a host that is gone; it only runs at SIGTERM, which is never sent.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from moa_dist.errors import ClusterError, ExitCode
+from moa_dist.launch import ssh
+from moa_dist.launch.checked_host import CheckedHost, HostProcess
+from moa_dist.launch.failure import Cause
+from moa_dist.launch.hostfile import Host, write_hostfile
+from moa_dist.launch.link import Hub
+from moa_dist.launch.local import END_S, DeepSpeedLauncher
+from moa_dist.launch.overdue import Overdue
+from moa_dist.launch.preflight import Preflight, Wanted, preflight
+from moa_dist.launch.record import Start, write_start
+from moa_dist.launch.retry import Waiting
+
+EXPORTED = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "MOA_DIST_")
+"""Beginnings of the variables that ranks on other hosts get from here. DeepSpeed passes on those
+that begin with PYTHON, and all of `.deepspeed_env`."""
+_NOT_EXPORTED = ("CUDA_VISIBLE_DEVICES", "MOA_DIST_HOST")
+_HELLO_S = 120.0
+
+
+def exported(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those of this machine's variables that belong to the job and not to the machine."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(EXPORTED) and name not in _NOT_EXPORTED
+    }
+
+
+def launcher_arguments(folder: Path, hostfile: Path, meeting: Preflight) -> list[str]:
+    """Of `deepspeed`, for an attempt whose start file is in `folder`."""
+    return [
+        *("--hostfile", str(hostfile), "--force_multi", "--no_ssh_check"),
+        *("--master_addr", meeting.master_addr, "--master_port", str(meeting.master_port)),
+        *("--no_local_rank", "--module", "moa_dist.launch.rank", str(folder)),
+    ]
+
+
+class HostsJob:
+    """One attempt on several hosts."""
+
+    def __init__(self, folder: Path, meeting: Preflight, start: Start, hub: Hub, ssh_args: str):
+        """Start as `start` says on the hosts that `meeting` found fit."""
+        self._hosts, self._hub = [host.name for host in meeting.hosts], hub
+        self._began, self._overdue = time.monotonic(), Overdue(folder)
+        self.problem: str | None = None
+        hostfile = folder.absolute() / "hostfile"
+        write_hostfile(hostfile, meeting.hosts)
+        write_start(folder, start)
+        self._launcher = DeepSpeedLauncher(
+            folder,
+            launcher_arguments(folder.absolute(), hostfile, meeting),
+            environment={
+                "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.ssh_options(ssh_args)),
+                "PYTHONPATH": ssh.python_path(),
+            },
+            cwd="/",  # which `pdsh` need not quote; agents go to the right folder
+        )
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether every process of the job has ended that can be reached; waits that long."""
+        if self._launcher.gone.wait(timeout_s):
+            return True
+        self.problem = self._find_problem()
+        if self.problem is not None:
+            self.end()
+        return self._launcher.gone.is_set()
+
+    def preempt(self) -> None:
+        """Ask one rank of each host to stop, which lets all of them stop in order."""
+        for link in list(self._hub.links.values()):
+            link.send({"preempt": True})
+
+    def end(self) -> None:
+        """End every process; on a host that is cut off, its agent does within the same time."""
+        self._hub.hang_up()
+        self._launcher.finish(END_S)
+
+    def _find_problem(self) -> str | None:
+        for node, link in list(self._hub.links.items()):
+            if link.lost is not None and "silent" in link.lost:
+                return f"host {self._hosts[node]} {link.lost}"
+        missing = [name for node, name in enumerate(self._hosts) if node not in self._hub.links]
+        if missing and time.monotonic() - self._began > _HELLO_S:
+            return f"no rank came up within {_HELLO_S:g} s on {', '.join(missing)}"
+        return self._overdue.problem()
+
+
+class HostsLauncher:
+    """Starts attempts on all hosts of a hostfile."""
+
+    def __init__(
+        self,
+        hosts: Sequence[Host],
+        command: Sequence[str],
+        wanted: Wanted,
+        waiting: Waiting,
+        ssh_args: str,
+    ) -> None:
+        """`command` is run as every rank."""
+        self._hosts, self._command, self._wanted = hosts, command, wanted
+        self._waiting, self._ssh_args = waiting, ssh_args
+        self._hub = Hub("", 0, secrets.token_hex(16))
+        self._meeting = Preflight()
+
+    def ready(self) -> Cause | None:
+        """Check all hosts; waits for those that cannot be reached, unless none ever was."""
+        if shutil.which("pdsh") is None:
+            text = "`pdsh`, by which DeepSpeed reaches other hosts, is not installed on this one"
+            return Cause(f"{text}: apt install pdsh", ExitCode.USER)
+        found = self._waiting.until_fit(self._check)
+        if isinstance(found, Cause):
+            return found
+        self._meeting = found
+        return None
+
+    def start(self, folder: Path) -> HostsJob:
+        """Start an attempt in its folder."""
+        self._hub.hang_up()
+        self._hub.token = secrets.token_hex(16)
+        start = Start(
+            command=self._command,
+            folder=os.getcwd(),
+            environment=exported(os.environ),
+            hosts=[host.name for host in self._hosts],
+            port=self._hub.port,
+            token=self._hub.token,
+        )
+        return HostsJob(folder, self._meeting, start, self._hub, self._ssh_args)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._hub.close()
+
+    def _check(self) -> Preflight:
+        wanted = replace(self._wanted, hub_port=self._hub.port)
+        return check_hosts(self._hosts, wanted, self._ssh_args)
+
+
+def check_hosts(hosts: Sequence[Host], wanted: Wanted, ssh_args: str) -> Preflight:
+    """Preflight of hosts that ssh reaches. Raises ClusterError if there is no ssh."""
+    if shutil.which("ssh") is None:
+        raise ClusterError("`ssh`, to reach other hosts, is not installed on this one")
+    with ExitStack() as stack:
+        checked: dict[str, CheckedHost] = {}
+        for host in hosts:
+            process = HostProcess(host.name, ssh_args)
+            stack.callback(process.close)
+            checked[host.name] = process
+        return preflight(checked, [host.slots for host in hosts], wanted)

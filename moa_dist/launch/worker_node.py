@@ -1,0 +1,119 @@
+"""A node that is not the first of a job started node by node: does what node 0 says.
+
+See `moa_dist.launch.leader` for what that is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moa_dist.config.run import Config
+from moa_dist.errors import ExitCode
+from moa_dist.launch.checked_host import HostProcess, NoAnswerError
+from moa_dist.launch.hostfile import Host
+from moa_dist.launch.leader import Node
+from moa_dist.launch.link import Link, LinkLostError, connect
+from moa_dist.launch.local import LocalJob, RankPlacement
+from moa_dist.launch.retry import Waiting
+
+_POLL_S = 0.2
+_CONNECT_S = 10.0
+
+Message = dict[str, Any]
+
+
+class Follower:
+    """This node while it is linked to node 0."""
+
+    def __init__(self, link: Link, command: Sequence[str], waiting: Waiting) -> None:
+        self._link, self._command, self._waiting = link, command, waiting
+        self._checks: HostProcess | None = None
+        self._job: LocalJob | None = None
+        self._told_to_stop = False
+
+    def run(self) -> ExitCode | None:
+        """Until the job ends; returns its status, None if node 0 is gone."""
+        try:
+            while True:
+                message = self._link.receive(_POLL_S)
+                if message is not None and "exit" in message:
+                    if "text" in message:
+                        self._waiting.say(message["text"])
+                    return ExitCode(message["exit"])
+                if message is not None:
+                    self._obey(message)
+                self._look_after_job()
+        except LinkLostError as lost:
+            self._waiting.say(f"node 0 {lost}")
+            return None
+        finally:
+            if self._job is not None:
+                self._job.end()
+            self._end_checks()
+            self._link.close()
+
+    def _obey(self, message: Message) -> None:
+        if "ask" in message:
+            self._link.send({"answer": self._answer(message["ask"])})
+        elif "start" in message:
+            self._end_checks()
+            place = message["start"]["place"]
+            hosts = [Host(**host) for host in place.pop("hosts")]
+            folder = Path(message["start"]["folder"])
+            self._job = LocalJob(folder, self._command, None, RankPlacement(hosts=hosts, **place))
+        elif self._job is not None and "preempt" in message:
+            self._job.preempt()
+        elif self._job is not None and "end" in message:
+            self._job.end()
+
+    def _answer(self, request: Message) -> Message:
+        self._checks = self._checks or HostProcess()
+        try:
+            return self._checks.ask(request)
+        except NoAnswerError as error:
+            self._end_checks()
+            return {"error": str(error), "remedy": error.remedy}
+
+    def _end_checks(self) -> None:
+        if self._checks is not None:
+            self._checks.close()
+            self._checks = None
+
+    def _look_after_job(self) -> None:
+        if self._waiting.preemption.requested and not self._told_to_stop:
+            self._told_to_stop = True
+            self._link.send({"preempt": True})
+        if self._job is not None and self._job.wait(0.0):
+            self._job.end()
+            self._job = None
+            self._link.send({"ended": True})
+
+
+def follow(node: Node, config: Config, command: Sequence[str], waiting: Waiting) -> ExitCode:
+    """Do what node 0 says, until the job ends; returns its status.
+
+    Waits for node 0 at the start and whenever it is gone, up to the limit.
+    """
+    since, told = time.monotonic(), False
+    while not waiting.preemption.requested:
+        try:
+            link = connect(node.address, node.port, _CONNECT_S)
+        except OSError as error:
+            where = f"node 0 at {node.address}:{node.port}"
+            if time.monotonic() - since > waiting.limit_s:
+                waiting.say(f"gave up on {where} after {waiting.limit_s:g} s: {error}")
+                return ExitCode.LOST_PEER
+            if not told:
+                waiting.say(f"waiting up to {waiting.limit_s:g} s for {where}: {error}")
+                told = True
+            waiting.sleep(_POLL_S)
+            continue
+        link.send({**node.hello(config), "reached": link.address})
+        code = Follower(link, command, waiting).run()
+        if code is not None:
+            return code
+        since, told = time.monotonic(), False
+    return ExitCode.PREEMPTED

@@ -1,0 +1,198 @@
+"""Dispatch over an expert-parallel group by all-to-all.
+
+A row travels **once per destination rank**, however many of that rank's experts it goes to:
+it is expanded there, and the rank returns the weighted sum of its experts' outputs, one row
+per output row. Per plan there is one exchange of counts and one of indices and weights; all
+trips of the plan then exchange rows alone.
+
+Shapes: P ranks in the group, A assignments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
+from moa_dist.distributed.comm_group import CommGroup
+from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.row_map import ExpertWeights
+from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
+from moa_dist.moe.experts import shard_starts
+from moa_dist.moe.router import Routing
+from moa_dist.profiling import annotate, annotated
+
+_TRAVELLING: tuple[Level, ...] = ("token", "head")
+"""Levels in which one row may serve several assignments; a slot is an assignment itself."""
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Which rows of one level go to each rank, and how many come back."""
+
+    rows: Tensor
+    """int64 local rows to send, in the order of destination ranks."""
+    sent: list[int]
+    """[P] rows to each rank."""
+    received: list[int]
+    """[P] rows from each rank."""
+
+
+@dataclass(frozen=True)
+class AllToAllPlan:
+    """Send rows to the ranks of their experts, run a local plan there, send sums back."""
+
+    comm_group: CommGroup
+    """To the ranks of the expert-parallel group."""
+    routes: dict[Level, _Route]
+    """What travels, by level."""
+    num_rows: dict[Level, int]
+    """Rows that each level has on this rank."""
+    local: LocalPlan
+    """Plan over the received rows and the experts of this rank."""
+
+    def dispatch(self, x: Tensor, read: Level) -> Pending:
+        """See `DispatchPlan.dispatch`."""
+        route = self.routes[read]
+        with annotate("dispatch"):
+            rows = x.index_select(0, route.rows)
+        return all_to_all_rows(rows, route.sent, route.received, self.comm_group, "dispatch")
+
+    def run_and_combine(
+        self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
+    ) -> Pending:
+        """See `DispatchPlan.run_and_combine`."""
+        route = self.routes[write]
+
+        @annotated("dispatch")
+        def add_up(returned: Tensor) -> Tensor:
+            wide = returned.to(self.local.weight.dtype)
+            return sum_rows(wide, route.rows, self.num_rows[write]).to(returned.dtype)
+
+        sums = self.local.run_and_combine(experts, sent, read, write, weighted=weighted).wait()
+        return all_to_all_rows(sums, route.received, route.sent, self.comm_group, "combine").then(
+            add_up
+        )
+
+
+@dataclass(frozen=True)
+class AllToAllTokenDispatcher:
+    """Experts are spread over the ranks of the channel's group in contiguous shards."""
+
+    comm_group: CommGroup
+
+    @annotated("dispatch")
+    def plan(self, routing: Routing, num_experts: int) -> AllToAllPlan:
+        """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
+        group = self.comm_group.group
+        num_ranks, rank = group.size(), group.rank()
+        home = _kept(assignments_of(routing, num_experts), num_experts)
+        bounds = shard_starts(num_experts, num_ranks)
+        starts = torch.tensor(bounds, device=home.expert.device)
+        home, owner = _sort_by_owner(home, starts)
+
+        # Indices are relative to the block of rows that goes to one rank, so that the
+        # receiver only adds where the block starts.
+        levels = _TRAVELLING if routing.topk_ids.shape[1] > 1 else _TRAVELLING[:1]
+        unique = {level: _unique_rows(home, owner, level, num_ranks) for level in levels}
+        sent_counts = torch.stack(
+            [owner.bincount(minlength=num_ranks), *(unique[level].counts for level in levels)], 1
+        )
+        received_counts = all_to_all_counts(sent_counts, self.comm_group)
+        (sent, *sent_rows), (received, *received_rows) = (
+            counts.T.tolist() for counts in (sent_counts, received_counts)
+        )
+        indices = torch.stack(
+            [home.expert - starts[owner], *(unique[level].place for level in levels)], 1
+        )
+        arriving = [
+            all_to_all_rows(x, sent, received, self.comm_group, "plan")
+            for x in (indices.int(), home.weight)
+        ]
+        routes = {
+            level: _Route(unique[level].rows, sent_rows[i], received_rows[i])
+            for i, level in enumerate(levels)
+        }
+        routes.setdefault("head", routes["token"])  # one router group: the same rows
+        routes["slot"] = _Route(home.rows["slot"], sent, received)
+        indices, weight = (x.wait() for x in arriving)
+        arrived = _arrived(indices, weight, received_counts, routes, levels)
+        return AllToAllPlan(
+            comm_group=self.comm_group,
+            routes=routes,
+            num_rows=home.num_rows,
+            local=LocalPlan.of(arrived, bounds[rank + 1] - bounds[rank]),
+        )
+
+
+def _kept(home: Assignments, num_experts: int) -> Assignments:
+    """Only those that an expert takes: the others need not travel."""
+    if home.is_dropless:
+        return home
+    return _selected(home, (home.expert < num_experts).nonzero().squeeze(-1))
+
+
+def _selected(home: Assignments, which: Tensor) -> Assignments:
+    """Assignments by index."""
+    return replace(
+        home,
+        expert=home.expert[which],
+        weight=home.weight[which],
+        rows={level: rows[which] for level, rows in home.rows.items()},
+    )
+
+
+def _arrived(
+    indices: Tensor,
+    weight: Tensor,
+    received_counts: Tensor,
+    routes: dict[Level, _Route],
+    levels: tuple[Level, ...],
+) -> Assignments:
+    """Assignments as they arrived, in terms of the rows that arrive here.
+
+    `indices` [A, 1 + levels]: local expert, and place within the rows that one rank sends.
+    """
+    num_rows = {level: sum(route.received) for level, route in routes.items()}
+    num_assignments, device = num_rows["slot"], weight.device
+    source = torch.arange(len(received_counts), device=device).repeat_interleave(
+        received_counts[:, 0], output_size=num_assignments
+    )
+    block_starts = (received_counts.cumsum(0) - received_counts)[source]
+    expert, *places = indices.long().unbind(1)
+    rows = {level: places[i] + block_starts[:, 1 + i] for i, level in enumerate(levels)}
+    rows.setdefault("head", rows["token"])
+    rows["slot"] = torch.arange(num_assignments, device=device)
+    return Assignments(expert, weight, rows, num_rows, is_dropless=True)
+
+
+def _sort_by_owner(home: Assignments, starts: Tensor) -> tuple[Assignments, Tensor]:
+    """Assignments in the order of the ranks that own their experts, and those ranks [A]."""
+    owner = torch.searchsorted(starts, home.expert, right=True) - 1
+    order = owner.argsort(stable=True)
+    return _selected(home, order), owner[order]
+
+
+@dataclass(frozen=True)
+class _UniqueRows:
+    """Distinct (rank, row) pairs of one level."""
+
+    rows: Tensor
+    """Rows to send, rank by rank."""
+    counts: Tensor
+    """[P] rows per rank."""
+    place: Tensor
+    """[A] place of each assignment's row within its rank's block."""
+
+
+def _unique_rows(home: Assignments, owner: Tensor, level: Level, num_ranks: int) -> _UniqueRows:
+    """Assignments must be sorted by owner, and by row within one."""
+    num_rows = max(home.num_rows[level], 1)
+    pairs, inverse = torch.unique_consecutive(
+        owner * num_rows + home.rows[level], return_inverse=True
+    )
+    counts = (pairs // num_rows).bincount(minlength=num_ranks)
+    starts = counts.cumsum(0) - counts
+    return _UniqueRows(rows=pairs % num_rows, counts=counts, place=inverse - starts[owner])

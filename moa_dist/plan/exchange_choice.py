@@ -1,0 +1,202 @@
+"""Whether tokens or expert weights should travel: decided by what each would cost.
+
+The time of either is taken as bytes / bandwidth + messages * latency on one rank, from the counts
+of `moa_dist.plan.predicted_traffic`; weights also need memory until the backward pass is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from moa_dist.config.run import (
+    Config,
+    ExpertExchangeConfig,
+    NetworkConfig,
+    tokens_per_sample,
+)
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.counts import ELEMENT_BYTES, count, states
+from moa_dist.models.language_model import LanguageModel
+from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.router import Router
+from moa_dist.plan.memory import sizes_of
+from moa_dist.plan.predicted_traffic import (
+    Layout,
+    Rows,
+    StateTraffic,
+    expected_rows,
+    expert_traffic,
+    state_traffic,
+)
+
+Part = Literal["attention", "ffn"]
+PARTS: tuple[Part, ...] = ("attention", "ffn")
+MEMORY_SHARE = 0.25
+"""Of what states leave of a rank's memory, the most that travelling weights may take: the rest is
+for activations."""
+
+
+class Cost(NamedTuple):
+    """Of one step on one rank, averaged over ranks."""
+
+    num_bytes: int
+    """Sent to other ranks."""
+    messages: int
+    """Collectives entered."""
+    memory: int
+    """Bytes held until the backward pass is over, beyond what the rank holds anyway."""
+
+    def seconds(self, network: NetworkConfig) -> float:
+        """If nothing else happened meanwhile."""
+        return (
+            self.num_bytes / (network.bandwidth_gb * 1e9)
+            + self.messages * network.latency_us * 1e-6
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What travels, and why."""
+
+    exchange: ExpertExchangeConfig
+    """Without `auto`."""
+    because: dict[str, str]
+    """A sentence for each part that has experts on other ranks."""
+
+
+def meta_model(config: Config) -> LanguageModel:
+    """The whole model without memory for its parameters."""
+    with torch.device("meta"):
+        return LanguageModel(config.model)
+
+
+def layout_of(config: Config, world_size: int, exchange: ExpertExchangeConfig) -> Layout:
+    """The layout that `config` has on `world_size` ranks."""
+    model, train = config.model, config.train
+    return Layout(
+        world_size=world_size,
+        expert_parallel=config.parallel.expert_parallel,
+        num_micro_batches=max(train.global_batch // (world_size * train.micro_batch), 1),
+        num_repeats=model.num_layers // (model.num_distinct_layers or model.num_layers),
+        recompute=train.recompute,
+        element_bytes=ELEMENT_BYTES[train.precision],
+        exchange=exchange,
+    )
+
+
+def expected_traffic(
+    config: Config, world_size: int, exchange: ExpertExchangeConfig, model: nn.Module
+) -> dict[TrafficKey, TrafficVolume]:
+    """Of one step, all ranks together, for routers that choose evenly; nothing dropped."""
+    layout = layout_of(config, world_size, exchange)
+    samples = layout.num_micro_batches * world_size * config.train.micro_batch
+    tokens = samples * tokens_per_sample(config) * layout.num_repeats
+
+    def rows_of(layer: str, name: str) -> Rows:
+        router = model.get_submodule(f"{layer}.{name}")
+        assert isinstance(router, Router)
+        return expected_rows(
+            tokens,
+            num_groups=router.num_groups,
+            num_experts=router.config.num_experts,
+            top_k=router.config.top_k,
+            num_ranks=layout.expert_parallel,
+        )
+
+    return expert_traffic(model, layout, rows_of)
+
+
+def expected_state_traffic(config: Config, world_size: int, model: nn.Module) -> StateTraffic:
+    """What ZeRO moves in one step, all ranks together."""
+    sizes = sizes_of(model, config.parallel.expert_parallel)
+    layout = layout_of(config, world_size, config.parallel.expert_exchange)
+    return state_traffic(sizes.dense, sizes.experts, layout, config.parallel.zero_stage)
+
+
+def exchange_costs(config: Config, world_size: int) -> dict[Part, dict[str, Cost]]:
+    """Cost of tokens and of weights for each part whose experts other ranks hold."""
+    ep = config.parallel.expert_parallel
+    sections: Mapping[Part, Any] = {"attention": config.model.attention, "ffn": config.model.ffn}
+    parts = [part for part in PARTS if sections[part].kind != "dense"]
+    if ep == 1 or not parts:
+        return {}
+    model = meta_model(config)
+    costs: dict[Part, dict[str, Cost]] = {part: {} for part in parts}
+    for kind in ("tokens", "weights"):
+        exchange = ExpertExchangeConfig.model_validate(dict.fromkeys(PARTS, kind))
+        traffic = expected_traffic(config, world_size, exchange, model)
+        for part in parts:
+            volumes = [v for key, v in traffic.items() if key.layer.endswith(f".{part}")]
+            costs[part][kind] = Cost(
+                sum(v.num_bytes for v in volumes) // world_size,
+                sum(v.messages for v in volumes) // world_size,
+                gathered_bytes(config, model, part) if kind == "weights" else 0,
+            )
+    return costs
+
+
+def gathered_bytes(config: Config, model: nn.Module, part: Part) -> int:
+    """All experts of a part and their gradients: they wait for the backward pass of their layer."""
+    elements = sum(
+        layer.num_experts * layer.macs_per_row()
+        for name, layer in expert_layers(model)
+        if name.split(".")[-2] == part
+    )
+    return 2 * elements * ELEMENT_BYTES[config.train.precision]
+
+
+def decide_exchange(config: Config, world_size: int, memory: int | None) -> Decision:
+    """Replace `auto` in `parallel.expert_exchange`.
+
+    `memory`: bytes that the poorest rank can hold, None if not known. Depends on nothing else that
+    ranks could see differently, so all decide alike.
+    """
+    wanted = config.parallel.expert_exchange
+    costs = exchange_costs(config, world_size)
+    budget = None
+    if memory is not None and costs:
+        held = states(count(config.model, config.data.sequence_length), config, world_size).total
+        budget = max(0, int(MEMORY_SHARE * (memory - held)))
+    chosen: dict[str, str] = dict.fromkeys(PARTS, "tokens")
+    because: dict[str, str] = {}
+    for part in PARTS:
+        if part not in costs:
+            continue
+        if getattr(wanted, part) != "auto":
+            chosen[part] = getattr(wanted, part)
+            because[part] = f"{chosen[part]}, as configured"
+            continue
+        chosen[part], because[part] = _cheaper(costs[part], config.parallel.network, budget)
+        if budget is not None and chosen[part] == "weights":
+            budget -= costs[part]["weights"].memory
+    return Decision(ExpertExchangeConfig.model_validate(chosen), because)
+
+
+def _cheaper(costs: dict[str, Cost], network: NetworkConfig, budget: int | None) -> tuple[str, str]:
+    tokens, weights = costs["tokens"], costs["weights"]
+    times = {kind: cost.seconds(network) for kind, cost in costs.items()}
+    compared = (
+        f"tokens {_mib(tokens.num_bytes)} in {tokens.messages} messages, {_ms(times['tokens'])}; "
+        f"weights {_mib(weights.num_bytes)} in {weights.messages}, {_ms(times['weights'])}"
+    )
+    if times["tokens"] <= times["weights"]:
+        return "tokens", f"tokens, which cost less a step: {compared}"
+    if budget is not None and weights.memory > budget:
+        return "tokens", (
+            f"tokens, since weights would need {_mib(weights.memory)} and {_mib(budget)} are left "
+            f"for them: {compared}"
+        )
+    return "weights", f"weights, which cost less a step: {compared}"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"

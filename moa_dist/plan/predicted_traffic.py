@@ -1,0 +1,235 @@
+"""Bytes that the ranks of a job send each other in one optimizer step.
+
+Two parts: what travels for experts, flow by flow as `moa_dist.distributed.traffic` counts it, and
+what ZeRO moves. Both are sums over all ranks of what leaves a rank. What tokens send depends
+on where the router sends them: `expected_rows` says it for a router that chooses evenly and at
+random, padding and drops left out; given the rows that really travelled, bytes are exact.
+
+Shapes: W ranks, P of them in an expert-parallel group, G router groups, E experts in each, K
+chosen.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from math import comb, prod
+from typing import NamedTuple
+
+from torch import nn
+
+from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.moe.dispatch import Level
+from moa_dist.moe.experts import GroupedLinear, shard_starts
+from moa_dist.moe.routed_module import RoutedModule
+from moa_dist.moe.router import Router
+from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
+
+_COUNT_BYTES, _INDEX_BYTES = 8, 4
+"""Of one number in a plan's counts (int64) and in its indices (int32)."""
+MASTER_BYTES = 4
+"""Of an element of ZeRO's masters, and of what optimizers keep for it."""
+ALIGNMENT = 2
+"""Elements to which DeepSpeed's stages 1 and 2 pad a partition."""
+STAGE3_KEPT = 10**9
+"""Elements that stage 3 keeps gathered from forward to backward by default."""
+
+
+class Rows(NamedTuple):
+    """Rows that travel to another rank for one router, one way, by level."""
+
+    token: float
+    """Tokens."""
+    head: float
+    """(token, router group) pairs."""
+    slot: float
+    """Assignments."""
+
+    def of(self, level: Level) -> float:
+        """Rows of a level."""
+        return float(getattr(self, level))
+
+
+def expected_rows(
+    num_tokens: int, *, num_groups: int, num_experts: int, top_k: int, num_ranks: int
+) -> Rows:
+    """Rows of `num_tokens` tokens, spread evenly over `num_ranks` (P) that share the experts.
+
+    A token's K of E experts are random without repetition, so it misses m experts of a rank with
+    probability C(E - m, K) / C(E, K). A row goes once to each rank that it does not miss.
+    """
+    of_a_token = _rows_of_a_token(num_groups, num_experts, top_k, num_ranks)
+    to_others = num_tokens * (num_ranks - 1) / num_ranks
+    return Rows(*(rows * to_others for rows in of_a_token))
+
+
+@cache
+def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: int) -> Rows:
+    """Rows for all ranks, the token's own included."""
+    token = head = slot = 0.0
+    shards = pairwise(shard_starts(num_groups * num_experts, num_ranks))
+    # Ranks differ only by how many experts of each router group they hold.
+    alike = Counter(_held_by_group(first, stop, num_experts) for first, stop in shards)
+    for held, num_alike in alike.items():
+        missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
+        token += num_alike * (1 - prod(missed))
+        head += num_alike * sum(1 - p for p in missed)
+        slot += num_alike * sum(top_k * m / num_experts for m in held)
+    return Rows(token, head, slot)
+
+
+def _held_by_group(first: int, stop: int, num_experts: int) -> tuple[int, ...]:
+    """How many of the flat experts [first, stop) each router group has that has any."""
+    groups = range(first // num_experts, -(-stop // num_experts))
+    return tuple(min(stop, (g + 1) * num_experts) - max(first, g * num_experts) for g in groups)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What bytes depend on besides the model."""
+
+    world_size: int
+    """W."""
+    expert_parallel: int
+    """P, which divides W."""
+    num_micro_batches: int
+    """Per rank and step."""
+    num_repeats: int
+    """Applications of every layer in a forward."""
+    recompute: bool
+    """Forwards run twice."""
+    element_bytes: int
+    """Of activations and weights: 4, 2 in bf16, 8 in fp64."""
+    exchange: ExpertExchangeConfig
+    """What travels; `auto` has been decided."""
+
+    @property
+    def router_weight_bytes(self) -> int:
+        """Of one router weight, which is fp32 or wider."""
+        return max(self.element_bytes, 4)
+
+
+RowsOfRouter = Callable[[str, str], Rows]
+"""(layer, router within it) -> rows of one step: all ranks, micro-batches and repeats, forward."""
+
+
+def expert_traffic(
+    model: nn.Module, layout: Layout, rows_of: RowsOfRouter
+) -> dict[TrafficKey, TrafficVolume]:
+    """What travels for the experts of `model` (on any device, unsharded), forward and backward."""
+    if layout.expert_parallel == 1:
+        return {}
+    traffic: dict[TrafficKey, TrafficVolume] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedModule):
+            if getattr(layout.exchange, name.rpartition(".")[2]) == "weights":
+                traffic |= _weights(name, module, layout)
+            else:
+                traffic |= _tokens(name, module, layout, rows_of)
+    return traffic
+
+
+def _weights(layer: str, module: RoutedModule, layout: Layout) -> dict[TrafficKey, TrafficVolume]:
+    """Once per forward and once per backward, whatever the repeats and recomputation."""
+    messages, num_bytes = 0, 0
+    for child in module.children():
+        if isinstance(child, GroupedLinear):
+            shard = -(-child.num_experts // layout.expert_parallel) * child.macs_per_row()
+            messages += 1
+            num_bytes += (layout.expert_parallel - 1) * shard * layout.element_bytes
+    factor = layout.world_size * layout.num_micro_batches
+    volume = TrafficVolume(factor * messages, factor * num_bytes)
+    return {TrafficKey(layer, "gather", backward): volume for backward in (False, True)}
+
+
+def _tokens(
+    layer: str, module: RoutedModule, layout: Layout, rows_of: RowsOfRouter
+) -> dict[TrafficKey, TrafficVolume]:
+    forwards = 2 if layout.recompute else 1
+    calls = layout.world_size * layout.num_micro_batches * layout.num_repeats
+    traffic: dict[TrafficKey, TrafficVolume] = {}
+
+    def add(key: TrafficKey, times: int, num_bytes: float) -> None:
+        more = TrafficVolume(calls * times, round(num_bytes * times))
+        traffic[key] = traffic[key].plus(more) if key in traffic else more
+
+    routed_projections = module.routed_projections()
+    for name in dict.fromkeys(use.router for use in routed_projections):
+        router = module.get_submodule(name)
+        assert isinstance(router, Router)
+        rows = rows_of(layer, name)
+        # Per assignment the expert and its row at each level that travels; see moe/exchange.py.
+        num_numbers = 3 if router.num_groups > 1 else 2
+        forward, backward = (TrafficKey(layer, "plan", direction) for direction in (False, True))
+        add(forward, forwards, calls * (layout.expert_parallel - 1) * num_numbers * _COUNT_BYTES)
+        add(forward, forwards, rows.slot * num_numbers * _INDEX_BYTES)
+        add(forward, forwards, rows.slot * layout.router_weight_bytes)
+        if any(use.weighted for use in routed_projections if use.router == name):
+            add(backward, 1, rows.slot * layout.router_weight_bytes)
+    for use in routed_projections:
+        rows = rows_of(layer, use.router)
+        there = rows.of(use.read) * use.d_in * layout.element_bytes
+        back = rows.of(use.write) * use.d_out * layout.element_bytes
+        add(TrafficKey(layer, "dispatch", False), forwards, there)
+        add(TrafficKey(layer, "dispatch", True), 1, there)
+        add(TrafficKey(layer, "combine", False), forwards, back)
+        add(TrafficKey(layer, "combine", True), 1, back)
+    return traffic
+
+
+class StateTraffic(NamedTuple):
+    """Bytes that gradients and parameters cost in a step, all ranks together."""
+
+    gradients: int
+    """Reduced over the ranks that hold the same parameter."""
+    parameters: int
+    """Updated parts given to the ranks that compute with them."""
+
+
+def state_traffic(
+    dense: Sequence[int],
+    experts: Sequence[int],
+    layout: Layout,
+    zero_stage: int,
+    sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
+) -> StateTraffic:
+    """What ZeRO moves, as deepspeed 0.19 does it.
+
+    `dense` and `experts`: elements of each parameter on one rank, experts sharded. Stages 1 and 2
+    all-reduce gradients and gather parameters, stage 1 once a step, stage 2 once per micro-batch.
+    Stage 3 scatters gradients per micro-batch. It gathers small parameters once a step, others
+    once per micro-batch as long as all of them fit in what it keeps, else at each use, forward
+    and backward, all repeats; its first step, in which it learns the order of modules, costs more.
+    """
+    world_size, copies = layout.world_size, layout.world_size // layout.expert_parallel
+    reductions = 1 if zero_stage < 2 else layout.num_micro_batches
+    # Gradients are reduced in the type of the masters: fp32 but at stage 0.
+    gradient_bytes = MASTER_BYTES if zero_stage else layout.element_bytes
+    gradients = parameters = 0
+    for numels, num_ranks in ((dense, world_size), (experts, copies)):
+        if num_ranks == 1 or not numels:
+            continue
+        # What leaves the ranks of all groups when each gets the parts that it lacks.
+        factor = (num_ranks - 1) * (world_size // num_ranks)
+        if zero_stage < 3:
+            gradients += 2 * factor * sum(numels) * gradient_bytes * reductions
+            if zero_stage:
+                whole = round_up(sum(numels), ALIGNMENT * num_ranks)
+                parameters += factor * whole * layout.element_bytes
+        else:
+            whole = sum(round_up(size, num_ranks) for size in numels)
+            gradients += factor * whole * gradient_bytes * reductions
+            small = sum(round_up(n, num_ranks) for n in numels if n <= sizes.persistent)
+            passes = 1 if sum(dense) + sum(experts) <= STAGE3_KEPT else 2 * layout.num_repeats
+            gathered = small + (whole - small) * passes * layout.num_micro_batches
+            parameters += factor * gathered * layout.element_bytes
+    return StateTraffic(gradients, parameters)
+
+
+def round_up(number: int, step: int) -> int:
+    """The multiple of `step` that is not below `number`."""
+    return -(-number // step) * step

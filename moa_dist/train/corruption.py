@@ -1,0 +1,85 @@
+"""Which shards are damaged: all are read once before training, each rank a share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moa_dist.config.run import DataConfig
+from moa_dist.data.check import SKIP_REMEDY
+from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
+from moa_dist.data.pairs import read_pairs
+from moa_dist.data.shards import read_shard
+from moa_dist.errors import DataError
+
+_SHARDS_PER_ROUND = 16
+"""Read by each rank between two exchanges: a rank on slow storage stays within the time limit."""
+_MOST_NAMED = 5
+
+
+def find_corrupt_shards(
+    data: DataConfig, train: AnyManifest, valid: AnyManifest | None
+) -> dict[int, str]:
+    """Training shards to leave out: their indices and what is wrong. Collective.
+
+    Rank r reads shards r, r + W, ... of folders that all ranks share; a shard that one rank
+    finds damaged is damaged for all, so every rank gets the same result.
+
+    Args:
+        data: the run's data section; without `verify: checksums` nothing is read or left out, nor
+            of pairs to train on, which every rank reads and checks in full when it begins.
+        train: manifest of the training data.
+        valid: manifest of the validation data.
+
+    Raises:
+        DataError: a shard is damaged that may not be left out, or no training shard is whole.
+    """
+    if data.verify == "sizes":
+        return {}
+    if isinstance(train, PairManifest):
+        if isinstance(valid, PairManifest) and data.valid:
+            read_pairs(Path(data.valid), valid)
+        return {}
+    damaged = _damaged_shards(Path(data.train), train)
+    problems = []
+    if damaged and data.on_damage == "stop":
+        problems = [*summary(damaged), SKIP_REMEDY]
+    elif len(damaged) == len(train.shards):
+        problems = [*summary(damaged), f"{data.train}: no shard is whole; copy the folder again"]
+    if isinstance(valid, Manifest) and data.valid:
+        problems += summary(_damaged_shards(Path(data.valid), valid))
+    if problems:
+        raise DataError("\n".join(problems))
+    return damaged
+
+
+def summary(damaged: dict[int, str]) -> Iterator[str]:
+    """What is wrong with the first few shards, and how many more there are."""
+    for _, problem in zip(range(_MOST_NAMED), damaged.values(), strict=False):
+        yield problem
+    if len(damaged) > _MOST_NAMED:
+        yield f"and {len(damaged) - _MOST_NAMED} more shards are damaged"
+
+
+def _damaged_shards(folder: Path, manifest: Manifest) -> dict[int, str]:
+    """What is wrong with which shard, by ascending index. Collective."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found: dict[int, str] = {}
+    for first in range(0, len(manifest.shards), _SHARDS_PER_ROUND * world_size):
+        stop = min(first + _SHARDS_PER_ROUND * world_size, len(manifest.shards))
+        mine = dict(_problems(folder, manifest, range(first + rank, stop, world_size)))
+        gathered: list[dict[int, str]] = [{}] * world_size
+        dist.all_gather_object(gathered, mine)
+        for part in gathered:
+            found |= part
+    return dict(sorted(found.items()))
+
+
+def _problems(folder: Path, manifest: Manifest, shards: range) -> Iterator[tuple[int, str]]:
+    for shard in shards:
+        try:
+            read_shard(folder, manifest, shard)
+        except DataError as error:
+            yield shard, str(error)

@@ -1,0 +1,112 @@
+"""What all ranks tell each other between two steps, in one collective each time."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from moa_dist.distributed.collectives import sum_over_ranks
+from moa_dist.distributed.comm_timer import CommTimer
+from moa_dist.distributed.mesh import Mesh
+from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.objective import Batch
+from moa_dist.models.stack import RouterCall
+from moa_dist.moe.statistics import RoutingReport
+from moa_dist.train.step_timer import StepInterval
+
+_DIGEST_BITS = 40
+"""Leaves room in 64 bits for a sum over 2^22 ranks."""
+
+
+@dataclass(frozen=True)
+class StepSync:
+    """Equal on every rank."""
+
+    stop: bool
+    """A rank was asked to stop."""
+    digest: str
+    """Of the token ids of the step's global batch, whatever the layout; 10 hexadecimal digits."""
+
+
+def sync_step(
+    stop: bool, batches: Sequence[Batch], device: torch.device, comm_timer: CommTimer
+) -> StepSync:
+    """Collective: whether any rank wants to stop, and what all of them have read.
+
+    The digest is a sum over sequences, for ranks and micro-batches divide them differently.
+    """
+    digest = sum(_digest(texts) for batch in batches for texts in _texts(batch))
+    both = torch.tensor([int(stop), digest % 2**_DIGEST_BITS], dtype=torch.int64, device=device)
+    with comm_timer.begin("agreement between steps"):
+        dist.all_reduce(both)
+    wishes, total = both.tolist()
+    return StepSync(stop=wishes > 0, digest=f"{total % 2**_DIGEST_BITS:010x}")
+
+
+def _texts(batch: Batch) -> Iterator[list[torch.Tensor]]:
+    """All that belongs to each sequence, without padding."""
+    for row in range(batch.num_sequences):
+        one = batch.rows(slice(row, row + 1))
+        tokens = one.tokens if one.token_mask is None else one.tokens[one.token_mask]
+        texts = [tokens, one.targets]
+        if one.source is not None:
+            texts.append(one.source if one.source_mask is None else one.source[one.source_mask])
+        yield [text for text in texts if text is not None]
+
+
+def _digest(texts: list[torch.Tensor]) -> int:
+    data = b"".join(text.numpy().tobytes() for text in texts)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=_DIGEST_BITS // 8).digest(), "little")
+
+
+def names_of_hosts() -> list[str]:
+    """Of all ranks, in their order. Collective, once per run."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts
+
+
+class Interval(NamedTuple):
+    """What all ranks did since the last report; equal on every rank."""
+
+    routing: dict[RouterCall, RoutingReport]
+    """Summed, on the CPU."""
+    traffic: dict[TrafficKey, TrafficVolume]
+    """Summed."""
+    work: list[float]
+    """By rank, seconds per step without waiting for others."""
+    wait: list[float]
+    """By rank, seconds per step of waiting."""
+
+
+def gather_interval(
+    routing: dict[RouterCall, RoutingReport],
+    traffic: dict[TrafficKey, TrafficVolume],
+    lap: StepInterval,
+    mesh: Mesh,
+    device: torch.device,
+) -> Interval:
+    """Collective: sums of this rank's counts with those of all others, and every rank's times."""
+    times = torch.zeros(mesh.world_size, 2, dtype=torch.float64, device=device)
+    own = torch.tensor([lap.seconds - lap.waited, lap.waited], dtype=torch.float64)
+    times[mesh.rank] = own / lap.steps
+    volumes = torch.tensor([*traffic.values()], dtype=torch.int64, device=device)
+    parts = [part for value in routing.values() for part in value]
+    summed = (
+        part.cpu() for part in sum_over_ranks([times, volumes, *parts], mesh.comm_timer, "a report")
+    )
+    work, wait = next(summed).T.tolist()
+    totals = next(summed).tolist()
+    return Interval(
+        routing={s: RoutingReport(*islice(summed, len(value))) for s, value in routing.items()},
+        traffic={key: TrafficVolume(*v) for key, v in zip(traffic, totals, strict=True)},
+        work=work,
+        wait=wait,
+    )

@@ -1,0 +1,152 @@
+"""One step at full size before a run: what it needs and takes here, beside what was planned.
+
+Everything is built as for training and nothing is written. With a world size, one process plays
+rank 0 of a larger job: it holds that rank's share of experts and of ZeRO's states and computes its
+micro-batches, while the other ranks are mirror images (`moa_dist.distributed.mirror`). Memory is
+that of the real job; time is too, but for communication, which mirror images do not take.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from moa_dist.config.run import Config
+from moa_dist.data.batches import training_batches
+from moa_dist.data.check import check_data
+from moa_dist.distributed.device import enable_determinism, min_device_memory, should_overlap
+from moa_dist.distributed.mesh import make_mesh
+from moa_dist.distributed.mirror import mirrored_job
+from moa_dist.distributed.start import DistContext, init_distributed
+from moa_dist.errors import BadStepError, ConfigError
+from moa_dist.models.objective import Batch
+from moa_dist.plan.exchange_choice import decide_exchange, layout_of, meta_model
+from moa_dist.plan.memory import Budget, Device, budget, sizes_of
+from moa_dist.train.build import build_engine
+from moa_dist.train.engine import Engine
+from moa_dist.train.optimizer import learning_rate
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank saw."""
+
+    world_size: int
+    """Of the job, mirror images included."""
+    mirrored: bool
+    """The others were mirror images."""
+    device: Device
+    """What it ran on."""
+    sequences: int
+    """Of this rank in the step."""
+    tokens: int
+    """Targets of all ranks."""
+    loss: float
+    """Of the step."""
+    seconds: float
+    """That it took, the second one: the first pays for what happens once."""
+    peak: int
+    """Bytes at most: of tensors on a GPU; on a CPU what the process grew by."""
+    reserved: int
+    """Bytes that the GPU's allocator took for them; 0 on a CPU."""
+    planned: Budget
+    """What `moa_dist.plan` says."""
+    exchange: dict[str, str]
+    """What travels, and why."""
+
+
+def dry_run(config: Config, world_size: int | None) -> DryRun:
+    """Build all of a run and take one step; `config` must fit the ranks.
+
+    Collective over a job's ranks, each of which gets its own result; with `world_size`, to be
+    called by a process that was started alone.
+    """
+    before = psutil.Process().memory_info().rss
+    with _job(world_size) as context:
+        manifest, _ = check_data(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            world_size=context.world_size,
+            objective=config.model.objective,
+        )
+        if config.train.deterministic:
+            enable_determinism()
+        mesh = make_mesh(config.parallel.expert_parallel)
+        decision = decide_exchange(config, mesh.world_size, min_device_memory(context.device))
+        device: Device = "cuda" if context.device.type == "cuda" else "cpu"
+        backend = "nccl" if device == "cuda" else "gloo"  # that of the job that is tried
+        overlap = should_overlap(config.parallel.overlap, backend)
+        engine = build_engine(config, mesh, context.device, decision.exchange, overlap=overlap)
+        layout = layout_of(config, mesh.world_size, decision.exchange)
+        micro_batches = training_batches(
+            config, manifest, rank=mesh.rank, world_size=mesh.world_size, consumed=0
+        )
+        batches = list(islice(micro_batches, layout.num_micro_batches))
+        lr = learning_rate(1, config.optimizer.lr, config.schedule, config.train.steps)
+        _all_but_update(engine, batches, lr)
+        _wait_for(context)
+        started = time.monotonic()
+        result = engine.step(batches, lr)
+        _wait_for(context)
+        seconds = time.monotonic() - started
+        on_gpu, whole = device == "cuda", meta_model(config)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else _most_resident() - before
+        engine.close()
+        return DryRun(
+            world_size=mesh.world_size,
+            mirrored=world_size is not None,
+            device=device,
+            sequences=len(batches) * config.train.micro_batch,
+            tokens=result.tokens,
+            loss=result.loss,
+            seconds=seconds,
+            peak=peak,
+            reserved=torch.cuda.max_memory_reserved() if on_gpu else 0,
+            planned=budget(whole, sizes_of(whole, mesh.expert_parallel), config, layout, device),
+            exchange=decision.because,
+        )
+
+
+def _job(world_size: int | None) -> AbstractContextManager[DistContext]:
+    if world_size is None:
+        return init_distributed()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            [
+                "--world-size lets one process play a rank of a larger job, but several were "
+                "started: start one with `python`, or leave it out to try the ranks that there are"
+            ]
+        )
+    return mirrored_job(0, world_size)
+
+
+def _all_but_update(engine: Engine, batches: list[Batch], lr: float) -> None:
+    """A step that is refused: parameters stay, for mirror images would return others."""
+    logging.disable(logging.WARNING)  # DeepSpeed's, that the step is refused
+    try:
+        engine.step(batches, lr, loss_limit=-math.inf)
+    except BadStepError:  # a loss that is not finite is found again by the next
+        return
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _wait_for(context: DistContext) -> None:
+    """Until all that was asked of the device is done, on every rank."""
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+    dist.barrier()
+
+
+def _most_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,163 @@
+"""One optimizer step on one process, in plain torch: what every layout must reproduce.
+
+Shares nothing with the engine but the model: no DeepSpeed, no ranks, no micro-batches, fp64.
+Shapes: T real tokens of the whole batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, build_model
+from moa_dist.models.objective import Batch
+from moa_dist.models.stack import RouterCall
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whole-model values of one step, on the CPU."""
+
+    initial: dict[str, Tensor]
+    """Parameters, and selection biases if any, before the step, by name in model order."""
+    logits: Tensor
+    """[T, V] of the real tokens, before the step."""
+    loss: float
+    """Mean cross-entropy per target."""
+    aux_losses: dict[str, float]
+    """Auxiliary losses by name."""
+    load: dict[RouterCall, Tensor]
+    """[G, E] int64 by router application: assignments before dropping."""
+    dropped: dict[RouterCall, Tensor]
+    """[G, E] int64: assignments dropped."""
+    grad_norms: tuple[float, ...]
+    """Norm before clipping, as each rank has it."""
+    parameters: dict[str, Tensor]
+    """After the step."""
+    logits_after: Tensor
+    """[T, V], of the updated model."""
+
+
+def initial_model(config: Config) -> LanguageModel:
+    """The whole model with the run's initial weights, in fp64."""
+    return build_model(config.model, seed=config.train.seed).double()
+
+
+def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: float) -> Outcome:
+    """The step over the whole batch at once, by parts only where balance is to be by parts."""
+    model = initial_model(config)
+    initial = _state(model)
+    token_mask, labels = input_mask(batch), batch.labels()
+    size = config.train.micro_batch if _balanced_by_parts(config) else batch.num_sequences
+    parts = [
+        batch.rows(slice(first, first + size)) for first in range(0, batch.num_sequences, size)
+    ]
+    outputs = [model(*part.inputs()) for part in parts]
+    logits = torch.cat([output.logits for output in outputs])
+    aux_losses = {
+        name: torch.stack([output.aux_losses[name] for output in outputs]).mean()
+        for name in outputs[0].aux_losses
+    }
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), label_smoothing=config.train.label_smoothing
+    )
+    torch.stack([loss, *aux_losses.values()]).sum().backward()
+    load, dropped = (_over_parts(outputs, count) for count in ("load", "dropped"))
+
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
+    if optimizer.clip_norm is not None:
+        for gradient in gradients:
+            gradient *= min(1.0, optimizer.clip_norm / (norm + 1e-6))
+    _plain_optimizer(model, optimizer, lr).step()
+    _move_biases(model, load)
+    with torch.no_grad():
+        after = model(*batch.inputs()).logits[token_mask]
+    return Outcome(
+        initial=initial,
+        logits=logits.detach()[token_mask],
+        loss=loss.item(),
+        aux_losses={name: value.item() for name, value in aux_losses.items()},
+        load=load,
+        dropped=dropped,
+        grad_norms=(norm,),
+        parameters=_state(model),
+        logits_after=after,
+    )
+
+
+def input_mask(batch: Batch) -> Tensor:
+    """[B, S] bool: which tokens that the model reads are real."""
+    tokens, token_mask, *_ = batch.inputs()
+    assert tokens is not None
+    return torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
+
+
+def _over_parts(outputs: list[LanguageModelOutput], count: str) -> dict[RouterCall, Tensor]:
+    """[G, E] by router application."""
+    by_part = [{s: getattr(v, count).sum(0) for s, v in o.statistics.items()} for o in outputs]
+    return {call: torch.stack([part[call] for part in by_part]).sum(0) for call in by_part[0]}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _balanced_by_parts(config: Config) -> bool:
+    """Whether some auxiliary loss depends on the micro-batch, as its documentation says."""
+    parts = (config.model.attention, config.model.ffn)
+    return any(p.kind != "dense" and p.router.balance.scope == "micro_batch" for p in parts)
+
+
+def _move_biases(model: LanguageModel, load: dict[RouterCall, Tensor]) -> None:
+    for key, router in model.routers().items():
+        if router.bias is not None:
+            repeats = [value for call, value in load.items() if call.key == key]
+            router.bias.update(torch.stack(repeats).sum(0))
+
+
+def _plain_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    parameters, decay = model.parameters(), config.weight_decay
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay
+    )
+
+
+def is_clear_of_rounding(
+    config: Config, batch: Batch, parameters: dict[str, Tensor], seed: int
+) -> bool:
+    """Whether routing stays the same if `parameters` change by what fp32 cannot tell apart.
+
+    Choosing experts is discontinuous: with two scores that equal to rounding, each layout may
+    choose differently, and rightly so.
+    """
+    model = initial_model(config)
+    before = _routing(model, parameters, batch)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        disturbed = {
+            name: value * (1 + 1e-6 * torch.randn(value.shape, generator=generator))
+            for name, value in parameters.items()
+        }
+        after = _routing(model, disturbed, batch)
+        for call, ours in before.items():
+            theirs = after[call]
+            if not ours.load.equal(theirs.load) or not ours.dropped.equal(theirs.dropped):
+                return False
+    return True
+
+
+@torch.no_grad()
+def _routing(
+    model: nn.Module, parameters: dict[str, Tensor], batch: Batch
+) -> dict[RouterCall, RoutingStatistics]:
+    output: LanguageModelOutput = functional_call(model, parameters, batch.inputs())
+    return output.statistics

@@ -1,0 +1,50 @@
+"""Triton's kernels, run by its interpreter on the CPU, against the CPU's own.
+
+fp16 stands for all narrow types: the interpreter multiplies bf16 as if it were integers.
+"""
+
+import pytest
+import torch
+
+from moa_dist.kernels import cpu_blocked, triton_fused
+from moa_dist.kernels.saved import weights_results
+from tests.kernels.uses import USES, inputs
+
+COUNTS = {
+    "more than a tile": [70, 1, 0, 5],
+    "empty experts": [0, 9, 0],
+    "no rows": [0, 0],
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3)], ids=str
+)
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_equals_the_kernel_of_the_cpu(use, counts, dtype, tolerance):
+    experts, x, row_map, _ = inputs(use, counts, dtype)
+    x, weight, down, *ups = (
+        None if t is None else t.detach() for t in (x, row_map.weight, experts.down, *experts.ups)
+    )
+    rows = (row_map.read, row_map.write, row_map.counts)
+
+    def both_passes(kernel):
+        y, kept, products = kernel.forward(
+            x, weight, down, ups, *rows, row_map.num_output_rows, experts.activation
+        )
+        upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype)
+        taken = sum(counts)
+        gradients = kernel.backward(
+            upstream, x, weight, down, ups, *rows, kept, products, experts.activation
+        )
+        *most, grad_ups = gradients
+        return [y, kept[:taken], *(p[:taken] for p in products), *most, *grad_ups]
+
+    ours, theirs = both_passes(triton_fused), both_passes(cpu_blocked)
+    assert len(ours) == len(theirs) == 5 + 2 * len(ups)
+    assert ours[1].numel() == 0 or weights_results(weight, down)
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mine.dtype == right.dtype
+        scale = right.abs().max().item() if right.numel() else 0
+        torch.testing.assert_close(mine, right, rtol=0, atol=tolerance * max(scale, 1e-6))
