@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config import find_layout_problems, load_config
-from moa_dist.config.model import Section
+from moa_dist.config.section import Section
 from moa_dist.config.schema import describe, walk
 from moa_dist.models.counts import count
 
