@@ -29,7 +29,6 @@ def shrunk(size: int, at_least: int, modulus: int = _ALIGNMENT) -> int:
     return min(size, at_least + (size - at_least) % modulus)
 
 
-
 class RopeConfig(Section):
     """Rotary position embedding, rotate-half pairing."""
 
@@ -328,11 +327,11 @@ class ModelConfig(Section):
     ffn: SerializeAsAny[FFNConfig]
     """Feed-forward part of every layer."""
 
-    def parts(self) -> dict[Part, PartConfig]:
+    def parts(self) -> dict[str, PartConfig]:
         """Both parts of a layer, experts or not."""
         return {"attention": self.attention, "ffn": self.ffn}
 
-    def routed_parts(self) -> dict[Part, PartConfig]:
+    def routed_parts(self) -> dict[str, PartConfig]:
         """The parts of a layer that have experts."""
         return {name: part for name, part in self.parts().items() if part.routers}
 

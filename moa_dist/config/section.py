@@ -24,8 +24,8 @@ class Section(BaseModel):
 class Kind(Section):
     """A section that its `kind` chooses among the kinds of one family.
 
-    A family, such as all kinds of attention, is a subclass with its own `kinds`; a subclass of it is
-    listed there once it is defined. Fields are declared as `SerializeAsAny[Family]`.
+    A family, such as all kinds of attention, is a subclass with its own `kinds`; a subclass of it
+    is listed there once it is defined. Fields are declared as `SerializeAsAny[Family]`.
     """
 
     kind: str

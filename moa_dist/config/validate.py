@@ -15,10 +15,10 @@ from pydantic_core import PydanticUndefined
 
 from moa_dist.config import schema
 from moa_dist.config.checks import check_fields
-from moa_dist.config.section import Kind, Section
 from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
 from moa_dist.config.schema import closest
+from moa_dist.config.section import Kind, Section
 
 AnySection = TypeVar("AnySection", bound=Section)
 
