@@ -12,8 +12,10 @@ import torch
 import moa_dist
 from moa_dist.cli.main import main
 from moa_dist.config import to_yaml
+from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
+from moa_dist.transfer.upcycle import problems_of
 from tests.evaluate.runs import one_thread, prepare_text
 from tests.kinds.case import (
     D_FF,
@@ -108,3 +110,15 @@ def test_with_a_cache_it_generates_the_same():
     first = model(tokens[:, :6], cache=model.empty_cache())
     rest = model(tokens[:, 6:], cache=first.cache)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole)
+
+
+def test_it_is_not_made_of_a_dense_part():
+    model = config_of().model
+    dense = ModelConfig.model_validate(
+        model.model_dump()
+        | {
+            "attention": {"kind": "dense", "num_heads": HEADS, "d_head": D_HEAD},
+            "ffn": {"kind": "dense", "d_ff": D_FF},
+        }
+    )
+    assert len(list(problems_of(dense, model))) == 2
