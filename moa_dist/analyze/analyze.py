@@ -18,7 +18,6 @@ from moa_dist.analyze.heads import HeadSums
 from moa_dist.analyze.measures import Counts, entropy, mutual_information, pointwise_information
 from moa_dist.analyze.results import HeadResult, LayerHeads, RouterResult, TokenOfExpert
 from moa_dist.analyze.selections import Selections
-from moa_dist.config.model import MoAConfig, ModelConfig
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import LayerCall, RouterKey
@@ -45,6 +44,8 @@ class Observations:
     are applied."""
     num_encoder_layers: int
     """Distinct layers that are applied to a source; they come first."""
+    source_routers: frozenset[RouterKey]
+    """Routers of a decoder's attention to the source that route the tokens of the source."""
 
     def add(self, texts: dict[Text, Tokens], traces: dict[LayerCall, BlockTrace]) -> None:
         """Count a batch, and what the model decided."""
@@ -58,7 +59,7 @@ class Observations:
                 torch.arange(token_mask.shape[1], device=token_mask.device) > 0
             )
             trace = traces[layer_call]
-            heads.add(trace.heads[name], trace.routing.get(f"{name}.query"), beyond_first)
+            heads.add(trace.heads[name], beyond_first)
         for (layer, name), chosen in self.routers.items():
             tokens, token_mask = texts[self.text_of_router((layer, name))]
             repeats = range(len(chosen.load_RE))
@@ -71,8 +72,8 @@ class Observations:
 
     def text_of_router(self, router: RouterKey) -> Text:
         """Whose tokens choose: a decoder's values are those of the source."""
-        layer, name = router
-        return "source" if name == "attention.cross.value" else self.text_of_layer(layer)
+        layer, _ = router
+        return "source" if router in self.source_routers else self.text_of_layer(layer)
 
 
 @torch.no_grad()
@@ -111,21 +112,21 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             for key, router in model.routers().items()
         },
         {
-            ((stack.first_layer + number, repeat), name): HeadSums(_num_heads(model.config), device)
+            ((stack.first_layer + number, repeat), name): HeadSums(attention.num_heads, device)
             for stack in stacks
             for repeat in repeats
-            for number, layer in enumerate(stack.layers)
-            for name in (["attention"] if layer.cross is None else ["attention", "attention.cross"])
+            for number, layer in enumerate(stack.blocks())
+            for name, attention in layer.attentions().items()
         },
         num_encoder_layers=model.stack.first_layer,
+        source_routers=frozenset(
+            (model.stack.first_layer + number, f"{name}.{router}")
+            for number, layer in enumerate(model.stack.blocks())
+            for name, attention in layer.attentions().items()
+            for router in attention.key_routers
+            if name != "attention"
+        ),
     )
-
-
-def _num_heads(config: ModelConfig) -> int:
-    attention = config.attention
-    if isinstance(attention, MoAConfig):
-        return attention.router.num_experts * attention.heads_per_expert
-    return attention.num_heads
 
 
 def router_results(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moa_dist.models.trace import HeadSummary
-from moa_dist.moe.router import Routing
+from moa_dist.models.trace import HeadSummary, HeadTrace
 
 NUM_MEASURES = len(HeadSummary._fields)
 
@@ -17,8 +16,7 @@ NUM_MEASURES = len(HeadSummary._fields)
 class HeadSums:
     """Sums over the queries of every head of an attention, in one application of its layer.
 
-    A head of MoA belongs to an expert, and its queries are those of the tokens that chose it:
-    head `expert * heads_per_expert + i`.
+    Where a token uses only some of the heads, as in MoA, a head counts the tokens that use it.
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
@@ -26,24 +24,18 @@ class HeadSums:
         self.queries_H = torch.zeros(num_heads, dtype=torch.int64, device=device)
         """Queries that the sums run over."""
 
-    def add(self, heads: HeadSummary, experts: Routing | None, counted: Tensor) -> None:
-        """Count a batch; `experts` are those of MoA's queries.
+    def add(self, heads: HeadTrace, counted: Tensor) -> None:
+        """Count a batch.
 
-        `counted` [B, S] bool leaves out padding and the first tokens. Queries that an expert's
-        capacity dropped are zero, look nowhere, and do not count.
+        `counted` [B, S] bool leaves out padding and the first tokens. Queries that were dropped
+        for lack of capacity are zero, look nowhere, and do not count.
         """
-        values_BSHM = torch.stack(heads, dim=-1).transpose(1, 2)
-        B, S, slots, _ = values_BSHM.shape
-        head = torch.arange(slots, device=counted.device).expand(B, S, -1)
-        counted = counted[..., None].expand(B, S, slots)
-        if experts is not None:
-            ids_BSK = experts.topk_ids.view(B, S, -1)
-            heads_per_expert = slots // ids_BSK.shape[2]
-            inner = torch.arange(heads_per_expert, device=counted.device)
-            head = (ids_BSK[..., None] * heads_per_expert + inner).flatten(2)
-            if experts.keep_mask is not None:
-                keep_BSK = experts.keep_mask.view(ids_BSK.shape)
-                counted = counted & keep_BSK.repeat_interleave(heads_per_expert, -1)
+        values_BSHM = torch.stack(heads.summary, dim=-1).transpose(1, 2)
+        B, S, H, _ = values_BSHM.shape
+        head = heads.head_ids
+        if head is None:
+            head = torch.arange(H, device=counted.device).expand(B, S, -1)
+        counted = counted[..., None] & (head >= 0)
         head = head[counted]
         self.sums_HM.index_add_(0, head, values_BSHM[counted].double())
         self.queries_H += head.bincount(minlength=len(self.queries_H))

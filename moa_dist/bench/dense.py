@@ -6,13 +6,14 @@ Equal work leaves routers out, so that what they cost shows.
 from __future__ import annotations
 
 from moa_dist.config.model import (
+    AttentionConfig,
     DenseAttentionConfig,
     DenseFFNConfig,
+    FFNConfig,
     ModelConfig,
-    MoEFFNConfig,
 )
-from moa_dist.models.block import make_attention
 from moa_dist.models.counts import count
+from moa_dist.models.kinds import make_attention, make_feed_forward
 
 _D_HEAD = 64
 
@@ -27,8 +28,8 @@ def equal_work(model: ModelConfig, length: int) -> ModelConfig:
     )
 
 
-def _attention_of_equal_work(model: ModelConfig, length: int) -> DenseAttentionConfig:
-    if isinstance(model.attention, DenseAttentionConfig):
+def _attention_of_equal_work(model: ModelConfig, length: int) -> AttentionConfig:
+    if not model.attention.routers:
         return model.attention
     macs = make_attention(model.attention, model.d_model, 1.0).macs(length)
     work = sum(macs.values()) - macs["routers"]
@@ -39,13 +40,16 @@ def _attention_of_equal_work(model: ModelConfig, length: int) -> DenseAttentionC
     )
 
 
-def _ffn_of_equal_work(model: ModelConfig) -> DenseFFNConfig:
-    if not isinstance(model.ffn, MoEFFNConfig):
-        return model.ffn
+def _ffn_of_equal_work(model: ModelConfig) -> FFNConfig:
+    ffn = model.ffn
+    if not ffn.routers:
+        return ffn
+    macs = make_feed_forward(ffn, model.d_model, 1.0).macs(1)
+    num_matrices = 3 if ffn.gated else 2
     return DenseFFNConfig(
-        d_ff=model.ffn.router.top_k * model.ffn.d_expert,
-        activation=model.ffn.activation,
-        gated=model.ffn.gated,
+        d_ff=(sum(macs.values()) - macs["routers"]) // (num_matrices * model.d_model),
+        activation=ffn.activation,
+        gated=ffn.gated,
     )
 
 

@@ -13,12 +13,12 @@ from moa_dist.bench.dense import equal_work
 from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import together
-from moa_dist.config.model import DenseAttentionConfig, FFNConfig, MoEFFNConfig
+from moa_dist.config.model import FFNConfig, MoEFFNConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.device import should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.attention import AttentionMask
-from moa_dist.models.block import make_attention, make_feed_forward
+from moa_dist.models.kinds import make_attention, make_feed_forward
 from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.build import build_engine
@@ -40,7 +40,7 @@ def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
         return []
     dense = equal_work(model, setting.config.data.sequence_length)
     tables = []
-    if not isinstance(model.attention, DenseAttentionConfig):
+    if model.attention.routers:
         make = partial(make_attention, d_model=model.d_model, init_scale=1.0)
         modules: dict[str, nn.Module] = {
             "dense, equal work": make(dense.attention),

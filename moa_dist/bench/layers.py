@@ -13,11 +13,11 @@ from moa_dist.bench.dense import equal_work
 from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.recorder import Recorded, RecordingDispatcher
 from moa_dist.bench.setting import Setting, balance, gradients
-from moa_dist.config.model import DenseAttentionConfig, DenseFFNConfig
 from moa_dist.kernels.grouped import add_up, gather, grouped_experts, multiply
 from moa_dist.kernels.routed_experts import kernel_for, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
-from moa_dist.models.block import Block, make_attention, make_feed_forward
+from moa_dist.models.block import Block
+from moa_dist.models.kinds import make_attention, make_feed_forward
 from moa_dist.moe.dispatch import LocalTokenDispatcher
 from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
@@ -34,7 +34,7 @@ def layers(setting: Setting) -> list[Table]:
     dense = equal_work(model, setting.config.data.sequence_length)
     learned = {} if setting.run is None else _learned(setting, setting.run)
     tables = []
-    if not isinstance(model.attention, DenseAttentionConfig):
+    if model.attention.routers:
         attention = partial(make_attention, d_model=model.d_model, init_scale=1.0)
         tables += _layer(
             "attention",
@@ -44,7 +44,7 @@ def layers(setting: Setting) -> list[Table]:
             attention(dense.attention),
             learned.get("attention"),
         )
-    if not isinstance(model.ffn, DenseFFNConfig):
+    if model.ffn.routers:
         ffn = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
         tables += _layer(
             "ffn",

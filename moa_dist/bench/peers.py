@@ -18,7 +18,7 @@ from moa_dist.bench.measure import Table, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
 from moa_dist.distributed.start import init_distributed
-from moa_dist.models.block import make_feed_forward
+from moa_dist.models.kinds import make_feed_forward
 
 
 def peers(setting: Setting) -> list[Table]:

@@ -119,7 +119,7 @@ def _measure(names: Sequence[str], setting: Setting, context: DistContext) -> It
 
 def _expert_parallel(config: Config, world_size: int) -> int:
     """As configured as far as the ranks allow; all ranks where experts are not to be spread."""
-    has_experts = any(part.kind != "dense" for part in (config.model.attention, config.model.ffn))
+    has_experts = bool(config.model.routed_parts())
     spread = gcd(config.parallel.expert_parallel, world_size)
     return world_size if spread == 1 and has_experts else spread
 

@@ -125,8 +125,7 @@ def _line(check: Check) -> str:
 def _limits(config: Config) -> list[str]:
     """What the comparison did not see, in words."""
     model, lines = config.model, []
-    routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
-    if any(router.expert_dropout for router in routers):
+    if any(router.expert_dropout for router in model.routers().values()):
         lines.append("not compared: expert dropout, which each layout draws anew; it was off")
     if model.dropout:
         lines.append("not compared: dropout, which each layout draws anew; it was off")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
-from moa_dist.config.model import ModelConfig, RouterConfig, SwitchHeadConfig
+from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
 from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
@@ -68,11 +68,10 @@ def _rope(config: Config) -> Iterator[Problem]:
 def _size(config: Config) -> Iterator[Problem]:
     """A slip of the keyboard, which would overflow while the model is counted or built."""
     model = config.model
-    for name, part in (("attention", model.attention), ("ffn", model.ffn)):
+    for name, part in model.parts().items():
         sizes = [value for value in dict(part).values() if type(value) is int]
-        if part.kind != "dense":
-            sizes.append(part.router.num_experts)
-        if math.prod([*sizes, model.d_model]) > _MOST_ELEMENTS:
+        experts = [router.num_experts for router in part.routers.values()]
+        if math.prod([*sizes, *experts, model.d_model]) > _MOST_ELEMENTS:
             yield Problem(
                 f"`model.{name}` has weights of more than 2^{_MOST_ELEMENTS.bit_length() - 1} "
                 "elements; make its sizes or `model.d_model` smaller",
@@ -195,29 +194,24 @@ def _enough_experts(config: Config) -> Iterator[Problem]:
     ep = config.parallel.expert_parallel
     if ep == 1:
         return
-    counts = dict(_expert_counts(config.model))
-    if not counts:
+    parts = config.model.routed_parts()
+    if not parts:
         yield Problem(
             f"`parallel.expert_parallel` is {ep}, but the model has no experts: `model.attention` "
             "and `model.ffn` are both dense; set it to 1",
             ("parallel.expert_parallel",),
         )
-    for path, count in counts.items():
+    for name, part in parts.items():
+        count = part.num_flat_experts
         if ep > count:
             yield Problem(
-                f"`parallel.expert_parallel` is {ep}, but each layer's `{path}` has {count} "
+                f"`parallel.expert_parallel` is {ep}, but each layer's `model.{name}` has {count} "
                 f"experts, so some ranks would hold none; use at most {count}",
-                ("parallel.expert_parallel", f"{path}.router.num_experts"),
+                (
+                    "parallel.expert_parallel",
+                    *(f"model.{name}.{router}.num_experts" for router in part.routers),
+                ),
             )
-
-
-def _expert_counts(model: ModelConfig) -> Iterator[tuple[str, int]]:
-    """Experts of each part of a layer, all heads of SwitchHead together."""
-    if model.attention.kind != "dense":
-        heads = model.attention.num_heads if isinstance(model.attention, SwitchHeadConfig) else 1
-        yield "model.attention", heads * model.attention.router.num_experts
-    if model.ffn.kind != "dense":
-        yield "model.ffn", model.ffn.router.num_experts
 
 
 def _top_k(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
@@ -257,11 +251,11 @@ def _sequence_groups(config: Config, router: RouterConfig, path: str) -> Iterato
 RouterCheck = Callable[[Config, RouterConfig, str], Iterable[Problem]]
 
 
-def _for_router(part: str, check: RouterCheck) -> Callable[[Config], Iterator[Problem]]:
+def _for_routers(part: Part, check: RouterCheck) -> Callable[[Config], Iterator[Problem]]:
     def run(config: Config) -> Iterator[Problem]:
-        section = getattr(config.model, part)
-        if section.kind != "dense":
-            yield from check(config, section.router, f"model.{part}.router")
+        section: PartConfig = getattr(config.model, part)
+        for name, router in section.routers.items():
+            yield from check(config, router, f"model.{part}.{name}")
 
     return run
 
@@ -271,8 +265,8 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _layers,
     _rope,
     *(
-        _for_router(part, check)
-        for part in ("attention", "ffn")
+        _for_routers(part, check)
+        for part in PARTS
         for check in (_top_k, _gate, _sequence_groups, unequal_batches)
     ),
     _size,
@@ -326,20 +320,14 @@ def find_layout_problems(config: Config, world_size: int) -> list[str]:
         )
     elif total > world_size * micro:
         problems += [
-            f"`{path}.balance.scope` is global_batch, but {ranks} accumulate "
+            f"`model.{path}.balance.scope` is global_batch, but {ranks} accumulate "
             f"{total // (world_size * micro)} micro-batches per step, and no forward sees the "
             f"tokens of all; use `train.micro_batch` = {total // world_size}, or leave the scope "
-            f"and set `{path}.balance.bias_rate`, which counts whole steps"
-            for path, router in _routers(config.model)
+            f"and set `model.{path}.balance.bias_rate`, which counts whole steps"
+            for path, router in config.model.routers().items()
             if router.balance.scope == "global_batch"
         ]
     return problems
-
-
-def _routers(model: ModelConfig) -> Iterator[tuple[str, RouterConfig]]:
-    for part, section in (("attention", model.attention), ("ffn", model.ffn)):
-        if section.kind != "dense":
-            yield f"model.{part}.router", section.router
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,23 +1,32 @@
 """What a model is made of: attention kind x FFN kind x stack x norm placement.
 
-Every field's docstring is its documentation: `moa-dist config fields` prints
-them. No torch here, so that a configuration can be checked anywhere.
+A new kind of attention, feed-forward part or router is a subclass of its family here, which knows
+its routers, its experts and how to shrink; a module; and a line in `moa_dist.models.kinds`, or for
+routers in `moa_dist.moe.router_kinds`. Every field's docstring is its documentation: `moa-dist
+config fields` prints it. Nothing here imports torch, so a configuration can be checked anywhere.
 """
 
 from __future__ import annotations
 
-from math import lcm
-from typing import Annotated, Literal
+from math import ceil, lcm
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
+
+from moa_dist.config.section import Kind, Section
+
+Part = Literal["attention", "ffn"]
+"""The two parts of a layer that may hold experts."""
+PARTS: tuple[Part, ...] = ("attention", "ffn")
+
+_SHRUNK_WIDTH, _SHRUNK_D_FF, _SHRUNK_HEADS, _SHRUNK_TOP_K = 8, 32, 2, 3
+_ALIGNMENT = 8
+"""Shrunk widths keep their remainder by it: kernels and rotated widths depend on that."""
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+def shrunk(size: int, at_least: int, modulus: int = _ALIGNMENT) -> int:
+    """The least number from `at_least` up with the remainder of `size`, and never above `size`."""
+    return min(size, at_least + (size - at_least) % modulus)
 
 
 class RopeConfig(Section):
@@ -79,9 +88,12 @@ class BalanceConfig(Section):
     DeepSeek-V3 uses 0.001 with sigmoid scores."""
 
 
-class RouterConfig(Section):
-    """Which experts a token takes, and with which weights."""
+class RouterConfig(Kind):
+    """Which experts a token takes, and with which weights. A family with one kind: `topk`."""
 
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    kind: str = "topk"
+    """Names this kind: the top K of linear logits."""
     num_experts: PositiveInt
     """Experts to choose from (SwitchHead: per head)."""
     top_k: PositiveInt
@@ -106,86 +118,164 @@ class RouterConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     """Auxiliary losses and bias of this router."""
 
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """A router over fewer experts, of which some stay idle; see `moa_dist.config.shrink`.
 
-class DenseAttentionConfig(Section):
+        It has at least `at_least` experts, and the remainder by `expert_parallel` stays, so that
+        ranks hold shares as unequal as before.
+        """
+        top_k = min(self.top_k, _SHRUNK_TOP_K)
+        num_experts = shrunk(self.num_experts, max(16 * top_k, at_least), expert_parallel)
+        if self.top_k == self.num_experts:
+            top_k = num_experts
+        return self.changed(num_experts=num_experts, top_k=top_k, expert_dropout=0.0)
+
+
+class PartConfig(Kind):
+    """What the schema of an attention or FFN kind says of itself; a dense kind has no router."""
+
+    @property
+    def routers(self) -> dict[str, RouterConfig]:
+        """Routers by the field that holds them."""
+        return {name: value for name, value in self if isinstance(value, RouterConfig)}
+
+    @property
+    def num_flat_experts(self) -> int:
+        """Experts of one layer among which expert parallelism divides, all heads together.
+
+        0 for a dense kind; the fewest of any router where there are several.
+        """
+        return min((router.num_experts for router in self.routers.values()), default=0)
+
+    def with_routers(self, **fields: Any) -> Self:
+        """A copy with other values in these fields of all its routers."""
+        routers = {name: router.changed(**fields) for name, router in self.routers.items()}
+        return self.model_copy(update=routers)
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """A small copy that makes the same choices; see `moa_dist.config.shrink`.
+
+        By default only the routers shrink: a kind that has sizes of its own shrinks these too.
+        """
+        return self.changed(**self._shrunk_routers(expert_parallel))
+
+    def _shrunk_routers(self, expert_parallel: int) -> dict[str, RouterConfig]:
+        return {
+            name: router.shrink(expert_parallel, expert_parallel)
+            for name, router in self.routers.items()
+        }
+
+
+class AttentionConfig(PartConfig):
+    """The family of attention kinds."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    d_head: PositiveInt
+    """Width of a head."""
+    rope: RopeConfig | None = RopeConfig()
+    """Rotary positions; null for none."""
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Narrow the heads, but leave at least one pair of dimensions to rotate."""
+        fraction = 1.0 if self.rope is None else self.rope.fraction
+        d_head = shrunk(self.d_head, max(_SHRUNK_WIDTH, ceil(2 / fraction)))
+        return self.changed(d_head=d_head, **self._shrunk_routers(expert_parallel))
+
+
+class DenseAttentionConfig(AttentionConfig):
     """Multi-head attention."""
 
     kind: Literal["dense"] = "dense"
     """Names this kind."""
     num_heads: PositiveInt
     """Heads."""
-    d_head: PositiveInt
-    """Width of a head."""
-    rope: RopeConfig | None = RopeConfig()
-    """Rotary positions; null for none."""
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Keep a few narrow heads."""
+        heads = min(self.num_heads, _SHRUNK_HEADS)
+        return super().shrink(expert_parallel).changed(num_heads=heads)
 
 
-class MoAConfig(Section):
+class MoAConfig(AttentionConfig):
     """Mixture of attention heads (Zhang et al. 2022): experts are query and output projections."""
 
     kind: Literal["moa"] = "moa"
     """Names this kind."""
-    d_head: PositiveInt
-    """Width of a head."""
     heads_per_expert: PositiveInt = 1
     """Heads in one expert (1 in the paper); keys and values are shared by all experts."""
-    router: RouterConfig
+    router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each query token."""
-    rope: RopeConfig | None = RopeConfig()
-    """Rotary positions; null for none."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
+    def shrink(self, expert_parallel: int) -> Self:
+        """Keep a few narrow heads in each of fewer experts."""
+        heads = min(self.heads_per_expert, _SHRUNK_HEADS)
+        return super().shrink(expert_parallel).changed(heads_per_expert=heads)
 
-class SwitchHeadConfig(Section):
+
+class SwitchHeadConfig(AttentionConfig):
     """SwitchHead (Csordas et al. 2023): dense queries and keys, expert values and outputs."""
 
     kind: Literal["switchhead"] = "switchhead"
     """Names this kind."""
     num_heads: PositiveInt
     """Heads, each with one attention matrix and its own experts."""
-    d_head: PositiveInt
-    """Width of a head."""
-    router: RouterConfig
+    router: SerializeAsAny[RouterConfig]
     """Used twice: for values on the source token, for outputs on the destination token."""
-    rope: RopeConfig | None = RopeConfig()
-    """Rotary positions; null for none."""
+
+    @property
+    def num_flat_experts(self) -> int:
+        """Experts of all heads."""
+        return self.num_heads * self.router.num_experts
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Keep the remainders by ep of both heads and experts, which are sharded together."""
+        router = self.router.shrink(ceil(expert_parallel / self.num_heads), expert_parallel)
+        enough = max(_SHRUNK_HEADS, ceil(expert_parallel / router.num_experts))
+        heads = shrunk(self.num_heads, enough, expert_parallel)
+        return super().shrink(expert_parallel).changed(num_heads=heads, router=router)
 
 
-class DenseFFNConfig(Section):
+class FFNConfig(PartConfig):
+    """The family of feed-forward kinds."""
+
+    kinds: ClassVar[dict[str, type[Kind]]] = {}
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """Nonlinearity."""
+    gated: bool = False
+    """Multiply the activation by a second linear projection (GLU)."""
+
+
+class DenseFFNConfig(FFNConfig):
     """Two-layer feed-forward network."""
 
     kind: Literal["dense"] = "dense"
     """Names this kind."""
     d_ff: PositiveInt
     """Hidden width."""
-    activation: Literal["relu", "gelu", "silu"] = "relu"
-    """Nonlinearity."""
-    gated: bool = False
-    """Multiply the activation by a second linear projection (GLU)."""
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Narrow the hidden layer."""
+        return self.changed(d_ff=shrunk(self.d_ff, _SHRUNK_D_FF))
 
 
-class MoEFFNConfig(Section):
+class MoEFFNConfig(FFNConfig):
     """Mixture of feed-forward experts: sigma-MoE with sigmoid scores, or softmax MoE."""
 
     kind: Literal["moe"] = "moe"
     """Names this kind."""
     d_expert: PositiveInt
     """Hidden width of one expert."""
-    router: RouterConfig
+    router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each token."""
-    activation: Literal["relu", "gelu", "silu"] = "relu"
-    """Nonlinearity."""
-    gated: bool = False
-    """Multiply the activation by a second linear projection (GLU)."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
-
-AttentionConfig = Annotated[
-    DenseAttentionConfig | MoAConfig | SwitchHeadConfig, Field(discriminator="kind")
-]
-FFNConfig = Annotated[DenseFFNConfig | MoEFFNConfig, Field(discriminator="kind")]
+    def shrink(self, expert_parallel: int) -> Self:
+        """Keep fewer and narrower experts."""
+        d_expert = shrunk(self.d_expert, _SHRUNK_WIDTH)
+        return super().shrink(expert_parallel).changed(d_expert=d_expert)
 
 
 Objective = Literal["causal", "masked", "translation"]
@@ -232,19 +322,34 @@ class ModelConfig(Section):
     translation."""
     head_bias: bool = True
     """Bias in the output head."""
-    attention: AttentionConfig
+    attention: SerializeAsAny[AttentionConfig]
     """Attention of every layer."""
-    ffn: FFNConfig
+    ffn: SerializeAsAny[FFNConfig]
     """Feed-forward part of every layer."""
+
+    def parts(self) -> dict[str, PartConfig]:
+        """Both parts of a layer, experts or not."""
+        return {"attention": self.attention, "ffn": self.ffn}
+
+    def routed_parts(self) -> dict[str, PartConfig]:
+        """The parts of a layer that have experts."""
+        return {name: part for name, part in self.parts().items() if part.routers}
+
+    def routers(self) -> dict[str, RouterConfig]:
+        """All routers of a layer by their path in the model, such as `attention.router`."""
+        return {
+            f"{part}.{name}": router
+            for part, section in self.parts().items()
+            for name, router in section.routers.items()
+        }
 
 
 def sequences_per_group(model: ModelConfig) -> int:
-    """Sequences that cannot be parted, by both routers."""
-    routers = [part.router for part in (model.attention, model.ffn) if part.kind != "dense"]
-    return lcm(*(router.group_sequences for router in routers))
+    """Sequences that belong together, since a router counts them as one group."""
+    return lcm(*(router.group_sequences for router in model.routers().values()))
 
 
 def whole_groups(num_sequences: int, model: ModelConfig) -> int:
-    """That many or, so that no group is parted, a few more."""
+    """Round a number of sequences up to whole groups."""
     group = sequences_per_group(model)
     return -(-num_sequences // group) * group

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from moa_dist.config.model import ModelConfig, Section
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.section import Section
 
 
 class DataConfig(Section):

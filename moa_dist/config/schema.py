@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from moa_dist.config.model import Section
 from moa_dist.config.run import Config
+from moa_dist.config.section import Kind, Section
 
 
 class SchemaField(NamedTuple):
@@ -27,9 +27,20 @@ class SchemaField(NamedTuple):
 
 def section_types(info: FieldInfo) -> tuple[type[Section], ...]:
     """Sections that the field may hold, one per kind; empty for a plain value."""
+    chosen_by_kind = family(info)
+    if chosen_by_kind is not None:
+        return tuple(chosen_by_kind.kinds.values())
     return tuple(
         t for t in _alternatives(info.annotation) if isinstance(t, type) and issubclass(t, Section)
     )
+
+
+def family(info: FieldInfo) -> type[Kind] | None:
+    """Family of the kinds that the field may hold; None for a field without a choice."""
+    for t in _alternatives(info.annotation):
+        if isinstance(t, type) and issubclass(t, Kind):
+            return t
+    return None
 
 
 def kind_name(section: type[Section]) -> str:
@@ -64,13 +75,19 @@ def walk(
         key_path = f"{path}.{name}" if path else name
         choices = section_types(info)
         yield SchemaField(key_path, kinds, info)
-        if len(choices) == 1:
-            yield from walk(choices[0], key_path, kinds)
+        if family(info) is not None:
+            yield from _walk_kinds(choices, key_path, kinds)
         elif choices:
-            yield from _walk_kinds(choices, key_path)
+            yield from walk(choices[0], key_path, kinds)
 
 
-def _walk_kinds(choices: tuple[type[Section], ...], path: str) -> Iterator[SchemaField]:
+def _walk_kinds(
+    choices: tuple[type[Section], ...], path: str, outer: tuple[str, ...]
+) -> Iterator[SchemaField]:
+    if len(choices) == 1:  # there is nothing to choose yet
+        fields = walk(choices[0], path, outer)
+        yield from (field for field in fields if field.path != f"{path}.kind")
+        return
     found: dict[tuple[str, str | None], SchemaField] = {}
     for choice in choices:
         for field in walk(choice, path, (kind_name(choice),)):

@@ -11,13 +11,14 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from moa_dist.config import schema
 from moa_dist.config.checks import check_fields
-from moa_dist.config.model import Section
 from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
 from moa_dist.config.schema import closest
+from moa_dist.config.section import Kind, Section
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -73,9 +74,11 @@ def _read_value(info: FieldInfo, value: Any, path: str, problems: list[Problem])
         return None
     if not isinstance(value, dict):
         raise _wrong(info, value, path)
-    chosen = sections[0] if len(sections) == 1 else _choose_kind(sections, value, path, problems)
-    if len(sections) > 1:
-        value = {**value, "kind": schema.kind_name(chosen)}
+    family = schema.family(info)
+    if family is None:
+        return _read_section(sections[0], value, path, problems)
+    chosen = _choose_kind(family, value, path, problems)
+    value = {**value, "kind": schema.kind_name(chosen)}
     return _read_section(chosen, value, path, problems)
 
 
@@ -103,13 +106,13 @@ def _show(value: Any) -> str:
 
 
 def _choose_kind(
-    sections: tuple[type[Section], ...], data: dict[str, Any], path: str, problems: list[Problem]
+    family: type[Kind], data: dict[str, Any], path: str, problems: list[Problem]
 ) -> type[Section]:
-    by_kind = {schema.kind_name(s): s for s in sections}
+    by_kind = family.kinds
     allowed = ", ".join(by_kind)
-    if "kind" not in data:
+    given = data.get("kind", family.model_fields["kind"].get_default())
+    if given is PydanticUndefined:
         raise _UnusableError(path, f"`{path}.kind` is missing; it must be one of {allowed}")
-    given = data["kind"]
     if isinstance(given, str) and given in by_kind:
         return by_kind[given]
     text = f"`{path}.kind` is {_show(given)}; it must be one of {allowed}"

@@ -6,16 +6,17 @@ Shapes: B sequences, T queries, S keys and values, H heads, d head width, D mode
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import DenseAttentionConfig, RopeConfig
+from moa_dist.config.model import DenseAttentionConfig, Part, RopeConfig
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
-from moa_dist.models.trace import AttentionTrace, head_summary
+from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
 from moa_dist.moe.router import Router, Routing
@@ -57,6 +58,51 @@ class AttentionOutput(NamedTuple):
     """None if it was not asked for."""
 
 
+class Attention(nn.Module, ABC):
+    """A kind of attention, built from its section, the model's width and a scale of its weights.
+
+    One with experts is a `RoutedModule` too.
+    """
+
+    part: ClassVar[Part] = "attention"
+    key_routers: ClassVar[frozenset[str]] = frozenset()
+    """Names of the routers that route the tokens of keys and values; the others route queries."""
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> int:
+        """Heads that the layer has in all, also where a token uses only some of them."""
+
+    def routers(self) -> dict[str, Router]:
+        """All routers, by the names under which their statistics are returned."""
+        return {}
+
+    @abstractmethod
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence of `length` tokens, by part.
+
+        Parts are `projections`, `experts`, `routers` and `softmax`.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
+        cache: KeyValues | None = None,
+        trace: bool = False,
+    ) -> AttentionOutput:
+        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D].
+
+        Under peri-norm `query` and `key` are normalized and `value` is the raw residual, elsewhere
+        all three are the same. `gathered` holds the weights of all experts where they were
+        gathered. With a `cache`, `key` and `value` belong to the tokens that follow those in it.
+        """
+
+
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt d) v for q [B, H, T, d] and k, v [B, H, S, d]; returns [B, H, T, d].
 
@@ -83,11 +129,18 @@ def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
 
 
 def traced(
-    routing: dict[str, Routing], q: Tensor, k: Tensor, mask: AttentionMask
+    routing: dict[str, Routing],
+    q: Tensor,
+    k: Tensor,
+    mask: AttentionMask,
+    head_ids: Tensor | None = None,
 ) -> AttentionTrace:
-    """What a layer with these routers, queries [B, H, T, d] and keys [B, H, S, d] decided."""
+    """Trace a layer with these routers, queries [B, H, T, d] and keys [B, H, S, d].
+
+    `head_ids` as in `AttentionTrace`.
+    """
     visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
-    return AttentionTrace(routing, head_summary(q, k, visible, mask.num_past))
+    return AttentionTrace(routing, HeadTrace(head_summary(q, k, visible, mask.num_past), head_ids))
 
 
 def apply_rope(x: Tensor, config: RopeConfig | None, position: Tensor | None = None) -> Tensor:
@@ -120,7 +173,7 @@ def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
     return 2 * num_queries * num_keys * width
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(Attention):
     """Multi-head attention without biases (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, config: DenseAttentionConfig, d_model: int, init_scale: float) -> None:
@@ -133,9 +186,10 @@ class DenseAttention(nn.Module):
         self.v = Linear(d_model, width, to_heads)
         self.o = Linear(width, d_model, Normal(init_scale / math.sqrt(width)))
 
-    def routers(self) -> dict[str, Router]:
-        """None."""
-        return {}
+    @property
+    def num_heads(self) -> int:
+        """All heads, which every token uses."""
+        return self.config.num_heads
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""

@@ -8,30 +8,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from moa_dist.config.model import (
-    AttentionConfig,
-    DenseAttentionConfig,
-    DenseFFNConfig,
-    FFNConfig,
-    MoAConfig,
-    ModelConfig,
-    MoEFFNConfig,
-    SwitchHeadConfig,
-)
+from moa_dist.config.model import ModelConfig
 from moa_dist.distributed.pending import Pending
-from moa_dist.models.attention import AttentionMask, AttentionOutput, DenseAttention
+from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
 from moa_dist.models.cache import KeyValues
-from moa_dist.models.feed_forward import DenseFeedForward, FeedForwardOutput, MoEFeedForward
-from moa_dist.models.moa import MoAAttention
-from moa_dist.models.switchhead import SwitchHeadAttention
+from moa_dist.models.feed_forward import FeedForwardOutput
+from moa_dist.models.kinds import make_attention, make_feed_forward
 from moa_dist.models.trace import AttentionTrace, BlockTrace
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
+
+Value = TypeVar("Value")
 
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
     "layernorm": nn.LayerNorm,
@@ -44,30 +36,6 @@ def make_norm(config: ModelConfig, eps: float) -> nn.LayerNorm | nn.RMSNorm:
     """A norm over the model's width."""
     # Torch's RMSNorm would else take the precision of its input's type: 0.008 for bfloat16.
     return NORMS[config.norm](config.d_model, eps=eps)
-
-
-def make_attention(
-    config: AttentionConfig, d_model: int, init_scale: float
-) -> DenseAttention | MoAAttention | SwitchHeadAttention:
-    """The attention kinds: a new one is a file and a line here."""
-    match config:
-        case DenseAttentionConfig():
-            return DenseAttention(config, d_model, init_scale)
-        case MoAConfig():
-            return MoAAttention(config, d_model, init_scale)
-        case SwitchHeadConfig():
-            return SwitchHeadAttention(config, d_model, init_scale)
-
-
-def make_feed_forward(
-    config: FFNConfig, d_model: int, init_scale: float
-) -> DenseFeedForward | MoEFeedForward:
-    """The feed-forward kinds: a new one is a file and a line here."""
-    match config:
-        case DenseFFNConfig():
-            return DenseFeedForward(config, d_model, init_scale)
-        case MoEFFNConfig():
-            return MoEFeedForward(config, d_model, init_scale)
 
 
 class GatheredExperts(NamedTuple):
@@ -174,20 +142,22 @@ class Block(nn.Module):
         self.attention = make_attention(config.attention, config.d_model, init_scale)
         self.cross = CrossAttention(config, init_scale) if cross else None
         # A dense FFN under peri-norm reads the raw residual and has no router to normalise for.
-        unused = config.norm_placement == "peri" and isinstance(config.ffn, DenseFFNConfig)
+        unused = config.norm_placement == "peri" and not config.ffn.routers
         self.ffn_norm = nn.Identity() if unused else make_norm(config, config.norm_eps)
         self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)
         self.dropout = nn.Dropout(config.dropout)
 
     def routers(self) -> dict[str, Router]:
         """By the names under which their statistics are returned."""
-        routers = {f"attention.{name}": r for name, r in self.attention.routers().items()}
-        if self.cross is not None:
-            cross = self.cross.attention.routers().items()
-            routers |= {f"attention.cross.{name}": r for name, r in cross}
-        if isinstance(self.ffn, MoEFeedForward):
-            routers["ffn"] = self.ffn.router
+        routers = _within("ffn", self.ffn.routers())
+        for name, attention in reversed(self.attentions().items()):
+            routers = _within(name, attention.routers()) | routers
         return routers
+
+    def attentions(self) -> dict[str, Attention]:
+        """Self-attention, and a decoder's attention to the source, by their names in a trace."""
+        own = {"attention": self.attention}
+        return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of one application to a sequence of `length`, by part.
@@ -221,18 +191,17 @@ class Block(nn.Module):
         """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`."""
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
         x, attention = self._attend(x, mask, gathered.attention, own, trace)
-        named = {f"attention.{name}": value for name, value in attention.statistics.items()}
+        named = _within("attention", attention.statistics)
         longer, traces = attention.cache, {"attention": attention.trace}
         if self.cross is not None:
             assert memory is not None
             cross = self.cross(x, memory, gathered.cross, of_source, trace)
             x = cross.y
-            named |= {f"attention.cross.{name}": v for name, v in cross.statistics.items()}
+            named |= _within("attention.cross", cross.statistics)
             traces["attention.cross"] = cross.trace
             longer = None if longer is None else (*longer, *cross.cache)
         x, ffn = self._transform(x, mask.query_mask, gathered.ffn, trace)
-        if ffn.statistics is not None:
-            named["ffn"] = ffn.statistics
+        named |= _within("ffn", ffn.statistics)
         return BlockOutput(x, named, longer, _block_trace(traces, ffn) if trace else None)
 
     def _attend(
@@ -261,10 +230,15 @@ class Block(nn.Module):
 
 def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOutput) -> BlockTrace:
     """Of the layer's parts, all of which were asked for one."""
-    routing: dict[str, Routing] = {} if ffn.routing is None else {"ffn": ffn.routing}
+    routing: dict[str, Routing] = _within("ffn", ffn.routing)
     heads = {}
     for part, trace in attention.items():
         assert trace is not None
-        routing |= {f"{part}.{router}": decided for router, decided in trace.routing.items()}
+        routing |= _within(part, trace.routing)
         heads[part] = trace.heads
     return BlockTrace(routing, heads)
+
+
+def _within(part: str, by_router: Mapping[str, Value]) -> dict[str, Value]:
+    """Name routers within the layer: by the part alone where a part has one without a name."""
+    return {f"{part}.{name}".rstrip("."): value for name, value in by_router.items()}

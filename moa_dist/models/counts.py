@@ -12,6 +12,7 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.routed_module import routed_modules
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 """Of weights and activations, by `train.precision`."""
@@ -80,13 +81,17 @@ def count(config: ModelConfig, sequence_length: int) -> Counts:
     with torch.device("meta"):
         model = LanguageModel(config)
     total = sum(parameter.numel() for parameter in model.parameters())
-    experts, idle = [], 0
-    for name, layer in expert_layers(model):
-        part = name.split(".")[-2]  # attention or ffn
-        router = getattr(config, part).router
-        experts.append(ExpertTensor(layer.num_experts, layer.macs_per_row()))
-        numel = layer.weight.numel()
-        idle += numel - numel * router.top_k // router.num_experts
+    experts = [
+        ExpertTensor(layer.num_experts, layer.macs_per_row()) for _, layer in expert_layers(model)
+    ]
+    idle = 0
+    for _, module in routed_modules(model):
+        layers = module.expert_layers()
+        for projection in module.routed_projections():
+            router = module.router_of(projection).config
+            for name in projection.experts:
+                numel = layers[name].weight.numel()
+                idle += numel - numel * router.top_k // router.num_experts
     return Counts(
         sequence_length=sequence_length,
         total=total,

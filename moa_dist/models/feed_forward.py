@@ -6,11 +6,12 @@ Shapes: B sequences of S tokens, D model width, F hidden width.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
+from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig, Part
 from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.linear import Bias, Linear
@@ -18,6 +19,7 @@ from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router_kinds import make_router
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotated
 
@@ -27,13 +29,51 @@ class FeedForwardOutput(NamedTuple):
 
     y: Tensor
     """[B, S, D]."""
-    statistics: RoutingStatistics | None
-    """Of its router; None for a dense one."""
-    routing: Routing | None = None
-    """What its router decided; None for a dense one, and if it was not asked for."""
+    statistics: dict[str, RoutingStatistics]
+    """By the name of the router within the part; empty for a dense one."""
+    routing: dict[str, Routing]
+    """What the routers decided, by the same names; empty if no trace was asked for."""
 
 
-class DenseFeedForward(nn.Module):
+class FeedForward(nn.Module, ABC):
+    """A kind of feed-forward part, built like an `Attention`.
+
+    One with experts is a `RoutedModule` too.
+    """
+
+    part: ClassVar[Part] = "ffn"
+
+    def routers(self) -> dict[str, Router]:
+        """All routers, by the names under which their statistics are returned.
+
+        A single router has an empty name: it is called by the name of the part.
+        """
+        return {}
+
+    @abstractmethod
+    def macs(self, length: int) -> dict[str, int]:
+        """Multiply-accumulates for one sequence of `length` tokens, by part.
+
+        Parts are `projections`, `experts` and `routers`.
+        """
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered = NOTHING_GATHERED,
+        trace: bool = False,
+    ) -> FeedForwardOutput:
+        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D].
+
+        Under peri-norm `router_input` is normalized and `x` the raw residual, elsewhere both are
+        the same. `token_mask` [B, S] bool is true for real tokens; None when there is no padding.
+        """
+
+
+class DenseFeedForward(FeedForward):
     """`W_down act(W_up x)`, optionally gated; no biases."""
 
     def __init__(self, config: DenseFFNConfig, d_model: int, init_scale: float) -> None:
@@ -61,10 +101,10 @@ class DenseFeedForward(nn.Module):
         hidden = self.activation(self.up(x))
         if self.gate is not None:
             hidden = hidden * self.gate(x)
-        return FeedForwardOutput(self.down(hidden), None)
+        return FeedForwardOutput(self.down(hidden), {}, {})
 
 
-class MoEFeedForward(RoutedModule):
+class MoEFeedForward(RoutedModule, FeedForward):
     """`y = sum over chosen e of w_e W_down^e act(W_up^e x)`, optionally gated; no biases.
 
     sigma-MoE (Csordas et al. 2023, arXiv 2310.10837, equations 10-12) with sigmoid scores
@@ -76,7 +116,7 @@ class MoEFeedForward(RoutedModule):
         self.config = config
         E, d_expert = config.router.num_experts, config.d_expert
         std = init_scale / math.sqrt(d_model)
-        self.router = Router(config.router, d_model, init=Normal(std, equal_rows=True))
+        self.router = make_router(config.router, d_model, init=Normal(std, equal_rows=True))
         self.up = GroupedLinear(E, d_model, d_expert, Normal(std))
         self.gate = GroupedLinear(E, d_model, d_expert, Normal(std)) if config.gated else None
         # The fan-in counts all experts, not the chosen ones (MoEUT's released code).
@@ -84,6 +124,10 @@ class MoEFeedForward(RoutedModule):
             E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
         )
         self.bias = Bias(d_model) if config.output_bias else None
+
+    def routers(self) -> dict[str, Router]:
+        """The only router."""
+        return {"": self.router}
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates for one sequence, by part."""
@@ -97,7 +141,13 @@ class MoEFeedForward(RoutedModule):
         """See `RoutedModule.routed_projections`."""
         return [
             RoutedProjection(
-                "router", "token", self.up.d_in, "token", self.down.d_out, weighted=True
+                "router",
+                tuple(self.expert_layers()),
+                "token",
+                self.up.d_in,
+                "token",
+                self.down.d_out,
+                weighted=True,
             )
         ]
 
@@ -116,14 +166,14 @@ class MoEFeedForward(RoutedModule):
         """
         routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        names = ("up",) if self.gate is None else ("up", "gate")
+        *ups, down = (self.expert_weights(name, gathered) for name in self.expert_layers())
         experts = ExpertWeights(
-            down=self.expert_weights("down", gathered),
-            ups=tuple(self.expert_weights(name, gathered) for name in names),
+            down=down,
+            ups=tuple(ups),
             activation=self.config.activation,
         )
         sent = plan.dispatch(x.flatten(0, 1), "token")
         y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait().view_as(x)
         if self.bias is not None:
             y = self.bias(y)
-        return FeedForwardOutput(y, routing.statistics, routing if trace else None)
+        return FeedForwardOutput(y, {"": routing.statistics}, {"": routing} if trace else {})

@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import (
-    BalanceConfig,
-    DenseAttentionConfig,
-    DenseFFNConfig,
-    ModelConfig,
-    RouterConfig,
-)
+from moa_dist.config.model import BalanceConfig, ModelConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
@@ -144,7 +138,7 @@ class LanguageModel(nn.Module):
         if cache is not None:
             if self.config.objective == "masked":
                 raise ValueError("a masked language model sees both sides: it cannot use a cache")
-            if any(router.capacity for router in _routers(self.config).values()):
+            if any(router.capacity for router in self.config.routers().values()):
                 raise ValueError(
                     "with a capacity, what an expert drops depends on the whole sequence, which "
                     "a cache does not hold; use dropless(model)"
@@ -224,9 +218,9 @@ class LanguageModel(nn.Module):
         return result
 
     def _balance(self, router: RouterKey) -> tuple[str, BalanceConfig]:
-        """Part of the layer, `attention` or `ffn`, and its configuration."""
-        part = router[1].split(".")[0]
-        return part, getattr(self.config, part).router.balance
+        """Part of the layer, `attention` or `ffn`, and the router's configuration."""
+        _, name = router
+        return name.partition(".")[0], self.routers()[router].config.balance
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of one forward over a sequence of `length`, by part.
@@ -298,12 +292,9 @@ def dropless(model: LanguageModel) -> LanguageModel:
     Nor must sequences come in groups. For a whole model on one process: what parallelism has put
     on it is not kept.
     """
-    without = {"capacity": None, "group_sequences": 1}
     parts = {
-        part: getattr(model.config, part).model_copy(
-            update={"router": router.model_copy(update=without)}
-        )
-        for part, router in _routers(model.config).items()
+        name: part.with_routers(capacity=None, group_sequences=1)
+        for name, part in model.config.parts().items()
     }
     config = model.config.model_copy(update=parts)
     if config == model.config:
@@ -312,13 +303,3 @@ def dropless(model: LanguageModel) -> LanguageModel:
         result = LanguageModel(config)
     result.load_state_dict(model.state_dict(), assign=True)
     return result.train(model.training)
-
-
-def _routers(config: ModelConfig) -> dict[str, RouterConfig]:
-    """By part of the layer: `attention`, `ffn`."""
-    parts = {"attention": config.attention, "ffn": config.ffn}
-    return {
-        name: part.router
-        for name, part in parts.items()
-        if not isinstance(part, DenseAttentionConfig | DenseFFNConfig)
-    }

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
+    Attention,
     AttentionMask,
     AttentionOutput,
     apply_rope,
@@ -28,11 +30,12 @@ from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router_kinds import make_router
 from moa_dist.profiling import annotated
 
 
-class MoAAttention(RoutedModule):
+class MoAAttention(RoutedModule, Attention):
     """`y_t = sum over chosen e of w_e W_o^e attention(W_q^e x_t, K, V)` (equations 5-8).
 
     The two trips, to queries and to outputs, share one dispatch plan.
@@ -45,12 +48,18 @@ class MoAAttention(RoutedModule):
         num_experts = config.router.num_experts
         shared = XavierUniform(gain=1 / math.sqrt(2))
         # Small and random, not zero: with all logits tied every token takes the same experts.
-        self.router = Router(config.router, d_model, init=Normal(init_scale / math.sqrt(d_model)))
+        init = Normal(init_scale / math.sqrt(d_model))
+        self.router = make_router(config.router, d_model, init=init)
         self.q = GroupedLinear(num_experts, d_model, width, XavierUniform())
         self.k = Linear(d_model, width, shared)
         self.v = Linear(d_model, width, shared)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
         self.bias = Bias(d_model) if config.output_bias else None
+
+    @property
+    def num_heads(self) -> int:
+        """Head `expert * heads_per_expert + i` is the i-th of that expert."""
+        return self.config.router.num_experts * self.config.heads_per_expert
 
     def routers(self) -> dict[str, Router]:
         """By the names under which their statistics are returned."""
@@ -71,8 +80,8 @@ class MoAAttention(RoutedModule):
         """See `RoutedModule.routed_projections`."""
         D, width = self.q.d_in, self.q.d_out
         return [
-            RoutedProjection("router", "token", D, "slot", width, weighted=False),
-            RoutedProjection("router", "slot", width, "token", D, weighted=True),
+            RoutedProjection("router", ("q",), "token", D, "slot", width, weighted=False),
+            RoutedProjection("router", ("o",), "slot", width, "token", D, weighted=True),
         ]
 
     @annotated("attention")
@@ -115,9 +124,15 @@ class MoAAttention(RoutedModule):
         y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
         if self.bias is not None:
             y = self.bias(y)
-        return AttentionOutput(
-            y,
-            {"query": routing.statistics},
-            cache,
-            traced({"query": routing}, q, k, mask) if trace else None,
-        )
+        decided = None
+        if trace:
+            decided = traced({"query": routing}, q, k, mask, self._head_ids(routing, B))
+        return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
+
+    def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:
+        """[B, T, K * h]: the heads of the experts in each slot, see `HeadTrace.head_ids`."""
+        h = self.config.heads_per_expert
+        head_TKh = routing.topk_ids[..., None] * h + torch.arange(h, device=routing.topk_ids.device)
+        if routing.keep_mask is not None:
+            head_TKh = head_TKh.where(routing.keep_mask[..., None], -1)
+        return head_TKh.view(num_sequences, -1, self.config.router.top_k * h)

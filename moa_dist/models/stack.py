@@ -81,14 +81,14 @@ class LayerStack(nn.Module):
         """All routers; each is applied once per repeat."""
         return {
             (self.first_layer + i, name): router
-            for i, layer in enumerate(self._blocks())
+            for i, layer in enumerate(self.blocks())
             for name, router in layer.routers().items()
         }
 
     def macs(self, length: int) -> dict[str, int]:
         """Multiply-accumulates of all layers over a sequence of `length`, by part."""
         parts: Counter[str] = Counter()
-        for layer in self._blocks():
+        for layer in self.blocks():
             parts += Counter(layer.macs(length))
         return {part: count * self.num_repeats for part, count in parts.items()}
 
@@ -106,10 +106,10 @@ class LayerStack(nn.Module):
         extended: list[KeyValues] = []
         # Weights that travel set out for all layers at once, and are awaited at their first use:
         # they arrive while the layers before compute.
-        arriving = [layer.gather_experts() for layer in self._blocks()]
+        arriving = [layer.gather_experts() for layer in self.blocks()]
         gathered: list[GatheredExperts] = []
         for repeat in range(self.num_repeats):
-            for i, layer in enumerate(self._blocks()):
+            for i, layer in enumerate(self.blocks()):
                 if repeat == 0:
                     gathered.append(arriving[i].wait())
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
@@ -124,7 +124,8 @@ class LayerStack(nn.Module):
         longer = None if cache is None else tuple(extended)
         return StackOutput(x, statistics, longer, traces if trace else None)
 
-    def _blocks(self) -> Iterable[Block]:
+    def blocks(self) -> Iterable[Block]:
+        """The distinct layers, in the order in which they are applied."""
         return cast(Iterable[Block], self.layers)
 
     def _apply_layer(

@@ -15,6 +15,7 @@ from torch import Tensor
 from moa_dist.config.model import SwitchHeadConfig
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
+    Attention,
     AttentionMask,
     AttentionOutput,
     apply_rope,
@@ -28,14 +29,17 @@ from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router
+from moa_dist.moe.router_kinds import make_router
 from moa_dist.profiling import annotated
 
 
-class SwitchHeadAttention(RoutedModule):
+class SwitchHeadAttention(RoutedModule, Attention):
     """One softmax per head between mixtures of value and of output experts (equations 7-10).
 
     With one expert per head, values and outputs are dense with a gate per head.
     """
+
+    key_routers = frozenset({"value"})
 
     def __init__(self, config: SwitchHeadConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
@@ -45,10 +49,15 @@ class SwitchHeadAttention(RoutedModule):
         from_model = Normal(init_scale / math.sqrt(d_model))
         self.q = Linear(d_model, H * d, from_model)
         self.k = Linear(d_model, H * d, from_model)
-        self.value_router = Router(config.router, d_model, num_groups=H, init=from_model)
+        self.value_router = make_router(config.router, d_model, num_groups=H, init=from_model)
         self.v = GroupedLinear(num_experts, d_model, d, from_model)
-        self.output_router = Router(config.router, d_model, num_groups=H, init=from_model)
+        self.output_router = make_router(config.router, d_model, num_groups=H, init=from_model)
         self.o = GroupedLinear(num_experts, d, d_model, Normal(init_scale / math.sqrt(H * d)))
+
+    @property
+    def num_heads(self) -> int:
+        """All heads, which every token uses."""
+        return self.config.num_heads
 
     def routers(self) -> dict[str, Router]:
         """By the names under which their statistics are returned."""
@@ -68,8 +77,8 @@ class SwitchHeadAttention(RoutedModule):
         """See `RoutedModule.routed_projections`."""
         D, d = self.v.d_in, self.v.d_out
         return [
-            RoutedProjection("value_router", "token", D, "head", d, weighted=True),
-            RoutedProjection("output_router", "head", d, "token", D, weighted=True),
+            RoutedProjection("value_router", ("v",), "token", D, "head", d, weighted=True),
+            RoutedProjection("output_router", ("o",), "head", d, "token", D, weighted=True),
         ]
 
     @annotated("attention")

@@ -30,13 +30,23 @@ class HeadSummary(NamedTuple):
     """Attention to the query's own token."""
 
 
+class HeadTrace(NamedTuple):
+    """Where the heads of an attention layer look, and which heads they are."""
+
+    summary: HeadSummary
+    """Of the H heads that were computed for each token."""
+    head_ids: Tensor | None = None
+    """[B, T, H] int64: which of the layer's heads was computed in each place, -1 for one that was
+    dropped for lack of capacity; None where the h-th is always head h."""
+
+
 class AttentionTrace(NamedTuple):
     """What an attention layer decided."""
 
     routing: dict[str, Routing]
     """By the name of the router within the layer; empty for dense attention."""
-    heads: HeadSummary
-    """Of MoA, head `slot * heads_per_expert + i` is the i-th of the expert in that slot."""
+    heads: HeadTrace
+    """Where its heads look."""
 
 
 class BlockTrace(NamedTuple):
@@ -44,7 +54,7 @@ class BlockTrace(NamedTuple):
 
     routing: dict[str, Routing]
     """By the names under which `BlockOutput` has their statistics."""
-    heads: dict[str, HeadSummary]
+    heads: dict[str, HeadTrace]
     """By attention: `attention`, and in a decoder that translates `attention.cross`."""
 
 

@@ -1,21 +1,24 @@
 """What attention and FFN layers with experts have in common.
 
 Parallelism is applied to such a module from outside: its dispatcher sends rows to the ranks of
-their experts, or its experts' weights are gathered here. Its forward reads the same for both.
+their experts, or the weights of all experts are gathered on this rank. Its forward is the same
+in both cases.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from moa_dist.config.model import Part
 from moa_dist.distributed.pending import Pending
 from moa_dist.moe.dispatch import Dispatcher, Level, LocalTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.router import Router
 
 Gathered = Mapping[str, Tensor]
 """Weights [E, d_in, d_out] of all experts, by the name of their `GroupedLinear` in its module;
@@ -26,24 +29,30 @@ NOTHING_GATHERED: Gathered = MappingProxyType({})
 
 
 class RoutedProjection(NamedTuple):
-    """Rows go to their experts and back, as a module's forward lets them."""
+    """One round trip of rows to their experts and back in a module's forward."""
 
     router: str
-    """Name of the router, within the module, whose plan they follow."""
+    """Name, within the module, of the router whose plan the rows follow."""
+    experts: tuple[str, ...]
+    """Names, within the module, of the `GroupedLinear`s that multiply the rows; the last one makes
+    the result, those before it the hidden rows."""
     read: Level
-    """What is sent: rows of this level ..."""
+    """Level of the rows that are sent."""
     d_in: int
-    """... and width."""
+    """Width of the rows that are sent."""
     write: Level
-    """What comes back."""
+    """Level of the rows that come back."""
     d_out: int
-    """Its width."""
+    """Width of the rows that come back."""
     weighted: bool
-    """The router weighs what comes back."""
+    """Whether the router weighs what comes back."""
 
 
 class RoutedModule(nn.Module, ABC):
     """A module whose children include `GroupedLinear`s, perhaps sharded over ranks."""
+
+    part: ClassVar[Part]
+    """Part of a layer that this module is, under which the configuration speaks of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,20 +60,34 @@ class RoutedModule(nn.Module, ABC):
 
     @abstractmethod
     def routed_projections(self) -> list[RoutedProjection]:
-        """What travels in one forward if tokens do, for those who count it."""
+        """Round trips of one forward, in order: what is counted, planned and measured of it."""
+
+    def router_of(self, projection: RoutedProjection) -> Router:
+        """The router that a projection of this module follows."""
+        router = self.get_submodule(projection.router)
+        assert isinstance(router, Router)
+        return router
+
+    def expert_layers(self) -> dict[str, GroupedLinear]:
+        """All expert tensors of this module, by name."""
+        children = self.named_children()
+        return {name: child for name, child in children if isinstance(child, GroupedLinear)}
 
     def gather_experts(self) -> dict[str, Pending]:
-        """Weights that travel: called once per forward and used by every repeat of a layer."""
-        return {
-            name: child()
-            for name, child in self.named_children()
-            if isinstance(child, GroupedLinear) and child.gather is not None
-        }
+        """Start to gather weights: once per forward, for all repeats of a layer.
+
+        Empty where tokens are exchanged.
+        """
+        layers = self.expert_layers().items()
+        return {name: layer() for name, layer in layers if layer.gather is not None}
 
     def expert_weights(self, name: str, gathered: Gathered) -> Tensor:
         """Weights [E, d_in, d_out] of the `GroupedLinear` called `name`: all, or this rank's."""
-        if name in gathered:
-            return gathered[name]
-        layer = self.get_submodule(name)
-        assert isinstance(layer, GroupedLinear)
-        return layer.weight
+        return gathered[name] if name in gathered else self.expert_layers()[name].weight
+
+
+def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
+    """Name and module of every part of `model` that has experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedModule):
+            yield name, module

@@ -11,8 +11,8 @@ from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.collectives import all_gather_shards, sum_over_ranks
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.moe.all_to_all import AllToAllTokenDispatcher
-from moa_dist.moe.experts import GroupedLinear, expert_layers, shard_starts
-from moa_dist.moe.routed_module import RoutedModule
+from moa_dist.moe.experts import expert_layers, shard_starts
+from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.statistics import RoutingStatistics
 
 
@@ -25,30 +25,27 @@ def shard_experts(
 ) -> None:
     """Keep this rank's experts of every `RoutedModule`, attention and FFN alike.
 
-    `exchange` says by the module's name, `attention` or `ffn`, what travels: tokens if absent;
-    `auto` has been decided. With `overlap` it travels while other things are computed.
-    Best called while parameters are on the meta device, so that no rank ever holds all.
+    `exchange` says for each part of a layer what ranks exchange: tokens by default; `auto` must
+    have been decided. With `overlap` they exchange it while they compute. Best called while
+    parameters are on the meta device, so that no rank ever holds all experts.
     """
     if mesh.expert_parallel == 1:
         return
     exchange = exchange or ExpertExchangeConfig()
     unseen = dict(expert_layers(model))
-    for name, module in model.named_modules():
-        if not isinstance(module, RoutedModule):
-            continue
-        travels = getattr(exchange, name.rpartition(".")[2])
-        assert travels != "auto", "see moa_dist.plan.exchange_choice"
+    for name, module in routed_modules(model):
+        exchanged = getattr(exchange, module.part)
+        assert exchanged != "auto", "see moa_dist.plan.exchange_choice"
         comm_group = mesh.ep_comm_group(name, overlap=overlap)
-        if travels == "tokens":
+        if exchanged == "tokens":
             module.dispatcher = AllToAllTokenDispatcher(comm_group)
-        for child_name, child in module.named_children():
-            if isinstance(child, GroupedLinear):
-                del unseen[f"{name}.{child_name}"]
-                child.shard(mesh.ep_group.rank(), mesh.expert_parallel)
-                if travels == "weights":
-                    starts = shard_starts(child.num_experts, mesh.expert_parallel)
-                    sizes = [stop - first for first, stop in pairwise(starts)]
-                    child.gather = partial(all_gather_shards, sizes=sizes, comm_group=comm_group)
+        for layer_name, layer in module.expert_layers().items():
+            del unseen[f"{name}.{layer_name}"]
+            layer.shard(mesh.ep_group.rank(), mesh.expert_parallel)
+            if exchanged == "weights":
+                starts = shard_starts(layer.num_experts, mesh.expert_parallel)
+                sizes = [stop - first for first, stop in pairwise(starts)]
+                layer.gather = partial(all_gather_shards, sizes=sizes, comm_group=comm_group)
     # Whole on every rank, such a layer would still be reduced as if it were a shard.
     assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"
 

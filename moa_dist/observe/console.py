@@ -141,8 +141,8 @@ def _layout(config: Config, world_size: int) -> str:
     ep = config.parallel.expert_parallel
     edp = world_size // ep
     layout = f"W {world_size} = ep {ep} x edp {edp}, ZeRO {config.parallel.zero_stage}"
-    named = {"attention": config.model.attention, "FFN": config.model.ffn}
-    parts = " and ".join(name for name, part in named.items() if part.kind != "dense")
+    names = {"attention": "attention", "ffn": "FFN"}
+    parts = " and ".join(names[part] for part in config.model.routed_parts())
     if not parts:
         return f"{layout}: no experts, the same parameters on every rank"
     if ep == 1:

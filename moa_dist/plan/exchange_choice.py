@@ -6,13 +6,13 @@ of `moa_dist.plan.predicted_traffic`; weights also need memory until the backwar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from moa_dist.config.model import PARTS
 from moa_dist.config.run import (
     Config,
     ExpertExchangeConfig,
@@ -22,7 +22,7 @@ from moa_dist.config.run import (
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import ELEMENT_BYTES, count, states
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.experts import expert_layers
+from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.plan.memory import sizes_of
 from moa_dist.plan.predicted_traffic import (
@@ -34,8 +34,6 @@ from moa_dist.plan.predicted_traffic import (
     state_traffic,
 )
 
-Part = Literal["attention", "ffn"]
-PARTS: tuple[Part, ...] = ("attention", "ffn")
 MEMORY_SHARE = 0.25
 """Of what states leave of a rank's memory, the most that travelling weights may take: the rest is
 for activations."""
@@ -118,20 +116,20 @@ def expected_state_traffic(config: Config, world_size: int, model: nn.Module) ->
     return state_traffic(sizes.dense, sizes.experts, layout, config.parallel.zero_stage)
 
 
-def exchange_costs(config: Config, world_size: int) -> dict[Part, dict[str, Cost]]:
+def exchange_costs(config: Config, world_size: int) -> dict[str, dict[str, Cost]]:
     """Cost of tokens and of weights for each part whose experts other ranks hold."""
     ep = config.parallel.expert_parallel
-    sections: Mapping[Part, Any] = {"attention": config.model.attention, "ffn": config.model.ffn}
-    parts = [part for part in PARTS if sections[part].kind != "dense"]
+    parts = config.model.routed_parts()
     if ep == 1 or not parts:
         return {}
     model = meta_model(config)
-    costs: dict[Part, dict[str, Cost]] = {part: {} for part in parts}
+    part_of = {name: module.part for name, module in routed_modules(model)}
+    costs: dict[str, dict[str, Cost]] = {part: {} for part in parts}
     for kind in ("tokens", "weights"):
         exchange = ExpertExchangeConfig.model_validate(dict.fromkeys(PARTS, kind))
         traffic = expected_traffic(config, world_size, exchange, model)
         for part in parts:
-            volumes = [v for key, v in traffic.items() if key.layer.endswith(f".{part}")]
+            volumes = [v for key, v in traffic.items() if part_of[key.layer] == part]
             costs[part][kind] = Cost(
                 sum(v.num_bytes for v in volumes) // world_size,
                 sum(v.messages for v in volumes) // world_size,
@@ -140,12 +138,13 @@ def exchange_costs(config: Config, world_size: int) -> dict[Part, dict[str, Cost
     return costs
 
 
-def gathered_bytes(config: Config, model: nn.Module, part: Part) -> int:
+def gathered_bytes(config: Config, model: nn.Module, part: str) -> int:
     """All experts of a part and their gradients: they wait for the backward pass of their layer."""
     elements = sum(
         layer.num_experts * layer.macs_per_row()
-        for name, layer in expert_layers(model)
-        if name.split(".")[-2] == part
+        for _, module in routed_modules(model)
+        if module.part == part
+        for layer in module.expert_layers().values()
     )
     return 2 * elements * ELEMENT_BYTES[config.train.precision]
 

@@ -61,17 +61,13 @@ class Planned:
         if parallel.expert_parallel > 1:
             found += [
                 f"parallel.expert_exchange.{part}={getattr(parallel.expert_exchange, part)}"
-                for part in _routed(self.config)
+                for part in self.config.model.routed_parts()
             ]
         return found
 
 
-def _routed(config: Config) -> list[str]:
-    return [part for part in PARTS if getattr(config.model, part).kind != "dense"]
-
-
 def _travels(config: Config, exchange: ExpertExchangeConfig) -> str:
-    kinds = {part: getattr(exchange, part) for part in _routed(config)}
+    kinds = {part: getattr(exchange, part) for part in config.model.routed_parts()}
     if len(set(kinds.values())) == 1:
         return f", {next(iter(kinds.values()))} travel"
     return "".join(f", {part} {kind}" for part, kind in kinds.items())
@@ -132,7 +128,7 @@ class Planner:
         """Every layout that means something."""
         world_size, train = self.cluster.num_gpus, self.config.train
         per_rank = train.global_batch // world_size
-        routed = _routed(self.config)
+        routed = self.config.model.routed_parts()
         for ep, stage in product(_divisors(world_size), range(4)):
             exchanges = product(("tokens", "weights"), repeat=len(routed) if ep > 1 else 0)
             for kinds in exchanges:
@@ -187,7 +183,7 @@ def with_layout(
 
 def _accumulates_in_vain(config: Config, per_rank: int) -> bool:
     """`global_batch` balance needs all tokens of a step in one forward."""
-    routers = [getattr(config.model, part).router for part in _routed(config)]
+    routers = config.model.routers().values()
     whole = any(router.balance.scope == "global_batch" for router in routers)
     return whole and config.train.micro_batch != per_rank
 

@@ -24,9 +24,8 @@ from torch import nn
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.moe.dispatch import Level
-from moa_dist.moe.experts import GroupedLinear, shard_starts
-from moa_dist.moe.routed_module import RoutedModule
-from moa_dist.moe.router import Router
+from moa_dist.moe.experts import shard_starts
+from moa_dist.moe.routed_module import RoutedModule, routed_modules
 from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 
 _COUNT_BYTES, _INDEX_BYTES = 8, 4
@@ -124,23 +123,22 @@ def expert_traffic(
     if layout.expert_parallel == 1:
         return {}
     traffic: dict[TrafficKey, TrafficVolume] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, RoutedModule):
-            if getattr(layout.exchange, name.rpartition(".")[2]) == "weights":
-                traffic |= _weights(name, module, layout)
-            else:
-                traffic |= _tokens(name, module, layout, rows_of)
+    for name, module in routed_modules(model):
+        if getattr(layout.exchange, module.part) == "weights":
+            traffic |= _weights(name, module, layout)
+        else:
+            traffic |= _tokens(name, module, layout, rows_of)
     return traffic
 
 
 def _weights(layer: str, module: RoutedModule, layout: Layout) -> dict[TrafficKey, TrafficVolume]:
     """Once per forward and once per backward, whatever the repeats and recomputation."""
     messages, num_bytes = 0, 0
-    for child in module.children():
-        if isinstance(child, GroupedLinear):
-            shard = -(-child.num_experts // layout.expert_parallel) * child.macs_per_row()
-            messages += 1
-            num_bytes += (layout.expert_parallel - 1) * shard * layout.element_bytes
+    for layer_weights in module.expert_layers().values():
+        num_experts = -(-layer_weights.num_experts // layout.expert_parallel)
+        shard = num_experts * layer_weights.macs_per_row()
+        messages += 1
+        num_bytes += (layout.expert_parallel - 1) * shard * layout.element_bytes
     factor = layout.world_size * layout.num_micro_batches
     volume = TrafficVolume(factor * messages, factor * num_bytes)
     return {TrafficKey(layer, "gather", backward): volume for backward in (False, True)}
@@ -157,10 +155,8 @@ def _tokens(
         more = TrafficVolume(calls * times, round(num_bytes * times))
         traffic[key] = traffic[key].plus(more) if key in traffic else more
 
-    routed_projections = module.routed_projections()
-    for name in dict.fromkeys(use.router for use in routed_projections):
-        router = module.get_submodule(name)
-        assert isinstance(router, Router)
+    projections = module.routed_projections()
+    for name, router in {p.router: module.router_of(p) for p in projections}.items():
         rows = rows_of(layer, name)
         # Per assignment the expert and its row at each level that travels; see moe/exchange.py.
         num_numbers = 3 if router.num_groups > 1 else 2
@@ -168,12 +164,12 @@ def _tokens(
         add(forward, forwards, calls * (layout.expert_parallel - 1) * num_numbers * _COUNT_BYTES)
         add(forward, forwards, rows.slot * num_numbers * _INDEX_BYTES)
         add(forward, forwards, rows.slot * layout.router_weight_bytes)
-        if any(use.weighted for use in routed_projections if use.router == name):
+        if any(p.weighted for p in projections if p.router == name):
             add(backward, 1, rows.slot * layout.router_weight_bytes)
-    for use in routed_projections:
-        rows = rows_of(layer, use.router)
-        there = rows.of(use.read) * use.d_in * layout.element_bytes
-        back = rows.of(use.write) * use.d_out * layout.element_bytes
+    for projection in projections:
+        rows = rows_of(layer, projection.router)
+        there = rows.of(projection.read) * projection.d_in * layout.element_bytes
+        back = rows.of(projection.write) * projection.d_out * layout.element_bytes
         add(TrafficKey(layer, "dispatch", False), forwards, there)
         add(TrafficKey(layer, "dispatch", True), 1, there)
         add(TrafficKey(layer, "combine", False), forwards, back)

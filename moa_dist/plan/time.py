@@ -19,9 +19,7 @@ from moa_dist.config.run import Config
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.routed_module import RoutedModule
-from moa_dist.moe.router import Router
+from moa_dist.moe.routed_module import routed_modules
 from moa_dist.observe.units import short
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
@@ -147,22 +145,20 @@ def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
     """
     element, wide = element_bytes, max(element_bytes, 4)
     forward = backward = 0.0
-    for module in model.modules():
-        if not isinstance(module, RoutedModule):
-            continue
-        layers = {n: c for n, c in module.named_children() if isinstance(c, GroupedLinear)}
-        for use in module.routed_projections():
-            router = module.get_submodule(use.router)
-            assert isinstance(router, Router)
+    for _, module in routed_modules(model):
+        layers = module.expert_layers()
+        for projection in module.routed_projections():
+            router = module.router_of(projection)
             chosen = router.num_groups * router.config.top_k
-            hidden = sum(c.d_out for n, c in layers.items() if n != "down") * ("down" in layers)
-            weighing = 2 * wide * use.weighted
+            d_in, d_out = projection.d_in, projection.d_out
+            hidden = sum(layers[name].d_out for name in projection.experts[:-1])
+            weighing = 2 * wide * projection.weighted
             # Gather, read; through the hidden width; write, widen, weigh, add up.
-            forward += chosen * 3 * element * use.d_in + chosen * 4 * element * hidden
-            forward += chosen * (2 * element + 4 * wide + weighing) * use.d_out
+            forward += chosen * 3 * element * d_in + chosen * 4 * element * hidden
+            forward += chosen * (2 * element + 4 * wide + weighing) * d_out
             # Its gradients, by rows and by matrices; see above from right to left.
-            backward += chosen * 5 * element * use.d_in + chosen * 8 * element * hidden
-            backward += chosen * (3 * element + 3 * wide + 2 * weighing) * use.d_out
+            backward += chosen * 5 * element * d_in + chosen * 8 * element * hidden
+            backward += chosen * (3 * element + 3 * wide + 2 * weighing) * d_out
     repeats = model.stack.num_repeats
     return RowBytes(forward * repeats, backward * repeats)
 

@@ -121,7 +121,7 @@ def remedies(config: Config, world_size: int, held: dict[str, int]) -> list[str]
     if not config.train.recompute:
         of_activations.append("train.recompute=true")
     stage, ep = config.parallel.zero_stage, config.parallel.expert_parallel
-    has_experts = {config.model.attention.kind, config.model.ffn.kind} != {"dense"}
+    has_experts = bool(config.model.routed_parts())
     larger = [n for n in range(ep + 1, world_size + 1) if world_size % n == 0 and n % ep == 0]
     if has_experts and larger:
         of_state.append(f"parallel.expert_parallel={larger[0]} (now {ep})")

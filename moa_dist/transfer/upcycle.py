@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from moa_dist.config.model import (
+    PARTS,
     DenseAttentionConfig,
     DenseFFNConfig,
+    MoAConfig,
     ModelConfig,
     MoEFFNConfig,
+    PartConfig,
     RouterConfig,
     SwitchHeadConfig,
 )
@@ -39,11 +42,18 @@ from moa_dist.models.moa import MoAAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.moe.router import Router
 
-_PARTS = ("attention", "ffn")
 _SAMPLE = 4096
 """Random tokens over which weights are averaged."""
 _EVEN = 0.1
 """Factor of a router whose weights should hardly vary; which experts it chooses stays the same."""
+
+
+_FILLED: dict[type[PartConfig], str | None] = {
+    MoAConfig: "heads_per_expert",
+    SwitchHeadConfig: "num_heads",
+    MoEFFNConfig: None,
+}
+"""Kinds whose experts can be made of a dense part, with the field of an attention's heads."""
 
 
 class FilledPart(NamedTuple):
@@ -61,10 +71,10 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
     """Why a model of `config` cannot go on from one of `dense`, a line each."""
     for name in ModelConfig.model_fields:
         before, now = getattr(dense, name), getattr(config, name)
-        if name not in _PARTS and before != now:
+        if name not in PARTS and before != now:
             now, before = ("null" if value is None else value for value in (now, before))
             yield f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
-    changed = [name for name in _PARTS if getattr(dense, name) != getattr(config, name)]
+    changed = [name for name in PARTS if getattr(dense, name) != getattr(config, name)]
     if not changed:
         yield "`model.attention` and `model.ffn` are those of the dense model: nothing to do"
     for name in changed:
@@ -79,6 +89,11 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
                 f"`model.{name}` is dense, with other settings than in the run: leave these as "
                 "they are, or let it be made of experts"
             )
+        elif type(now) not in _FILLED:
+            yield (
+                f"`model.{name}.kind` is {now.kind}, which cannot grow out of a dense part; use one of "
+                + ", ".join(str(kind.model_fields["kind"].default) for kind in _FILLED)
+            )
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
         yield from _attention_problems(dense.attention, config)
     if isinstance(dense.ffn, DenseFFNConfig) and isinstance(config.ffn, MoEFFNConfig):
@@ -87,9 +102,9 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
 
 def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Iterator[str]:
     attention = config.attention
-    if isinstance(attention, DenseAttentionConfig):
+    heads = _FILLED.get(type(attention))
+    if heads is None:
         return
-    heads = "num_heads" if isinstance(attention, SwitchHeadConfig) else "heads_per_expert"
     wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope}
     for name, value in wanted.items():
         if getattr(attention, name) != value:

@@ -111,8 +111,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 def _balanced_by_parts(config: Config) -> bool:
     """Whether some auxiliary loss depends on the micro-batch, as its documentation says."""
-    parts = (config.model.attention, config.model.ffn)
-    return any(p.kind != "dense" and p.router.balance.scope == "micro_batch" for p in parts)
+    routers = config.model.routers().values()
+    return any(router.balance.scope == "micro_batch" for router in routers)
 
 
 def _move_biases(model: LanguageModel, load: dict[RouterCall, Tensor]) -> None:

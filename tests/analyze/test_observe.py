@@ -143,7 +143,7 @@ def test_a_translating_model_has_two_texts(attention):
     crossed = {layer.repeat: layer.heads for layer in layers if layer.attention != "attention"}
     traces = model(*batch.inputs(), trace=True).traces
     for repeat, heads in crossed.items():
-        looked = traces[1, repeat].heads["attention.cross"].entropy
+        looked = traces[1, repeat].heads["attention.cross"].summary.entropy
         counted = batch.inputs()[1][:, None, 1:]
         total = sum(head.entropy * head.queries for head in heads)
         assert total == pytest.approx((looked[..., 1:] * counted).sum().item())
@@ -187,7 +187,9 @@ def test_heads_of_moa_belong_to_the_experts_that_tokens_choose(capacity):
             for slot in kept[b, t].nonzero().flatten().tolist():
                 for inner in range(2):
                     head = int(ids[b, t, slot]) * 2 + inner
-                    sums[head] += trace.heads["attention"].entropy[b, slot * 2 + inner, t].item()
+                    sums[head] += (
+                        trace.heads["attention"].summary.entropy[b, slot * 2 + inner, t].item()
+                    )
                     queries[head] += 1
     assert [head.queries for head in layer.heads] == queries
     for head, total in zip(layer.heads, sums.tolist(), strict=True):

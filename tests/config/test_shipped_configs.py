@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config import find_layout_problems, load_config
-from moa_dist.config.model import Section
 from moa_dist.config.schema import describe, walk
+from moa_dist.config.section import Section
 from moa_dist.models.counts import count
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -47,7 +47,7 @@ def test_heads_are_summarised_by_the_attention_that_they_use(num_past, real, cau
     mask = AttentionMask(causal, key_mask=real, num_past=num_past)
     identity = torch.eye(LENGTH, dtype=torch.float64).expand(2, 3, -1, -1)
     share = softmax_attention(q, k, identity, mask)  # of identity values, the attention itself
-    summary = traced({}, q, k, mask).heads
+    summary = traced({}, q, k, mask).heads.summary
     for t in range(q.shape[2]):
         own = t + num_past
         row = share[:, :, t]
@@ -64,8 +64,8 @@ def test_between_texts_no_attention_beyond_the_shorter():
     q, k = heads(num_keys=6), heads(num_keys=4, seed=1)
     longer = torch.cat([k, heads(num_keys=3, seed=2)], dim=2)
     real = torch.arange(7) < torch.tensor([4, 4])[:, None]
-    alone = traced({}, q, k, AttentionMask(causal=False)).heads
-    padded = traced({}, q, longer, AttentionMask(causal=False, key_mask=real)).heads
+    alone = traced({}, q, k, AttentionMask(causal=False)).heads.summary
+    padded = traced({}, q, longer, AttentionMask(causal=False, key_mask=real)).heads.summary
     for value, other in zip(alone, padded, strict=True):
         torch.testing.assert_close(value, other)
     assert alone.itself[..., 4:].eq(0).all()
@@ -77,6 +77,6 @@ def test_no_attention_to_keys_without_probability():
     """A key whose score underflows has no part in the entropy."""
     q = torch.full((1, 1, 2, 4), 100.0)
     k = torch.stack([torch.full((4,), -100.0), torch.full((4,), 100.0)])[None, None]
-    summary = traced({}, q, k, AttentionMask(causal=True)).heads
+    summary = traced({}, q, k, AttentionMask(causal=True)).heads.summary
     assert summary.entropy.tolist() == [[[0.0, 0.0]]]
     assert summary.itself.tolist() == [[[1.0, 1.0]]]

@@ -1,0 +1,59 @@
+"""What every part of the configuration is: a section, some of them chosen by their `kind`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationInfo
+from pydantic import model_validator as validator
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def changed(self, **fields: Any) -> Self:
+        """A validated copy with other values in some fields."""
+        return type(self).model_validate(self.model_copy(update=fields).model_dump())
+
+
+class Kind(Section):
+    """A section that its `kind` chooses among the kinds of one family.
+
+    A family, such as all kinds of attention, is a subclass with its own `kinds`; a subclass of it
+    is listed there once it is defined. Fields are declared as `SerializeAsAny[Family]`.
+    """
+
+    kind: str
+    """Names this kind."""
+    kinds: ClassVar[dict[str, type[Kind]]]
+    """All kinds of the family by name. A family whose own `kind` has a default is itself a kind,
+    and is meant where none is named."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        name = cls.model_fields["kind"].default
+        if isinstance(name, str):
+            cls.kinds[name] = cls
+
+    @validator(mode="wrap")
+    @classmethod
+    def _choose(
+        cls, value: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        """Validate by the kind that is named, where the field is declared as the family."""
+        if not isinstance(value, dict):
+            return handler(value)
+        name = value.get("kind", cls.model_fields["kind"].default)
+        chosen = cls.kinds.get(name) if isinstance(name, str) else None
+        if chosen is None or not issubclass(chosen, cls):
+            raise ValueError(f"kind {name!r} is none of {', '.join(cls.kinds)}")
+        if chosen is cls:
+            return handler(value)
+        if info.mode == "json":  # strict, as JSON has its own rules for what counts as a tuple
+            return chosen.model_validate_json(json.dumps(value), strict=True)
+        return chosen.model_validate(value)

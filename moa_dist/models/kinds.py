@@ -1,0 +1,49 @@
+"""The kinds of attention and feed-forward part: what a layer can be made of.
+
+A new kind is three things: a section in `config/model.py` (its sizes, its routers, how it
+shrinks), a module that is an `Attention` or a `FeedForward`, and a line here. Sharding, counting,
+planning, verification, analysis, export and generation ask the section and the module, so nothing
+else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moa_dist.config.model import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    DenseFFNConfig,
+    FFNConfig,
+    MoAConfig,
+    MoEFFNConfig,
+    SwitchHeadConfig,
+)
+from moa_dist.models.attention import Attention, DenseAttention
+from moa_dist.models.feed_forward import DenseFeedForward, FeedForward, MoEFeedForward
+from moa_dist.models.moa import MoAAttention
+from moa_dist.models.switchhead import SwitchHeadAttention
+
+ATTENTION: dict[type[AttentionConfig], Callable[[Any, int, float], Attention]] = {
+    DenseAttentionConfig: DenseAttention,
+    MoAConfig: MoAAttention,
+    SwitchHeadConfig: SwitchHeadAttention,
+}
+"""Attention module by section."""
+
+FEED_FORWARD: dict[type[FFNConfig], Callable[[Any, int, float], FeedForward]] = {
+    DenseFFNConfig: DenseFeedForward,
+    MoEFFNConfig: MoEFeedForward,
+}
+"""Feed-forward module by section."""
+
+
+def make_attention(config: AttentionConfig, d_model: int, init_scale: float) -> Attention:
+    """Build the attention that `config` describes; `init_scale` scales its initial weights."""
+    return ATTENTION[type(config)](config, d_model, init_scale)
+
+
+def make_feed_forward(config: FFNConfig, d_model: int, init_scale: float) -> FeedForward:
+    """Build the feed-forward part that `config` describes."""
+    return FEED_FORWARD[type(config)](config, d_model, init_scale)

@@ -1,0 +1,22 @@
+"""The kinds of router: a new one is a section in `config/model.py`, a module, and a line here."""
+
+from __future__ import annotations
+
+from moa_dist.config.model import RouterConfig
+from moa_dist.moe.initialize import Initializer
+from moa_dist.moe.router import Router
+
+ROUTERS: dict[type[RouterConfig], type[Router]] = {
+    RouterConfig: Router,
+}
+"""Module by section."""
+
+
+def make_router(
+    config: RouterConfig, d_model: int, *, num_groups: int = 1, init: Initializer | None = None
+) -> Router:
+    """Build the router that `config` describes, for rows of width `d_model`.
+
+    `num_groups` routes each of so many heads separately; `init` draws the weights of its logits.
+    """
+    return ROUTERS[type(config)](config, d_model, num_groups=num_groups, init=init)

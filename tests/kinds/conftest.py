@@ -1,0 +1,3 @@
+from tests.kinds.case import toy
+
+__all__ = ["toy"]
