@@ -1,4 +1,4 @@
-"""What all attention kinds share: masks, rotary positions, the softmax product; dense attention.
+"""Shared by all attention kinds: masks, rotary positions, the softmax product. Dense attention.
 
 Shapes: B sequences, T queries, S keys and values, H heads, d head width, D model width.
 """
@@ -25,23 +25,22 @@ from moa_dist.profiling import annotated
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query may see, which tokens are padding, and where they stand."""
+    """Says which keys a query may see, which tokens are padding, and the position of each token."""
 
     causal: bool
-    """Query t sees keys 0 ... num_past + t only."""
+    """Whether query t sees keys 0 ... num_past + t only."""
     query_mask: Tensor | None = None
     """[B, T] bool, true for real tokens; None when there is no padding."""
     key_mask: Tensor | None = None
     """[B, S] bool, true for real tokens; None when there is no padding."""
     num_past: int = 0
-    """How many of the keys, the first ones, come from a cache."""
+    """Number of leading keys that come from a cache."""
     position: Tensor | None = None
-    """[B, T] or [1, T] int64, of the queries and of the keys that come with them; None for
-    0 ... T - 1."""
+    """[B, T] or [1, T] int64, positions of queries and new keys; None for 0 ... T - 1."""
 
     @property
     def new_key_mask(self) -> Tensor | None:
-        """`key_mask` of the keys that do not come from a cache."""
+        """The part of `key_mask` for keys that do not come from a cache."""
         return None if self.key_mask is None else self.key_mask[:, self.num_past :]
 
 
@@ -53,9 +52,9 @@ class AttentionOutput(NamedTuple):
     statistics: dict[str, RoutingStatistics]
     """By the name of the router within the layer; empty for dense attention."""
     cache: KeyValues | None = None
-    """With the new keys and values; None if the layer was given none."""
+    """The cache extended by the new keys and values; None if the layer was given none."""
     trace: AttentionTrace | None = None
-    """None if it was not asked for."""
+    """What the layer decided; None unless a trace was requested."""
 
 
 class Attention(nn.Module, ABC):
@@ -71,7 +70,7 @@ class Attention(nn.Module, ABC):
     @property
     @abstractmethod
     def num_heads(self) -> int:
-        """Heads that the layer has in all, also where a token uses only some of them."""
+        """Number of heads in the layer, of which a token may use only some."""
 
     def routers(self) -> dict[str, Router]:
         """All routers, by the names under which their statistics are returned."""
@@ -106,7 +105,7 @@ class Attention(nn.Module, ABC):
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt d) v for q [B, H, T, d] and k, v [B, H, S, d]; returns [B, H, T, d].
 
-    A mask tensor is made only where `is_causal` cannot say it, as it rules out the fused kernels.
+    Materializes a mask only where `is_causal` cannot express it, as masks rule out fused kernels.
     """
     # A single query after those of the cache sees every key.
     causal = mask.causal and not (mask.num_past and q.shape[-2] == 1)
@@ -117,7 +116,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
 
 
 def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
-    """The keys [B, H, S, d] that each query [B, H, T, d] sees: bool, fit for [B, H, T, S]."""
+    """Return a bool mask, broadcastable to [B, H, T, S], of the keys that each query sees."""
     T, S = q.shape[-2], k.shape[-2]
     visible = torch.ones(T if mask.causal else 1, S, dtype=torch.bool, device=q.device)
     if mask.causal:
@@ -146,7 +145,7 @@ def traced(
 def apply_rope(x: Tensor, config: RopeConfig | None, position: Tensor | None = None) -> Tensor:
     """Rotate the first part of the last dimension of x [..., T, d] by position 0 ... T - 1.
 
-    Or x [B, H, T, d] by `position` [B, T] or [1, T].
+    With `position` [B, T] or [1, T], x must be [B, H, T, d].
     """
     if config is None:
         return x
@@ -161,14 +160,14 @@ def apply_rope(x: Tensor, config: RopeConfig | None, position: Tensor | None = N
 
 
 def rotated_width(d_head: int, config: RopeConfig) -> int:
-    """Dimensions that are rotated: rounded down to even, as they turn in pairs."""
+    """Return the number of rotated dimensions, rounded down to even since they rotate in pairs."""
     return int(d_head * config.fraction + 1e-6) // 2 * 2  # 100 * 0.58 is 57.99...
 
 
 def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
-    """Multiply-accumulates of both attention products over `width` dimensions, all keys seen.
+    """Count multiply-accumulates of both attention products over `width` dimensions.
 
-    The causal half is not subtracted, which is how the papers count.
+    Every query counts as seeing all keys, also in causal models: the papers count so.
     """
     return 2 * num_queries * num_keys * width
 
@@ -188,11 +187,11 @@ class DenseAttention(Attention):
 
     @property
     def num_heads(self) -> int:
-        """All heads, which every token uses."""
+        """Number of heads; every token uses all of them."""
         return self.config.num_heads
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates for one sequence, by part."""
+        """Implement `Attention.macs`."""
         width = self.config.num_heads * self.config.d_head
         projections = sum(p.macs(length) for p in (self.q, self.k, self.v, self.o))
         return {"projections": projections, "softmax": softmax_macs(length, length, width)}
@@ -208,10 +207,7 @@ class DenseAttention(Attention):
         cache: KeyValues | None = None,
         trace: bool = False,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; there are no experts.
-
-        With a cache, `key` and `value` are of the tokens that follow those in it.
-        """
+        """Implement `Attention.forward`; `gathered` is empty, as there are no experts."""
         q, k, v = (
             project(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))

@@ -1,4 +1,4 @@
-"""One Transformer layer: attention and feed-forward part, with the norm where asked.
+"""One Transformer layer: attention and feed-forward part, with norms placed as configured.
 
 Shapes: B sequences of S tokens, D model width.
 """
@@ -29,42 +29,42 @@ NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
     "layernorm": nn.LayerNorm,
     "rmsnorm": nn.RMSNorm,
 }
-"""By the name in the configuration."""
+"""Norm modules by `ModelConfig.norm`."""
 
 
 def make_norm(config: ModelConfig, eps: float) -> nn.LayerNorm | nn.RMSNorm:
-    """A norm over the model's width."""
+    """Build a norm over the model's width."""
     # Torch's RMSNorm would else take the precision of its input's type: 0.008 for bfloat16.
     return NORMS[config.norm](config.d_model, eps=eps)
 
 
 class GatheredExperts(NamedTuple):
-    """Expert weights that travelled to this rank, for one layer; see `RoutedModule`."""
+    """Weights of all experts of one layer, gathered on this rank; empty where tokens are sent."""
 
     attention: Gathered = NOTHING_GATHERED
-    """Of the attention's experts."""
+    """Experts of self-attention."""
     cross: Gathered = NOTHING_GATHERED
-    """Of those of a decoder's attention to the source."""
+    """Experts of a decoder's attention to the source."""
     ffn: Gathered = NOTHING_GATHERED
-    """Of the FFN's experts."""
+    """Experts of the feed-forward part."""
 
 
-class ArrivingExperts(NamedTuple):
-    """The same on their way."""
+class PendingExperts(NamedTuple):
+    """Expert weights of one layer that are being gathered."""
 
     attention: Mapping[str, Pending]
-    """Of the attention's experts."""
+    """Experts of self-attention."""
     cross: Mapping[str, Pending]
-    """Of those of a decoder's attention to the source."""
+    """Experts of a decoder's attention to the source."""
     ffn: Mapping[str, Pending]
-    """Of the FFN's experts."""
+    """Experts of the feed-forward part."""
 
     def wait(self) -> GatheredExperts:
-        """What arrived."""
+        """Wait until all weights have arrived."""
         return GatheredExperts(*({name: w.wait() for name, w in part.items()} for part in self))
 
 
-_ALL_EXPERTS_HERE = GatheredExperts()
+_NO_GATHERED_EXPERTS = GatheredExperts()
 
 
 class BlockOutput(NamedTuple):
@@ -73,28 +73,28 @@ class BlockOutput(NamedTuple):
     x: Tensor
     """[B, S, D]."""
     statistics: dict[str, RoutingStatistics]
-    """By router: `attention.query`, `attention.value`, `attention.output`, `ffn`; those of a
-    decoder's attention to the source are called `attention.cross.query` and so on."""
+    """By router, such as `attention.query`, `attention.value` or `ffn`; routers of a decoder's
+    attention to the source are called `attention.cross.query` and so on."""
     cache: KeyValues | None = None
-    """With the new keys and values; None if the layer was given none."""
+    """The cache extended by the new keys and values; None if the layer was given none."""
     trace: BlockTrace | None = None
-    """None if it was not asked for."""
+    """What the layer decided; None unless a trace was requested."""
 
 
 class EncoderMemory(NamedTuple):
     """What a decoder's layers see of the source text."""
 
     x: Tensor
-    """[B, R, D], normalised: the encoder's output. With a cache that holds keys and values of the
-    source, R is 0."""
+    """[B, R, D], normalized: the encoder's output. R is 0 if a cache holds the source's keys and
+    values."""
     query_mask: Tensor | None
     """[B, S] bool, true for real tokens of the target; None when there is no padding."""
     source_mask: Tensor | None
-    """[B, all of the source] bool, true for real tokens; None when there is no padding."""
+    """[B, source length] bool, true for real tokens; None when there is no padding."""
 
     @property
     def mask(self) -> AttentionMask:
-        """Every token of the target sees all of the source."""
+        """Let every token of the target see the whole source."""
         num_past = 0 if self.source_mask is None else self.source_mask.shape[1] - self.x.shape[1]
         return AttentionMask(False, self.query_mask, self.source_mask, num_past)
 
@@ -102,7 +102,8 @@ class EncoderMemory(NamedTuple):
 class CrossAttention(nn.Module):
     """A decoder layer's attention to the encoder's output, added to the residual stream.
 
-    Of the same kind as self-attention, without rotary positions: the two texts have their own.
+    It is of the same kind as self-attention, but without rotary positions, as positions in two
+    texts cannot be compared.
     """
 
     def __init__(self, config: ModelConfig, init_scale: float) -> None:
@@ -121,7 +122,7 @@ class CrossAttention(nn.Module):
         cache: KeyValues | None,
         trace: bool = False,
     ) -> AttentionOutput:
-        """x [B, S, D] -> y [B, S, D], the residual stream with what was added."""
+        """x [B, S, D] -> y [B, S, D], the residual stream with the attention's output added."""
         queries = x if self.placement == "post" else self.norm(x)
         output = self.attention(queries, memory.x, memory.x, memory.mask, gathered, cache, trace)
         x = x + self.dropout(output.y)
@@ -148,7 +149,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def routers(self) -> dict[str, Router]:
-        """By the names under which their statistics are returned."""
+        """All routers, by the names under which their statistics are returned."""
         routers = _within("ffn", self.ffn.routers())
         for name, attention in reversed(self.attentions().items()):
             routers = _within(name, attention.routers()) | routers
@@ -160,19 +161,19 @@ class Block(nn.Module):
         return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates of one application to a sequence of `length`, by part.
+        """Count multiply-accumulates of one application to a sequence of `length`, by part.
 
-        Of a decoder's layer with a source of the same length.
+        The source that a decoder's layer attends to has the same length.
         """
         parts = Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length))
         if self.cross is not None:
             parts += Counter(self.cross.attention.macs(length))
         return dict(parts)
 
-    def gather_experts(self) -> ArrivingExperts:
-        """Weights that travel between ranks: once per forward, for all repeats of this layer."""
+    def gather_experts(self) -> PendingExperts:
+        """Start to gather expert weights: once per forward, for all repeats of this layer."""
         cross = None if self.cross is None else self.cross.attention
-        return ArrivingExperts(
+        return PendingExperts(
             *(
                 part.gather_experts() if isinstance(part, RoutedModule) else {}
                 for part in (self.attention, cross, self.ffn)
@@ -183,7 +184,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         mask: AttentionMask,
-        gathered: GatheredExperts = _ALL_EXPERTS_HERE,
+        gathered: GatheredExperts = _NO_GATHERED_EXPERTS,
         cache: KeyValues | None = None,
         memory: EncoderMemory | None = None,
         trace: bool = False,
@@ -229,7 +230,7 @@ class Block(nn.Module):
 
 
 def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOutput) -> BlockTrace:
-    """Of the layer's parts, all of which were asked for one."""
+    """Join the traces of a layer's parts."""
     routing: dict[str, Routing] = _within("ffn", ffn.routing)
     heads = {}
     for part, trace in attention.items():
@@ -240,5 +241,5 @@ def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOu
 
 
 def _within(part: str, by_router: Mapping[str, Value]) -> dict[str, Value]:
-    """Name routers within the layer: by the part alone where a part has one without a name."""
+    """Prefix names of routers by their part; a router without a name is called like its part."""
     return {f"{part}.{name}".rstrip("."): value for name, value in by_router.items()}

@@ -1,6 +1,6 @@
 """Keys and values of tokens that a model has read, so that it need not read them again.
 
-A cache is a value: a forward takes one and returns a longer one, and modules keep nothing.
+A cache is a value: a forward takes one and returns a longer one; modules store nothing.
 
 Shapes: B sequences, P tokens read so far, T new ones, h key heads, d head width.
 """
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 KeyValues = tuple[Tensor, ...]
-"""Keys, rotated, and values [B, h, P, d] of one application of one attention layer; nothing
-before the first token. Of a decoder's layer those of its self-attention, then those of its
+"""Rotated keys, then values [B, h, P, d] of one application of an attention layer; empty before
+the first token. In a decoder that translates, those of self-attention come first, then those of
 attention to the source."""
 
 
 def extended(past: KeyValues, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`past`, then k and v [B, h, T, d]: two tensors [B, h, P + T, d]."""
+    """Append k and v [B, h, T, d] to `past`; returns two tensors [B, h, P + T, d]."""
     if not past:
         return k, v
     past_k, past_v = past
@@ -29,20 +29,20 @@ def extended(past: KeyValues, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Cache(NamedTuple):
-    """What a language model keeps of the tokens that it has read."""
+    """Everything that a language model keeps about the tokens it has read."""
 
     layers: tuple[KeyValues, ...]
-    """By application of a layer, in order: a layer applied R times has R of them, for each sees
-    another input."""
+    """One entry per application of a layer, in order: a layer applied R times has R entries, since
+    each application has its own input."""
     length: int = 0
-    """Tokens read so far, padding included (P)."""
+    """Number of tokens read so far, padding included (P)."""
     token_mask: Tensor | None = None
-    """[B, P] bool, false at padding; None when there is none."""
+    """[B, P] bool, false at padding; None without padding."""
     source_mask: Tensor | None = None
-    """[B, R] bool, false at padding of the source text; None when there is none, or no source."""
+    """[B, R] bool, false at padding of the source; None without padding or without a source."""
 
     def select(self, rows: Tensor) -> Cache:
-        """The sequences at `rows` [n] int64, in that order; one may be taken several times."""
+        """Select the sequences at `rows` [n] int64, in that order; repetitions are allowed."""
         layers = tuple(tuple(part[rows] for part in layer) for layer in self.layers)
         token_mask, source_mask = (
             None if x is None else x[rows] for x in (self.token_mask, self.source_mask)
@@ -50,9 +50,9 @@ class Cache(NamedTuple):
         return Cache(layers, self.length, token_mask, source_mask)
 
     def mask_with(self, tokens: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """[B, P + T]: which tokens are real once `tokens` [B, T] are read, too.
+        """Extend `token_mask` by new `tokens` [B, T]; returns [B, P + T], None if all are real.
 
-        `token_mask` [B, T] tells of these, None for all; returns None when there is no padding.
+        The argument `token_mask` [B, T] is None if all new tokens are real.
         """
         if self.token_mask is None and token_mask is None:
             return None

@@ -1,4 +1,4 @@
-"""What a model costs before it exists: parameters, multiply-accumulates, bytes of its states."""
+"""Counts of a model that need not exist yet: parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
-"""Of weights and activations, by `train.precision`."""
+"""Bytes of an element of weights and activations, by `train.precision`."""
 _MASTER_BYTES = 4
 
 
 class ExpertTensor(NamedTuple):
-    """One grouped weight, `num_experts` matrices of `size` parameters each."""
+    """One grouped weight: `num_experts` matrices of `size` parameters each."""
 
     num_experts: int
-    """Of all router groups."""
+    """Experts of all router groups."""
     size: int
     """Parameters of one expert."""
 
@@ -33,7 +33,7 @@ class Counts:
     """Parameters of a model, and the work of one forward over one sequence."""
 
     sequence_length: int
-    """Tokens of that sequence."""
+    """Number of tokens in that sequence."""
     total: int
     """Parameters; a shared layer counts once."""
     active: int
@@ -67,7 +67,7 @@ class Counts:
 
     @property
     def block_macs(self) -> int:
-        """All but the head's: what the papers' tables show."""
+        """Multiply-accumulates without the output head's, as in the papers' tables."""
         return self.total_macs - self.head_macs
 
     @property
@@ -77,7 +77,7 @@ class Counts:
 
 
 def count(config: ModelConfig, sequence_length: int) -> Counts:
-    """Count by building the model without memory for its parameters."""
+    """Count by building the model on the meta device."""
     with torch.device("meta"):
         model = LanguageModel(config)
     total = sum(parameter.numel() for parameter in model.parameters())

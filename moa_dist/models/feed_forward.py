@@ -1,4 +1,4 @@
-"""Feed-forward parts: dense, and a mixture of experts (sigma-MoE or softmax MoE).
+"""Feed-forward kinds: dense, and a mixture of experts (sigma-MoE or softmax MoE).
 
 Shapes: B sequences of S tokens, D model width, F hidden width.
 """
@@ -85,7 +85,7 @@ class DenseFeedForward(FeedForward):
         self.activation = ACTIVATIONS[config.activation].value
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates for one sequence, by part."""
+        """Implement `FeedForward.macs`."""
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
     @annotated("ffn")
@@ -97,7 +97,7 @@ class DenseFeedForward(FeedForward):
         gathered: Gathered = NOTHING_GATHERED,
         trace: bool = False,
     ) -> FeedForwardOutput:
-        """x [B, S, D] -> y [B, S, D]; the other arguments serve kinds with a router."""
+        """Implement `FeedForward.forward`; only `x` is used."""
         hidden = self.activation(self.up(x))
         if self.gate is not None:
             hidden = hidden * self.gate(x)
@@ -130,7 +130,7 @@ class MoEFeedForward(RoutedModule, FeedForward):
         return {"": self.router}
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates for one sequence, by part."""
+        """Implement `FeedForward.macs`."""
         per_row = sum(p.macs_per_row() for p in (self.up, self.gate, self.down) if p)
         return {
             "experts": length * self.config.router.top_k * per_row,
@@ -138,7 +138,7 @@ class MoEFeedForward(RoutedModule, FeedForward):
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
-        """See `RoutedModule.routed_projections`."""
+        """Implement `RoutedModule.routed_projections`."""
         return [
             RoutedProjection(
                 "router",
@@ -160,10 +160,7 @@ class MoEFeedForward(RoutedModule, FeedForward):
         gathered: Gathered = NOTHING_GATHERED,
         trace: bool = False,
     ) -> FeedForwardOutput:
-        """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D]; padding: the bias only.
-
-        `token_mask` [B, S] bool is true for real tokens; None when there is no padding.
-        """
+        """Implement `FeedForward.forward`; at padding, y is the bias only."""
         routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         *ups, down = (self.expert_weights(name, gathered) for name in self.expert_layers())

@@ -1,4 +1,4 @@
-"""Language model: embedding, stack, head, auxiliary losses as values; an encoder to translate.
+"""The language model: embedding, stack, head and auxiliary losses; an encoder for translation.
 
 Shapes: B sequences of S tokens, R tokens of a source text, D model width, V vocabulary.
 """
@@ -28,7 +28,7 @@ from moa_dist.moe.statistics import RoutingStatistics, total
 
 
 class LanguageModelOutput(NamedTuple):
-    """Everything a forward says: nothing stays on the modules."""
+    """All results of a forward; modules keep none of them."""
 
     logits: Tensor
     """[B, S, V]."""
@@ -38,20 +38,20 @@ class LanguageModelOutput(NamedTuple):
     statistics: dict[RouterCall, RoutingStatistics]
     """One entry per router application."""
     cache: Cache | None = None
-    """With the tokens of this forward; None if it was given none."""
+    """The cache extended by the tokens of this forward; None if it was given none."""
     traces: dict[LayerCall, BlockTrace] | None = None
-    """What every application of a layer decided; None if it was not asked for."""
+    """What every application of a layer decided; None unless traces were requested."""
 
 
 class TokenEmbedding(nn.Module):
-    """Token embedding, not scaled, that can also serve as output head."""
+    """Unscaled token embedding that can also serve as the output head."""
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def initializers(self) -> dict[str, Initializer]:
-        """How to draw each parameter."""
+        """Initial distribution of each parameter."""
         return {"weight": Normal(1 / math.sqrt(self.weight.shape[1]))}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,26 +65,26 @@ class TokenEmbedding(nn.Module):
 
 
 SumOverRanks = Callable[[list[RoutingStatistics]], list[RoutingStatistics]]
-"""Each of the statistics summed over all ranks; applied to a model from outside."""
+"""Sums statistics over all ranks; parallelism sets it on a model from outside."""
 
 
 def on_one_process(statistics: list[RoutingStatistics]) -> list[RoutingStatistics]:
-    """There are no other ranks."""
+    """Return the statistics unchanged, as there are no other ranks."""
     return statistics
 
 
 class LanguageModel(nn.Module):
     """A language model of any objective, attention, FFN, stack and norm placement.
 
-    `stack` is the encoder of a masked language model, else the decoder. To translate there is an
-    `encoder` before it.
+    `stack` is the encoder of a masked language model, else the decoder. A model that translates has
+    an `encoder` before it.
     """
 
     def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.sum_over_ranks: SumOverRanks = on_one_process
-        """Serves `BalanceConfig.scope` global_batch, in training."""
+        """Used in training by `BalanceConfig.scope` global_batch."""
         translates = config.objective == "translation"
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
@@ -100,11 +100,11 @@ class LanguageModel(nn.Module):
         )
 
     def empty_cache(self) -> Cache:
-        """For a forward that begins texts which others are to continue."""
+        """Return a cache without tokens, for the first of several forwards over one text."""
         return Cache(layers=((),) * self.config.num_layers)
 
     def routers(self) -> dict[RouterKey, Router]:
-        """All routers, an encoder's first."""
+        """All routers, those of an encoder first."""
         encoder = {} if self.encoder is None else self.encoder.routers()
         return encoder | self.stack.routers()
 
@@ -118,17 +118,21 @@ class LanguageModel(nn.Module):
         *,
         trace: bool = False,
     ) -> LanguageModelOutput:
-        """Logits at every position: of the next token, or of the token itself if masked.
+        """Compute logits at every position: of the next token, or of the token itself if masked.
 
-        `tokens` [B, S] int64; `token_mask` [B, S] bool is false at padding, None for none. The
-        position of a token is the number of real ones before it: padding may stand anywhere.
-        A model that translates needs the `source` [B, R] int64, with `source_mask` likewise,
-        unless the cache holds what it was before.
+        Args:
+            tokens: [B, S] int64.
+            token_mask: [B, S] bool, false at padding; None without padding. The position of a token
+                is the number of real tokens before it, so padding may be anywhere.
+            cache: tokens that precede `tokens`. Logits equal those of one forward over all of them;
+                there are no auxiliary losses.
+            source: [B, R] int64, the text to translate, unless the cache holds it.
+            source_mask: [B, R] bool, like `token_mask`.
+            trace: whether to return what every layer decided.
 
-        With a `cache`, tokens follow those in it, the logits are those of a forward over all of
-        them, and there are no auxiliary losses. Raises ValueError if experts have a capacity:
-        see `dropless`; or if a cache or a source does not go with the objective. With `trace` the
-        output says what every layer decided.
+        Raises:
+            ValueError: a cache is used and experts have a capacity (see `dropless`), or a cache or
+                a source does not fit the objective.
         """
         num_past, key_mask = 0, token_mask
         if source is not None and self.encoder is None:
@@ -188,7 +192,7 @@ class LanguageModel(nn.Module):
         return output._replace(x=self.encoder_norm(output.x))
 
     def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:
-        """Losses per distinct layer over the sum of its repeats (MoEUT section 2.2)."""
+        """Sum losses over distinct layers, each over all of its repeats (MoEUT section 2.2)."""
         repeats = defaultdict(list)
         for call, value in statistics.items():
             repeats[call.key].append(value)
@@ -204,7 +208,7 @@ class LanguageModel(nn.Module):
     def _in_scope(
         self, totals: dict[RouterKey, RoutingStatistics]
     ) -> dict[RouterKey, RoutingStatistics]:
-        """Statistics over the groups that `BalanceConfig.scope` asks for."""
+        """Pool statistics over the groups that `BalanceConfig.scope` asks for."""
         scopes = {router: self._balance(router)[1].scope for router in totals}
         result = {
             router: value if scopes[router] == "sequences" else value.as_one_group()
@@ -218,14 +222,14 @@ class LanguageModel(nn.Module):
         return result
 
     def _balance(self, router: RouterKey) -> tuple[str, BalanceConfig]:
-        """Part of the layer, `attention` or `ffn`, and the router's configuration."""
+        """Return the part of the layer, `attention` or `ffn`, and the router's balance settings."""
         _, name = router
         return name.partition(".")[0], self.routers()[router].config.balance
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates of one forward over a sequence of `length`, by part.
+        """Count multiply-accumulates of one forward over a sequence of `length`, by part.
 
-        To translate, over a source and a target text of that length.
+        For translation, source and target both have that length.
         """
         head = length * self.config.d_model * self.config.vocab_size
         parts = Counter(self.stack.macs(length))
@@ -235,17 +239,17 @@ class LanguageModel(nn.Module):
 
 
 def _final_norm(config: ModelConfig) -> nn.Module:
-    """After post-norm blocks the residual is normalised already."""
+    """Build the norm before the head; post-norm blocks leave a normalized residual already."""
     if config.norm_placement == "post":
         return nn.Identity()
     return make_norm(config, config.final_norm_eps or config.norm_eps)
 
 
 def positions(tokens: Tensor, token_mask: Tensor | None, num_past: int = 0) -> Tensor:
-    """How many real tokens stand before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
+    """Count the real tokens before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
 
-    Padding has the position of the real token before it.
-    `token_mask` [B, num_past + S] bool tells it of those that were read before, too.
+    Padding has the position of the real token before it. `token_mask` [B, num_past + S] bool covers
+    tokens read earlier as well.
     """
     if token_mask is None:
         return torch.arange(num_past, num_past + tokens.shape[1], device=tokens.device)[None]
@@ -254,7 +258,7 @@ def positions(tokens: Tensor, token_mask: Tensor | None, num_past: int = 0) -> T
 
 
 def sinusoidal_positions(position: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
-    """[B, S] -> [B, S, d_model], sines then cosines (Vaswani et al. 2017, section 3.5)."""
+    """Embed positions [B, S] -> [B, S, d_model], sines first (Vaswani et al. 2017, section 3.5)."""
     half = d_model // 2
     frequency = torch.exp(
         torch.arange(half, device=position.device) * (-math.log(10000.0) / max(half - 1, 1))
@@ -271,10 +275,10 @@ def build_model(
     recompute: bool = False,
     parallelize: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
-    """A model with initial weights, in fp32 on the CPU, that runs on one process.
+    """Build a model with initial weights, in fp32 on the CPU, that runs on one process.
 
-    `parallelize` is called while parameters are on the meta device: what it removes is
-    never allocated. Weights depend on the seed alone, not on what it does.
+    `parallelize` is called while parameters are on the meta device, so what it removes is never
+    allocated. Initial weights depend on the seed alone, not on `parallelize`.
     """
     with torch.device("meta"):
         model = LanguageModel(config, recompute=recompute)
@@ -286,11 +290,10 @@ def build_model(
 
 
 def dropless(model: LanguageModel) -> LanguageModel:
-    """The model with the same weights whose experts take every token that chooses them.
+    """Return a model with the same weights but without capacity limits or groups of sequences.
 
-    Capacity is relative to the length of a whole sequence, which is not known while it grows.
-    Nor must sequences come in groups. For a whole model on one process: what parallelism has put
-    on it is not kept.
+    Capacity is relative to the length of a whole sequence, which is unknown during generation. The
+    model must be whole, on one process: parallelism is not carried over.
     """
     parts = {
         name: part.with_routers(capacity=None, group_sequences=1)

@@ -1,4 +1,4 @@
-"""Linear maps and biases that know how they are initialised and what they cost."""
+"""Linear maps and biases that declare their initial distribution and count their work."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class Linear(nn.Linear):
         self.init = init
 
     def reset_parameters(self) -> None:
-        """Nothing: `moe.initialize` fills parameters once the whole model is built."""
+        """Do nothing: `moe.initialize` fills parameters once the whole model is built."""
 
     def initializers(self) -> dict[str, Initializer]:
-        """How to draw each parameter."""
+        """Initial distribution of each parameter."""
         return {"weight": self.init, "bias": Constant(0.0)}
 
     def macs(self, num_rows: int) -> int:
-        """Multiply-accumulates for `num_rows` rows."""
+        """Count multiply-accumulates for `num_rows` rows."""
         return num_rows * self.in_features * self.out_features
 
 
 class Bias(nn.Module):
-    """Adds a vector, zero at first."""
+    """Adds a learned vector, initially zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.empty(width))
 
     def initializers(self) -> dict[str, Initializer]:
-        """How to draw each parameter."""
+        """Initial distribution of each parameter."""
         return {"value": Constant(0.0)}
 
     def forward(self, x: Tensor) -> Tensor:

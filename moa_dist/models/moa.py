@@ -38,7 +38,7 @@ from moa_dist.profiling import annotated
 class MoAAttention(RoutedModule, Attention):
     """`y_t = sum over chosen e of w_e W_o^e attention(W_q^e x_t, K, V)` (equations 5-8).
 
-    The two trips, to queries and to outputs, share one dispatch plan.
+    The two round trips, for queries and for outputs, share one dispatch plan.
     """
 
     def __init__(self, config: MoAConfig, d_model: int, init_scale: float) -> None:
@@ -58,15 +58,15 @@ class MoAAttention(RoutedModule, Attention):
 
     @property
     def num_heads(self) -> int:
-        """Head `expert * heads_per_expert + i` is the i-th of that expert."""
+        """Heads of all experts; head `expert * heads_per_expert + i` is the i-th of one."""
         return self.config.router.num_experts * self.config.heads_per_expert
 
     def routers(self) -> dict[str, Router]:
-        """By the names under which their statistics are returned."""
+        """The only router, which routes queries."""
         return {"query": self.router}
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates for one sequence, by part."""
+        """Implement `Attention.macs`."""
         K = self.config.router.top_k
         width = self.config.heads_per_expert * self.config.d_head
         return {
@@ -77,7 +77,7 @@ class MoAAttention(RoutedModule, Attention):
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
-        """See `RoutedModule.routed_projections`."""
+        """Implement `RoutedModule.routed_projections`."""
         D, width = self.q.d_in, self.q.d_out
         return [
             RoutedProjection("router", ("q",), "token", D, "slot", width, weighted=False),
@@ -95,16 +95,13 @@ class MoAAttention(RoutedModule, Attention):
         cache: KeyValues | None = None,
         trace: bool = False,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D]; padding: the bias only.
-
-        With a cache, `key` and `value` are of the tokens that follow those in it.
-        """
+        """Implement `Attention.forward`; at padding, y is the bias only."""
         B, T, D = query.shape
         K, h = self.config.router.top_k, self.config.heads_per_expert
         routing = self.router(query, mask.query_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
-        # Keys and values are computed while rows travel.
+        # Keys and values are computed while rows are in flight.
         sent = plan.dispatch(query.reshape(B * T, D), "token")
         k = self.k(key).unflatten(-1, (h, -1)).transpose(1, 2)
         experts = ExpertWeights(self.expert_weights("q", gathered))
@@ -130,7 +127,7 @@ class MoAAttention(RoutedModule, Attention):
         return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
 
     def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:
-        """[B, T, K * h]: the heads of the experts in each slot, see `HeadTrace.head_ids`."""
+        """Return `HeadTrace.head_ids` [B, T, K * h]: the heads of the expert in each slot."""
         h = self.config.heads_per_expert
         head_TKh = routing.topk_ids[..., None] * h + torch.arange(h, device=routing.topk_ids.device)
         if routing.keep_mask is not None:

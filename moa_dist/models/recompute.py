@@ -1,4 +1,4 @@
-"""Recomputing a block in the backward pass, all but its choices of experts.
+"""Activation checkpointing of a block that keeps its choices of experts.
 
 Choices must not change between the two passes, nor which assignments are dropped, and kernels
 need not repeat a sum bit for bit. torch's selective checkpointing could keep them too, but it
@@ -20,7 +20,7 @@ Output = TypeVar("Output")
 
 
 def _chooses(op: Any, args: tuple[Any, ...]) -> bool:
-    """Whether it orders scores: who is chosen, or dropped for lack of capacity.
+    """Return whether `op` orders scores: which experts are chosen, which assignments are dropped.
 
     Sorting integers, assignments by their expert, only repeats what these have decided.
     """
@@ -69,7 +69,7 @@ def _contexts() -> tuple[_Keep, _Repeat]:
 
 
 def recomputed(function: Callable[..., Output], *args: Any) -> Output:
-    """`function(*args)`, whose activations are dropped and recomputed in the backward pass."""
+    """Call `function(*args)`, but recompute its activations in the backward pass."""
     # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.
     result: Output = checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
     return result

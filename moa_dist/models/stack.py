@@ -22,27 +22,27 @@ from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
 RouterKey = tuple[int, str]
-"""A router: its distinct layer, and its name within that."""
+"""Identifies a router: its distinct layer, and its name within the layer."""
 
 
 LayerCall = tuple[int, int]
-"""A layer's: the distinct layer, and the repeat."""
+"""Identifies one application of a layer: the distinct layer, and the repeat."""
 
 
 class RouterCall(NamedTuple):
-    """Where a router was applied."""
+    """Identifies one application of a router."""
 
     layer: int
-    """Distinct layer, 0 ... G - 1; of a decoder that translates G ... 2 G - 1, its encoder's come
-    first."""
+    """Distinct layer, 0 ... G - 1; in a model that translates, the decoder's are G ... 2 G - 1,
+    after the encoder's."""
     repeat: int
-    """Application of that layer, 0 ... R - 1."""
+    """Repeat of that layer, 0 ... R - 1."""
     router: str
-    """Router within the layer, such as `ffn`."""
+    """Name of the router within the layer, such as `ffn`."""
 
     @property
     def key(self) -> RouterKey:
-        """Whose application it is; the same for all repeats of a layer."""
+        """The router, which is the same for all repeats of a layer."""
         return self.layer, self.router
 
 
@@ -54,18 +54,18 @@ class StackOutput(NamedTuple):
     statistics: dict[RouterCall, RoutingStatistics]
     """One entry per router application."""
     cache: tuple[KeyValues, ...] | None = None
-    """By application of a layer, with the new keys and values; None if none was given."""
+    """One entry per application of a layer, with new keys and values; None if none was given."""
     traces: dict[LayerCall, BlockTrace] | None = None
-    """By application of a layer, numbered as in `RouterCall`; None if they were not asked for."""
+    """By application of a layer, numbered as in `RouterCall`; None unless traces were requested."""
 
 
 class LayerStack(nn.Module):
-    """`num_distinct_layers` blocks, applied in turn until `num_layers` have been."""
+    """Applies `num_distinct_layers` blocks in turn until `num_layers` have been applied."""
 
     def __init__(
         self, config: ModelConfig, *, recompute: bool = False, cross: bool = False
     ) -> None:
-        """With `cross` its layers also attend to the output of an encoder of the same depth."""
+        """Build the blocks; with `cross` they also attend to an encoder of the same depth."""
         super().__init__()
         num_distinct = config.num_distinct_layers or config.num_layers
         if config.num_layers % num_distinct:
@@ -78,7 +78,7 @@ class LayerStack(nn.Module):
         self.recompute = recompute
 
     def routers(self) -> dict[RouterKey, Router]:
-        """All routers; each is applied once per repeat."""
+        """All routers, each of which is applied once per repeat."""
         return {
             (self.first_layer + i, name): router
             for i, layer in enumerate(self.blocks())
@@ -86,7 +86,7 @@ class LayerStack(nn.Module):
         }
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates of all layers over a sequence of `length`, by part."""
+        """Count multiply-accumulates of all layers over a sequence of `length`, by part."""
         parts: Counter[str] = Counter()
         for layer in self.blocks():
             parts += Counter(layer.macs(length))
@@ -104,14 +104,14 @@ class LayerStack(nn.Module):
         statistics = {}
         traces = {}
         extended: list[KeyValues] = []
-        # Weights that travel set out for all layers at once, and are awaited at their first use:
-        # they arrive while the layers before compute.
-        arriving = [layer.gather_experts() for layer in self.blocks()]
+        # Gathers of expert weights start for all layers at once and are awaited at first use, so
+        # that they overlap with the computation of earlier layers.
+        pending = [layer.gather_experts() for layer in self.blocks()]
         gathered: list[GatheredExperts] = []
         for repeat in range(self.num_repeats):
             for i, layer in enumerate(self.blocks()):
                 if repeat == 0:
-                    gathered.append(arriving[i].wait())
+                    gathered.append(pending[i].wait())
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
                 output = self._apply_layer(layer, x, mask, gathered[i], past, memory, trace)
                 x = output.x

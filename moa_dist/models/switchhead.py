@@ -56,15 +56,15 @@ class SwitchHeadAttention(RoutedModule, Attention):
 
     @property
     def num_heads(self) -> int:
-        """All heads, which every token uses."""
+        """Number of heads; every token uses all of them."""
         return self.config.num_heads
 
     def routers(self) -> dict[str, Router]:
-        """By the names under which their statistics are returned."""
+        """One router for the values of source tokens, one for the outputs of destination tokens."""
         return {"value": self.value_router, "output": self.output_router}
 
     def macs(self, length: int) -> dict[str, int]:
-        """Multiply-accumulates for one sequence, by part."""
+        """Implement `Attention.macs`."""
         H, K = self.config.num_heads, self.config.router.top_k
         return {
             "projections": self.q.macs(length) + self.k.macs(length),
@@ -74,7 +74,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
-        """See `RoutedModule.routed_projections`."""
+        """Implement `RoutedModule.routed_projections`."""
         D, d = self.v.d_in, self.v.d_out
         return [
             RoutedProjection("value_router", ("v",), "token", D, "head", d, weighted=True),
@@ -106,7 +106,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
 
         value_routing = self.value_router(key, mask.new_key_mask)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
-        # Queries and keys are computed while rows travel.
+        # Queries and keys are computed while rows are in flight.
         sent = plan.dispatch(value.reshape(B * S, D), "token")
         q = heads_of(self.q(query))
         experts = ExpertWeights(self.expert_weights("v", gathered))

@@ -1,4 +1,4 @@
-"""What layers decide, as values, for those who study a trained model; only where it is asked for.
+"""What layers decide, returned as values for analysis when a trace is requested.
 
 Shapes: B sequences, T queries, S keys, H heads, d head width.
 """
@@ -15,15 +15,15 @@ from moa_dist.moe.router import Routing
 
 
 class HeadSummary(NamedTuple):
-    """Where every query of every head looks: [B, H, T] each, in fp32 or wider."""
+    """Summary of where each query of each head attends: [B, H, T] each, in fp32 or wider."""
 
     distance: Tensor
-    """Mean distance in tokens to the keys, weighted by attention. Between two texts, tokens are as
-    far apart as their places in them, here and below."""
+    """Mean distance in tokens to the keys, weighted by attention. The distance between tokens of
+    two texts is that of their positions."""
     entropy: Tensor
-    """Of the attention over the keys, nats."""
+    """Entropy of the attention over the keys, nats."""
     previous: Tensor
-    """Attention to the token before; the first token has none before it, and here is its own."""
+    """Attention to the preceding token; for the first token, to itself."""
     first: Tensor
     """Attention to the first token of the sequence."""
     itself: Tensor
@@ -31,22 +31,22 @@ class HeadSummary(NamedTuple):
 
 
 class HeadTrace(NamedTuple):
-    """Where the heads of an attention layer look, and which heads they are."""
+    """Where the heads of an attention layer attend, and which heads they are."""
 
     summary: HeadSummary
-    """Of the H heads that were computed for each token."""
+    """Summary of the H heads that were computed for each token."""
     head_ids: Tensor | None = None
     """[B, T, H] int64: which of the layer's heads was computed in each place, -1 for one that was
     dropped for lack of capacity; None where the h-th is always head h."""
 
 
 class AttentionTrace(NamedTuple):
-    """What an attention layer decided."""
+    """What an attention layer decided in one application."""
 
     routing: dict[str, Routing]
     """By the name of the router within the layer; empty for dense attention."""
     heads: HeadTrace
-    """Where its heads look."""
+    """Where its heads attend."""
 
 
 class BlockTrace(NamedTuple):
@@ -59,7 +59,7 @@ class BlockTrace(NamedTuple):
 
 
 def head_summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummary:
-    """Summarise softmax(q k^T / sqrt d) of q [B, H, T, d] and k [B, H, S, d].
+    """Summarize softmax(q k^T / sqrt d) of q [B, H, T, d] and k [B, H, S, d].
 
     `visible` [B, 1, T or 1, S] bool says which keys a query sees; query t is token `num_past + t`.
     """

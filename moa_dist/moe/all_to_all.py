@@ -1,9 +1,9 @@
 """Dispatch over an expert-parallel group by all-to-all.
 
-A row travels **once per destination rank**, however many of that rank's experts it goes to:
-it is expanded there, and the rank returns the weighted sum of its experts' outputs, one row
-per output row. Per plan there is one exchange of counts and one of indices and weights; all
-trips of the plan then exchange rows alone.
+A row is sent **once per destination rank**, to however many of that rank's experts it goes: it is
+expanded there, and the rank returns the weighted sum of its experts' outputs, one row per output
+row. A plan costs one exchange of counts and one of indices and weights; all its round trips then
+exchange rows alone.
 
 Shapes: P ranks in the group, A assignments.
 """
@@ -24,37 +24,37 @@ from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 from moa_dist.profiling import annotate, annotated
 
-_TRAVELLING: tuple[Level, ...] = ("token", "head")
-"""Levels in which one row may serve several assignments; a slot is an assignment itself."""
+_SHARED_LEVELS: tuple[Level, ...] = ("token", "head")
+"""Levels of which one row may serve several assignments; a slot is an assignment itself."""
 
 
 @dataclass(frozen=True)
 class _Route:
-    """Which rows of one level go to each rank, and how many come back."""
+    """Rows of one level to send to each rank, and how many come back."""
 
     rows: Tensor
     """int64 local rows to send, in the order of destination ranks."""
     sent: list[int]
-    """[P] rows to each rank."""
+    """[P] number of rows sent to each rank."""
     received: list[int]
-    """[P] rows from each rank."""
+    """[P] number of rows received from each rank."""
 
 
 @dataclass(frozen=True)
 class AllToAllPlan:
-    """Send rows to the ranks of their experts, run a local plan there, send sums back."""
+    """Sends rows to the ranks of their experts, runs a local plan there, and returns the sums."""
 
     comm_group: CommGroup
-    """To the ranks of the expert-parallel group."""
+    """The expert-parallel group."""
     routes: dict[Level, _Route]
-    """What travels, by level."""
+    """Rows to exchange, by level."""
     num_rows: dict[Level, int]
-    """Rows that each level has on this rank."""
+    """Number of rows of each level on this rank."""
     local: LocalPlan
     """Plan over the received rows and the experts of this rank."""
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
-        """See `DispatchPlan.dispatch`."""
+        """Implement `DispatchPlan.dispatch` by one all-to-all."""
         route = self.routes[read]
         with annotate("dispatch"):
             rows = x.index_select(0, route.rows)
@@ -63,7 +63,7 @@ class AllToAllPlan:
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
-        """See `DispatchPlan.run_and_combine`."""
+        """Implement `DispatchPlan.run_and_combine`; sums return by one all-to-all."""
         route = self.routes[write]
 
         @annotated("dispatch")
@@ -85,7 +85,7 @@ class AllToAllTokenDispatcher:
 
     @annotated("dispatch")
     def plan(self, routing: Routing, num_experts: int) -> AllToAllPlan:
-        """See `Dispatcher.plan`. Collective: every rank of the group must enter it."""
+        """Implement `Dispatcher.plan`. Collective: every rank of the group must call it."""
         group = self.comm_group.group
         num_ranks, rank = group.size(), group.rank()
         home = _kept(assignments_of(routing, num_experts), num_experts)
@@ -95,7 +95,7 @@ class AllToAllTokenDispatcher:
 
         # Indices are relative to the block of rows that goes to one rank, so that the
         # receiver only adds where the block starts.
-        levels = _TRAVELLING if routing.topk_ids.shape[1] > 1 else _TRAVELLING[:1]
+        levels = _SHARED_LEVELS if routing.topk_ids.shape[1] > 1 else _SHARED_LEVELS[:1]
         unique = {level: _unique_rows(home, owner, level, num_ranks) for level in levels}
         sent_counts = torch.stack(
             [owner.bincount(minlength=num_ranks), *(unique[level].counts for level in levels)], 1
@@ -128,14 +128,14 @@ class AllToAllTokenDispatcher:
 
 
 def _kept(home: Assignments, num_experts: int) -> Assignments:
-    """Only those that an expert takes: the others need not travel."""
+    """Select the assignments that have an expert; the others are not sent."""
     if home.is_dropless:
         return home
     return _selected(home, (home.expert < num_experts).nonzero().squeeze(-1))
 
 
 def _selected(home: Assignments, which: Tensor) -> Assignments:
-    """Assignments by index."""
+    """Select assignments by index."""
     return replace(
         home,
         expert=home.expert[which],
@@ -151,7 +151,7 @@ def _arrived(
     routes: dict[Level, _Route],
     levels: tuple[Level, ...],
 ) -> Assignments:
-    """Assignments as they arrived, in terms of the rows that arrive here.
+    """Describe received assignments in terms of the rows that this rank receives.
 
     `indices` [A, 1 + levels]: local expert, and place within the rows that one rank sends.
     """
@@ -169,7 +169,7 @@ def _arrived(
 
 
 def _sort_by_owner(home: Assignments, starts: Tensor) -> tuple[Assignments, Tensor]:
-    """Assignments in the order of the ranks that own their experts, and those ranks [A]."""
+    """Sort assignments by the rank that owns their expert; returns those ranks [A] too."""
     owner = torch.searchsorted(starts, home.expert, right=True) - 1
     order = owner.argsort(stable=True)
     return _selected(home, order), owner[order]
@@ -188,7 +188,7 @@ class _UniqueRows:
 
 
 def _unique_rows(home: Assignments, owner: Tensor, level: Level, num_ranks: int) -> _UniqueRows:
-    """Assignments must be sorted by owner, and by row within one."""
+    """Find the distinct rows of each rank in assignments sorted by owner, then by row."""
     num_rows = max(home.num_rows[level], 1)
     pairs, inverse = torch.unique_consecutive(
         owner * num_rows + home.rows[level], return_inverse=True

@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias per expert that moves against the load of the last step.
+"""Balance without a loss: a bias per expert that counteracts the load of the last step.
 
 Wang et al. 2024 (arXiv 2408.15664); DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 """
@@ -12,11 +12,11 @@ from moa_dist.moe.initialize import Constant, Initializer
 
 
 class SelectionBias(nn.Module):
-    """Added to the scores by which experts are chosen, never to those by which they are weighed.
+    """Added to the scores that choose experts, never to those that weight them.
 
-    `value` [G, E] is a buffer: state of the model, equal on all ranks, but not trained. DeepSpeed
-    casts parameters only, so it stays in fp32 where the model computes in bf16, whose 8 bits would
-    lose small steps.
+    `value` [G, E] is a buffer: part of the model's state, equal on all ranks, but not trained.
+    DeepSpeed casts parameters only, so it stays in fp32 if the model is in bf16, which would lose
+    small steps.
     """
 
     value: Tensor
@@ -27,7 +27,7 @@ class SelectionBias(nn.Module):
         self.register_buffer("value", torch.empty(num_groups, num_experts))
 
     def initializers(self) -> dict[str, Initializer]:
-        """How to draw each tensor."""
+        """Initial distribution of each tensor."""
         return {"value": Constant(0.0)}
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class SelectionBias(nn.Module):
     def update(self, load: Tensor) -> None:
         """Move each bias by `rate`: up below the mean of `load` [G, E] int64, down above it.
 
-        Once per optimizer step, with the load of all its tokens on all ranks: then all ranks
+        Call it once per optimizer step with the load of all tokens of all ranks, so that all ranks
         stay equal.
         """
         num_experts = load.shape[-1]

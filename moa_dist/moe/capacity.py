@@ -1,4 +1,4 @@
-"""Capacity: how many assignments an expert takes from one group of sequences, and which.
+"""Capacity: how many assignments an expert accepts from one group of sequences, and which.
 
 Counted per group of sequences (GShard's groups), so the same tokens are dropped whatever
 the number of ranks, the micro-batch or the accumulation.
@@ -14,9 +14,9 @@ from moa_dist.moe.statistics import occurrences
 
 
 def expert_capacity(num_tokens: Tensor, factor: float, top_k: int, num_experts: int) -> Tensor:
-    """`min(ceil(factor * K * tokens / E), tokens)`, elementwise over [N] token counts, int64.
+    """Return `min(ceil(factor * K * tokens / E), tokens)` for [N] token counts, int64.
 
-    At most `tokens`, since a token takes an expert once.
+    A token chooses an expert at most once, so no limit exceeds `tokens`.
     """
     # In fp64: fp32 would round ceil() up or down once counts pass 2**24. 1.1 * 10 is a bit more
     # than 11 in binary, which must not become 12.
@@ -33,7 +33,7 @@ def keep_within_capacity(
     num_sequence_groups: int,
     capacity: CapacityConfig,
 ) -> Tensor:
-    """Which assignments fit.
+    """Select the assignments that fit within the capacity of their experts.
 
     `chosen_ids` [T, G, K] experts within each router group, `scores` [T, G, K] their scores,
     `token_mask` [T] bool or None for all. Returns [T, G, K] bool, false for padding.

@@ -1,4 +1,4 @@
-"""Plans: one operation behind every routed projection, local or over ranks.
+"""Dispatch plans: the one operation behind every routed projection, local or across ranks.
 
 A routed projection reads input rows, multiplies each assignment (token, group, slot) by its
 expert's matrices, and adds the results into output rows. What differs between its uses is
@@ -34,7 +34,7 @@ Level = Literal["token", "head", "slot"]
 
 
 class DispatchPlan(Protocol):
-    """How the rows of one routing travel to the experts of this rank and back.
+    """Sends the rows of one routing to their experts, and sums the results into output rows.
 
     An immutable value: one plan serves several round trips, such as MoA's queries and outputs. A
     layer may compute while rows travel: to the experts between `dispatch` and `run_and_combine`,
@@ -42,48 +42,48 @@ class DispatchPlan(Protocol):
     """
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
-        """Rows [rows of `read`, D] of this rank, on their way to their experts."""
+        """Send rows x [rows of `read`, D] of this rank to their experts."""
         ...
 
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
-        """Rows of level `read` that were sent -> [rows of `write`, O] of this rank.
+        """Turn rows of level `read` that were sent into [rows of `write`, O] of this rank.
 
-        Every kept assignment sends its row through its expert, weighted by the router if asked;
-        what arrives at one row is summed in fp32 or wider, sums that travel between ranks in the
-        type of the rows. Dropped assignments and padding contribute zero. `experts` are those of
-        this rank.
+        Each assignment that is kept multiplies its row by its expert, and by the router's weight if
+        `weighted`. Results of one output row are summed in fp32 or wider; sums are exchanged
+        between ranks in the type of the rows. Dropped assignments and padding contribute zero.
+        `experts` are those of this rank.
         """
         ...
 
 
 class Dispatcher(Protocol):
-    """Makes plans."""
+    """Makes dispatch plans."""
 
     def plan(self, routing: Routing, num_experts: int) -> DispatchPlan:
-        """Plan for `routing` over `num_experts` flat experts, all ranks together."""
+        """Plan for `routing` over the `num_experts` flat experts of all ranks."""
         ...
 
 
 @dataclass(frozen=True)
 class Assignments:
-    """Assignments as parallel vectors of length A."""
+    """Assignments of tokens to experts, as parallel vectors of length A."""
 
     expert: Tensor
-    """int64 expert ids; those above the last expert belong to none."""
+    """int64 expert ids; an id past the last expert marks an assignment that was dropped."""
     weight: Tensor
     """Router weights in fp32 or wider."""
     rows: dict[Level, Tensor]
-    """int64 row of each level."""
+    """int64 row of each assignment, by level."""
     num_rows: dict[Level, int]
-    """Rows that each level has in all."""
+    """Number of rows of each level."""
     is_dropless: bool
-    """Whether all are known to belong to an expert."""
+    """Whether every assignment is known to belong to an expert."""
 
 
 def assignments_of(routing: Routing, num_experts: int) -> Assignments:
-    """All assignments of a routing, token-major; no expert has those that are not kept."""
+    """List all assignments of a routing, token-major; those not kept get no expert."""
     T, G, K = routing.topk_ids.shape
     expert = routing.topk_ids
     if routing.keep_mask is not None:
@@ -100,26 +100,26 @@ def assignments_of(routing: Routing, num_experts: int) -> Assignments:
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """Rows and experts are on this rank. The oracle of every other plan.
+    """Plan for rows and experts that are on this rank; every other plan must equal it.
 
-    Making and following it never looks at a value, so no accelerator is waited for.
+    It never reads a value on the host, so it never waits for an accelerator.
     """
 
     counts: Tensor
     """[E] int64 rows per expert."""
     is_dropless: bool
-    """Whether they are known to be all."""
+    """Whether `counts` is known to cover all assignments."""
     weight: Tensor
-    """[A], expert-major, those of no expert last."""
+    """[A] router weights, expert-major; assignments without an expert come last."""
     rows: dict[Level, Tensor]
-    """[A] row of each level, in the same order."""
+    """[A] row of each assignment, by level, in the same order."""
     num_rows: dict[Level, int]
-    """Rows that each level has in all."""
+    """Number of rows of each level."""
 
     @classmethod
     @annotated("dispatch")
     def of(cls, assignments: Assignments, num_experts: int) -> LocalPlan:
-        """Sort by expert, keeping the order of tokens within one."""
+        """Sort assignments by expert, keeping the order of tokens within each."""
         expert = assignments.expert
         order = expert.argsort(stable=True)
         return cls(
@@ -131,20 +131,20 @@ class LocalPlan:
         )
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
-        """See `DispatchPlan.dispatch`."""
+        """Implement `DispatchPlan.dispatch`; nothing is sent."""
         return ready(x)
 
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
-        """See `DispatchPlan.run_and_combine`."""
+        """Implement `DispatchPlan.run_and_combine`."""
         row_map = self.row_map(read, write, len(experts.down), weighted)
         return ready(routed_experts(experts, sent.wait(), row_map))
 
     def row_map(self, read: Level, write: Level, num_experts: int, weighted: bool) -> RowMap:
-        """The rows' way from one level to another through `num_experts` matrices.
+        """Map rows of one level to another through `num_experts` matrices.
 
-        A shard of experts may end in one that no token ever takes.
+        A shard may be padded by an expert that no token ever takes.
         """
         unused = num_experts - len(self.counts)
         return RowMap(
@@ -158,14 +158,14 @@ class LocalPlan:
 
 
 def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, D] with `out[i]` the sum of `rows[a]` [A, D] over all a with index[a] = i."""
+    """Sum rows [A, D] by their output row: `out[i]` is the sum of `rows[a]` with index[a] = i."""
     return rows.new_zeros(num_rows, rows.shape[-1]).index_add(0, index, rows)
 
 
 @dataclass(frozen=True)
 class LocalTokenDispatcher:
-    """All experts are on this rank."""
+    """Dispatcher for experts that are all on this rank."""
 
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:
-        """See `Dispatcher.plan`."""
+        """Implement `Dispatcher.plan`."""
         return LocalPlan.of(assignments_of(routing, num_experts), num_experts)

@@ -12,16 +12,19 @@ from moa_dist.moe.initialize import Initializer
 
 
 def shard_starts(num_experts: int, num_ranks: int) -> list[int]:
-    """Rank r holds experts [starts[r], starts[r + 1]): shards differ by one expert at most."""
+    """Return bounds of all shards: rank r holds experts [starts[r], starts[r + 1]).
+
+    Shards differ by one expert at most.
+    """
     return [num_experts * rank // num_ranks for rank in range(num_ranks + 1)]
 
 
 class GroupedLinear(nn.Module):
-    """Holds the matrices by which experts multiply their rows: `weight[e - first_expert]`.
+    """Holds the matrices of a layer's experts: expert e multiplies by `weight[e - first_expert]`.
 
-    `num_experts` counts all experts; `num_local` of them, from `first_expert` on, are here: all
-    until `shard` is called. `gather`, if set, begins to turn the weights of this rank's experts
-    into those of all experts [E, d_in, d_out].
+    `num_experts` counts all experts. This rank holds `num_local` of them from `first_expert` on:
+    all until `shard` is called. `gather`, if set, starts to gather the weights of all experts
+    [E, d_in, d_out] from the shards of all ranks.
     """
 
     def __init__(self, num_experts: int, d_in: int, d_out: int, init: Initializer) -> None:
@@ -34,15 +37,15 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, d_in, d_out))
 
     def initializers(self) -> dict[str, Initializer]:
-        """How to draw each parameter, expert by expert."""
+        """Initial distribution of each parameter, drawn per expert."""
         return {"weight": self.init}
 
     def shard(self, rank: int, num_ranks: int) -> None:
         """Keep the experts of `rank` only.
 
-        `weight` gets as many rows on every rank, the last of which may be an expert that no token
-        ever takes: DeepSpeed cuts gradients into buckets by local sizes, and ranks whose sizes
-        differ would reduce different buckets with each other.
+        `weight` has the same number of rows on every rank; the last may be padding that no token
+        ever takes. DeepSpeed cuts gradients into buckets by local sizes, so ranks of different
+        sizes would reduce mismatched buckets.
         """
         starts = shard_starts(self.num_experts, num_ranks)
         mine = self.weight.detach()[starts[rank] : starts[rank + 1]]
@@ -52,20 +55,20 @@ class GroupedLinear(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def macs_per_row(self) -> int:
-        """Multiply-accumulates for one row."""
+        """Count multiply-accumulates for one row."""
         return self.d_in * self.d_out
 
     def forward(self) -> Pending:
-        """The weights [E, d_in, d_out] of all experts, on their way here.
+        """Start to gather the weights [E, d_in, d_out] of all experts.
 
-        A call of this module, for ZeRO 3 gathers parameters call by call.
+        This is a call of the module, since ZeRO 3 gathers parameters per call.
         """
         assert self.gather is not None
         return self.gather(self.weight)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, GroupedLinear]]:
-    """Name and module of every expert tensor."""
+    """Yield name and module of every expert tensor."""
     for name, module in model.named_modules():
         if isinstance(module, GroupedLinear):
             yield name, module

@@ -1,4 +1,4 @@
-"""Initial values that depend on the seed, the parameter's name and the expert, nothing else.
+"""Initial values that depend only on the seed, the parameter's name and the expert.
 
 Each parameter, and within an expert tensor each expert, draws from a generator of its own.
 So any layout starts from the same model bit for bit, and a rank draws only its own experts.
@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 
 class Initializer(Protocol):
-    """Fills a parameter."""
+    """Draws initial values of a parameter."""
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Values of `shape` in fp32, on the CPU."""
+        """Draw values of `shape` in fp32, on the CPU."""
         ...
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Zero-mean normal; `equal_rows` gives all rows one length, keeping the overall std."""
+    """Zero-mean normal; `equal_rows` gives all rows the same norm, keeping the overall std."""
 
     std: float
     equal_rows: bool = False
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Values of `shape` in fp32, on the CPU."""
+        """Draw values of `shape` in fp32, on the CPU."""
         values = torch.randn(shape, generator=generator) * self.std
         if self.equal_rows:
             values *= self.std * math.sqrt(shape[-1]) / values.norm(dim=-1, keepdim=True)
@@ -45,7 +45,7 @@ class XavierUniform:
     gain: float = 1.0
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Values of `shape` in fp32, on the CPU."""
+        """Draw values of `shape` in fp32, on the CPU."""
         bound = self.gain * math.sqrt(6 / (shape[-1] + shape[-2]))
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
@@ -57,7 +57,7 @@ class Constant:
     value: float
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Values of `shape` in fp32, on the CPU."""
+        """Draw values of `shape` in fp32, on the CPU."""
         return torch.full(shape, self.value)
 
 

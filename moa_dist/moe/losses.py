@@ -1,9 +1,9 @@
-"""Auxiliary losses on routers: one function each, and one line in `BALANCE_LOSSES`.
+"""Balance losses of routers: a function each, and a line in `BALANCE_LOSSES`.
 
 Each maps statistics to a mean over groups of sequences and router groups. A group without
-real tokens contributes zero, and the mean always runs over all groups: hence averaging over
-equal micro-batches and ranks gives the value of the whole batch. What a group is,
-`BalanceConfig.scope` says: see `LanguageModel`.
+real tokens contributes zero, and the mean always runs over all groups, so averaging over equal
+micro-batches and ranks gives the value of the whole batch. `BalanceConfig.scope` defines a group;
+`LanguageModel` applies it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 
 def _mean_probability(statistics: RoutingStatistics) -> Tensor:
-    """[N, G, E], zero where a group has no tokens."""
+    """Return mean probabilities [N, G, E], zero where a group has no tokens."""
     return statistics.probability / statistics.num_tokens.clamp(min=1)[:, None, None]
 
 
@@ -61,11 +61,11 @@ BALANCE_LOSSES: dict[str, Callable[[RoutingStatistics], Tensor]] = {
     "entropy": entropy_loss,
     "mutual_information": mutual_information_loss,
 }
-"""Loss by the name of its coefficient in `BalanceConfig`."""
+"""Losses by the name of their coefficient in `BalanceConfig`."""
 
 
 def balance_losses(statistics: RoutingStatistics, config: BalanceConfig) -> dict[str, Tensor]:
-    """Losses with a non-zero coefficient, multiplied by it; each a scalar."""
+    """Compute the losses that have a non-zero coefficient, each a scalar multiplied by it."""
     coefficients = {name: getattr(config, name) for name in BALANCE_LOSSES}
     return {
         name: coefficient * BALANCE_LOSSES[name](statistics)

@@ -22,10 +22,10 @@ from moa_dist.moe.router import Router
 
 Gathered = Mapping[str, Tensor]
 """Weights [E, d_in, d_out] of all experts, by the name of their `GroupedLinear` in its module;
-empty where tokens travel instead of weights."""
+empty where tokens are exchanged instead of weights."""
 
 NOTHING_GATHERED: Gathered = MappingProxyType({})
-"""For modules whose experts are all here."""
+"""For modules that use the experts of this rank."""
 
 
 class RoutedProjection(NamedTuple):
@@ -52,7 +52,7 @@ class RoutedModule(nn.Module, ABC):
     """A module whose children include `GroupedLinear`s, perhaps sharded over ranks."""
 
     part: ClassVar[Part]
-    """Part of a layer that this module is, under which the configuration speaks of it."""
+    """The part of a layer that this module implements, as the configuration calls it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,16 +60,16 @@ class RoutedModule(nn.Module, ABC):
 
     @abstractmethod
     def routed_projections(self) -> list[RoutedProjection]:
-        """Round trips of one forward, in order: what is counted, planned and measured of it."""
+        """List the round trips of one forward, in order, for counting and planning."""
 
     def router_of(self, projection: RoutedProjection) -> Router:
-        """The router that a projection of this module follows."""
+        """Return the router that a projection of this module follows."""
         router = self.get_submodule(projection.router)
         assert isinstance(router, Router)
         return router
 
     def expert_layers(self) -> dict[str, GroupedLinear]:
-        """All expert tensors of this module, by name."""
+        """Return all expert tensors of this module, by name."""
         children = self.named_children()
         return {name: child for name, child in children if isinstance(child, GroupedLinear)}
 
@@ -82,12 +82,15 @@ class RoutedModule(nn.Module, ABC):
         return {name: layer() for name, layer in layers if layer.gather is not None}
 
     def expert_weights(self, name: str, gathered: Gathered) -> Tensor:
-        """Weights [E, d_in, d_out] of the `GroupedLinear` called `name`: all, or this rank's."""
+        """Return the weights [E, d_in, d_out] of the `GroupedLinear` called `name`.
+
+        They are those of all experts if they were gathered, else of this rank's experts.
+        """
         return gathered[name] if name in gathered else self.expert_layers()[name].weight
 
 
 def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
-    """Name and module of every part of `model` that has experts."""
+    """Yield name and module of every part of `model` that has experts."""
     for name, module in model.named_modules():
         if isinstance(module, RoutedModule):
             yield name, module

@@ -1,4 +1,4 @@
-"""The router: which experts a token takes, with which weights. One family for all uses.
+"""The router: chooses the experts of each token and their weights, for attention and FFN alike.
 
 Shapes: B sequences of S tokens, T = B * S tokens, D width of the router's input, G router
 groups (SwitchHead routes each head separately, all others have G = 1), E experts per group,
@@ -38,8 +38,8 @@ class Routing(NamedTuple):
 
 
 _LEAST_SUM = 1e-30
-"""Scores of chosen experts may all underflow, where better ones are hidden from the token: then
-their weights are zero, and not 0 / 0. In fp32 gradients stay finite, too."""
+"""Smallest sum of chosen scores to divide by. All of them may underflow where better experts are
+hidden by dropout: weights are then zero instead of 0 / 0, and in fp32 gradients stay finite."""
 
 
 def _renormalize(chosen: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class RouterLogits(nn.Module):
         self.init = init
 
     def initializers(self) -> dict[str, Initializer]:
-        """How to draw each parameter."""
+        """Initial distribution of each parameter."""
         return {"weight": self.init}
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -93,7 +93,10 @@ def _without_autocast(device_type: str) -> AbstractContextManager[None]:
 
 
 class Router(nn.Module):
-    """Scores all experts of each group, chooses K, weighs them, drops what exceeds capacity."""
+    """Scores all experts of each group, chooses K, weights them, drops what exceeds capacity.
+
+    Another kind of router is a subclass, see `router_kinds`.
+    """
 
     def __init__(
         self,
@@ -114,11 +117,11 @@ class Router(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """Flat experts: groups times experts per group."""
+        """Number of flat experts: groups times experts per group."""
         return self.num_groups * self.config.num_experts
 
     def macs(self, num_tokens: int) -> int:
-        """Multiply-accumulates of one application."""
+        """Count multiply-accumulates of one application."""
         return num_tokens * self.logits.weight.numel()
 
     @annotated("router")
@@ -150,7 +153,7 @@ class Router(nn.Module):
         )
 
     def _selectable(self, scores: Tensor) -> Tensor:
-        """Scores to choose by: without gradient, biased, some experts hidden while training."""
+        """Return the scores to choose by: detached, biased, with dropout of experts in training."""
         scores = scores.detach()
         if self.bias is not None:
             scores = self.bias(scores)
@@ -166,7 +169,7 @@ class Router(nn.Module):
         token_mask: Tensor | None,
         num_sequence_groups: int,
     ) -> Tensor | None:
-        """[T, G, K] bool, or None when nothing is excluded."""
+        """Return `Routing.keep_mask`."""
         if self.config.capacity is None:
             return None if token_mask is None else token_mask[:, None, None].expand_as(chosen_ids)
         return keep_within_capacity(
@@ -186,13 +189,13 @@ def _statistics(
     token_mask: Tensor | None,
     num_sequence_groups: int,
 ) -> RoutingStatistics:
-    """Sums per group of sequences, of `logits` [T, G, E] and `chosen_ids`, `keep_mask` [T, G, K].
+    """Sum up, per group of sequences, `logits` [T, G, E] and `chosen_ids`, `keep_mask` [T, G, K].
 
     `token_mask` [T] bool excludes padding; None for none.
     """
     T, G, E = logits.shape
     N = num_sequence_groups
-    # All three by way of one logsumexp. Written as `-p log p`, the entropy would have an infinite
+    # All three come from one logsumexp. Written as `-p log p`, the entropy would have an infinite
     # slope where a probability underflows, which makes gradients NaN; in logits it has none.
     log_sum = logits.logsumexp(-1)
     probability = (logits - log_sum[:, :, None]).exp()

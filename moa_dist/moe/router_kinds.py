@@ -9,7 +9,7 @@ from moa_dist.moe.router import Router
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
     RouterConfig: Router,
 }
-"""Module by section."""
+"""Router module by section."""
 
 
 def make_router(

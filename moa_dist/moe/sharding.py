@@ -1,4 +1,4 @@
-"""Parallelism, applied to a model that was written for one process."""
+"""Applies expert parallelism to a model that was written for one process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def shard_experts(
 
 
 def pool_statistics(statistics: list[RoutingStatistics], *, mesh: Mesh) -> list[RoutingStatistics]:
-    """Sums over all ranks, for losses on all tokens of a step. One collective, none backward.
+    """Sum statistics over all ranks, for losses on all tokens of a step.
+
+    This takes one collective in the forward pass and none in the backward pass.
 
     Every rank then has the same loss L(s_1 + ... + s_W), whose gradient is the sum over ranks of
     L' ds_r. Training averages gradients over ranks, so each rank's own share counts W times.

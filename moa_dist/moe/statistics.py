@@ -1,4 +1,4 @@
-"""What a router did, as values: sums that add up over the repeats of a shared layer.
+"""Statistics of routers: sums that can be added over the repeats of a shared layer.
 
 Shapes: N groups of sequences, G router groups (heads in SwitchHead, else 1), E experts per
 router group. All sums run over the real tokens of one group of sequences, so they do not
@@ -16,15 +16,15 @@ from torch import Tensor
 
 
 def occurrences(ids: Tensor, num_ids: int) -> Tensor:
-    """How often each of 0 to `num_ids` - 1 occurs in `ids` [A] int64: [num_ids].
+    """Count how often each of 0 ... `num_ids` - 1 occurs in `ids` [A] int64; returns [num_ids].
 
-    Unlike `bincount` it never looks at a value, so no accelerator is waited for.
+    Unlike `bincount` it never reads a value on the host, so it never waits for an accelerator.
     """
     return ids.new_zeros(num_ids).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 class RoutingStatistics(NamedTuple):
-    """Sums over one application of a router (or, added up, over several)."""
+    """Sums over one application of a router, or over several."""
 
     num_tokens: Tensor
     """[N] int64, real tokens."""
@@ -40,21 +40,21 @@ class RoutingStatistics(NamedTuple):
     """[N, G], sum of the entropy of softmax(logits) in nats; carries a gradient."""
 
     def plus(self, other: RoutingStatistics) -> RoutingStatistics:
-        """Sums of both; the groups of sequences must be the same."""
+        """Add the sums of both, which must have the same groups of sequences."""
         return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
 
     def as_one_group(self) -> RoutingStatistics:
-        """Sums over all groups of sequences, as if they were one: N becomes 1."""
+        """Sum over all groups of sequences as if they were one group: N becomes 1."""
         return RoutingStatistics(*(part.sum(0, keepdim=True) for part in self))
 
 
 def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
-    """Sum over applications, such as the repeats of a shared layer."""
+    """Add up applications, such as the repeats of a shared layer."""
     return reduce(RoutingStatistics.plus, statistics)
 
 
 class RoutingReport(NamedTuple):
-    """The part of the statistics worth keeping between steps: additive, without gradient."""
+    """The part of the statistics that is reported: additive, without gradient."""
 
     load: Tensor
     """[G, E] int64."""
@@ -65,7 +65,7 @@ class RoutingReport(NamedTuple):
 
 
 def report(statistics: RoutingStatistics) -> RoutingReport:
-    """Sum over groups of sequences, detached."""
+    """Sum statistics over groups of sequences, detached."""
     num_router_groups = statistics.load.shape[1]
     pairs = statistics.num_tokens.sum() * num_router_groups
     entropy = statistics.entropy.detach().sum()

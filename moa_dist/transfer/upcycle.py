@@ -91,7 +91,7 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
             )
         elif type(now) not in _FILLED:
             yield (
-                f"`model.{name}.kind` is {now.kind}, which cannot grow out of a dense part; use one of "
+                f"`model.{name}.kind` is {now.kind}, which cannot be filled from a dense part; use "
                 + ", ".join(str(kind.model_fields["kind"].default) for kind in _FILLED)
             )
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
