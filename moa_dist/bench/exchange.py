@@ -20,7 +20,7 @@ from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.kinds import make_attention, make_feed_forward
 from moa_dist.moe.routed_module import RoutedModule
-from moa_dist.moe.sharding import shard_experts
+from moa_dist.moe.sharding import EXCHANGES, shard_experts
 from moa_dist.train.build import build_engine
 from moa_dist.train.engine import Engine, StepResult
 
@@ -28,7 +28,7 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 HERE = "experts on every rank"
 TRAVELS = {
     kind: ExpertExchangeConfig.model_validate({"attention": kind, "ffn": kind})
-    for kind in ("tokens", "weights")
+    for kind in EXCHANGES
 }
 """What may travel, for attention and FFN alike."""
 

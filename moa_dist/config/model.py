@@ -48,26 +48,27 @@ class CapacityConfig(Section):
     factor: PositiveFloat
     """Capacity relative to a perfectly even load."""
     policy: Literal["position", "probability"] = "position"
-    """Who is dropped: the latest positions first, or the lowest scores first. The second looks at
-    the whole group, so in a causal model a later token may displace an earlier one; and where
-    scores differ by rounding only, as for equal tokens without positions, rounding decides."""
+    """Order of dropping: latest positions first, or lowest scores first. The latter looks at the
+    whole group, so in a causal model a later token may displace an earlier one; and rounding
+    decides between scores that differ by rounding only, as those of equal tokens without
+    positions."""
 
 
 class BalanceConfig(Section):
     """Coefficients of the auxiliary losses, each a mean over groups of sequences, and a bias.
 
     Statistics are summed over all repeats of a shared layer before the loss is taken, so
-    that repeats may specialise. Coefficients keep their meaning whatever the number of
+    that repeats may specialize. Coefficients keep their meaning whatever the number of
     ranks, micro-batches or padding tokens.
     """
 
     scope: Literal["sequences", "micro_batch", "global_batch"] = "sequences"
-    """Which tokens must be balanced among themselves. `sequences`: those of `group_sequences`
-    sequences, so the loss does not depend on the layout; the strictest, as even one sequence may
-    not prefer some experts. `micro_batch`: those of one rank's micro-batch, as most systems do; the
+    """Set of tokens over which load is balanced. `sequences`: those of `group_sequences` sequences,
+    so the loss does not depend on the layout; the strictest choice, as not even a single sequence
+    may prefer some experts. `micro_batch`: those of one rank's micro-batch, as most systems do; the
     loss then changes with the number of ranks and `train.micro_batch`. `global_batch`: those of the
     whole step on all ranks, exactly and in any layout, at the cost of one small all-reduce per
-    forward; this lets experts specialise most. It needs `train.micro_batch` = `train.global_batch`
+    forward; this lets experts specialize most. It needs `train.micro_batch` = `train.global_batch`
     / ranks, since an accumulated step never holds all its tokens at once. In evaluation, where no
     loss is used, it counts like `micro_batch`. Capacity is always per `group_sequences`."""
 
@@ -79,7 +80,7 @@ class BalanceConfig(Section):
     """Negative entropy of the mean probability (MoEUT section 2.2)."""
     mutual_information: NonNegativeFloat = 0.0
     """`H(e|x) - H(e)`: the mean entropy of a token's probabilities less the entropy of their mean
-    (Mod-Squad, SUT). Minimising it makes single tokens decided and their average even."""
+    (Mod-Squad, SUT). Minimizing it makes each token's choice certain and the average even."""
     bias_rate: NonNegativeFloat = 0.0
     """Balance without a loss (DeepSeek-V3, section 2.1.2): a bias per expert is added to the scores
     when experts are chosen, not when they are weighed, and after each step it moves up by this much
@@ -95,20 +96,20 @@ class RouterConfig(Kind):
     kind: str = "topk"
     """Names this kind: the top K of linear logits."""
     num_experts: PositiveInt
-    """Experts to choose from (SwitchHead: per head)."""
+    """Number of experts to choose from (SwitchHead: per head)."""
     top_k: PositiveInt
     """Experts chosen per token (SwitchHead: per head and token)."""
     score: Literal["softmax", "sigmoid"]
-    """How logits become scores."""
+    """Function that turns logits into scores."""
     gate: Literal["raw", "renormalized", "renormalized_detached"] = "raw"
     """Weight of a chosen expert: its score as it is (the authors' released code and sigma-MoE);
     divided by the sum of the chosen scores (the same as a softmax over the chosen logits); or
     that with the sum detached from the gradient (MoA, equation 6). `raw` is the default since
     the published numbers were made with it and it trains the router even at `top_k` 1."""
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability, while training, that an expert is hidden from a token (sigma-MoE's regulariser);
-    where less than `top_k` stay visible, some of the hidden are chosen all the same. Drawn per
-    rank, so with it runs of different layouts are not equal token by token."""
+    """Probability, in training, that an expert is hidden from a token (sigma-MoE's regularizer). If
+    fewer than `top_k` stay visible, hidden ones are chosen too. It is drawn per rank, so runs of
+    different layouts are not equal token by token."""
     capacity: CapacityConfig | None = None
     """Limit per expert and group of sequences; absent means dropless."""
     group_sequences: PositiveInt = 1
@@ -300,10 +301,10 @@ class ModelConfig(Section):
     """Layers with their own parameters (MoEUT's group size G), applied in order ABAB...;
     absent means all of `num_layers`. Must divide `num_layers`."""
     norm_placement: Literal["pre", "post", "peri"] = "pre"
-    """`pre` and `post` as usual; `peri` (MoEUT section 2.3) normalises only what feeds a
+    """`pre` and `post` as usual; `peri` (MoEUT section 2.3) normalizes only what feeds a
     softmax or a sigmoid: queries, keys and routers."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Kind of normalisation."""
+    """Kind of normalization."""
     norm_eps: PositiveFloat = 1e-5
     """Added to the variance before its root is taken, in every norm."""
     final_norm_eps: PositiveFloat | None = None

@@ -142,7 +142,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config, config.norm_eps)
         self.attention = make_attention(config.attention, config.d_model, init_scale)
         self.cross = CrossAttention(config, init_scale) if cross else None
-        # A dense FFN under peri-norm reads the raw residual and has no router to normalise for.
+        # A dense FFN under peri-norm reads the raw residual and has no router to normalize for.
         unused = config.norm_placement == "peri" and not config.ffn.routers
         self.ffn_norm = nn.Identity() if unused else make_norm(config, config.norm_eps)
         self.ffn = make_feed_forward(config.ffn, config.d_model, init_scale)

@@ -92,11 +92,10 @@ class SwitchHeadAttention(RoutedModule, Attention):
         cache: KeyValues | None = None,
         trace: bool = False,
     ) -> AttentionOutput:
-        """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D], zero at padding.
+        """Implement `Attention.forward`; y is zero at padding.
 
-        The value router reads `key`, the output router `query`: under peri-norm these are
-        normalised, while the value experts read the raw residual in `value`. With a cache,
-        `key` and `value` are of the tokens that follow those in it.
+        The value router reads `key` and the output router `query`, which are normalized under
+        peri-norm, while value experts read the raw residual in `value`.
         """
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
 

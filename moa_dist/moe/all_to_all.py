@@ -79,7 +79,7 @@ class AllToAllPlan:
 
 @dataclass(frozen=True)
 class AllToAllTokenDispatcher:
-    """Experts are spread over the ranks of the channel's group in contiguous shards."""
+    """Dispatcher for experts that are sharded contiguously over the ranks of a group."""
 
     comm_group: CommGroup
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import islice, pairwise
 
@@ -9,11 +10,34 @@ from torch import Tensor, nn
 
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.collectives import all_gather_shards, sum_over_ranks
+from moa_dist.distributed.comm_group import CommGroup
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.moe.all_to_all import AllToAllTokenDispatcher
 from moa_dist.moe.experts import expert_layers, shard_starts
-from moa_dist.moe.routed_module import routed_modules
+from moa_dist.moe.routed_module import RoutedModule, routed_modules
 from moa_dist.moe.statistics import RoutingStatistics
+
+
+def exchange_tokens(module: RoutedModule, comm_group: CommGroup) -> None:
+    """Send rows to the ranks of their experts, in every application of `module`."""
+    module.dispatcher = AllToAllTokenDispatcher(comm_group)
+
+
+def exchange_weights(module: RoutedModule, comm_group: CommGroup) -> None:
+    """Gather the weights of all experts of `module` on every rank, once per forward."""
+    for layer in module.expert_layers().values():
+        starts = shard_starts(layer.num_experts, comm_group.group.size())
+        sizes = [stop - first for first, stop in pairwise(starts)]
+        layer.gather = partial(all_gather_shards, sizes=sizes, comm_group=comm_group)
+
+
+EXCHANGES: dict[str, Callable[[RoutedModule, CommGroup], None]] = {
+    "tokens": exchange_tokens,
+    "weights": exchange_weights,
+}
+"""What ranks may exchange for a sharded module, by the name in `parallel.expert_exchange`.
+
+A new one is a value there, a function here, and its traffic in `plan/predicted_traffic.py`."""
 
 
 def shard_experts(
@@ -37,15 +61,10 @@ def shard_experts(
         exchanged = getattr(exchange, module.part)
         assert exchanged != "auto", "see moa_dist.plan.exchange_choice"
         comm_group = mesh.ep_comm_group(name, overlap=overlap)
-        if exchanged == "tokens":
-            module.dispatcher = AllToAllTokenDispatcher(comm_group)
         for layer_name, layer in module.expert_layers().items():
             del unseen[f"{name}.{layer_name}"]
             layer.shard(mesh.ep_group.rank(), mesh.expert_parallel)
-            if exchanged == "weights":
-                starts = shard_starts(layer.num_experts, mesh.expert_parallel)
-                sizes = [stop - first for first, stop in pairwise(starts)]
-                layer.gather = partial(all_gather_shards, sizes=sizes, comm_group=comm_group)
+        EXCHANGES[exchanged](module, comm_group)
     # Whole on every rank, such a layer would still be reduced as if it were a shard.
     assert not unseen, f"experts outside of a RoutedModule: {', '.join(unseen)}"
 

@@ -24,6 +24,7 @@ from moa_dist.models.counts import ELEMENT_BYTES, count, states
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
+from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.memory import sizes_of
 from moa_dist.plan.predicted_traffic import (
     Layout,
@@ -125,7 +126,7 @@ def exchange_costs(config: Config, world_size: int) -> dict[str, dict[str, Cost]
     model = meta_model(config)
     part_of = {name: module.part for name, module in routed_modules(model)}
     costs: dict[str, dict[str, Cost]] = {part: {} for part in parts}
-    for kind in ("tokens", "weights"):
+    for kind in EXCHANGES:
         exchange = ExpertExchangeConfig.model_validate(dict.fromkeys(PARTS, kind))
         traffic = expected_traffic(config, world_size, exchange, model)
         for part in parts:

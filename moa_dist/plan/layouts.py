@@ -16,6 +16,7 @@ from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import PARTS, expected_traffic, layout_of, meta_model
 from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
@@ -130,7 +131,7 @@ class Planner:
         per_rank = train.global_batch // world_size
         routed = self.config.model.routed_parts()
         for ep, stage in product(_divisors(world_size), range(4)):
-            exchanges = product(("tokens", "weights"), repeat=len(routed) if ep > 1 else 0)
+            exchanges = product(EXCHANGES, repeat=len(routed) if ep > 1 else 0)
             for kinds in exchanges:
                 exchange = dict.fromkeys(PARTS, "tokens") | dict(zip(routed, kinds, strict=False))
                 for micro_batch, recompute in product(_divisors(per_rank), (False, True)):

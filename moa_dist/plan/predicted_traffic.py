@@ -124,15 +124,15 @@ def expert_traffic(
         return {}
     traffic: dict[TrafficKey, TrafficVolume] = {}
     for name, module in routed_modules(model):
-        if getattr(layout.exchange, module.part) == "weights":
-            traffic |= _weights(name, module, layout)
-        else:
-            traffic |= _tokens(name, module, layout, rows_of)
+        exchanged = getattr(layout.exchange, module.part)
+        traffic |= TRAFFIC[exchanged](name, module, layout, rows_of)
     return traffic
 
 
-def _weights(layer: str, module: RoutedModule, layout: Layout) -> dict[TrafficKey, TrafficVolume]:
-    """Once per forward and once per backward, whatever the repeats and recomputation."""
+def _weights(
+    layer: str, module: RoutedModule, layout: Layout, _: RowsOfRouter
+) -> dict[TrafficKey, TrafficVolume]:
+    """Count gathers: one per forward and backward, whatever the repeats and recomputation."""
     messages, num_bytes = 0, 0
     for layer_weights in module.expert_layers().values():
         num_experts = -(-layer_weights.num_experts // layout.expert_parallel)
@@ -175,6 +175,13 @@ def _tokens(
         add(TrafficKey(layer, "combine", False), forwards, back)
         add(TrafficKey(layer, "combine", True), 1, back)
     return traffic
+
+
+TRAFFIC: dict[
+    str,
+    Callable[[str, RoutedModule, Layout, RowsOfRouter], dict[TrafficKey, TrafficVolume]],
+] = {"tokens": _tokens, "weights": _weights}
+"""Traffic of a module by what ranks exchange for it, see `moe.sharding.EXCHANGES`."""
 
 
 class StateTraffic(NamedTuple):

@@ -1,12 +1,15 @@
 """What travels under `auto`: what costs less, as far as memory goes; and it says why."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from moa_dist.config import Config
+from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.models.counts import count, states
+from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.exchange_choice import MEMORY_SHARE, Decision, decide_exchange, exchange_costs
+from moa_dist.plan.predicted_traffic import TRAFFIC
 
 AUTO = {"attention": "auto", "ffn": "auto"}
 WORLD_SIZE = 4
@@ -101,3 +104,8 @@ def test_nothing_to_decide_without_experts_elsewhere():
     attention, ffn, decision = decide(Config.model_validate(alone))
     assert (attention, ffn) == ("tokens", "tokens")
     assert decision.because == {}
+
+
+def test_every_exchange_has_its_traffic_predicted():
+    configurable = get_args(ExpertExchangeConfig.model_fields["ffn"].annotation)
+    assert {*EXCHANGES, "auto"} == {*TRAFFIC, "auto"} == {*configurable}
