@@ -39,9 +39,9 @@ def test_ranks_listen_on_loopback_only(pools):
 
 
 ALONE = """
-from moa_dist.distributed.start import job
+from moa_dist.distributed.start import init_distributed
 from tests.distributed.test_store import LOOPBACK, listening
-with job() as this_job:
+with init_distributed() as this_job:
     import torch.distributed as dist
     dist.barrier()
     found = listening()
@@ -56,10 +56,10 @@ def test_one_rank_without_a_launcher_listens_on_loopback_only():
 
 TAKEN = """
 import sys
-from moa_dist.distributed.start import job
+from moa_dist.distributed.start import init_distributed
 from moa_dist.errors import MoaDistError
 try:
-    with job():
+    with init_distributed():
         sys.exit("joined at a port that is taken")
 except MoaDistError as error:
     assert "the port is free" in str(error), error
