@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,13 +22,13 @@ from moa_dist.cli.main import COMMANDS
 from moa_dist.config import find_layout_problems, load_config
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("", ".github", "configs", "docker", "launcher", "moa_dist", "moa_dist/*", "tests")
 PAGES = sorted(
     page
-    for pattern in ("*.md", "moa_dist/*.md", "moa_dist/*/*.md", "*/*.md", ".github/*.md")
-    for page in ROOT.glob(pattern)
-    if page.relative_to(ROOT).parts[:2] != ("moa_dist", "configs")  # a link to configs/
+    for folder in FOLDERS
+    for page in ROOT.glob(f"{folder}/*.md".lstrip("/"))
+    if page.parent != ROOT / "moa_dist" / "configs"  # a link to configs/
 )
-PAGES = list(dict.fromkeys(PAGES))
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 WORDS_OF_README = 1000
 
@@ -36,8 +37,8 @@ FILE = re.compile(r"(?<![\w./<-])((?:[\w.-]+/)*[\w-]+\.(?:py|sh|yaml|toml|css))\
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = {"mine.yaml", "config.yaml"}
 """Files of a reader, or of a run's folder."""
-# Words in capitals stand for something of the reader's: FILE, RUN, OUT, HOSTS.
 CAPITALS = re.compile(r"[A-Z_]+")
+"""They stand for something of the reader's: FILE, RUN, OUT, HOSTS."""
 
 
 def prose(page: Path) -> str:
@@ -188,3 +189,16 @@ def check_training(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Non
 def load_unless_placeholder(file: str, overrides: list[str]) -> None:
     if not CAPITALS.fullmatch(file):
         load_config(ROOT / file, overrides)
+
+
+def test_python_of_the_readme_runs(monkeypatch):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    *_, comment = block.rstrip().split("# ")
+    assert comment == "logits, aux_losses, statistics"
+    output = names["output"]
+    assert output.logits.shape == (1, 16, names["config"].model.vocab_size)
+    assert output.aux_losses.keys() == {"attention/entropy", "ffn/entropy"}
+    assert output.statistics
