@@ -22,7 +22,7 @@ if git rev-parse HEAD >/dev/null 2>&1; then
     [ -z "$(git status --porcelain)" ] || revision+=+changes
 fi
 source=$(python3 -B -c 'from moa_dist.provenance import code_hash; print(code_hash())')
-version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+version=$(python3 -B -c 'import moa_dist; print(moa_dist.__version__)')
 
 exec "${BUILDER:-docker}" build --file docker/Dockerfile --tag "${TAG:-moa-dist:$variant}" \
     --build-arg "VARIANT=$variant" --build-arg "VERSION=$version" \

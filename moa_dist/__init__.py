@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from moa_dist.evaluate.trained import load_model
     from moa_dist.models.language_model import build_model
 
-__all__ = ["build_model", "load_config", "load_model"]
+__version__ = "0.1.0"
+"""Version of the package; `pyproject.toml` takes it from here."""
+
+__all__ = ["__version__", "build_model", "load_config", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+from moa_dist import __version__
 from moa_dist.errors import MoaDistError
 
 COMMANDS = {
@@ -78,6 +79,7 @@ def _run(argv: list[str]) -> int:
         description="Train Transformers whose attention and feed-forward layers are experts. "
         "Training itself is started with launcher/train.py.",
     )
+    parser.add_argument("--version", action="version", version=f"moa-dist {__version__}")
     # The deepspeed launcher puts it first, before the subcommand.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

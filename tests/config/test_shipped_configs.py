@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from moa_dist.config import find_layout_problems, load_config
 from moa_dist.config.schema import describe, walk
 from moa_dist.config.section import Section
 from moa_dist.models.counts import count
+from moa_dist.models.language_model import LanguageModel
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "recipes")
@@ -69,6 +71,21 @@ def test_small_masked_models_differ_in_the_number_of_experts_alone():
         for e in (8, 16, 32, 64)
     ]
     assert all(config == alike[0] for config in alike)
+
+
+EXAMPLES = {"own_text": 1, "moeut_44m": 8, "moa_moe": 2, "masked_lm": 1}
+"""Ranks that their headings start."""
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONFIGS / "examples").iterdir()))
+def test_an_example_is_short_can_be_built_and_fits_its_ranks(name):
+    """A reader copies it: it must work as its heading says."""
+    path = CONFIGS / "examples" / f"{name}.yaml"
+    config = load_config(path)
+    assert find_layout_problems(config, EXAMPLES[name]) == []
+    assert len(path.read_text().splitlines()) <= 80
+    with torch.device("meta"):
+        LanguageModel(config.model)
 
 
 def test_quickstart_fits_two_ranks():
