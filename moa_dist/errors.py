@@ -1,7 +1,8 @@
-"""Errors that a user can fix, split by what has to be fixed.
+"""Errors meant for a person, split by who can mend them.
 
-Every message says what is wrong, where, and what to do. Any other exception that escapes is a
-defect of this package. `ExitCode` lists the exit statuses of a rank and of a job's supervisor.
+Every message says what is wrong, where, and what to do. Anything else that
+escapes is a defect of this package. `ExitCode` is what a rank, and the supervisor of a job, end
+with.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
-    """How a rank ended. Killed ranks have none of these; a supervisor reports their signal."""
+    """How a rank ended. Killed ranks have none of these; a supervisor names their signal."""
 
     DONE = 0
     """The last step was taken and saved."""
     DEFECT = 1
-    """An unexpected exception, with a traceback; a supervisor restarts the job."""
+    """Anything unforeseen, with a traceback; a supervisor tries again."""
     USER = 2
-    """Configuration, data or devices are wrong: a restart would fail in the same way."""
+    """Configuration, data or devices are wrong: trying again would change nothing."""
     NOT_FINITE = 3
-    """The loss or the gradients are not finite, or spike, more often than the policy allows: a
-    restart would repeat it."""
+    """The loss or the gradients are not finite, or spike, more often than the policy allows:
+    trying again would repeat it."""
     NOT_SAVED = 4
-    """A checkpoint could not be written, and the policy is to stop: free space and restart."""
+    """A checkpoint could not be written, and the policy is to stop: make room, start again."""
     PREEMPTED = 75
-    """On SIGTERM or SIGUSR1 the step was finished and saved. The same command continues."""
+    """SIGTERM or SIGUSR1 came: the step was finished and saved. Start the same command again."""
     LOST_PEER = 76
-    """A rank is gone, silent, or stuck in a step; a supervisor restarts the job."""
+    """A rank is gone, silent, or stuck in a step; a supervisor tries again."""
 
 
 class MoaDistError(Exception):
-    """Base of all errors that a user can fix; commands print it without a traceback."""
+    """Base of all errors that a user can mend; commands print it without a traceback."""
 
 
 class Source(NamedTuple):
@@ -81,24 +82,24 @@ class DataError(MoaDistError):
 
 
 class ClusterError(MoaDistError):
-    """Ranks, devices or their communication do not meet what the run needs."""
+    """Ranks, devices or their communication are not as the run needs them."""
 
 
 class PeerError(ClusterError):
-    """Another rank of the job is gone, silent, or did not arrive."""
+    """Another rank of the job is gone, silent, or does not come."""
 
 
 class MemoryLimitError(MoaDistError):
-    """A device, or the host, has too little memory for the run."""
+    """A device, or the host, holds too little for the run."""
 
 
 class TrainingError(MoaDistError):
-    """Training cannot continue, for example because the loss is no longer finite."""
+    """Training cannot go on, such as a loss that is no longer finite."""
 
 
 class SaveError(TrainingError):
-    """A checkpoint could not be written: the disk is full, read-only or missing."""
+    """A checkpoint could not be written: the disk is full, read-only or gone."""
 
 
 class BadStepError(TrainingError):
-    """An optimizer step was rejected on every rank alike, and changed nothing."""
+    """An optimizer step was refused, the same on every rank; nothing has changed by it."""
