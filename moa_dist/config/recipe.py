@@ -62,7 +62,7 @@ def read_recipe(path: Path) -> Recipe | None:
     except ValidationError as error:
         keys = [".".join([RECIPE_KEY, *map(str, each["loc"])]) for each in error.errors()]
         problems = [
-            Problem(f"`{key}`: {each['msg']}", (key,))
+            Problem(f"{key}: {each['msg']}", (key,))
             for key, each in zip(keys, error.errors(), strict=True)
         ]
         raise ConfigError(problems, str(path)) from error
