@@ -33,7 +33,7 @@ def custom_op_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Ten
     Raises:
         ValueError: the counts do not fit (on a CPU; other devices do not look at them).
     """
-    y, *_ = _forward(*_flatten(experts, x, row_map))
+    y: Tensor = _forward(*_flatten(experts, x, row_map))[0]
     return y
 
 

@@ -126,7 +126,7 @@ def _precision() -> str:
 
 
 @triton.jit
-def _product(
+def _product(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     left,
     read,
     matrices,
@@ -188,7 +188,7 @@ def _product(
 
 
 @triton.jit
-def _outer(
+def _outer(  # type: ignore[no-untyped-def]
     left,
     read,
     right,
