@@ -165,7 +165,7 @@ class EvaluationConfig(Section):
     """Validation during training."""
 
     every: PositiveInt = 500
-    """Steps between validations; there is always one after the last step."""
+    """Steps between validations; the last step is always followed by one."""
     sequences: PositiveInt | None = None
     """Number of validation sequences, counted from the first; null for all."""
 

@@ -84,7 +84,7 @@ def walk(
 def _walk_kinds(
     choices: tuple[type[Section], ...], path: str, outer: tuple[str, ...]
 ) -> Iterator[SchemaField]:
-    if len(choices) == 1:  # there is nothing to choose yet
+    if len(choices) == 1:  # nothing to choose from
         fields = walk(choices[0], path, outer)
         yield from (field for field in fields if field.path != f"{path}.kind")
         return
