@@ -7,7 +7,10 @@ with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
@@ -34,11 +37,42 @@ class MoaDistError(Exception):
     """Base of all errors that a user can mend; commands print it without a traceback."""
 
 
+class Source(NamedTuple):
+    """Where a value of a configuration was written."""
+
+    name: str
+    """A file's path, or the override, as a message shows it."""
+    line: int | None = None
+    """Line in the file, from 1."""
+
+    def __str__(self) -> str:
+        """Return `file:line`, or the override."""
+        return self.name if self.line is None else f"{self.name}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a configuration."""
+
+    text: str
+    """Says what is wrong and what to do."""
+    keys: tuple[str, ...] = ()
+    """Dotted paths of the fields that are wrong, or that do not go together."""
+    suggestions: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    """Per key the values that would work; for an unknown key the keys that may be meant."""
+    sources: tuple[Source, ...] = ()
+    """Where these keys were written, if that is known."""
+
+    def __str__(self) -> str:
+        """Return the text, followed by the sources."""
+        return f"{self.text} ({', '.join(map(str, self.sources))})" if self.sources else self.text
+
+
 class ConfigError(MoaDistError):
     """The configuration is wrong. Carries every problem found, not just the first."""
 
-    def __init__(self, problems: list[str], source: str = "configuration") -> None:
-        self.problems = problems
+    def __init__(self, problems: Sequence[Problem | str], source: str = "configuration") -> None:
+        self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {p}" for p in problems))
 

@@ -107,7 +107,7 @@ def _measure(names: Sequence[str], setting: Setting, context: DistContext) -> It
     mesh = make_mesh(_expert_parallel(setting.config, context.world_size))
     problems = check_fields(setting.on(mesh))
     if problems:
-        raise ConfigError([problem.text for problem in problems], setting.config.name)
+        raise ConfigError(problems, setting.config.name)
     on_cpu = setting.device.type == "cpu"
     threads = f", each with {torch.get_num_threads()} threads" if on_cpu else ""
     layout = f"{mesh.world_size} ranks, ep {mesh.expert_parallel}{threads}"

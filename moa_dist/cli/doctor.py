@@ -128,7 +128,7 @@ def _configuration(args: argparse.Namespace, is_rank: bool) -> Iterator[Finding]
         config = load_config(args.config, args.overrides)
     except ConfigError as error:
         for problem in error.problems:
-            yield Finding("configuration", "FAULT", problem)
+            yield Finding("configuration", "FAULT", str(problem))
         return
     world_size = args.world_size or config.parallel.expert_parallel
     if is_rank:

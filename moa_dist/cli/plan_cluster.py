@@ -56,7 +56,7 @@ def cluster_as_json(
             "network_latency": cluster.network_latency,
         },
         "assumed": asdict(assumed) | {"fragmented": FRAGMENTED},
-        "problems": problems,
+        "problems": [str(problem) for problem in problems],
         "detailed": detailed,
         "layouts": [_in_short(planned) for planned in fitting[:num_layouts]],
         "num_fitting": len(fitting),

@@ -21,7 +21,7 @@ from moa_dist.plan.exchange_choice import (
 
 def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[str, Any]:
     """Everything by name; `memory` is that of a rank, for `expert_exchange` auto."""
-    problems = find_layout_problems(config, world_size)
+    problems = [str(problem) for problem in find_layout_problems(config, world_size)]
     counts = count(config.model, config.data.sequence_length)
     plan = _as_json(config, world_size, counts, states(counts, config, world_size), problems)
     return plan | _traffic(config, world_size, decide_exchange(config, world_size, memory))

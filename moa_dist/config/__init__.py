@@ -1,6 +1,11 @@
-"""Configuration: typed schema, loading, checks."""
+"""Configuration: typed schema, loading, checks.
 
-from moa_dist.config.checks import find_layout_problems
+No library does this: pydantic validates the fields, but neither OmegaConf nor pydantic-settings
+reports all problems at once with the YAML line of each and the key meant, or switches a section's
+`kind` in a merge.
+"""
+
+from moa_dist.config.layout_checks import find_layout_problems
 from moa_dist.config.load import load_config, to_yaml
 from moa_dist.config.run import Config
 

@@ -1,43 +1,42 @@
-"""Checks that need more than one field: what cannot work together, and what to do instead."""
+"""Checks of fields that do not work together, whatever the number of ranks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
-from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
+from moa_dist.config.section import InvalidFieldError
+from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of
+from moa_dist.errors import Problem
 
 _MOST_LAYERS = 10_000
-"""With weights of their own."""
+"""Layers with weights of their own."""
 _MOST_TRACED = 10
-"""Steps; a trace of more is too large to look at."""
+"""Steps in a trace; a longer one is too large to view."""
 _MOST_ELEMENTS = 1 << 44
-"""Of one weight; the largest models in the world have fewer in all their weights."""
+"""Elements of one weight; the largest models in the world have fewer in all their weights."""
 
 
-def check_fields(config: Config, partial: bool = False) -> list[Problem]:
-    """Impossible combinations that can be seen without knowing the number of ranks.
+def check_fields(config: Config) -> list[Problem]:
+    """Return the impossible combinations that are visible without the number of ranks.
 
-    `partial` is for a configuration from which unusable fields were left out: a check that
-    needs one of them is skipped.
+    A check that reads an invalid field, which `validate` has reported already, is skipped.
     """
-    problems = []
+    problems: list[Problem] = []
     for check in CHECKS:
-        try:
+        with suppress(InvalidFieldError):
             problems += list(check(config))
-        except AttributeError:
-            if not partial:
-                raise
     return problems
 
 
 def _name(config: Config) -> Iterator[Problem]:
     if not config.name or config.name in (".", "..") or set(config.name) & set("/\\\0"):
         yield Problem(
-            f'`name` is "{config.name}", but it names the run\'s folder inside `output`; '
+            f'`name` is "{config.name}", but it is also the name of the run\'s folder in `output`; '
             "use a plain name without slashes",
             ("name",),
         )
@@ -48,8 +47,9 @@ def _layers(config: Config) -> Iterator[Problem]:
     if distinct is not None and layers % distinct:
         yield Problem(
             f"`model.num_distinct_layers` is {distinct}, which does not divide "
-            f"`model.num_layers` = {layers}; use {_one_of(_divisors(layers))}",
+            f"`model.num_layers` = {layers}; use {one_of(divisors(layers))}",
             ("model.num_distinct_layers", "model.num_layers"),
+            {"model.num_distinct_layers": divisors(layers)},
         )
 
 
@@ -59,14 +59,14 @@ def _rope(config: Config) -> Iterator[Problem]:
     if rope is not None and int(attention.d_head * rope.fraction) < 2:
         yield Problem(
             f"`model.attention.rope.fraction` = {rope.fraction:g} of `model.attention.d_head` = "
-            f"{attention.d_head} rotates no dimension; it must come to at least 2, "
-            "or set `model.attention.rope` to null",
+            f"{attention.d_head} rotates no dimension; their product must be at least 2, or "
+            "set `model.attention.rope` to null",
             ("model.attention.rope.fraction", "model.attention.d_head"),
         )
 
 
 def _size(config: Config) -> Iterator[Problem]:
-    """A slip of the keyboard, which would overflow while the model is counted or built."""
+    """A typo in a size would overflow while the model is counted or built."""
     model = config.model
     for name, part in model.parts().items():
         sizes = [value for value in dict(part).values() if type(value) is int]
@@ -94,11 +94,13 @@ def _size(config: Config) -> Iterator[Problem]:
 def _batches(config: Config) -> Iterator[Problem]:
     total, micro = config.train.global_batch, config.train.micro_batch
     if total % micro:
+        batches, fitting = multiples_near(total, micro), nearest(micro, divisors(total))
         yield Problem(
-            f"`train.global_batch` is {total}, which `train.micro_batch` = {micro} does not "
-            f"divide; use a global batch of {_one_of(_multiples_near(total, micro))}, or a "
-            f"micro-batch of {_one_of(_nearest(micro, _divisors(total)))}",
+            f"`train.global_batch` is {total}, which is not a multiple of `train.micro_batch` = "
+            f"{micro}; use a global batch of {one_of(batches)}, or a micro-batch of "
+            f"{one_of(fitting)}",
             ("train.global_batch", "train.micro_batch"),
+            {"train.global_batch": batches, "train.micro_batch": fitting},
         )
 
 
@@ -108,6 +110,7 @@ def _skipping(config: Config) -> Iterator[Problem]:
             f"`data.on_damage` skip cannot find altered shards with `data.verify` = "
             f"{config.data.verify}; set it to checksums",
             ("data.on_damage", "data.verify"),
+            {"data.verify": ("checksums",)},
         )
 
 
@@ -117,8 +120,8 @@ def _trace(config: Config) -> Iterator[Problem]:
     first, last = config.profile.steps
     if not first <= last < first + _MOST_TRACED or last > config.train.steps:
         yield Problem(
-            f"`profile.steps` is [{first}, {last}]: use the first and the last of at most "
-            f"{_MOST_TRACED} steps, within the {config.train.steps} of `train.steps`",
+            f"`profile.steps` is [{first}, {last}]; give the first and the last of at most "
+            f"{_MOST_TRACED} steps, up to `train.steps` = {config.train.steps}",
             ("profile.steps", "train.steps"),
         )
 
@@ -127,7 +130,7 @@ def _warmup(config: Config) -> Iterator[Problem]:
     warmup, steps = config.schedule.warmup_steps, config.train.steps
     if warmup > steps:
         yield Problem(
-            f"`schedule.warmup_steps` is {warmup}, more than `train.steps` = {steps}: the peak "
+            f"`schedule.warmup_steps` is {warmup}, more than `train.steps` = {steps}, so the peak "
             "would never be reached; warm up for fewer steps or train longer",
             ("schedule.warmup_steps", "train.steps"),
         )
@@ -139,12 +142,12 @@ def _warmup(config: Config) -> Iterator[Problem]:
         )
 
 
-def _shares_of_the_peak(config: Config) -> Iterator[Problem]:
+def _fractions_of_the_peak(config: Config) -> Iterator[Problem]:
     for name in ("final", "warmup_start"):
-        share = getattr(config.schedule, name)
-        if share > 1:
+        fraction = getattr(config.schedule, name)
+        if fraction > 1:
             yield Problem(
-                f"`schedule.{name}` is {share:g}, but it is a share of the peak "
+                f"`schedule.{name}` is {fraction:g}, but it is a fraction of the peak, "
                 "`optimizer.lr`; use 0 to 1",
                 (f"schedule.{name}",),
             )
@@ -162,6 +165,7 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             f"`optimizer.momentum` is {optimizer.momentum:g}, which adamw does not use; "
             "remove it, or set `optimizer.kind` to sgd",
             ("optimizer.momentum", "optimizer.kind"),
+            {"optimizer.kind": ("sgd",)},
         )
 
 
@@ -171,22 +175,26 @@ def _precision(config: Config) -> Iterator[Problem]:
             "`train.precision` bf16 does not work with `parallel.zero_stage` 0, where DeepSpeed "
             "leaves the experts out of the gradient norm; use stage 1",
             ("train.precision", "parallel.zero_stage"),
+            {"parallel.zero_stage": (1,)},
         )
     if config.train.precision == "fp64" and config.parallel.zero_stage > 0:
         yield Problem(
             f"`train.precision` fp64 does not work with `parallel.zero_stage` "
             f"{config.parallel.zero_stage}, where DeepSpeed keeps weights in fp32; use stage 0",
             ("train.precision", "parallel.zero_stage"),
+            {"parallel.zero_stage": (0,)},
         )
 
 
 def _kept_checkpoints(config: Config) -> Iterator[Problem]:
     every, keep = config.checkpoint.every, config.checkpoint.keep_every
     if keep is not None and keep % every:
+        fitting = multiples_near(keep, every)
         yield Problem(
             f"`checkpoint.keep_every` is {keep}, not a multiple of `checkpoint.every` = {every}, "
-            f"so most steps to keep are never saved; use {_one_of(_multiples_near(keep, every))}",
+            f"so most checkpoints to keep would never be written; use {one_of(fitting)}",
             ("checkpoint.keep_every", "checkpoint.every"),
+            {"checkpoint.keep_every": fitting},
         )
 
 
@@ -200,6 +208,7 @@ def _enough_experts(config: Config) -> Iterator[Problem]:
             f"`parallel.expert_parallel` is {ep}, but the model has no experts: `model.attention` "
             "and `model.ffn` are both dense; set it to 1",
             ("parallel.expert_parallel",),
+            {"parallel.expert_parallel": (1,)},
         )
     for name, part in parts.items():
         count = part.num_flat_experts
@@ -211,6 +220,7 @@ def _enough_experts(config: Config) -> Iterator[Problem]:
                     "parallel.expert_parallel",
                     *(f"model.{name}.{router}.num_experts" for router in part.routers),
                 ),
+                {"parallel.expert_parallel": (count,)},
             )
 
 
@@ -218,13 +228,15 @@ def _top_k(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]
     if router.top_k > router.num_experts:
         yield Problem(
             f"`{path}.top_k` is {router.top_k}, more than `{path}.num_experts` = "
-            f"{router.num_experts}; choose at most {router.num_experts} of them",
+            f"{router.num_experts}; use at most {router.num_experts}",
             (f"{path}.top_k", f"{path}.num_experts"),
+            {f"{path}.top_k": (router.num_experts,)},
         )
     if router.expert_dropout and router.top_k == router.num_experts:
         yield Problem(
-            f"`{path}.expert_dropout` is {router.expert_dropout:g}, but `{path}.top_k` takes all "
-            f"{router.num_experts} experts, hidden ones too; use a smaller top_k or no dropout",
+            f"`{path}.expert_dropout` is {router.expert_dropout:g}, but `{path}.top_k` selects all "
+            f"{router.num_experts} experts, dropped ones included; use a smaller top_k or no "
+            "dropout",
             (f"{path}.expert_dropout", f"{path}.top_k", f"{path}.num_experts"),
         )
 
@@ -233,8 +245,9 @@ def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
     if router.gate == "renormalized" and router.top_k == 1 < router.num_experts:
         yield Problem(
             f"`{path}.gate` renormalized with `{path}.top_k` 1 makes every weight 1, so the "
-            "task would never train the router; use raw or renormalized_detached",
+            "task loss would never train the router; use raw or renormalized_detached",
             (f"{path}.gate", f"{path}.top_k"),
+            {f"{path}.gate": ("raw", "renormalized_detached")},
         )
 
 
@@ -243,8 +256,9 @@ def _sequence_groups(config: Config, router: RouterConfig, path: str) -> Iterato
     if micro % group:
         yield Problem(
             f"`{path}.group_sequences` is {group}, which does not divide `train.micro_batch` = "
-            f"{micro}; use {_one_of(_divisors(micro))}",
+            f"{micro}; use {one_of(divisors(micro))}",
             (f"{path}.group_sequences", "train.micro_batch"),
+            {f"{path}.group_sequences": divisors(micro)},
         )
 
 
@@ -275,78 +289,10 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     translation,
     _trace,
     _warmup,
-    _shares_of_the_peak,
+    _fractions_of_the_peak,
     _optimizer,
     _precision,
     _kept_checkpoints,
     _enough_experts,
 )
-"""Each stands alone, so that a field left out of a partial configuration silences only its own."""
-
-
-def find_layout_problems(config: Config, world_size: int) -> list[str]:
-    """Why this configuration cannot run on `world_size` ranks, with the nearest values that can."""
-    problems = []
-    ep, readers = config.parallel.expert_parallel, config.data.readers
-    total, micro = config.train.global_batch, config.train.micro_batch
-    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
-    if world_size % ep:
-        problems.append(
-            f"`parallel.expert_parallel` is {ep}, which does not divide {ranks}; use "
-            f"{_one_of(_nearest(ep, _divisors(world_size)))}, or start "
-            f"{_one_of(_multiples_near(world_size, ep))} ranks"
-        )
-    if readers % world_size and config.model.objective != "translation":
-        problems.append(
-            f"`data.readers` is {readers}, which {ranks} do not divide; use "
-            f"{_one_of(_multiples_near(readers, world_size))} (the order of samples depends on "
-            f"it), or start {_one_of(_nearest(world_size, _divisors(readers)))} ranks"
-        )
-    absent = [rank for rank in config.profile.ranks if rank >= world_size]
-    if config.profile.steps is not None and absent:
-        problems.append(
-            f"`profile.ranks` names rank {absent[0]}, but {ranks} count from 0; "
-            f"use ranks up to {world_size - 1}"
-        )
-    if total % (world_size * micro):
-        step = world_size * micro
-        advice = f"use a global batch of {_one_of(_multiples_near(total, step))}"
-        if total % world_size == 0:
-            fitting = _nearest(micro, _divisors(total // world_size))
-            advice += f", or a micro-batch of {_one_of(fitting)}"
-        problems.append(
-            f"`train.global_batch` is {total}, not a multiple of {ranks} x `train.micro_batch` "
-            f"{micro} = {step}; {advice}"
-        )
-    elif total > world_size * micro:
-        problems += [
-            f"`model.{path}.balance.scope` is global_batch, but {ranks} accumulate "
-            f"{total // (world_size * micro)} micro-batches per step, and no forward sees the "
-            f"tokens of all; use `train.micro_batch` = {total // world_size}, or leave the scope "
-            f"and set `model.{path}.balance.bias_rate`, which counts whole steps"
-            for path, router in config.model.routers().items()
-            if router.balance.scope == "global_batch"
-        ]
-    return problems
-
-
-def _divisors(number: int) -> list[int]:
-    """Divisors worth suggesting: searching beyond 4096 would take long and help nobody."""
-    return [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
-
-
-def _nearest(number: int, candidates: Iterable[int]) -> list[int]:
-    """The closest candidate on either side."""
-    ordered = sorted(candidates)
-    below = [c for c in ordered if c <= number][-1:]
-    return below + [c for c in ordered if c > number][:1]
-
-
-def _multiples_near(number: int, step: int) -> list[int]:
-    below = number // step * step
-    return [m for m in (below, below + step) if m > 0]
-
-
-def _one_of(values: list[int]) -> str:
-    *rest, last = map(str, values)
-    return f"{', '.join(rest)} or {last}" if rest else last
+"""Each is independent of the others, so an invalid field skips only the checks that read it."""

@@ -1,35 +1,36 @@
-"""What does not go together with a model's objective."""
+"""Checks of what a model's objective rules out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from moa_dist.config.model import RouterConfig
-from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
+from moa_dist.errors import Problem
 
 
 def translation(config: Config) -> Iterator[Problem]:
-    """Data is read as pairs, in buckets."""
+    """Translation reads its data as pairs, in buckets."""
     if config.model.objective != "translation":
         return
     data = config.data
     if data.bucket_tokens < data.sequence_length:
         yield Problem(
-            f"`data.bucket_tokens` is {data.bucket_tokens}, less than the longest text, "
-            f"`data.sequence_length` = {data.sequence_length}; a bucket must hold one pair",
+            f"`data.bucket_tokens` is {data.bucket_tokens}, but a bucket must fit one pair; use at "
+            f"least `data.sequence_length` = {data.sequence_length}",
             ("data.bucket_tokens", "data.sequence_length"),
         )
     if data.on_damage == "skip":
         yield Problem(
             "`data.on_damage` skip does not work with `model.objective` translation, where every "
-            "rank reads all pairs before it starts; set it to stop",
+            "rank reads all pairs before training; set it to stop",
             ("data.on_damage", "model.objective"),
+            {"data.on_damage": ("stop",)},
         )
 
 
 def unequal_batches(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
-    """Buckets of pairs hold different numbers of sequences."""
+    """Buckets of pairs contain varying numbers of sequences."""
     if config.model.objective != "translation":
         return
     if router.group_sequences > 1:
@@ -38,11 +39,12 @@ def unequal_batches(config: Config, router: RouterConfig, path: str) -> Iterator
             "translation the number of sequences changes from one micro-batch to the next; set "
             "it to 1",
             (f"{path}.group_sequences", "model.objective"),
+            {f"{path}.group_sequences": (1,)},
         )
     if router.balance.scope == "global_batch":
         yield Problem(
             f"`{path}.balance.scope` is global_batch, but with `model.objective` translation the "
-            "number of sequences changes from one micro-batch to the next; leave the scope, and "
+            "number of sequences changes from one micro-batch to the next; remove the scope and "
             f"set `{path}.balance.bias_rate`, which counts whole steps",
             (f"{path}.balance.scope", "model.objective"),
         )

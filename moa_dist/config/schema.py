@@ -1,4 +1,4 @@
-"""The schema seen as data: its sections, kinds and fields, described in plain words."""
+"""View the schema as data: its sections, kinds and fields, described in plain words."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from moa_dist.config.section import Kind, Section
 
 
 class SchemaField(NamedTuple):
-    """A place in the configuration where something can be written."""
+    """A field or section that a configuration can set."""
 
     path: str
     """Dotted path."""
     kinds: tuple[str, ...]
     """Kinds of the enclosing section that have this field; empty when it is always there."""
     info: FieldInfo
-    """Pydantic's view of it."""
+    """Pydantic's description of the field."""
 
 
 def section_types(info: FieldInfo) -> tuple[type[Section], ...]:
-    """Sections that the field may hold, one per kind; empty for a plain value."""
+    """Return the sections that the field may hold, one per kind; none for a plain value."""
     chosen_by_kind = family(info)
     if chosen_by_kind is not None:
         return tuple(chosen_by_kind.kinds.values())
@@ -36,7 +36,7 @@ def section_types(info: FieldInfo) -> tuple[type[Section], ...]:
 
 
 def family(info: FieldInfo) -> type[Kind] | None:
-    """Family of the kinds that the field may hold; None for a field without a choice."""
+    """Return the family of kinds that the field may hold; None for a field without a choice."""
     for t in _alternatives(info.annotation):
         if isinstance(t, type) and issubclass(t, Kind):
             return t
@@ -44,30 +44,30 @@ def family(info: FieldInfo) -> type[Kind] | None:
 
 
 def kind_name(section: type[Section]) -> str:
-    """The value of `kind` that chooses this section."""
+    """Return the value of `kind` that chooses this section."""
     return str(section.model_fields["kind"].default)
 
 
 def allows_null(info: FieldInfo) -> bool:
-    """Whether null may be written there."""
+    """Whether the field may be null."""
     return type(None) in _alternatives(info.annotation)
 
 
 def kinds_at(path: str) -> list[str]:
-    """Kinds among which the section at a dotted path is chosen; empty if it is no such section."""
+    """Return the kinds that a section at a dotted path can have; none if it has no choice."""
     choices = [section_types(f.info) for f in walk() if f.path == path]
     return [kind_name(c) for sections in choices if len(sections) > 1 for c in sections]
 
 
 def closest(name: str, candidates: Collection[str]) -> str | None:
-    """The candidate that a misspelt name most resembles; None if none comes near."""
+    """Return the candidate that a misspelt name most resembles; None if none comes near."""
     return next(iter(difflib.get_close_matches(name.lower(), candidates, n=1)), None)
 
 
 def walk(
     section: type[Section] = Config, path: str = "", kinds: tuple[str, ...] = ()
 ) -> Iterator[SchemaField]:
-    """Every section and field, parents first; one that several kinds document alike comes once.
+    """Yield every section and field, parents first; one that kinds document alike comes once.
 
     A section chosen by `kind` has no entry for `kind` itself: its own entry lists the kinds.
     """
@@ -84,7 +84,7 @@ def walk(
 def _walk_kinds(
     choices: tuple[type[Section], ...], path: str, outer: tuple[str, ...]
 ) -> Iterator[SchemaField]:
-    if len(choices) == 1:  # there is nothing to choose yet
+    if len(choices) == 1:  # nothing to choose from
         fields = walk(choices[0], path, outer)
         yield from (field for field in fields if field.path != f"{path}.kind")
         return
@@ -103,7 +103,7 @@ def _walk_kinds(
 
 
 def describe(info: FieldInfo) -> str:
-    """What may be written there, such as `a whole number of at least 1, or null`."""
+    """Describe the values allowed, such as `an integer of at least 1, or null`."""
     choices = section_types(info)
     if len(choices) > 1:
         text = "a section, its kind one of " + ", ".join(kind_name(c) for c in choices)
@@ -115,7 +115,7 @@ def describe(info: FieldInfo) -> str:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Members of a union; the annotation itself when it is none."""
+    """Return the members of a union; any other annotation alone."""
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(a for member in get_args(annotation) for a in _alternatives(member))
     return (annotation,)
@@ -135,7 +135,7 @@ def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
         return "true or false"
     if value is str:
         return "text"
-    return _describe_number("a whole number" if value is int else "a number", value, constraints)
+    return _describe_number("an integer" if value is int else "a number", value, constraints)
 
 
 def _describe_number(noun: str, value: type, constraints: tuple[Any, ...]) -> str:

@@ -1,12 +1,16 @@
-"""What every part of the configuration is: a section, some of them chosen by their `kind`."""
+"""Sections, of which the configuration is made; some of them are chosen by their `kind`."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationInfo
 from pydantic import model_validator as validator
+
+
+class InvalidFieldError(Exception):
+    """A field was read for which the configuration holds no valid value."""
 
 
 class Section(BaseModel):
@@ -16,13 +20,25 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    if not TYPE_CHECKING:  # else every attribute would exist in the eyes of a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise InvalidFieldError for a field that `validate` has left out as invalid.
+
+            Other missing attributes raise AttributeError, so a check's own mistakes are not taken
+            for the user's.
+            """
+            if name in type(self).model_fields:
+                raise InvalidFieldError(name)
+            return super().__getattr__(name)
+
     def changed(self, **fields: Any) -> Self:
-        """A validated copy with other values in some fields."""
+        """Return a validated copy with other values in some fields."""
         return type(self).model_validate(self.model_copy(update=fields).model_dump())
 
 
 class Kind(Section):
-    """A section that its `kind` chooses among the kinds of one family.
+    """A section chosen by its `kind` among the kinds of one family.
 
     A family, such as all kinds of attention, is a subclass with its own `kinds`; a subclass of it
     is listed there once it is defined. Fields are declared as `SerializeAsAny[Family]`.

@@ -1,6 +1,6 @@
-"""A small copy of a configuration: other sizes, the same choices, so that it costs seconds to run.
+"""Shrink a configuration: other sizes, the same choices, so that it runs in seconds.
 
-Every field that is not a size stays as it is, also one that this file has never heard of.
+Every field that is not a size stays as it is, including fields that this file does not know.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _MICRO_BATCH, _ACCUMULATION = 4, 2
 
 
 def shrink(config: Config, world_size: int) -> Config:
-    """The copy that is verified in place of `config`, which must fit `world_size` ranks.
+    """Return the copy that is verified instead of `config`, which must fit `world_size` ranks.
 
-    Sharding meets the same cases: an uneven number of experts stays uneven, a shared layer is
+    Sharding covers the same cases: an uneven number of experts stays uneven, a shared layer is
     applied twice, accumulation stays accumulation. Dropout is off, since each layout draws its
     own.
     """

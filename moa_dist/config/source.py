@@ -1,7 +1,7 @@
-"""Reading YAML text into plain data, remembering on which line each key stands.
+"""Parse YAML into plain data, and record the line of each key.
 
-Stricter than PyYAML's own loader: duplicate keys are problems, only plain values exist (no
-tags, no dates), and numbers such as `1e-4` are numbers, which YAML 1.1 calls text.
+Stricter than PyYAML's own loader: duplicate keys are problems, only plain values are allowed (no
+tags, no dates), and numbers such as `1e-4` are numbers, which YAML 1.1 takes for text.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from moa_dist.errors import Problem, Source
+
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9][0-9_]*$")
@@ -23,11 +25,11 @@ _FLOAT = re.compile(
 
 
 _MOST_VALUES = 10_000
-"""Far more than any configuration has; a few lines of nested aliases can spell billions."""
+"""Far more than any configuration has; a few lines of nested aliases can expand to billions."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows null, booleans and decimal numbers; all else is text."""
+    """Recognizes null, booleans and decimal numbers; everything else is text."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -41,48 +43,55 @@ for _tag, _pattern, _first in (
 
 
 class UnreadableError(Exception):
-    """The text is not YAML that a configuration may hold; the message says where and why."""
+    """The text is not YAML that a configuration may hold; carries the problem."""
+
+    def __init__(self, text: str, source: Source) -> None:
+        self.problem = Problem(text, sources=(source,))
+        super().__init__(str(self.problem))
 
 
 @dataclass
 class Document:
-    """What one piece of YAML says."""
+    """The contents of one piece of YAML."""
 
     data: Any
     """Plain data: dict with text keys, list, str, int, float, bool or None."""
-    lines: dict[str, int] = field(default_factory=dict)
-    """Line of each mapping key, by dotted path."""
-    problems: list[str] = field(default_factory=list)
-    """Duplicate keys; the last one counts."""
+    sources: dict[str, Source] = field(default_factory=dict)
+    """Source of each mapping key, by dotted path."""
+    problems: list[Problem] = field(default_factory=list)
+    """Duplicate keys; the last one wins."""
 
 
-def parse_yaml(text: str, name: str) -> Document:
-    """Parse a file's text or an override's value; `name` stands for it in messages.
+def parse_yaml(text: str, name: str, override_of: str = "") -> Document:
+    """Parse a file's text, or the value that an override gives to the path `override_of`.
 
-    Raises `UnreadableError`.
+    Messages call it `name`; they give lines of a file, not of an override. Raises UnreadableError.
     """
     document = Document(None)
+    converter = _Converter(document, name, has_lines=not override_of)
     try:
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
-            document.data = _Converter(document, name).convert(node, "")
+            document.data = converter.convert(node, override_of)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        source = converter.source(error.problem_mark)
         reason = ", ".join(filter(None, (error.context, error.problem)))
-        raise UnreadableError(f"{name}{line}: not valid YAML: {reason}") from None
+        raise UnreadableError(f"not valid YAML: {reason}", source) from None
     except yaml.YAMLError as error:
-        raise UnreadableError(f"{name}: not valid YAML: {error}") from None
+        raise UnreadableError(f"not valid YAML: {error}", converter.source(None)) from None
     except RecursionError:
-        raise UnreadableError(f"{name}: nested too deeply to be a configuration") from None
+        text = "nested too deeply for a configuration"
+        raise UnreadableError(text, converter.source(None)) from None
     return document
 
 
 class _Converter:
-    """Turns PyYAML's nodes into plain data."""
+    """Converts PyYAML's nodes to plain data."""
 
-    def __init__(self, document: Document, name: str) -> None:
+    def __init__(self, document: Document, name: str, *, has_lines: bool) -> None:
         self.document = document
         self.name = name
+        self.has_lines = has_lines
         self.open: list[yaml.Node] = []
         self.num_values = 0
 
@@ -92,7 +101,7 @@ class _Converter:
         self.num_values += 1
         if self.num_values > _MOST_VALUES:
             raise self.unreadable(
-                node, f"more than {_MOST_VALUES} values, aliases counted: no configuration"
+                node, f"more than {_MOST_VALUES} values after expanding aliases; remove some"
             )
         self.open.append(node)
         try:
@@ -105,20 +114,19 @@ class _Converter:
             self.open.pop()
 
     def items(self, node: yaml.MappingNode, path: str) -> Iterator[tuple[str, Any]]:
-        first_line: dict[str, int] = {}
+        first: dict[str, Source] = {}
         for key_node, value_node in node.value:
             key = self.convert(key_node, path)
             if not isinstance(key, str):
-                raise self.unreadable(key_node, f"the key {key!r} must be text")
-            line = key_node.start_mark.line + 1
+                raise self.unreadable(key_node, f"the key {key!r} is not text; put it in quotes")
+            source = self.source(key_node.start_mark)
             key_path = f"{path}.{key}" if path else key
-            if key in first_line:
-                self.document.problems.append(
-                    f"{self.name}:{line}: `{key_path}` stands twice, first on line "
-                    f"{first_line[key]}; remove one"
-                )
-            first_line.setdefault(key, line)
-            self.document.lines[key_path] = line
+            if key in first:
+                text = f"`{key_path}` is set twice; remove one"
+                both = tuple(dict.fromkeys((first[key], source)))
+                self.document.problems.append(Problem(text, (key_path,), sources=both))
+            first.setdefault(key, source)
+            self.document.sources[key_path] = source
             yield key, self.convert(value_node, key_path)
 
     def scalar(self, node: yaml.Node) -> Any:
@@ -137,15 +145,18 @@ class _Converter:
                 case "float":
                     return _number(text)
         except ValueError:
-            raise self.unreadable(node, f"cannot use the value {text[:40]!a}") from None
+            raise self.unreadable(node, f"invalid value {text[:40]!a}") from None
         raise self.unreadable(node, f"the tag {node.tag} is not allowed")
 
     def unreadable(self, node: yaml.Node, reason: str) -> UnreadableError:
-        return UnreadableError(f"{self.name}:{node.start_mark.line + 1}: {reason}")
+        return UnreadableError(reason, self.source(node.start_mark))
+
+    def source(self, mark: yaml.Mark | None) -> Source:
+        return Source(self.name, mark.line + 1 if mark and self.has_lines else None)
 
 
 def _number(text: str) -> int | float:
-    """`1e5` becomes a whole number, so that counts may be written so; `1e-4` and `5.` do not."""
+    """Convert to an integer where an exponent gives one (`1e5`), else to a float (`1e-4`, `5.`)."""
     value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     whole = "e" in text.lower() and value.is_integer() and abs(value) < 2**63
     return int(value) if whole else value
@@ -154,5 +165,5 @@ def _number(text: str) -> int | float:
 def _whole(text: str) -> int:
     value = int(text)
     if abs(value) >= 2**63:
-        raise ValueError("no setting needs more than 64 bits")
+        raise ValueError("more than 64 bits")
     return value

@@ -1,7 +1,7 @@
-"""Plain data -> typed configuration, collecting every problem instead of stopping at the first.
+"""Turn plain data into a typed configuration, or report every problem, not just the first.
 
-Each section is validated field by field with pydantic's own constraints. What survives makes
-a partial configuration on which the cross-field checks run, so that a typo hides nothing.
+Each section is validated field by field with pydantic's own constraints. The valid fields make a
+partial configuration on which the cross-field checks run, so a typo hides no other problem.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from pydantic_core import PydanticUndefined
 
 from moa_dist.config import schema
 from moa_dist.config.checks import check_fields
-from moa_dist.config.problem import Problem
 from moa_dist.config.run import Config
 from moa_dist.config.schema import closest
 from moa_dist.config.section import Kind, Section
+from moa_dist.errors import Problem
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 class _UnusableError(Exception):
-    """A value that cannot be used at all."""
+    """A field has no value that could be used; carries the problem."""
 
-    def __init__(self, path: str, text: str, cite: str | None = None) -> None:
-        self.problem = Problem(text, (path if cite is None else cite,))
+    def __init__(self, path: str, text: str) -> None:
+        self.problem = Problem(text, (path,))
 
 
 def validate(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """The configuration, or None and everything that is wrong with it."""
+    """Return the configuration, or None and everything that is wrong with it."""
     problems: list[Problem] = []
     partial = _read_section(Config, data, "", problems)
-    problems += check_fields(partial, partial=bool(problems))
+    problems += check_fields(partial)
     if problems:
         return None, problems
-    # JSON since pydantic's strict mode then takes a list for a tuple, but no "3" for a 3.
+    # In JSON, pydantic's strict mode accepts a list for a tuple, but still no "3" for a 3.
     return Config.model_validate_json(json.dumps(data), strict=True), []
 
 
 def _read_section(
     section: type[AnySection], data: dict[str, Any], path: str, problems: list[Problem]
 ) -> AnySection:
-    """The section with the fields that are right; unusable ones are absent attributes."""
+    """Return the section with its valid fields; reading others raises InvalidFieldError."""
     values = _report_unknown_keys(section, data, path, problems)
     known: dict[str, Any] = {}
     for name, info in section.model_fields.items():
@@ -55,12 +55,12 @@ def _read_section(
         try:
             if name not in values:
                 text = f"`{key_path}` is missing; it must be {schema.describe(info)}"
-                raise _UnusableError(key_path, text, cite=path)
+                raise _UnusableError(key_path, text)
             known[name] = _read_value(info, values[name], key_path, problems)
         except _UnusableError as unusable:
             problems.append(unusable.problem)
     part = section.model_construct(None, **known)
-    # model_construct fills in defaults, which a check would take for what the user wants.
+    # model_construct fills in defaults, which a check would take for the user's choice.
     for name in section.model_fields.keys() - known.keys():
         part.__dict__.pop(name, None)
     return part
@@ -112,53 +112,57 @@ def _choose_kind(
     allowed = ", ".join(by_kind)
     given = data.get("kind", family.model_fields["kind"].get_default())
     if given is PydanticUndefined:
-        raise _UnusableError(path, f"`{path}.kind` is missing; it must be one of {allowed}")
+        raise _UnusableError(
+            f"{path}.kind", f"`{path}.kind` is missing; it must be one of {allowed}"
+        )
     if isinstance(given, str) and given in by_kind:
         return by_kind[given]
     text = f"`{path}.kind` is {_show(given)}; it must be one of {allowed}"
     guess = closest(given, by_kind) if isinstance(given, str) else None
     if guess is None:
         raise _UnusableError(f"{path}.kind", text)
-    # Going on with the likeliest kind finds the problems below it as well.
-    problems.append(Problem(f"{text}; did you mean {guess}?", (f"{path}.kind",)))
+    # Continuing with the likeliest kind finds the problems below it as well.
+    key = f"{path}.kind"
+    problems.append(Problem(f"{text}; did you mean {guess}?", (key,), {key: (guess,)}))
     return by_kind[guess]
 
 
 def _report_unknown_keys(
     section: type[Section], data: dict[str, Any], path: str, problems: list[Problem]
 ) -> dict[str, Any]:
-    """The data with known keys only; a typo's value goes to the key it resembles, if free."""
+    """Return known keys only; the value of a typo goes to the key it resembles, if not set."""
     known = section.model_fields.keys()
     values = {key: value for key, value in data.items() if key in known}
     for key in [k for k in data if k not in known]:
         key_path = f"{path}.{key}" if path else key
-        elsewhere = _elsewhere(section, key, path)
+        kinds, places = _elsewhere(key, path)
         guess = closest(key, known)
-        if elsewhere:
-            hint = elsewhere
+        if kinds:
+            own = schema.kind_name(section)
+            hint = f"kind {own} does not have it, only kind {' and '.join(kinds)}"
+        elif places:
+            hint = f"it belongs at {' or '.join(f'`{p}`' for p in places)}"
         elif guess:
             hint = f"did you mean `{guess}`?"
+            places = [f"{path}.{guess}" if path else guess]
             values.setdefault(guess, data[key])
         else:
-            hint = f"known here: {', '.join(known)}"
-        problems.append(Problem(f"unknown key `{key_path}`; {hint}", (key_path,)))
+            hint = f"known keys here: {', '.join(known)}"
+        text = f"unknown key `{key_path}`; {hint}"
+        problems.append(Problem(text, (key_path,), {key_path: tuple(kinds) or tuple(places)}))
     return values
 
 
-def _elsewhere(section: type[Section], key: str, path: str) -> str | None:
-    """Where else in the schema the key exists, nearest places first."""
+def _elsewhere(key: str, path: str) -> tuple[tuple[str, ...], list[str]]:
+    """Find the key elsewhere in the schema: kinds that have it here, and the nearest places."""
     places: dict[str, tuple[str, ...]] = {}
     for field in schema.walk():
         if field.path.rpartition(".")[2] == key:
             places[field.path] = places.get(field.path, ()) + field.kinds
     key_path = f"{path}.{key}" if path else key
-    if key_path in places:
-        own = schema.kind_name(section)
-        return f"kind {own} has none, only kind {' and '.join(places[key_path])}"
 
     def common_parents(place: str) -> int:
         pairs = zip(place.split("."), key_path.split("."), strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
 
-    nearest = sorted(places, key=common_parents, reverse=True)[:2]
-    return f"it belongs at {' or '.join(f'`{p}`' for p in nearest)}" if nearest else None
+    return places.get(key_path, ()), sorted(places, key=common_parents, reverse=True)[:2]

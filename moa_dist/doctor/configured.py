@@ -35,7 +35,7 @@ def check_on_host(config: Config) -> list[Finding]:
 def _layout(config: Config, world_size: int) -> Iterator[Finding]:
     problems = find_layout_problems(config, world_size)
     for problem in problems:
-        yield Finding("layout", "FAULT", problem)
+        yield Finding("layout", "FAULT", str(problem))
     if not problems:
         train, ep = config.train, config.parallel.expert_parallel
         accumulated = train.global_batch // (world_size * train.micro_batch)

@@ -1,1 +1,5 @@
-"""Kernels that compute routed experts, chosen by device, type and widths."""
+"""Kernels that compute routed experts, and the choice between them.
+
+`routed_experts.routed_experts` is what the rest of the package calls. It takes experts, rows and a
+`row_map.RowMap`, which also holds the legend of all shapes here.
+"""

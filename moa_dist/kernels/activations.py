@@ -1,4 +1,4 @@
-"""Activations by name, each with its slope: kernels that differentiate by hand need both."""
+"""Activations by name, each with its derivative, which the fused kernels apply by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """An elementwise function."""
+    """An elementwise function and its derivative."""
 
     value: Callable[[Tensor], Tensor]
-    """x to its activation."""
+    """Maps x to its activation."""
     gradient: Callable[[Tensor, Tensor], Tensor]
-    """(gradient of the activation, x) to the gradient of x."""
+    """Maps the gradient of the activation, and x, to the gradient of x."""
 
 
 _aten = torch.ops.aten
@@ -26,4 +26,4 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation(F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
     "silu": Activation(F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
 }
-"""By the name in the configuration."""
+"""Keyed by the name that a configuration uses."""

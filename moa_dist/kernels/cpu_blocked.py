@@ -1,27 +1,32 @@
-"""Routed experts on a CPU: a few experts at a time.
+"""Routed experts on a CPU, a block of experts at a time.
 
-The rows that a part gathers are still in the cache when they are multiplied and added to the
-result, and all of them are never held; the backward pass goes in the same order. Deterministic.
-Shapes as in `row_map`.
+The rows gathered for a block are still in the cache when they are multiplied and added to the
+result, and the gathered rows of all blocks are never held together. The backward pass goes through
+the blocks in the same order. Deterministic. Shapes as in `row_map`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.row_map import hidden_rows, sum_type
-from moa_dist.kernels.saved import alloc_saved, hidden_gradient, weights_results
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
+from moa_dist.kernels.saved import (
+    Gradients,
+    Saved,
+    alloc_saved,
+    hidden_gradient,
+    scales_outputs,
+)
 
-_PART_BYTES = 2 << 20
-"""Gathered rows per part: with the experts' matrices and as many results they should stay near a
+_BLOCK_BYTES = 2 << 20
+"""Gathered rows per block: with the experts' matrices and as many results they should stay near a
 core. Of 0.5 to 16 MiB, 1 to 2 were fastest with one thread and with two."""
 
 
-class _Part(NamedTuple):
+class _Block(NamedTuple):
     """Consecutive experts and their rows."""
 
     experts: slice
@@ -29,25 +34,27 @@ class _Part(NamedTuple):
     counts: list[int]
 
 
-def _parts(counts: list[int], row_bytes: int) -> tuple[list[_Part], int]:
-    """All experts, a cacheful at a time, and the largest number of rows in one part."""
-    limit = max(_PART_BYTES // row_bytes, 1)
-    parts: list[_Part] = []
+def _blocks(counts: list[int], row_bytes: int) -> tuple[list[_Block], int]:
+    """Divide all experts into blocks that fit a cache; also return the most rows of any block."""
+    limit = max(_BLOCK_BYTES // row_bytes, 1)
+    blocks: list[_Block] = []
     first = start = size = 0
     for expert, count in enumerate([*counts, limit]):
         if expert == len(counts) or (size and size + count > limit):
             rows = slice(start, start + size)
-            parts.append(_Part(slice(first, expert), rows, counts[first:expert]))
+            blocks.append(_Block(slice(first, expert), rows, counts[first:expert]))
             first, start, size = expert, start + size, 0
         size += count
-    return parts, max(part.rows.stop - part.rows.start for part in parts)
+    return blocks, max(block.rows.stop - block.rows.start for block in blocks)
 
 
 def _multiply(
     rows: Tensor, matrices: Tensor, counts: list[int], out: Tensor, *, add: bool = False
 ) -> Tensor:
-    """Rows [a, I] sorted by expert, times their expert's matrix [e, I, O]: set `out` [a, O], or
-    add to it."""
+    """Multiply rows [a, I], sorted by expert, by their expert's matrix [e, I, O].
+
+    Sets `out` [a, O], or adds to it, and returns it.
+    """
     for group, matrix, result in zip(
         rows.split(counts), matrices.unbind(), out.split(counts), strict=True
     ):
@@ -56,113 +63,101 @@ def _multiply(
 
 
 def _outer(left: Tensor, right: Tensor, counts: list[int], out: Tensor) -> None:
-    """`left.T @ right` of each expert's rows [a, I] and [a, O] -> `out` [e, I, O].
+    """Set `out` [e, I, O] to `left.T @ right` of each expert's rows [a, I] and [a, O].
 
-    Zeros for an expert without rows.
+    An expert without rows gets zeros.
     """
     for a, b, result in zip(left.split(counts), right.split(counts), out.unbind(), strict=True):
         torch.mm(a.T, b, out=result)
 
 
 def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows [a, W] times weights [a], in the type of the rows."""
+    """Return rows [a, W] times weights [a], in the type of the rows."""
     return (rows * weight[:, None]).to(rows.dtype)
 
 
-def _checked(counts: Tensor, num_rows: int, down: Tensor) -> list[int]:
-    sizes: list[int] = counts.tolist()
-    if len(sizes) != len(down) or sum(sizes) > num_rows:
-        raise ValueError(f"{num_rows} rows and {len(down)} experts, but counts {sizes}")
-    return sizes
+def _checked_counts(experts: ExpertWeights, row_map: RowMap) -> list[int]:
+    counts: list[int] = row_map.counts.tolist()
+    num_rows, num_experts = len(row_map.read), len(experts.down)
+    if len(counts) != num_experts or sum(counts) > num_rows:
+        raise ValueError(f"{num_rows} rows and {num_experts} experts, but counts {counts}")
+    return counts
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    num_output_rows: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """y [Y, O], and what is saved for `backward`, see `alloc_saved`."""
-    parts, most = _parts(
-        _checked(counts, len(read), down), max(x.shape[1], down.shape[2]) * x.element_size()
-    )
-    # Buffers for one part serve all parts: fresh memory costs more than the products.
+def _row_bytes(experts: ExpertWeights, x: Tensor) -> int:
+    """Return the size of the wider of an input and an output row."""
+    return max(x.shape[1], experts.down.shape[2]) * x.element_size()
+
+
+def forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor, Saved]:
+    """Compute y [Y, O], and what `backward` needs."""
+    down, ups, activation = experts
+    weight, read, write = row_map.weight, row_map.read, row_map.write
+    blocks, most = _blocks(_checked_counts(experts, row_map), _row_bytes(experts, x))
+    # Buffers for one block serve all blocks: fresh memory costs more than the products.
     gathered = x.new_empty(most, x.shape[1])
     results = x.new_empty(most, down.shape[2])
-    saved_output, products = alloc_saved(x, weight, down, ups, len(read))
-    save_outputs = weights_results(weight, down)
-    y = x.new_zeros(num_output_rows, down.shape[2], dtype=sum_type(x))
-    for experts, rows, sizes in parts:
+    saved = alloc_saved(experts, x, row_map)
+    after_down = scales_outputs(experts, row_map)
+    y = x.new_zeros(row_map.num_output_rows, down.shape[2], dtype=sum_type(x))
+    for block, rows, counts in blocks:
         n = rows.stop - rows.start
         hidden = torch.index_select(x, 0, read[rows], out=gathered[:n])
         if ups:
-            part = tuple(
-                _multiply(hidden, up[experts], sizes, product[rows])
-                for up, product in zip(ups, products, strict=True)
+            products = tuple(
+                _multiply(hidden, up[block], counts, product[rows])
+                for up, product in zip(ups, saved.products, strict=True)
             )
-            hidden = hidden_rows(part, activation)
-        if weight is not None and not save_outputs:
+            hidden = hidden_rows(products, activation)
+        if weight is not None and not after_down:
             hidden = _scaled(hidden, weight[rows])
-        out = saved_output[rows] if save_outputs else results[:n]
-        out = _multiply(hidden, down[experts], sizes, out)
-        if weight is not None and save_outputs:
+        out = saved.outputs[rows] if after_down else results[:n]
+        out = _multiply(hidden, down[block], counts, out)
+        if weight is not None and after_down:
             out = out * weight[rows, None]
         y.index_add_(0, write[rows], out.to(y.dtype))
-    return y.to(x.dtype), saved_output, products
+    return y.to(x.dtype), saved
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    saved_output: Tensor,
-    products: Sequence[Tensor],
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of x, weight (empty if there is none), down and ups."""
-    parts, most = _parts(counts.tolist(), max(x.shape[1], down.shape[2]) * x.element_size())
+    grad: Tensor, experts: ExpertWeights, x: Tensor, row_map: RowMap, saved: Saved
+) -> Gradients:
+    """Compute all gradients, given that of y."""
+    down, ups, activation = experts
+    weight, read, write = row_map.weight, row_map.read, row_map.write
+    blocks, most = _blocks(row_map.counts.tolist(), _row_bytes(experts, x))
     wide = sum_type(x)
     gathered = x.new_empty(most, x.shape[1])
     gathered_grad = x.new_empty(most, down.shape[2])
     hidden_grad = x.new_empty(most, down.shape[1])
     grad_x = torch.zeros_like(x, dtype=wide)
     grad_weight = x.new_empty(0) if weight is None else torch.zeros_like(weight)
-    grad_down, grad_ups = torch.empty_like(down), [torch.empty_like(up) for up in ups]
-    save_outputs = weights_results(weight, down)
-    for experts, rows, sizes in parts:
+    grad_down, grad_ups = torch.empty_like(down), tuple(torch.empty_like(up) for up in ups)
+    after_down = scales_outputs(experts, row_map)
+    for block, rows, counts in blocks:
         n = rows.stop - rows.start
         from_x = hidden = torch.index_select(x, 0, read[rows], out=gathered[:n])
         grad_y = torch.index_select(grad, 0, write[rows], out=gathered_grad[:n])
-        part = tuple(product[rows] for product in products)
+        products = tuple(product[rows] for product in saved.products)
         if ups:
-            hidden = hidden_rows(part, activation)
-        if weight is not None and save_outputs:
-            torch.sum(saved_output[rows].to(wide) * grad_y, -1, out=grad_weight[rows])
+            hidden = hidden_rows(products, activation)
+        if weight is not None and after_down:
+            torch.sum(saved.outputs[rows].to(wide) * grad_y, -1, out=grad_weight[rows])
             grad_y = torch.mul(grad_y, weight[rows, None], out=grad_y)
-        weighs_hidden = weight is not None and not save_outputs
-        scaled = _scaled(hidden, weight[rows]) if weight is not None and weighs_hidden else hidden
-        _outer(scaled, grad_y, sizes, grad_down[experts])
-        grad_h = _multiply(grad_y, down[experts].mT, sizes, hidden_grad[:n])
-        if weight is not None and weighs_hidden:
+        scales_hidden = weight is not None and not after_down
+        scaled = _scaled(hidden, weight[rows]) if weight is not None and scales_hidden else hidden
+        _outer(scaled, grad_y, counts, grad_down[block])
+        grad_h = _multiply(grad_y, down[block].mT, counts, hidden_grad[:n])
+        if weight is not None and scales_hidden:
             torch.sum(hidden.to(wide) * grad_h, -1, out=grad_weight[rows])
             grad_h = torch.mul(grad_h, weight[rows, None], out=grad_h)
         grad_rows = grad_h
         if ups:
-            grad_products = hidden_gradient(grad_h, part, activation)
+            grad_products = hidden_gradient(grad_h, products, activation)
             for grad_product, grad_up in zip(grad_products, grad_ups, strict=True):
-                _outer(from_x, grad_product, sizes, grad_up[experts])
-            grad_rows = from_x  # which is not needed any more
+                _outer(from_x, grad_product, counts, grad_up[block])
+            grad_rows = from_x  # no longer needed, so its buffer takes the result
             for i, (grad_product, up) in enumerate(zip(grad_products, ups, strict=True)):
-                _multiply(grad_product, up[experts].mT, sizes, grad_rows, add=i > 0)
+                _multiply(grad_product, up[block].mT, counts, grad_rows, add=i > 0)
         grad_x.index_add_(0, read[rows], grad_rows.to(wide))
-    return grad_x.to(x.dtype), grad_weight, grad_down, grad_ups
+    return Gradients(grad_x.to(x.dtype), grad_weight, grad_down, grad_ups)

@@ -1,12 +1,13 @@
-"""The operator of routed experts: opaque to torch's compiler, differentiable, one per device.
+"""The fused kernels as one operator per direction: opaque to torch.compile, and differentiable.
 
-A kernel is two functions, a forward and a backward; what they have in common is here: what is
-saved between them, the shapes of all results, and autograd. Shapes as in `row_map`.
+An operator takes tensors and plain values alone, so the operands are flattened here and nowhere
+else: `_OPERANDS`, `_flatten` and `_restore` are that one list. A device's kernel is two functions,
+`forward` and `backward`, of unflattened operands. Shapes as in `row_map`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,124 +15,114 @@ from torch import Tensor
 
 from moa_dist.kernels import cpu_blocked, triton_fused
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
-from moa_dist.kernels.saved import alloc_saved
+from moa_dist.kernels.saved import Gradients, Saved, alloc_saved
 from moa_dist.profiling import annotated
+
+Operands = tuple[ExpertWeights, Tensor, RowMap]
+Outputs = tuple[Tensor, Tensor, list[Tensor]]
+
+_OPERANDS = (
+    "Tensor x, Tensor down, Tensor[] ups, str activation, Tensor read, Tensor write, "
+    "SymInt num_output_rows, Tensor counts, bool is_dropless, Tensor? weight"
+)
 
 
 def custom_op_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
-    """`routed_experts` by the device's kernel; holds [A, F] only.
+    """Compute `routed_experts` by the fused kernel of the device; gathers no [A, D] or [A, O].
 
     Raises:
-        ValueError: the counts do not fit (on a CPU; elsewhere nobody looks at them).
+        ValueError: the counts do not fit (on a CPU; other devices do not look at them).
     """
-    y, *_ = _forward(
-        x,
-        row_map.weight,
-        experts.down,
-        list(experts.ups),
-        row_map.read,
-        row_map.write,
-        row_map.counts,
-        row_map.num_output_rows,
-        experts.activation,
-    )
+    y: Tensor = _forward(*_flatten(experts, x, row_map))[0]
     return y
 
 
-@torch.library.custom_op("moa_dist::routed", mutates_args=(), device_types="cpu")
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    num_output_rows: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return cpu_blocked.forward(
-        x, weight, down, ups, read, write, counts, num_output_rows, activation
+def _flatten(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Any, ...]:
+    return x, experts.down, list(experts.ups), experts.activation, *row_map
+
+
+def _restore(
+    x: Tensor, down: Tensor, ups: list[Tensor], activation: str, *row_map: Any
+) -> Operands:
+    return ExpertWeights(down, tuple(ups), activation), x, RowMap(*row_map)
+
+
+def _forward_of(kernel: Callable[..., tuple[Tensor, Saved]]) -> Callable[..., Outputs]:
+    def run(*flat: Any) -> Outputs:
+        y, saved = kernel(*_restore(*flat))
+        return y, saved.outputs, list(saved.products)
+
+    return run
+
+
+def _backward_of(kernel: Callable[..., Gradients]) -> Callable[..., tuple[Any, ...]]:
+    def run(grad: Tensor, outputs: Tensor, products: list[Tensor], *flat: Any) -> tuple[Any, ...]:
+        result = kernel(grad, *_restore(*flat), Saved(outputs, tuple(products)))
+        return result.x, result.weight, result.down, list(result.ups)
+
+    return run
+
+
+def _fake_forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor, Saved]:
+    y = x.new_empty(row_map.num_output_rows, experts.down.shape[2])
+    return y, alloc_saved(experts, x, row_map)
+
+
+def _fake_backward(
+    grad: Tensor, experts: ExpertWeights, x: Tensor, row_map: RowMap, saved: Saved
+) -> Gradients:
+    return Gradients(
+        torch.empty_like(x),
+        x.new_empty(0) if row_map.weight is None else torch.empty_like(row_map.weight),
+        torch.empty_like(experts.down),
+        tuple(torch.empty_like(up) for up in experts.ups),
     )
 
 
-_forward.register_kernel("cuda")(triton_fused.forward)
+_forward = torch.library.custom_op(
+    "moa_dist::routed",
+    _forward_of(cpu_blocked.forward),
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_OPERANDS}) -> (Tensor, Tensor, Tensor[])",
+)
+_forward.register_kernel("cuda")(_forward_of(triton_fused.forward))
+_forward.register_fake(_forward_of(_fake_forward))
+
+_backward = torch.library.custom_op(
+    "moa_dist::routed_backward",
+    _backward_of(cpu_blocked.backward),
+    mutates_args=(),
+    device_types="cpu",
+    schema=(
+        f"(Tensor grad, Tensor outputs, Tensor[] products, {_OPERANDS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor[])"
+    ),
+)
+_backward.register_kernel("cuda")(_backward_of(triton_fused.backward))
+_backward.register_fake(_backward_of(_fake_backward))
 
 
-@_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    num_output_rows: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    saved_output, products = alloc_saved(x, weight, down, ups, len(read))
-    return x.new_empty(num_output_rows, down.shape[2]), saved_output, products
-
-
-@torch.library.custom_op("moa_dist::routed_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    saved_output: Tensor,
-    products: Sequence[Tensor],
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return cpu_blocked.backward(
-        grad, x, weight, down, ups, read, write, counts, saved_output, products, activation
-    )
-
-
-_backward.register_kernel("cuda")(triton_fused.backward)
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    down: Tensor,
-    ups: Sequence[Tensor],
-    read: Tensor,
-    write: Tensor,
-    counts: Tensor,
-    saved_output: Tensor,
-    products: Sequence[Tensor],
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    grad_weight = x.new_empty(0) if weight is None else torch.empty_like(weight)
-    grad_ups = [torch.empty_like(up) for up in ups]
-    return torch.empty_like(x), grad_weight, torch.empty_like(down), grad_ups
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    x, weight, down, ups, read, write, counts, _, activation = inputs
-    _, saved_output, products = output
-    ctx.set_materialize_grads(False)  # else zeros stand for gradients of what is only kept
-    ctx.save_for_backward(x, weight, down, read, write, counts, saved_output, *ups, *products)
-    ctx.activation = activation
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    experts, x, row_map = _restore(*inputs)
+    _, outputs, products = output
+    ctx.set_materialize_grads(False)  # else zeros are made as gradients of what is only saved
+    tensors = (x, experts.down, row_map.read, row_map.write, row_map.counts, row_map.weight)
+    ctx.save_for_backward(*tensors, outputs, *experts.ups, *products)
+    ctx.activation, ctx.is_dropless = experts.activation, row_map.is_dropless
 
 
 @annotated("experts")
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, weight, down, read, write, counts, saved_output, *rest = ctx.saved_tensors
+    x, down, read, write, counts, weight, outputs, *rest = ctx.saved_tensors
     ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    grad_x, grad_weight, grad_down, grad_ups = _backward(
-        grad, x, weight, down, ups, read, write, counts, saved_output, products, ctx.activation
-    )
-    routing = None if weight is None else grad_weight
-    return grad_x, routing, grad_down, grad_ups, None, None, None, None, None
+    experts = ExpertWeights(down, tuple(ups), ctx.activation)
+    row_map = RowMap(read, write, grad.shape[0], counts, ctx.is_dropless, weight)
+    flat = _flatten(experts, x, row_map)
+    grad_x, grad_weight, grad_down, grad_ups = _backward(grad, outputs, products, *flat)
+    # In the order of `_OPERANDS`; of the row map, which comes last, only `weight` has a gradient.
+    of_row_map = (*[None] * (len(row_map) - 1), None if weight is None else grad_weight)
+    return grad_x, grad_down, grad_ups, None, *of_row_map
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

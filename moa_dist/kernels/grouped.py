@@ -1,7 +1,7 @@
 """Routed experts step by step: gather all rows, multiply each by its expert's matrices, add up.
 
-What an accelerator's grouped matrix product needs, and the oracle of the other kernels. Shapes as
-in `row_map`.
+This is the form that an accelerator's grouped matrix product needs, and the oracle of the other
+kernels. Shapes as in `row_map`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_typ
 
 
 def grouped_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
-    """`routed_experts` under autograd; holds [A, D] and [A, O]."""
+    """Compute `routed_experts` under plain autograd; holds [A, D] and [A, O]."""
     return add_up(multiply(experts, gather(x, row_map), row_map), row_map)
 
 
 def gather(x: Tensor, row_map: RowMap) -> Tensor:
-    """[X, D] -> [A, D] in the order of experts."""
+    """Gather the rows of all assignments, sorted by expert: [X, D] -> [A, D]."""
     return _zero_unassigned(x.index_select(0, row_map.read), row_map)
 
 
 def multiply(experts: ExpertWeights, rows: Tensor, row_map: RowMap) -> Tensor:
-    """[A, D] -> [A, O], each row by its expert."""
+    """Apply to each row its expert: [A, D] -> [A, O]."""
     if experts.ups:
         products = tuple(grouped_matmul(rows, up, row_map.counts) for up in experts.ups)
         rows = hidden_rows(products, experts.activation)
@@ -32,7 +32,7 @@ def multiply(experts: ExpertWeights, rows: Tensor, row_map: RowMap) -> Tensor:
 
 
 def add_up(rows: Tensor, row_map: RowMap) -> Tensor:
-    """[A, O] -> [Y, O], weighted."""
+    """Add the weighted results to their output rows: [A, O] -> [Y, O]."""
     wide = _zero_unassigned(rows, row_map).to(sum_type(rows))
     if row_map.weight is not None:
         wide = wide * row_map.weight[:, None]
@@ -41,11 +41,11 @@ def add_up(rows: Tensor, row_map: RowMap) -> Tensor:
 
 
 def _zero_unassigned(rows: Tensor, row_map: RowMap) -> Tensor:
-    """Zero where no expert takes a row: grouped products leave there what was in memory.
+    """Set rows without an expert to zero, since grouped products leave them uninitialized.
 
-    Before them for the gradient's sake, after them for the value's.
+    Before the products this protects the gradient, after them the value.
     """
     if row_map.is_dropless:
         return rows
-    taken = torch.arange(len(rows), device=rows.device) < row_map.counts.sum()
-    return rows.where(taken[:, None], 0)
+    assigned = torch.arange(len(rows), device=rows.device) < row_map.counts.sum()
+    return rows.where(assigned[:, None], 0)

@@ -1,4 +1,4 @@
-"""Grouped matrix product: consecutive groups of rows, each with a matrix of its own.
+"""Grouped matrix product: consecutive groups of rows, each multiplied by its own matrix.
 
 Shapes: A rows in all, E groups, I input and O output width.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class _LoopGroupedMatmul(torch.autograd.Function):
-    """One matrix product per group, written in place: the oracle.
+    """One matrix product per group, written in place; the oracle of the others.
 
     A custom function rather than a loop under autograd, which would add a node per group
     and a full-size zero gradient of the weight for each.
@@ -52,18 +52,18 @@ class _LoopGroupedMatmul(torch.autograd.Function):
 
 
 def grouped_matmul_fits(rows: Tensor, *weights: Tensor) -> bool:
-    """Whether torch's grouped product takes these types and widths, and is fast on them."""
+    """Whether torch's grouped product supports this device, type and these widths, and is fast."""
     if rows.dtype != torch.bfloat16 or rows.device.type == "cpu":
         return False
     return all(w * rows.element_size() % 16 == 0 for m in weights for w in m.shape[1:])
 
 
 def grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`out[a] = rows[a] @ weight[e]` for the group e that row a is in.
+    """Compute `out[a] = rows[a] @ weight[e]` for the group e that row a is in.
 
     `rows` [A, I] sorted by group, `weight` [E, I, O], `counts` [E] int64 group sizes. Returns
-    [A, O]. Rows after the last group belong to none: what becomes of them, here and in the
-    gradient, is not defined. Every group stays in the graph: an empty one gets a zero gradient.
+    [A, O]. Rows after the last group belong to none; their result and their gradient are
+    undefined. Every group stays in the graph, so an empty one gets a zero gradient, not None.
     """
     if grouped_matmul_fits(rows, weight):
         return F.grouped_mm(rows, weight, offs=counts.cumsum(0, dtype=torch.int32))

@@ -1,6 +1,7 @@
 """Routed experts: gather rows, multiply each by its expert's matrices, add them up.
 
-Several kernels with one result, chosen by device, type and widths; shapes as in `row_map`.
+Several kernels compute the same result; device, type and widths decide which one runs. Shapes as in
+`row_map`.
 """
 
 from __future__ import annotations
@@ -22,55 +23,55 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 class Kernel(NamedTuple):
-    """One way to compute routed experts, and why it is taken."""
+    """A way to compute routed experts, and when it is the right one."""
 
     run: Callable[[ExpertWeights, Tensor, RowMap], Tensor]
-    """As `routed_experts`."""
+    """Has the signature and the meaning of `routed_experts`."""
     because: str
-    """Name and reason, to be printed."""
+    """Its name and the reason for choosing it, as shown to a user."""
 
 
-_IN_PARTS = Kernel(
+_CPU_BLOCKED = Kernel(
     custom_op_experts,
-    "in parts, because on a CPU rows should be used while they are in its cache",
+    "blocked CPU kernel, because it uses gathered rows while they are still in the cache",
 )
 _GROUPED = Kernel(
     grouped_experts,
-    "torch's grouped product, because it is fastest for bf16 in these widths on this GPU",
+    "torch grouped_mm, because it is fastest for bf16 with these widths on this GPU",
 )
-_TILES = Kernel(
+_TRITON = Kernel(
     custom_op_experts,
-    "Triton, because torch's grouped product is slow or refuses in this type, these widths or on "
-    "this GPU",
+    "Triton, because torch grouped_mm is slow or unsupported for this type, these widths or this "
+    "GPU",
 )
 _LOOP = Kernel(
     grouped_experts,
-    "a product per expert, because Triton is not installed, sums in a fixed order are asked for, "
-    "or the type is fp64",
+    "one matmul per expert, because Triton is not installed, deterministic sums are required, or "
+    "the type is fp64",
 )
 
 
 @annotated("experts")
 def routed_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
-    """`y[write[a]] += weight[a] * expert(x[read[a]])` over all assignments a: [X, D] -> [Y, O].
+    """Compute `y[write[a]] += weight[a] * expert(x[read[a]])` over all assignments a.
 
-    Sums in fp32 or wider, returns the type of `x`. Differentiable in x, the weights and all
-    matrices; an expert without rows gets a zero gradient. Deterministic on CPUs, and on GPUs where
-    `torch.use_deterministic_algorithms` asks for it.
+    Takes x [X, D] and returns y [Y, O] in the type of x; sums are fp32 or wider. Differentiable in
+    x, the weights and all matrices; an expert without rows gets a zero gradient. Deterministic on
+    CPUs, and on GPUs under `torch.use_deterministic_algorithms`.
     """
     return kernel_for(experts, x).run(experts, x, row_map)
 
 
 def kernel_for(experts: ExpertWeights, x: Tensor) -> Kernel:
-    """The kernel that is taken for these experts and rows."""
+    """Return the kernel that `routed_experts` runs for these experts and rows."""
     if x.device.type == "cpu":
-        return _IN_PARTS
+        return _CPU_BLOCKED
     if grouped_matmul_fits(x, *experts.tensors()) and _has_fast_grouped_product(x.device):
         return _GROUPED
     ordered = torch.are_deterministic_algorithms_enabled()
     if ordered or x.dtype == torch.float64 or not _HAS_TRITON:
         return _LOOP
-    return _TILES
+    return _TRITON
 
 
 def _has_fast_grouped_product(device: torch.device) -> bool:

@@ -1,7 +1,11 @@
-"""What every kernel of routed experts is given: what experts do, and which rows they take.
+"""The operands that all kernels of routed experts share: the experts, and which rows they take.
 
-Shapes: X rows to read, Y rows to write, A assignments sorted by expert, E experts, D input, F
-hidden and O output width.
+Shapes in this package:
+    X: rows of the input, from which experts read
+    Y: rows of the result, to which they add
+    A: assignments of a row to an expert, sorted by expert; `a` is some consecutive ones
+    E: experts; `e` is some consecutive ones
+    D, F, O: input, hidden and output width of an expert
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ from moa_dist.kernels.activations import ACTIVATIONS
 
 
 class ExpertWeights(NamedTuple):
-    """What each expert does to its rows.
+    """The matrices of all experts, and the function between them.
 
-    `rows @ down` without `ups`, else `act(rows @ ups[0]) @ down`, or with two of them, gated:
-    `(act(rows @ ups[0]) * (rows @ ups[1])) @ down`.
+    An expert computes `rows @ down` without `ups`, `act(rows @ ups[0]) @ down` with one of them,
+    and `(act(rows @ ups[0]) * (rows @ ups[1])) @ down`, the gated form, with two.
     """
 
     down: Tensor
@@ -26,41 +30,41 @@ class ExpertWeights(NamedTuple):
     ups: tuple[Tensor, ...] = ()
     """None, one or two, each [E, D, F]."""
     activation: str = "relu"
-    """Name in `ACTIVATIONS`; means nothing without `ups`."""
+    """Name in `ACTIVATIONS`; ignored without `ups`."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them."""
+        """Return all matrices, `down` first."""
         return (self.down, *self.ups)
 
 
 class RowMap(NamedTuple):
-    """From which rows to which: parallel vectors of length A, sorted by expert.
+    """Assignments of input rows to experts and output rows: parallel vectors, sorted by expert.
 
-    Assignments that no expert takes (dropped ones, padding) come last and contribute nothing. So
-    all shapes are known without a look at the counts, which would make the host wait for an
+    Assignments without an expert (dropped tokens, padding) come last and contribute nothing. All
+    shapes are therefore known without reading the counts, which would make the host wait for an
     accelerator.
     """
 
     read: Tensor
-    """int64 rows of the input."""
+    """[A] int64, the input row of each assignment."""
     write: Tensor
-    """int64 rows of the result."""
+    """[A] int64, the output row of each assignment."""
     num_output_rows: int
     """Y."""
     counts: Tensor
-    """[E] int64 assignments per expert; their sum is at most A."""
+    """[E] int64 assignments per expert; they sum to at most A."""
     is_dropless: bool
-    """Whether the sum is A."""
+    """Whether they sum to A."""
     weight: Tensor | None
-    """[A] in fp32 or wider; None for no weights."""
+    """[A] in fp32 or wider, a factor for each assignment's result; None for no factor."""
 
 
 def hidden_rows(products: tuple[Tensor, ...], activation: str) -> Tensor:
-    """What `down` multiplies, [A, F], from the products with one or two `ups`."""
+    """Return the hidden rows [A, F], which `down` multiplies, from the products with `ups`."""
     active = ACTIVATIONS[activation].value(products[0])
     return active if len(products) == 1 else active * products[1]
 
 
 def sum_type(x: Tensor) -> torch.dtype:
-    """Type in which rows are added up: fp32 or wider."""
+    """Return the type in which rows of `x`'s type are summed: fp32 or wider."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,38 +1,62 @@
-"""What kernels of routed experts keep between forward and backward. Shapes as in `row_map`."""
+"""Tensors that the fused kernels keep between forward and backward, and the gradients they return.
+
+Shapes as in `row_map`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from moa_dist.kernels.activations import ACTIVATIONS
+from moa_dist.kernels.row_map import ExpertWeights, RowMap
 
 
-def weights_results(weight: Tensor | None, down: Tensor) -> bool:
-    """Whether weights multiply the results, and not the hidden rows.
+class Saved(NamedTuple):
+    """Results of forward that backward would otherwise compute again."""
 
-    They go to the narrower side of `down`, where `<y_a, grad>`, their gradient, costs least too.
+    outputs: Tensor
+    """[A, O], unweighted results of the experts where `scales_outputs`; else [0, O]."""
+    products: tuple[Tensor, ...]
+    """Products with `ups`, each [A, F]."""
+
+
+class Gradients(NamedTuple):
+    """Gradients of everything that forward is differentiable in."""
+
+    x: Tensor
+    """[X, D]."""
+    weight: Tensor
+    """[A]; [0] if the row map has no weights."""
+    down: Tensor
+    """As `ExpertWeights.down`."""
+    ups: tuple[Tensor, ...]
+    """As `ExpertWeights.ups`."""
+
+
+def scales_outputs(experts: ExpertWeights, row_map: RowMap) -> bool:
+    """Whether the row map's weights multiply the results rather than the hidden rows.
+
+    They go to the narrower side of `down`, where their gradient `<result, grad>` is cheaper too.
     """
-    return weight is not None and down.shape[1] > down.shape[2]
+    return row_map.weight is not None and experts.down.shape[1] > experts.down.shape[2]
 
 
-def alloc_saved(
-    x: Tensor, weight: Tensor | None, down: Tensor, ups: Sequence[Tensor], num_rows: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Room for what backward would else compute again.
-
-    That is the results, [A, O], where weights multiply them, else nothing, [0, O]; and the products
-    with `ups`, each [A, F].
-    """
-    saved_output = x.new_empty(num_rows if weights_results(weight, down) else 0, down.shape[2])
-    return saved_output, [x.new_empty(num_rows, up.shape[2]) for up in ups]
+def alloc_saved(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Saved:
+    """Allocate, without initializing it, what forward fills for backward."""
+    num_rows = len(row_map.read)
+    num_outputs = num_rows if scales_outputs(experts, row_map) else 0
+    return Saved(
+        x.new_empty(num_outputs, experts.down.shape[2]),
+        tuple(x.new_empty(num_rows, up.shape[2]) for up in experts.ups),
+    )
 
 
 def hidden_gradient(
     grad: Tensor, products: tuple[Tensor, ...], activation: str
 ) -> tuple[Tensor, ...]:
-    """Gradients of the products [a, F] from that of `row_map.hidden_rows`."""
+    """Return the gradient of each product [a, F], given that of `row_map.hidden_rows`."""
     act = ACTIVATIONS[activation]
     if len(products) == 1:
         return (act.gradient(grad, products[0]),)

@@ -1,10 +1,10 @@
 """Two Triton kernels: rows times their expert's matrix, and the gradient of those matrices.
 
 Both gather the rows they read, and the first adds to the rows it writes, so no gathered copy
-exists. Nothing is read back: how many tiles of rows an expert has is computed on the device, and
-programs in excess of all tiles end at once.
+exists. The host never waits: the number of row tiles per expert is computed on the device, and
+programs beyond the last tile return immediately.
 
-Shapes: A assignments sorted by expert, E experts, I input and O output width.
+Shapes as in `row_map`; a product's input and output widths are I and O.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS, _COLUMNS, _DEPTH = 64, 64, 32
-"""Of a tile of the result, and of a step along the sum; at least 16 for tensor cores."""
+"""Size of a tile of the result, and of a step along the sum; tensor cores need at least 16."""
 
 
 class Tiles(NamedTuple):
-    """Which rows each program multiplies; the same for all products of one routing."""
+    """The rows that each program multiplies; shared by all products of one row map."""
 
     expert: Tensor
-    """[P] int32; E for programs in excess."""
+    """[P] int32, the expert of each of P programs; E for programs beyond the last tile."""
     first_row: Tensor
-    """[P] int32."""
+    """[P] int32, where its tile begins."""
     ends: Tensor
-    """[E + 1] int32, where each expert's rows end; 0 first."""
+    """[E + 1] int32, where each expert's rows end, after a leading 0."""
 
 
 def tiles_of(counts: Tensor, num_rows: int) -> Tiles:
-    """For `counts` [E] int64 that sum to at most `num_rows`."""
+    """Cover with tiles the rows of `counts` [E] int64, which sum to at most `num_rows`."""
     num_experts = len(counts)
     tiles = (counts + _ROWS - 1) // _ROWS
     last = tiles.cumsum(0)
     program = torch.arange(num_rows // _ROWS + num_experts, device=counts.device)
     expert = torch.searchsorted(last, program, right=True)
-    there = expert.clamp(max=num_experts - 1)
+    valid = expert.clamp(max=num_experts - 1)
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    first_row = ends[there] + (program - (last - tiles)[there]) * _ROWS
+    first_row = ends[valid] + (program - (last - tiles)[valid]) * _ROWS
     return Tiles(expert.int(), first_row.int(), ends.int())
 
 
@@ -54,9 +54,10 @@ def add_product(
     write: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
-    """`out[write[a]] += scale[a] * left[read[a]] @ matrices[e]`; without `write`, `out[a] = ...`.
+    """Add `scale[a] * left[read[a]] @ matrices[e]` to `out[write[a]]`, or set `out[a]` to it.
 
-    `matrices` [E, I, O] of any strides; `left` and `out` have dense rows; `out` added to is fp32.
+    Without `write` it sets. `matrices` [E, I, O] may have any strides; `left` and `out` must have
+    dense rows, and `out` must be fp32 where it is added to.
     """
     E, width_in, width_out = matrices.shape
     grid = (len(tiles.expert), triton.cdiv(width_out, _COLUMNS))
@@ -92,9 +93,9 @@ def outer_products(
     write: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Sums over each expert's rows of `scale[a] * left[read[a]]^T right[write[a]]`: [E, I, O].
+    """Sum `scale[a] * left[read[a]]^T right[write[a]]` over each expert's rows: [E, I, O].
 
-    In the type and shape of `like`; zero for an expert without rows.
+    Returns the type and shape of `like`, and zeros for an expert without rows.
     """
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     E, width_in, width_out = out.shape
@@ -120,12 +121,12 @@ def outer_products(
 
 
 def _precision() -> str:
-    """Of fp32 products, as the user has set it for torch's own."""
+    """Return the precision of fp32 products that torch's own matmul is set to."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 @triton.jit
-def _product(
+def _product(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     left,
     read,
     matrices,
@@ -187,7 +188,7 @@ def _product(
 
 
 @triton.jit
-def _outer(
+def _outer(  # type: ignore[no-untyped-def]
     left,
     read,
     right,

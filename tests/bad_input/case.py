@@ -1,4 +1,4 @@
-"""One kind of bad input: how it is made, where it is met, and what the error must say."""
+"""One kind of bad input: how it is made, where it is met, and what the error must name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from moa_dist.cli.main import main
-from moa_dist.errors import MoaDistError
+from moa_dist.config import load_config
+from moa_dist.errors import ConfigError, MoaDistError
 
 TIMEOUT_S = 30
 Make = Callable[[Path], object]
-Meet = Callable[[Path], str]
+Meet = Callable[[Path], str | MoaDistError]
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,13 @@ class BadInput:
     make: Make
     """Makes or breaks something in an empty folder or one that the table prepares."""
     meet: Meet
-    """Gives it to the product, in that folder; returns the error's message."""
-    says: tuple[str, ...]
-    """Parts of the message: the file, the place in it, the remedy."""
+    """Gives it to the product, in that folder; returns the error, or what was printed of it."""
+    says: tuple[str, ...] = ()
+    """Facts in the message: names, numbers, options."""
+    keys: tuple[str, ...] | None = None
+    """The fields that the first problem of a configuration names."""
+    sources: tuple[str, ...] | None = None
+    """The files and lines, or the override, that it gives as its source."""
 
 
 class TookTooLongError(BaseException):
@@ -49,7 +56,7 @@ def time_limit(seconds: int = TIMEOUT_S) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def command(*arguments: str) -> Meet:
+def command(*arguments: str) -> Callable[[Path], str]:
     """Meets it as an argument of `moa-dist`, which must exit with 2 and an error alone."""
 
     def run(folder: Path) -> str:
@@ -70,12 +77,26 @@ def command(*arguments: str) -> Meet:
 def raised_by(function: Callable[[Path], object]) -> Meet:
     """Meets it in a function, which must raise an error for a person."""
 
-    def run(folder: Path) -> str:
+    def run(folder: Path) -> MoaDistError:
         try:
             function(folder)
         except MoaDistError as error:
-            return str(error)
+            return error
         raise AssertionError("nothing was raised")
+
+    return run
+
+
+def config_check(*overrides: str) -> Meet:
+    """Meets it in `moa-dist config check run.yaml`, which must print the error that is raised."""
+    printed_by_command = command("config", "check", "run.yaml", *overrides)
+
+    def run(folder: Path) -> ConfigError:
+        printed = printed_by_command(folder)
+        with contextlib.chdir(folder), pytest.raises(ConfigError) as caught:
+            load_config("run.yaml", overrides)
+        assert printed == f"{caught.value}\n"
+        return caught.value
 
     return run
 

