@@ -79,7 +79,7 @@ class CommTimer:
         self._spans.append((before, after))
 
     def settle(self) -> None:
-        """Collect the events that the device has passed; called every step to bound their number."""
+        """Collect the events that the device has passed; call it every step to bound the queue."""
         while self._spans and self._spans[0][1].query():
             before, after = self._spans.popleft()
             self._seconds += before.elapsed_time(after) / 1000
