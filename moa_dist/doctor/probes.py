@@ -72,7 +72,7 @@ def partner_steps(hosts: Sequence[str]) -> list[int]:
 
 
 def exchange(device: torch.device, step: int) -> Probe:
-    """Send to the rank `step` further and receive from the one `step` before; waits for no other."""
+    """Send to the rank `step` after this one, and receive from the rank `step` before it."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     there, here = (rank + step) % num_ranks, (rank - step) % num_ranks
     sent = _part(device, _numel(device), rank, there)
