@@ -28,10 +28,19 @@ Message = dict[str, Any]
 class NoAnswerError(Exception):
     """A host did not answer. The message is the predicate of a sentence about the host."""
 
-    def __init__(self, text: str, remedy: str = "", *, unreachable: bool = False) -> None:
+    def __init__(
+        self,
+        text: str,
+        remedy: str = "",
+        *,
+        unreachable: bool = False,
+        status: int | None = None,
+    ) -> None:
         super().__init__(text)
         self.remedy = remedy
         """What to do about it; empty if unknown."""
+        self.status = status
+        """Exit status of the process that should have answered, if it ended."""
         self.unreachable = unreachable
         """Whether the host cannot be reached now, but may be later."""
 
@@ -121,9 +130,11 @@ class HostProcess:
             return NoAnswerError(f"did not answer within {ANSWER_S:g} s", remedy)
         if self._host is None:
             last = errors[-1] if errors else f"exit status {status}"
-            return NoAnswerError(f"could not run its check: {last}")
+            return NoAnswerError(f"could not run its check: {last}", status=status)
         failure = ssh.explain_ssh_failure(self._host, status, errors)
-        return NoAnswerError(failure.text, failure.remedy, unreachable=failure.is_connection)
+        return NoAnswerError(
+            failure.text, failure.remedy, unreachable=failure.is_connection, status=status
+        )
 
 
 @dataclass

@@ -42,10 +42,14 @@ class CauseKind(StrEnum):
     """The launcher on the rank's host is gone."""
     VANISHED = "vanished"
     """The rank and its agent are gone without a trace."""
-    SIGNAL = "signal"
-    """A signal killed the rank."""
+    KILLED = "killed"
+    """A signal from outside the job killed the rank."""
+    KILLED_OR_MEMORY = "killed_or_memory"
+    """SIGKILL from outside the job, or from a kernel that was out of memory: it is not known."""
     HOST_MEMORY = "host_memory"
     """The kernel killed the rank because the host was out of memory."""
+    CRASHED = "crashed"
+    """A signal that a program causes itself, such as SIGSEGV, ended the rank."""
     GPU_MEMORY = "gpu_memory"
     """The rank ran out of GPU memory."""
     DISK_FULL = "disk_full"
@@ -169,13 +173,14 @@ def _explain_signal(record: RankRecord, log: Path) -> tuple[CauseKind, str]:
     if number == signal.SIGKILL and record.oom_kills:
         hint = "use fewer data.workers"
         return CauseKind.HOST_MEMORY, f"{text}: the kernel was out of host memory ({hint})"
-    if number == signal.SIGKILL and record.oom_kills == 0:
-        text += " from outside the job, not because of host memory"
-    elif number == signal.SIGKILL:
+    if number == signal.SIGKILL and record.oom_kills is None:
         text += ", either from outside the job or by a kernel out of memory (see `dmesg`)"
-    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE):
-        text += f": {_last_line(log)}"
-    return CauseKind.SIGNAL, text
+        return CauseKind.KILLED_OR_MEMORY, text
+    if number == signal.SIGKILL:
+        return CauseKind.KILLED, f"{text} from outside the job; not out of memory"
+    if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE):
+        return CauseKind.CRASHED, f"{text}: {_last_line(log)}"
+    return CauseKind.KILLED, text
 
 
 def count_oom_kills() -> int | None:
