@@ -31,5 +31,5 @@ def enable_determinism() -> None:
 
 
 def should_overlap(setting: str, backend: str) -> bool:
-    """Resolve `parallel.overlap`: `auto` overlaps with NCCL, whose transfers need no CPU cores."""
+    """Resolve `parallel.overlap`: `auto` means NCCL only, since gloo competes for the CPU."""
     return setting == "on" or (setting == "auto" and backend == "nccl")

@@ -15,10 +15,10 @@ PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Start processes that ignore the preemption signals, which go to all processes of a job.
+    """Block the preemption signals in this thread, so that processes started here survive them.
 
-    Their children inherit the mask until one of them unblocks the signals. Other threads of this
-    process still receive signals in the meantime.
+    Schedulers signal all processes of a job. Child processes inherit the mask until one of them
+    unblocks the signals. Other threads of this process still receive signals in the meantime.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
     try:
