@@ -27,41 +27,23 @@ class CauseKind(StrEnum):
     """The kinds of reasons for which an attempt ends, or cannot start."""
 
     DONE = "done"
-    """All ranks finished."""
     PREEMPTED = "preempted"
-    """The job was asked to stop."""
-    PREFLIGHT = "preflight"
-    """The hosts are not fit for the job."""
-    HOST_WAIT = "host_wait"
-    """A host was unreachable for too long."""
-    NO_RANK = "no_rank"
-    """The launcher started no rank."""
-    LAUNCHER = "launcher"
-    """The launcher reported a problem, such as a host that is gone."""
-    ORPHANED = "orphaned"
-    """The launcher on the rank's host is gone."""
-    VANISHED = "vanished"
-    """The rank and its agent are gone without a trace."""
-    KILLED = "killed"
-    """A signal from outside the job killed the rank."""
-    KILLED_OR_MEMORY = "killed_or_memory"
-    """SIGKILL from outside the job, or from a kernel that was out of memory: it is not known."""
-    HOST_MEMORY = "host_memory"
-    """The kernel killed the rank because the host was out of memory."""
-    CRASHED = "crashed"
-    """A signal that a program causes itself, such as SIGSEGV, ended the rank."""
+    PREFLIGHT = "preflight"  # the hosts are not fit for the job
+    HOST_WAIT = "host_wait"  # a host was unreachable for too long
+    NO_RANK = "no_rank"  # the launcher started no rank
+    LAUNCHER = "launcher"  # the launcher reported a problem, such as a host that is gone
+    ORPHANED = "orphaned"  # the launcher on the rank's host is gone
+    VANISHED = "vanished"  # the rank and its agent are gone without a trace
+    KILLED = "killed"  # by a signal from outside the job
+    KILLED_OR_MEMORY = "killed_or_memory"  # by SIGKILL, which the kernel may have sent
+    HOST_MEMORY = "host_memory"  # the kernel killed the rank to free host memory
+    CRASHED = "crashed"  # by a signal that a program causes itself, such as SIGSEGV
     GPU_MEMORY = "gpu_memory"
-    """The rank ran out of GPU memory."""
     DISK_FULL = "disk_full"
-    """The rank could not write to a full disk."""
-    USER = "user"
-    """The rank found an error in the configuration, the data or the devices."""
-    STOPPED = "stopped"
-    """The rank stopped as its policy for bad steps or failed checkpoints demands."""
+    USER = "user"  # an error in the configuration, the data or the devices
+    STOPPED = "stopped"  # as the policy for bad steps or failed checkpoints demands
     LOST_PEER = "lost_peer"
-    """The rank lost another one."""
-    FAILED = "failed"
-    """The rank ended with an unexpected error."""
+    FAILED = "failed"  # an unexpected error
 
 
 @dataclass(frozen=True)
