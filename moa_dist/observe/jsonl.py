@@ -156,7 +156,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
             return record
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise DataError(f"{where}: not a valid metrics record; delete the line, or the file")
+    raise DataError(f"{where}: damaged: not a metrics record; delete the line, or the file")
 
 
 def _strict(value: Any) -> Any:
