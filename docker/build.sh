@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Build an image, labelled with the version, the commit and a hash of the sources:
+# Build an image labeled with the version, the commit and a hash of the sources:
 #
 #     bash docker/build.sh cpu|cuda [ARGUMENTS OF THE BUILDER]
 #
-# Such as --target test, --build-arg BASE=IMAGE, or --secret id=pip,src=pip.conf if pip needs a
-# configuration to find packages. BUILDER is docker by default; podman and buildah work as well.
-# TAG names the image, moa-dist:cpu or moa-dist:cuda by default.
+# Useful arguments are --target test, --build-arg BASE=IMAGE, and --secret id=pip,src=pip.conf if pip
+# needs a configuration to find packages. BUILDER is docker by default; podman and buildah work as
+# well. TAG names the image, by default moa-dist:cpu or moa-dist:cuda.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

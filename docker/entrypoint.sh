@@ -1,5 +1,5 @@
 #!/bin/sh
-# Options go to the launcher, which trains on this node's devices; anything else is a command.
+# Pass options to the launcher, which trains on this node's devices; run anything else as a command.
 set -eu
 
 case "${1:-}" in

@@ -1,4 +1,4 @@
-"""Write the job of a cluster's scheduler: `python launcher/job.py slurm|kubernetes ...`.
+"""Write a job for a cluster's scheduler: `python launcher/job.py slurm|kubernetes ...`.
 
     python launcher/job.py slurm --config FILE --nodes 8 --gpus-per-node 8 --time 2-00:00:00
     sbatch runs/NAME/job.sbatch
@@ -6,8 +6,8 @@
     python launcher/job.py kubernetes --config FILE --nodes 8 --gpus-per-node 8 \\
         --image IMAGE --volume data:/app/data --volume runs:/app/runs | kubectl apply -f -
 
-Either starts a `launcher/launch.py` per node, and goes on where it was when it was preempted. The
-configuration is checked before, with the number of ranks that the job will have.
+Either job starts one `launcher/launch.py` per node and continues after a preemption. The
+configuration is first checked for the number of ranks that the job will have.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from moa_dist.launch.slurm import SCRIPT_FILE, SlurmJob, sbatch_script
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0, or 2 for what the user can mend."""
+    """Write the job; returns the exit status: 0, or 2 for an error that the user can fix."""
     assert __doc__ is not None
     chooser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = {"slurm": _add_slurm, "kubernetes": _add_kubernetes}
-    chooser.add_argument("kind", choices=kinds, help="of scheduler; KIND --help tells its options")
+    chooser.add_argument("kind", choices=kinds, help="scheduler; KIND --help lists its options")
     kind = chooser.parse_args(argv[:1]).kind
     parser = argparse.ArgumentParser(prog=f"{chooser.prog} {kind}")
     kinds[kind](parser)
@@ -53,20 +53,20 @@ def main(argv: list[str]) -> int:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     count = between(int, 1)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("--nodes", required=True, type=count, metavar="N", help="nodes")
+    parser.add_argument("--nodes", required=True, type=count, metavar="N", help="number of nodes")
     ranks = parser.add_mutually_exclusive_group(required=True)
     ranks.add_argument(
-        "--gpus-per-node", type=count, metavar="G", help="GPUs of a node, with a rank on each"
+        "--gpus-per-node", type=count, metavar="G", help="GPUs per node, one rank on each"
     )
     ranks.add_argument(
-        "--ranks-per-node", type=count, metavar="R", help="ranks of a node, without GPUs"
+        "--ranks-per-node", type=count, metavar="R", help="ranks per node, without GPUs"
     )
     parser.add_argument(
         "--grace",
         type=between(int, 30, 65535),
         default=300,
         metavar="SECONDS",
-        help="from being asked to stop to being killed: a step and a save (default %(default)s)",
+        help="time to finish a step and save before the job is killed (default %(default)s)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
 
@@ -81,21 +81,20 @@ def _add_slurm(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTION",
-        help="further option of the job, repeatable, such as --sbatch=--qos=high",
+        help="additional option of the job, repeatable, such as --sbatch=--qos=high",
     )
     parser.add_argument(
         "--srun",
         action="append",
         default=[],
         metavar="OPTION",
-        help="further option of the step, repeatable, such as --srun=--container-image=FILE",
+        help="additional option of the step, repeatable, such as --srun=--container-image=FILE",
     )
     parser.add_argument(
         "--python",
         default=shlex.quote(sys.executable),
         metavar="COMMAND",
-        help="the interpreter on the nodes, such as 'apptainer exec --nv FILE python' "
-        "(default: this one)",
+        help="Python on the nodes, such as 'apptainer exec --nv FILE python' (default: this one)",
     )
     parser.set_defaults(write=_write_slurm)
 
@@ -117,14 +116,14 @@ def _write_slurm(config: Config, args: argparse.Namespace) -> None:
     launch = [*shlex.split(args.python), str(launcher), "--config", args.config, *args.overrides]
     script = sbatch_script(config, job, folder, launch)
     path = run_folder(config) / SCRIPT_FILE
-    (path.parent / "logs").mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
+    (path.parent / "logs").mkdir(parents=True, exist_ok=True)  # Slurm does not create folders
     path.write_text(script)
     print(f"sbatch {shlex.quote(str(path))}")
 
 
 def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument("--image", required=True, help="built by docker/Dockerfile")
+    parser.add_argument("--image", required=True, help="image built from docker/Dockerfile")
     parser.add_argument(
         "--volume",
         action="append",
@@ -132,13 +131,13 @@ def _add_kubernetes(parser: argparse.ArgumentParser) -> None:
         metavar="CLAIM:FOLDER",
         help="persistent volume claim and where to mount it, repeatable, such as runs:/app/runs",
     )
-    parser.add_argument("--cpu", metavar="QUANTITY", help="CPUs of a pod")
-    parser.add_argument("--memory", metavar="QUANTITY", help="memory of a pod, such as 64Gi")
+    parser.add_argument("--cpu", metavar="QUANTITY", help="CPUs per pod")
+    parser.add_argument("--memory", metavar="QUANTITY", help="memory per pod, such as 64Gi")
     parser.add_argument(
         "--shared-memory",
         default=KubernetesJob.shared_memory,
         metavar="QUANTITY",
-        help="the most that /dev/shm may take (default %(default)s)",
+        help="size limit of /dev/shm (default %(default)s)",
     )
     parser.set_defaults(write=_write_kubernetes)
 

@@ -1,18 +1,18 @@
-"""Train and survive: `python launcher/launch.py --config FILE [key.path=value ...]`.
+"""Train with automatic restarts: `python launcher/launch.py --config FILE [key.path=value ...]`.
 
-Starts a rank per GPU of this machine (`--ranks N` on CPUs) by the `deepspeed` launcher, shows
-rank 0's output, keeps that of every rank in `runs/NAME/logs/attempt-NN/rank-N.log`, and if the
-job fails says why and starts it again from the newest checkpoint. `runs/NAME/attempts.jsonl`
-lists all attempts. SIGTERM, SIGUSR1 or Ctrl-C let the job save and end; the same command
+Starts one rank per GPU of this machine (`--ranks N` on CPUs) through the `deepspeed` launcher,
+shows rank 0's output, and logs that of every rank to `runs/NAME/logs/attempt-NN/rank-N.log`. If the
+job fails, it says why and restarts the job from the newest checkpoint. `runs/NAME/attempts.jsonl`
+lists all attempts. On SIGTERM, SIGUSR1 or Ctrl-C the job saves and stops; the same command
 continues it.
 
-`--hostfile FILE` starts ranks on all its hosts, by pdsh and ssh. Without ssh, the same command
-is started once on every node, with --nodes, --node-rank and --master-addr; node 0 leads, and all
-end with the same exit code. Both check all hosts first and say everything that is wrong. The
-run's folder must be shared by all hosts.
+`--hostfile FILE` starts ranks on all its hosts through pdsh and ssh. Without ssh, start the same
+command once on every node with --nodes, --node-rank and --master-addr; node 0 leads, and all nodes
+exit with the same code. Both ways first check all hosts and report everything that is wrong. All
+hosts must share the run's folder.
 
-Exit codes: 0 done, 1 given up after restarts, 2 an error that only you can mend, 3 loss not
-finite, 4 checkpoint not written, 75 preempted, 76 given up after losing ranks; see
+Exit codes: 0 done, 1 gave up after restarts, 2 configuration or data error, 3 loss not finite,
+4 checkpoint not written, 75 preempted, 76 gave up after losing ranks; see
 `moa_dist.errors.ExitCode`.
 """
 
@@ -41,7 +41,7 @@ from moa_dist.launch.worker_node import follow
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse and check the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,78 +51,84 @@ def parse() -> argparse.Namespace:
         "--ranks",
         type=between(int, 1),
         metavar="N",
-        help="ranks to start on this machine; default: one per GPU, or one",
+        help="ranks to start on this machine; default: one per GPU, or one without GPUs",
     )
     parser.add_argument(
         "--max-restarts",
         type=between(int, 0),
         default=RestartPolicy.max_restarts,
         metavar="N",
-        help="restarts in a row without a new checkpoint before giving up (default %(default)s)",
+        help="consecutive restarts without a new checkpoint before giving up (default %(default)s)",
     )
-    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="lines `NAME slots=RANKS`")
+    parser.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="hosts, one per line: `NAME slots=RANKS`"
+    )
     parser.add_argument(
         "--ssh-args",
         default=given_arguments(),
         metavar="ARGS",
-        help='for ssh to them, such as "-p 2222"; default: PDSH_SSH_ARGS_APPEND',
+        help='arguments for ssh to the hosts, such as "-p 2222"; default: PDSH_SSH_ARGS_APPEND',
     )
     parser.add_argument(
         "--nodes",
         type=between(int, 1),
         metavar="N",
-        help="without ssh: this command is started on N nodes, by Slurm or Kubernetes",
+        help="without ssh: number of nodes on which this command is started",
     )
     parser.add_argument(
-        "--node-rank", type=between(int, 0), metavar="R", help="which of them this one is"
+        "--node-rank", type=between(int, 0), metavar="R", help="number of this node, from 0"
     )
     parser.add_argument("--master-addr", metavar="A", help="address of node 0 for the others")
     parser.add_argument(
         "--master-port",
         type=between(int, 1, 65535),
         metavar="P",
-        help=f"port on node 0; default: {DEFAULT_PORT}, with --hostfile another if that is taken",
+        help=f"port on node 0; default: {DEFAULT_PORT}, or with --hostfile another if it is in use",
     )
     parser.add_argument(
         "--host-wait",
         type=between(float, 0.0),
         default=HOST_WAIT_S,
         metavar="SECONDS",
-        help="longest wait for a host that is lost, or a node that is not there yet "
+        help="longest wait for a host that is lost, or a node that has not started yet "
         "(default %(default)g)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
-    for wrong, words in _misfits(args):
-        if wrong:
-            parser.error(words)
+    for is_wrong, message in _conflicts(args):
+        if is_wrong:
+            parser.error(message)
     return args
 
 
-def _misfits(args: argparse.Namespace) -> list[tuple[bool, str]]:
+def _conflicts(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """List the rules about combinations of arguments, and whether each one is broken."""
     is_node = args.nodes is not None or args.node_rank is not None
     with_ssh = args.hostfile is not None
     complete = None not in (args.nodes, args.node_rank, args.master_addr)
     return [
-        (with_ssh and is_node, "--hostfile reaches all nodes by ssh: leave out --nodes"),
+        (
+            with_ssh and is_node,
+            "--hostfile cannot be combined with --nodes: it reaches all nodes through ssh",
+        ),
         (
             with_ssh and args.ranks is not None,
-            "the hostfile says how many ranks: leave out --ranks",
+            "--hostfile cannot be combined with --ranks: its slots are the ranks of each host",
         ),
-        (is_node and not complete, "a node needs --nodes, --node-rank and --master-addr"),
+        (is_node and not complete, "--nodes, --node-rank and --master-addr must be used together"),
         (
             complete and not args.node_rank < args.nodes,
-            f"--node-rank {args.node_rank}: the {args.nodes} nodes count from 0",
+            f"--node-rank is {args.node_rank}, but must be less than --nodes ({args.nodes})",
         ),
         (
             not (with_ssh or is_node) and (args.master_addr or args.master_port) is not None,
-            "--master-addr and --master-port go with --hostfile or --nodes",
+            "--master-addr and --master-port require --hostfile or --nodes",
         ),
     ]
 
 
 def main() -> int:
-    """Returns the exit status, see `moa_dist.errors.ExitCode`."""
+    """Run the launcher; returns the exit status, see `moa_dist.errors.ExitCode`."""
     args = parse()
     try:
         config = load_config(args.config, args.overrides)
@@ -139,7 +145,7 @@ def main() -> int:
 
 
 def launch(args: argparse.Namespace, config: Config, preemption: Preemption) -> ExitCode:
-    """Supervise the job in the way that the arguments ask for."""
+    """Supervise the job on this machine, on the hosts of a hostfile, or as one of several nodes."""
     script = Path(__file__).absolute().with_name("train.py")
     command = [sys.executable, str(script), "--config", args.config, *args.overrides]
     policy = RestartPolicy(args.max_restarts)

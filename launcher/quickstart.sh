@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: installs, prepares text, trains a small MoEUT with its
-# attention and FFN experts sharded over 2 ranks, evaluates it, prints a sample.
+# From nothing to a trained model: installs the package, prepares text, trains a small MoEUT whose
+# attention and FFN experts are sharded over 2 ranks, evaluates it, and prints a sample.
 #
-#     bash launcher/quickstart.sh                  the sources of this machine's own Python
-#     bash launcher/quickstart.sh --input FILES    any text files or folders
+#     bash launcher/quickstart.sh                  train on the sources of this machine's Python
+#     bash launcher/quickstart.sh --input FILES    train on any text files or folders
 #
-# Needs Python 3.11 and, once, the network. PYTHON=/path/to/python3 chooses the interpreter.
+# Requires Python 3.11 and, once, network access. PYTHON=/path/to/python3 selects the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launcher/environment.sh
@@ -33,7 +33,7 @@ fi
 
 say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
 if [ -e "data/$name/train/manifest.json" ]; then
-    echo "already there"
+    echo "already prepared"
 else
     moa-dist prepare --input "${inputs[@]}" --output "data/$name" --valid-share 0.05 \
         --vocab-size 4000 --sequence-length 256 --max-bytes 12000000
@@ -45,12 +45,12 @@ if command -v nvidia-smi >/dev/null; then
 fi
 if [ "$gpus" -eq 1 ]; then
     layout=1
-    say "2/4 Train on the one GPU there is: experts are not sharded, that needs two"
+    say "2/4 Train on the only GPU; experts are not sharded, since that needs two"
 elif [ "$gpus" -ge 2 ]; then
     say "2/4 Train on 2 of $gpus GPUs"
 else
     export DS_ACCELERATOR=cpu
-    say "2/4 Train on the CPU, since no GPU was found: 2 ranks that talk through gloo"
+    say "2/4 Train on the CPU, because no GPU was found: 2 ranks that communicate through gloo"
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --num_gpus "$layout" --master_port "$port" --log_level error \
@@ -58,13 +58,13 @@ deepspeed --num_gpus "$layout" --master_port "$port" --log_level error \
     "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" \
     "parallel.expert_parallel=$layout"
 
-say "3/4 Evaluate on all validation text, in one process"
+say "3/4 Evaluate on the whole validation text, in one process"
 moa-dist eval "runs/$name"
 
-say "4/4 A sample"
+say "4/4 Generate a sample"
 moa-dist generate "runs/$name" --prompt "def read(self, " --tokens 120
 
-say "Done. Where to look:"
+say "Done. Results and next steps:"
 echo "curves       tensorboard --logdir runs/$name/tensorboard"
 echo "metrics      runs/$name/metrics.jsonl"
 echo "checkpoints  $(ls -d runs/$name/step-* | tail -n 1)"

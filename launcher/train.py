@@ -1,7 +1,7 @@
 """Entry point of a rank: `deepspeed launcher/train.py --config FILE [key.path=value ...]`.
 
-`torchrun` and plain `python` (one rank) work as well. Thin on purpose: reads the
-configuration, checks what can be checked alone, calls the trainer.
+`torchrun` and plain `python` (one rank) work as well. The script is thin on purpose: it reads the
+configuration, checks what can be checked without other ranks, and calls the trainer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def share_cores() -> None:
-    """Give each rank of this node its share of cores; must run before torch is imported.
+    """Give each rank of this node an equal share of the cores; call it before importing torch.
 
-    The deepspeed launcher leaves it to chance, and then each rank starts a thread per core.
+    The deepspeed launcher does not limit threads, so each rank would start one per core.
     """
     local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     threads = max(1, (os.cpu_count() or 1) // int(local_ranks))
@@ -37,29 +37,29 @@ def main() -> int:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, take one step, report memory and time, write nothing",
+        help="build everything, take one step, report memory and time, and write nothing",
     )
     parser.add_argument(
         "--world-size",
         type=int,
         metavar="W",
-        help="with --dry-run, in one process: play rank 0 of a job of so many ranks",
+        help="with --dry-run, in one process: act as rank 0 of a job with W ranks",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
     if args.world_size is not None and (args.world_size < 1 or not args.dry_run):
-        parser.error("--world-size goes with --dry-run, and is at least 1")
+        parser.error("--world-size requires --dry-run, and must be at least 1")
     with Preemption() as preemption:
         return run(args, preemption)
 
 
 def run(args: argparse.Namespace, preemption: Preemption) -> int:
-    """Check, train, and turn errors into an exit status."""
+    """Check the configuration and train; turns errors into an exit status."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
 
-    # DeepSpeed 0.19 calls collectives by names that torch is renaming; nothing a user can mend.
+    # DeepSpeed 0.19 calls collectives by names that torch is renaming; users cannot fix that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     from moa_dist.config import load_config
@@ -103,7 +103,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     if status not in (ExitCode.DONE, ExitCode.PREEMPTED):
-        # Not by way of the interpreter's end: process groups are still open, NCCL may wait there
-        # for a lost rank, and threads that still run may turn the status into an abort.
+        # Skip the interpreter's shutdown: process groups are still open, NCCL may wait there for a
+        # lost rank, and running threads may turn the status into an abort.
         os._exit(status)
     sys.exit(status)

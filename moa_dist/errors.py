@@ -1,8 +1,7 @@
-"""Errors meant for a person, split by who can mend them.
+"""Errors that a user can fix, grouped by cause, and the exit codes of ranks and supervisors.
 
-Every message says what is wrong, where, and what to do. Anything else that
-escapes is a defect of this package. `ExitCode` is what a rank, and the supervisor of a job, end
-with.
+Every message says what is wrong, where, and what to do. Any other exception that escapes is a
+defect of this package.
 """
 
 from __future__ import annotations
@@ -14,27 +13,29 @@ from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
-    """How a rank ended. Killed ranks have none of these; a supervisor names their signal."""
+    """How a rank ended. A rank that was killed has none of these; a supervisor names the signal."""
 
     DONE = 0
     """The last step was taken and saved."""
     DEFECT = 1
-    """Anything unforeseen, with a traceback; a supervisor tries again."""
+    """An unexpected error, with a traceback; a supervisor restarts the job."""
     USER = 2
-    """Configuration, data or devices are wrong: trying again would change nothing."""
+    """The configuration, the data or the devices are wrong: a restart would not help."""
     NOT_FINITE = 3
-    """The loss or the gradients are not finite, or spike, more often than the policy allows:
-    trying again would repeat it."""
+    """The loss or the gradients were not finite, or spiked, more often than the policy allows: a
+    restart would repeat it."""
     NOT_SAVED = 4
-    """A checkpoint could not be written, and the policy is to stop: make room, start again."""
+    """A checkpoint could not be written and the policy is to stop: free disk space, then start
+    again."""
     PREEMPTED = 75
-    """SIGTERM or SIGUSR1 came: the step was finished and saved. Start the same command again."""
+    """SIGTERM or SIGUSR1 arrived: the step was finished and saved. Run the same command to
+    continue."""
     LOST_PEER = 76
-    """A rank is gone, silent, or stuck in a step; a supervisor tries again."""
+    """A rank is gone, silent, or stuck in a step; a supervisor restarts the job."""
 
 
 class MoaDistError(Exception):
-    """Base of all errors that a user can mend; commands print it without a traceback."""
+    """Base class of all errors that a user can fix; commands print them without a traceback."""
 
 
 class Source(NamedTuple):
@@ -69,7 +70,7 @@ class Problem:
 
 
 class ConfigError(MoaDistError):
-    """The configuration is wrong. Carries every problem found, not just the first."""
+    """The configuration is invalid. Carries every problem found, not just the first."""
 
     def __init__(self, problems: Sequence[Problem | str], source: str = "configuration") -> None:
         self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
@@ -78,28 +79,28 @@ class ConfigError(MoaDistError):
 
 
 class DataError(MoaDistError):
-    """Text, shards, manifest, tokenizer or checkpoint files are missing or damaged."""
+    """A text, shard, manifest, tokenizer or checkpoint file is missing or damaged."""
 
 
 class ClusterError(MoaDistError):
-    """Ranks, devices or their communication are not as the run needs them."""
+    """The ranks, devices or network do not meet the needs of the run."""
 
 
 class PeerError(ClusterError):
-    """Another rank of the job is gone, silent, or does not come."""
+    """Another rank of the job is gone, silent, or did not join."""
 
 
 class MemoryLimitError(MoaDistError):
-    """A device, or the host, holds too little for the run."""
+    """A device, or the host, has too little memory for the run."""
 
 
 class TrainingError(MoaDistError):
-    """Training cannot go on, such as a loss that is no longer finite."""
+    """Training cannot continue, for example because the loss is no longer finite."""
 
 
 class SaveError(TrainingError):
-    """A checkpoint could not be written: the disk is full, read-only or gone."""
+    """A checkpoint could not be written: the disk is full, read-only or missing."""
 
 
 class BadStepError(TrainingError):
-    """An optimizer step was refused, the same on every rank; nothing has changed by it."""
+    """An optimizer step was rejected on every rank; it left the state of training unchanged."""

@@ -1,4 +1,4 @@
-"""Names of the parts of a step, as they appear in a trace; nothing while none is recorded."""
+"""Labels for the parts of a training step in profiler traces; free while no trace is recorded."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ StepPart = Literal[
     "optimizer",
     "other",
 ]
-"""What a step consists of. An inner part does not count for the outer one."""
+"""The parts of a step. Time in an inner part does not count toward the outer one."""
 PREFIX = "moa_dist/"
-"""By which the labels are found among all names of a trace."""
+"""Distinguishes these labels from all other names in a trace."""
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -32,22 +32,22 @@ _OFF = nullcontext()
 
 
 def annotate(name: StepPart) -> AbstractContextManager[Any]:
-    """Label what is done while open."""
-    # A compiled graph has no place for labels.
+    """Return a context manager that labels the work done inside it."""
+    # Labels would break the graph of torch.compile.
     if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
         return record_function(PREFIX + name)
     return _OFF
 
 
 def annotated(name: StepPart) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """Label every call of a function."""
+    """Return a decorator that labels every call of a function."""
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
         @wraps(function)
-        def labelled(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        def labeled(*args: _P.args, **keywords: _P.kwargs) -> _T:
             with annotate(name):
                 return function(*args, **keywords)
 
-        return labelled
+        return labeled
 
     return decorate

@@ -1,6 +1,7 @@
-"""What a result was made with: sources, commit, Python, packages, and the image if it was in one.
+"""Records what a result was made with: sources, commit, Python, packages and container image.
 
-Every run and every checkpoint records it. Needs nothing but the standard library.
+Every run and every checkpoint stores it. This module imports only the standard library, besides
+`moa_dist.errors`, so `docker/build.sh` can use it before anything is installed.
 """
 
 from __future__ import annotations
@@ -20,50 +21,50 @@ from pathlib import Path
 from moa_dist.errors import ClusterError
 
 FOLDER = Path(__file__).parent
-"""Of this package's sources."""
+"""Folder of this package's sources."""
 IMAGE_VARIABLE = "MOA_DIST_IMAGE"
-"""Names the file in an image that says what is in it (see `docker/record.py`)."""
+"""Environment variable with the path of an image's record (written by `docker/record.py`)."""
 _GIT_S = 10.0
-_MOST_NAMED = 6
+_MAX_LISTED = 6
 
 
 @dataclass(frozen=True)
 class Image:
-    """The image that a process runs in, as it was built."""
+    """The container image that a process runs in, as it was built."""
 
     base: str
-    """Reference of the image that it builds on."""
+    """Reference of the base image."""
     variant: str
-    """`cpu` or `cuda`: which file of docker/ pins its packages."""
+    """`cpu` or `cuda`: selects the requirements file in docker/ that pins the packages."""
     revision: str
-    """Commit that it was built from, or `unknown`."""
+    """Commit that the image was built from, or `unknown`."""
     python: str
-    """Version."""
+    """Version of Python."""
     packages: Mapping[str, str]
-    """All that were installed, with their versions."""
+    """Version of each package that was installed."""
 
     def __str__(self) -> str:
-        """Such as `cpu on debian:12, built from 0123...`."""
+        """Summarize, such as `cpu on debian:12, built from 0123...`."""
         return f"{self.variant} on {self.base}, built from {self.revision}"
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a process runs on and from."""
+    """The sources and software that a process runs."""
 
     code: str
     """Hash of the sources, see `code_hash`."""
     commit: str | None
-    """Of their repository, with `+changes` where files differ from it; None if not known."""
+    """Commit of the sources, with `+changes` if files differ from it; None if unknown."""
     python: str
-    """Version."""
+    """Version of Python."""
     packages: Mapping[str, str]
-    """All that are installed, with their versions."""
+    """Version of each installed package."""
     image: str | None
-    """Variant, base and revision of the image, None outside of one."""
+    """Variant, base and revision of the container image; None outside of one."""
 
     def __str__(self) -> str:
-        """What matters most, in a line."""
+        """Summarize the most important versions in one line."""
         named = [("Python", self.python)]
         named += [(name, self.packages.get(name, "missing")) for name in ("torch", "deepspeed")]
         words = [" ".join(pair) for pair in named]
@@ -73,8 +74,28 @@ class Provenance:
         return ", ".join(words)
 
 
+@dataclass(frozen=True)
+class Change:
+    """A version that differs between two environments."""
+
+    name: str
+    """The package, or `Python` or `sources`."""
+    before: str
+    """The old version, or `missing`."""
+    after: str
+    """The new version, or `missing`."""
+
+    def __str__(self) -> str:
+        """Describe the change, such as `torch 2.13.0 instead of 2.12.0`."""
+        return f"{self.name} {self.after} instead of {self.before}"
+
+
 def provenance() -> Provenance:
-    """Of this process. Raises ClusterError if it runs in an image that does not say what it is."""
+    """Return the provenance of this process.
+
+    Raises:
+        ClusterError: It runs in an image whose record is missing or damaged.
+    """
     image = image_record()
     commit = _commit()
     if image is not None and commit is None and image.revision != "unknown":
@@ -88,33 +109,42 @@ def provenance() -> Provenance:
     )
 
 
+def changes(then: Provenance, now: Provenance) -> list[Change]:
+    """List what differs: Python, packages and sources, in this order."""
+    return [
+        *_changes({"Python": then.python}, {"Python": now.python}),
+        *_changes(then.packages, now.packages),
+        *_changes({"sources": then.code}, {"sources": now.code}),
+    ]
+
+
 def differences(then: Provenance, now: Provenance) -> str | None:
-    """In words, or None if sources, Python and packages are the same."""
-    found = list(_changes({"Python": then.python}, {"Python": now.python}))
-    found += _changes(then.packages, now.packages)
-    found += _changes({"sources": then.code}, {"sources": now.code})
+    """Describe the first changes in one line; None if nothing differs."""
+    found = changes(then, now)
     if not found:
         return None
-    more = [f"and {len(found) - _MOST_NAMED} more"] if len(found) > _MOST_NAMED else []
-    return ", ".join(found[:_MOST_NAMED] + more)
+    rest = len(found) - _MAX_LISTED
+    more = [f"and {rest} more"] if rest > 0 else []
+    return ", ".join([*map(str, found[:_MAX_LISTED]), *more])
 
 
-def changed_since_build(image: Image) -> str | None:
-    """How this environment differs from that of the image as it was built, or None."""
-    return ", ".join(_changes(image.packages, installed_packages())) or None
+def changed_since_build(image: Image) -> list[Change]:
+    """List the packages of this environment that differ from the image as it was built."""
+    return list(_changes(image.packages, installed_packages()))
 
 
-def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+def _changes(then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Change]:
     for name in sorted({*then, *now}):
         before, after = (side.get(name, "missing") for side in (then, now))
         if before != after:
-            yield f"{name} {after} instead of {before}"
+            yield Change(name, before, after)
 
 
 def image_record() -> Image | None:
-    """The image that this process runs in; None outside of one.
+    """Return the image that this process runs in; None outside of one.
 
-    Raises ClusterError if its record is missing or damaged.
+    Raises:
+        ClusterError: The image's record is missing or damaged.
     """
     path = os.environ.get(IMAGE_VARIABLE)
     if path is None:
@@ -123,26 +153,26 @@ def image_record() -> Image | None:
         return Image(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ClusterError(
-            f"{path}: no record of an image ({error}); build the image again, or unset "
+            f"{path}: the image's record cannot be read ({error}); rebuild the image, or unset "
             f"{IMAGE_VARIABLE}"
         ) from error
 
 
 def installed_packages() -> dict[str, str]:
-    """Version of every distribution that this Python finds, by normalized name, in order."""
+    """Return the version of every installed distribution by normalized name, sorted."""
     found: dict[str, str] = {}
-    # setuptools, once imported, adds a folder of its own copies of packages.
+    # setuptools, once imported, adds a folder with its own copies of packages to the path.
     path = [folder for folder in sys.path if Path(folder).name != "_vendor"]
     for distribution in metadata.distributions(path=path):
         name = distribution.metadata["Name"]
-        if name is not None:  # None is what an interrupted installation leaves
+        if name is not None:  # None after an interrupted installation
             name = re.sub(r"[-_.]+", "-", name).lower()
-            found.setdefault(name, distribution.version)  # the first one is what imports see
+            found.setdefault(name, distribution.version)  # imports see the first one
     return dict(sorted(found.items()))
 
 
 def code_hash() -> str:
-    """Names and contents of all sources of this package, in 16 hexadecimal digits."""
+    """Hash the names and contents of all sources of this package to 16 hexadecimal digits."""
     total = hashlib.sha256()
     for file in sorted(FOLDER.rglob("*.py")):
         content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -151,8 +181,8 @@ def code_hash() -> str:
 
 
 def _commit() -> str | None:
-    """Of the repository that tracks the sources, if git knows one."""
-    # An installed package may lie in the folder of somebody else's repository.
+    """Return the commit of the repository that tracks the sources, or None."""
+    # An installed package may lie inside an unrelated repository.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     commit = _git("rev-parse", "HEAD")

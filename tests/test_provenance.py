@@ -1,6 +1,7 @@
-"""Results say what they were made with, and what has changed since is named."""
+"""Results record what they were made with, and later changes are named."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import pytest
 
 from moa_dist import provenance as module
 from moa_dist.doctor.environment import check_environment
+from moa_dist.doctor.finding import Finding
 from moa_dist.errors import ClusterError
 from moa_dist.provenance import (
     IMAGE_VARIABLE,
+    Change,
     Image,
     Provenance,
+    changes,
     code_hash,
     differences,
     installed_packages,
@@ -34,19 +38,19 @@ def no_image(monkeypatch):
 
 @pytest.fixture
 def image(tmp_path, monkeypatch):
-    """Be in an image with the installed packages; returns the file of its record."""
+    """Pretend to be in an image with the installed packages; returns the file of its record."""
     file = tmp_path / "image.json"
     file.write_text(json.dumps(asdict(replace(IMAGE, packages=installed_packages()))))
     monkeypatch.setenv(IMAGE_VARIABLE, str(file))
     return file
 
 
-def made_of() -> list[tuple[str, str]]:
-    """What the doctor says of it."""
-    return [(f.status, f.text) for f in check_environment() if f.check == "made of"]
+def reported() -> list[Finding]:
+    """What the doctor reports about it."""
+    return [f for f in check_environment() if f.check == "provenance"]
 
 
-def test_a_process_says_what_it_runs_on():
+def test_a_process_knows_what_it_runs_on():
     own = provenance()
     assert own.packages["torch"] == metadata.version("torch")
     assert own.packages["moa-dist"] == metadata.version("moa-dist")
@@ -55,21 +59,27 @@ def test_a_process_says_what_it_runs_on():
     for word in (own.code, own.python, f"torch {own.packages['torch']}"):
         assert word in str(own)
     assert differences(own, provenance()) is None
-    assert made_of() == [("ok", str(own))]
+    assert reported() == [Finding("provenance", "ok", str(own))]
 
 
 def test_what_has_changed_is_named():
     now = replace(THEN, packages={"torch": "2.13.0", "triton": "3.7"}, commit="c" * 40)
-    assert differences(THEN, now) == (
-        "numpy missing instead of 2.1, torch 2.13.0 instead of 2.12.0, "
-        "triton 3.7 instead of missing"
-    )
+    assert changes(THEN, now) == [
+        Change("numpy", "2.1", "missing"),
+        Change("torch", "2.12.0", "2.13.0"),
+        Change("triton", "missing", "3.7"),
+    ]
+    assert differences(THEN, now) == ", ".join(map(str, changes(THEN, now)))
     now = replace(THEN, python="3.12.0", code="1" * 16)
-    assert differences(THEN, now) == (
-        f"Python 3.12.0 instead of 3.11.2, sources {'1' * 16} instead of {'0' * 16}"
-    )
+    assert changes(THEN, now) == [
+        Change("Python", "3.11.2", "3.12.0"),
+        Change("sources", "0" * 16, "1" * 16),
+    ]
     many = replace(THEN, packages={f"package-{i}": "1" for i in range(20)})
-    assert differences(THEN, many).endswith(", and 16 more")
+    *listed, rest = differences(THEN, many).split(", ")
+    assert listed == [str(change) for change in changes(THEN, many)[: len(listed)]]
+    assert re.findall(r"\d+", rest) == ["16"]
+    assert len(listed) + 16 == len(changes(THEN, many))
 
 
 def test_the_hash_is_of_names_and_contents(tmp_path, monkeypatch):
@@ -107,20 +117,21 @@ def test_the_commit_is_that_of_the_sources(tmp_path, monkeypatch):
     assert provenance().commit == git("rev-parse", "HEAD") + "+changes"
 
 
-def test_in_an_image_it_is_named(image, monkeypatch):
+def test_the_image_is_named(image, monkeypatch):
     monkeypatch.setattr(module, "FOLDER", image.parent)  # without a repository, as in an image
     own = provenance()
     assert own.commit == IMAGE.revision
-    assert own.image == f"cpu on debian:12, built from {IMAGE.revision}"
-    assert made_of() == [("ok", str(own))]
+    assert own.image == str(IMAGE)
+    assert all(word in own.image for word in (IMAGE.variant, IMAGE.base, IMAGE.revision))
+    assert reported() == [Finding("provenance", "ok", str(own))]
 
 
 def test_packages_that_the_image_did_not_have_are_noted(image):
     image.write_text(json.dumps(asdict(IMAGE)))
-    (_, (status, text)) = made_of()
-    assert status == "note"
-    assert "since the image was built: " in text
-    assert f"moa-dist {metadata.version('moa-dist')} instead of missing" in text
+    (_, finding) = reported()
+    assert finding.status == "note"
+    assert "moa-dist" in finding.subject.split(", ")
+    assert str(Change("moa-dist", "missing", metadata.version("moa-dist"))) in finding.text
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"base": "x"}'])
@@ -129,11 +140,11 @@ def test_an_image_without_its_record_is_one_error(image, content):
         image.unlink()
     else:
         image.write_text(content)
-    with pytest.raises(ClusterError, match=r"image\.json: no record of an image"):
+    with pytest.raises(ClusterError, match=rf"image\.json: .*{IMAGE_VARIABLE}"):
         provenance()
 
 
-def test_it_needs_the_standard_library_alone():
+def test_it_needs_only_the_standard_library():
     """`docker/build.sh` hashes the sources before anything is installed."""
     root = str(Path(module.__file__).parents[1])
     command = (

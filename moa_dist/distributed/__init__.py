@@ -1,1 +1,1 @@
-"""Process group, mesh, collectives: no model knowledge."""
+"""Process groups, the mesh, collectives and the monitoring of ranks, without model knowledge."""

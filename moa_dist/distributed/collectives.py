@@ -1,9 +1,10 @@
-"""Collectives that carry gradients, and that computation may overlap.
+"""Differentiable collectives that can overlap with computation.
 
-Every rank of a group must enter them in the same order, also with nothing to send. Each comes in
-two parts: what begins it returns at once, and `Pending.wait` gives the result. Autograd runs the
-parts backwards: the gradient sets out where the result was waited for, and is waited for where
-the collective began, so whatever was computed between the two overlaps it in both passes.
+Every rank of a group must enter them in the same order, even if it has nothing to send. Each is
+split in two: starting it returns immediately, and `Pending.wait` returns the result. Autograd runs
+the two halves in reverse: the gradient's collective starts where the result was awaited and is
+awaited where the forward collective started, so whatever is computed between the two overlaps
+with communication in both passes.
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.pending import Pending
 from moa_dist.distributed.traffic import Purpose, TrafficKey
 
-_Begun = tuple[Tensor, dist.Work | None]
-"""The buffer that fills, and whom to wait for."""
+_Started = tuple[Tensor, dist.Work | None]
+"""The output buffer, and the work that fills it; None after a blocking collective."""
 
 
 @dataclass
-class _Flight:
-    """One collective, and the one by which its gradient comes back."""
+class _Collective:
+    """A collective together with the one that returns its gradient."""
 
-    begin: Callable[[Tensor], _Begun]
-    """Starts the collective with what this rank sends."""
-    begin_backward: Callable[[Tensor], _Begun]
-    """The same for the gradient."""
+    start_forward: Callable[[Tensor], _Started]
+    """Starts the forward collective on this rank's input."""
+    start_backward: Callable[[Tensor], _Started]
+    """Starts the collective for the gradient of the output."""
     comm_timer: CommTimer
-    """Where waiting is counted."""
+    """Records the time spent waiting."""
     key: TrafficKey
-    """What travels, in the forward pass."""
-    under_way: _Begun | None = None
-    """Between its two parts, of either pass."""
+    """Identifies the forward traffic."""
+    in_flight: _Started | None = None
+    """Set between the start and the end of either pass."""
 
-    def set_out(self, sent: Tensor, *, backward: bool) -> Tensor:
-        """Start the collective of one pass; the buffer that fills."""
-        begin = self.begin_backward if backward else self.begin
+    def start(self, sent: Tensor, *, backward: bool) -> Tensor:
+        """Start the collective of one pass and return its output buffer, not yet filled."""
+        begin = self.start_backward if backward else self.start_forward
         with self.comm_timer.begin(self.key._replace(backward=backward)):
-            self.under_way = begin(sent.contiguous())
-        return self.under_way[0]
+            self.in_flight = begin(sent.contiguous())
+        return self.in_flight[0]
 
-    def land(self, *, backward: bool) -> Tensor:
-        """Wait, unless the collective was a blocking one; the filled buffer."""
-        assert self.under_way is not None
-        (buffer, work), self.under_way = self.under_way, None
+    def finish(self, *, backward: bool) -> Tensor:
+        """Wait for the collective, if it is asynchronous, and return the filled buffer."""
+        assert self.in_flight is not None
+        (buffer, work), self.in_flight = self.in_flight, None
         if work is not None:
             with self.comm_timer.wait(self.key._replace(backward=backward)):
                 work.wait()
@@ -59,47 +60,47 @@ class _Flight:
 
 class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.set_out(sent, backward=False)
+    def forward(ctx: Any, sent: Tensor, collective: _Collective) -> Tensor:
+        ctx.collective = collective
+        return collective.start(sent, backward=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land(backward=True), None
+        return ctx.collective.finish(backward=True), None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, buffer: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        flight.land(backward=False)
+    def forward(ctx: Any, buffer: Tensor, collective: _Collective) -> Tensor:
+        ctx.collective = collective
+        collective.finish(backward=False)
         return buffer.view_as(buffer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.set_out(grads[0], backward=True)
-        # Nobody reads what is returned, it only has the shape that autograd expects here: the
-        # gradient that _Begin.backward returns has the shape of what was sent.
+        ctx.collective.start(grads[0], backward=True)
+        # The value returned here is never read; it only has the shape that autograd expects. The
+        # real gradient comes from _Begin.backward and has the shape of the input.
         return grads[0], None
 
 
-def _depart(sent: Tensor, flight: _Flight) -> Pending:
-    return Pending(_Begin.apply(sent, flight), lambda buffer: _Wait.apply(buffer, flight))
+def _start(sent: Tensor, collective: _Collective) -> Pending:
+    return Pending(_Begin.apply(sent, collective), lambda buffer: _Wait.apply(buffer, collective))
 
 
 def all_to_all_rows(
     rows: Tensor, sent: list[int], received: list[int], comm_group: CommGroup, purpose: Purpose
 ) -> Pending:
-    """Send `sent[p]` consecutive rows to each rank p, get `received[p]` from it.
+    """Send `sent[p]` consecutive rows to each rank p and receive `received[p]` rows from it.
 
-    `rows` [sum(sent), ...] -> [sum(received), ...] in rank order. The gradient of a row is
-    the gradient at the place where it arrived: nothing is summed or averaged here.
+    `rows` [sum(sent), ...] -> [sum(received), ...] in rank order. The gradient of a row is the
+    gradient of its copy on the receiving rank: nothing is summed or averaged here.
     """
     rank = comm_group.group.rank()
 
     def exchange(
         x: Tensor, send_splits: list[int], recv_splits: list[int], *, backward: bool
-    ) -> _Begun:
+    ) -> _Started:
         out = x.new_empty(sum(recv_splits), *x.shape[1:])
         row_bytes = x.element_size() * x.shape[1:].numel()
         num_rows = sum(send_splits) - send_splits[rank]
@@ -108,11 +109,11 @@ def all_to_all_rows(
             out, x, recv_splits, send_splits, group=comm_group.group, async_op=comm_group.overlap
         )
 
-    return _depart(
+    return _start(
         rows,
-        _Flight(
-            begin=lambda x: exchange(x, sent, received, backward=False),
-            begin_backward=lambda grad: exchange(grad, received, sent, backward=True),
+        _Collective(
+            start_forward=lambda x: exchange(x, sent, received, backward=False),
+            start_backward=lambda grad: exchange(grad, received, sent, backward=True),
             comm_timer=comm_group.comm_timer,
             key=TrafficKey(comm_group.layer, purpose, backward=False),
         ),
@@ -120,7 +121,7 @@ def all_to_all_rows(
 
 
 def all_to_all_counts(counts: Tensor, comm_group: CommGroup) -> Tensor:
-    """[P, ...] -> [P, ...]: entry p goes to rank p, entry q of the result came from rank q."""
+    """Exchange `counts` [P, ...]: entry p is sent to rank p, entry q of the result is rank q's."""
     out = torch.empty_like(counts)
     comm_group.count("plan", counts[1:].nbytes)
     with comm_group.comm_timer.begin(TrafficKey(comm_group.layer, "plan", backward=False)):
@@ -129,23 +130,23 @@ def all_to_all_counts(counts: Tensor, comm_group: CommGroup) -> Tensor:
 
 
 def all_gather_shards(shard: Tensor, sizes: list[int], comm_group: CommGroup) -> Pending:
-    """The first `sizes[rank]` rows of each rank's shard -> [sum(sizes), ...], in rank order.
+    """Gather the first `sizes[rank]` rows of each rank's shard into [sum(sizes), ...].
 
-    `shard` [max(sizes), ...] has one shape on all ranks. The gradient is summed over the group
-    and scattered back, in one collective.
+    `shard` [max(sizes), ...] has the same shape on all ranks. The gradient is summed over the
+    group and scattered back, in one reduce-scatter.
     """
     num_ranks = len(sizes)
 
-    def gather(x: Tensor) -> _Begun:
+    def gather(x: Tensor) -> _Started:
         out = x.new_empty(num_ranks * len(x), *x.shape[1:])
         comm_group.count("gather", (num_ranks - 1) * x.nbytes)
-        # Detached, an alias of its own: ZeRO 3 takes a parameter's memory away once its module
-        # has been called, and the collective may still read it.
+        # A detached alias: ZeRO 3 frees a parameter's memory after its module was called, when
+        # the collective may still be reading it.
         return out, dist.all_gather_into_tensor(
             out, x.detach(), group=comm_group.group, async_op=comm_group.overlap
         )
 
-    def scatter(grad: Tensor) -> _Begun:
+    def scatter(grad: Tensor) -> _Started:
         mine = grad.new_empty(len(grad) // num_ranks, *grad.shape[1:])
         comm_group.count("gather", (num_ranks - 1) * mine.nbytes, backward=True)
         return mine, dist.reduce_scatter_tensor(
@@ -159,16 +160,17 @@ def all_gather_shards(shard: Tensor, sizes: list[int], comm_group: CommGroup) ->
         return torch.cat([shard[:size] for shard, size in zip(shards, sizes, strict=True)])
 
     key = TrafficKey(comm_group.layer, "gather", backward=False)
-    flight = _Flight(
-        begin=gather, begin_backward=scatter, comm_timer=comm_group.comm_timer, key=key
+    collective = _Collective(
+        start_forward=gather, start_backward=scatter, comm_timer=comm_group.comm_timer, key=key
     )
-    return _depart(shard, flight).then(without_padding)
+    return _start(shard, collective).then(without_padding)
 
 
 def sum_over_ranks(parts: list[Tensor], comm_timer: CommTimer, what: str) -> list[Tensor]:
-    """Each tensor summed over all ranks, without gradient, in one collective called `what`.
+    """Sum each tensor over all ranks, without gradient, in one collective named `what`.
 
-    Adds up in fp64, so integers are exact to 2^53. Shapes must be equal on all ranks.
+    The sums are computed in fp64, so integers are exact up to 2^53. Shapes must be equal on all
+    ranks.
     """
     flat = torch.cat([part.detach().double().flatten() for part in parts])
     with comm_timer.begin(what):

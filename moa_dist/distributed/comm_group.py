@@ -1,4 +1,4 @@
-"""A group of ranks as one layer uses it, with the books that are kept about it."""
+"""A process group as one layer uses it, with the counters that record its traffic and waiting."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from moa_dist.distributed.traffic import Purpose, TrafficCounter, TrafficKey
 
 @dataclass(frozen=True)
 class CommGroup:
-    """A group of ranks as one layer uses it."""
+    """A process group as one layer uses it."""
 
     group: dist.ProcessGroup
-    """Who takes part."""
+    """The participating ranks."""
     layer: str
-    """Whose traffic it is."""
+    """Name of the module that communicates, such as `stack.layers.0.ffn`."""
     traffic_counter: TrafficCounter
-    """Where it is counted."""
+    """Counts the bytes sent."""
     comm_timer: CommTimer
-    """Where waiting for it is counted."""
+    """Measures the time spent waiting."""
     overlap: bool = False
-    """Collectives run beside computation until their result is waited for."""
+    """Whether collectives are asynchronous and overlap with computation."""
 
     def count(self, purpose: Purpose, num_bytes: int, *, backward: bool = False) -> None:
-        """Count one collective that sent `num_bytes` to other ranks."""
+        """Record one collective that sent `num_bytes` to other ranks."""
         self.traffic_counter.add(TrafficKey(self.layer, purpose, backward), num_bytes)

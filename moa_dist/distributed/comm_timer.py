@@ -1,8 +1,9 @@
-"""How long this rank waits for others, and for what: shares of time, stragglers, hangs.
+"""Measures how long this rank waits for others, and in which collective.
 
-Collectives are begun and awaited apart, so what counts is what is left of them after overlap: on
-a CPU the time in which this thread stands still, on a GPU that in which the stream of computation
-does, between two events on it. Nothing is synchronised for it.
+The results feed the reported communication share, straggler detection and hang reports. Starting
+and awaiting a collective are timed separately, so only the exposed time counts, after overlap: on
+a CPU the time that this thread blocks, on a GPU the time between two events on the compute
+stream. The measurement itself never synchronizes the device.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ from moa_dist.profiling import annotate
 
 
 class Progress(NamedTuple):
-    """How far a rank has come among its collectives; ranks that fit together begin as many."""
+    """A rank's position in its sequence of collectives, which is the same on all ranks."""
 
     begun: int
-    """Collectives begun so far."""
+    """Number of collectives started so far."""
     what: TrafficKey | str
-    """What the last one of them, or that which is waited for, carries."""
+    """Names the collective that was last started or is being waited for."""
     inside: bool
-    """Waits for it now."""
+    """Whether the rank is waiting in it now."""
     since: float
-    """When that became so, in monotonic seconds."""
+    """When the rank entered or left it, in monotonic seconds."""
 
 
 class CommTimer:
-    """Sums up waiting until it is taken."""
+    """Accumulates the time this rank waits in collectives."""
 
     def __init__(self, *, on_gpu: bool = False) -> None:
-        """`on_gpu`: collectives run on torch's current CUDA device."""
+        """Create a timer; `on_gpu` if collectives run on torch's current CUDA device."""
         self._on_gpu = on_gpu
         self._seconds = 0.0
         self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self.progress = Progress(0, "nothing", False, time.monotonic())
-        """Replaced as a whole, so that another thread may read it."""
+        """Replaced as a whole, so that other threads can read it."""
 
     @contextmanager
     def begin(self, what: TrafficKey | str) -> Iterator[None]:
-        """Around the start of a collective, which waits unless it runs beside computation."""
+        """Time the start of a collective, which blocks unless the collective is asynchronous."""
         before = self.progress
         self.progress = before._replace(begun=before.begun + 1)
         with self.wait(what):
@@ -53,7 +54,7 @@ class CommTimer:
 
     @contextmanager
     def wait(self, what: TrafficKey | str) -> Iterator[None]:
-        """Around the wait for one that was begun."""
+        """Time the wait for a collective that was started earlier."""
         began = time.monotonic()
         self.progress = Progress(self.progress.begun, what, True, began)
         try:
@@ -67,7 +68,7 @@ class CommTimer:
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
-        # What runs on a stream of its own, as DeepSpeed's overlapped reduction, exposes nothing.
+        # Work on a side stream, such as DeepSpeed's overlapped reduction, exposes no time.
         if not self._on_gpu or torch.cuda.current_stream() != torch.cuda.default_stream():
             yield
             return
@@ -78,20 +79,20 @@ class CommTimer:
         self._spans.append((before, after))
 
     def settle(self) -> None:
-        """Forget events that the device has passed, once a step, so that they do not pile up."""
+        """Collect the events that the device has passed; call it every step to bound the queue."""
         while self._spans and self._spans[0][1].query():
             before, after = self._spans.popleft()
             self._seconds += before.elapsed_time(after) / 1000
 
     def take(self) -> float:
-        """Seconds of waiting since the last call, as far as the device has come."""
+        """Return the seconds waited since the last call, as far as the device has progressed."""
         self.settle()
         taken, self._seconds = self._seconds, 0.0
         return taken
 
 
 def described(what: TrafficKey | str) -> str:
-    """Such as `dispatch of stack.layers.3.ffn, forward`."""
+    """Describe a collective, such as `dispatch of stack.layers.3.ffn, forward`."""
     if isinstance(what, str):
         return what
     return f"{what.purpose} of {what.layer}, {'backward' if what.backward else 'forward'}"

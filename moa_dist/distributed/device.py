@@ -1,4 +1,4 @@
-"""What a rank computes on: how much it holds, and whether it repeats itself."""
+"""Properties of the device that a rank computes on: memory, determinism, overlap."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 def min_device_memory(device: torch.device) -> int:
-    """Bytes that the rank with the least can hold. Collective.
+    """Return the smallest memory capacity of any rank, in bytes. Collective.
 
-    Of a CPU, its share of the machine's memory among the ranks of this node.
+    On CPUs the machine's memory is divided by the number of ranks on the node.
     """
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -25,11 +25,11 @@ def min_device_memory(device: torch.device) -> int:
 
 
 def enable_determinism() -> None:
-    """Choose kernels that repeat bit for bit, before any has run on the device."""
+    """Select bitwise reproducible kernels; call it before the device is first used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
-def should_overlap(wish: str, backend: str) -> bool:
-    """`parallel.overlap` decided: `auto` overlaps where communication has engines of its own."""
-    return wish == "on" or (wish == "auto" and backend == "nccl")
+def should_overlap(setting: str, backend: str) -> bool:
+    """Resolve `parallel.overlap`: `auto` means NCCL only, since gloo competes for the CPU."""
+    return setting == "on" or (setting == "auto" and backend == "nccl")

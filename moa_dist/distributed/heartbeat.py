@@ -1,20 +1,16 @@
-"""Noticing that another rank is gone or stopped, and saying which.
+"""Detects that another rank is gone or stopped, and reports which one.
 
-A collective whose peer died hangs until a watchdog fires (NCCL) or fails without naming it (gloo).
-So every rank keeps one connection to rank 0, the hub, on which both ends send a beat every few
-seconds from a thread of their own: compiling, saving or a long step do not silence it. The system
-closes the connection of a process that dies, so that is noticed at once; one that is stopped, or
-whose host or network is gone, is noticed by its silence. The hub tells all others what it noticed
-first. A rank that ends in order takes its leave, one that fails says why.
-
-Messages are lines of JSON: `{}` is a beat, `{"hello": token, "rank": r, "host": h}` the first,
-`{"bye": true}` a leave, `{"lost": message}` the end. Others may use the connections as well: what
-they `tell`, between rank 0 and any other, travels as `{"news": ...}`.
+A collective whose peer died hangs until a watchdog fires (NCCL) or fails without naming the peer
+(gloo). Every rank therefore keeps one connection to rank 0, the hub. Both ends send a heartbeat
+every few seconds from a background thread, so compiling, saving or a long step do not interrupt
+it. When a process dies the operating system closes its connection, which is noticed immediately; a
+process that is stopped, or whose host or network is gone, is noticed by its silence. The hub
+forwards the first failure to all others. A rank that exits normally says goodbye, and one that
+fails says why. `moa_dist.distributed.peer` documents the messages.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import secrets
@@ -25,142 +21,136 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moa_dist.distributed.network import host_name
+from moa_dist.distributed.peer import BadMessageError, Message, Peer, parse
 from moa_dist.errors import ExitCode, PeerError
 
 INTERVAL_S = 2.0
-"""Seconds between beats."""
+"""Seconds between heartbeats."""
 SILENCE_S = 20.0
-"""A rank silent for longer is missing. Less than the 30 s after which launchers, which end a job
-at its first dead rank, kill the others: they should have spoken by then."""
+"""A rank that is silent for longer counts as lost. Less than the 30 s after which launchers, which
+end a job at its first dead rank, kill the others, so that these can report the failure first."""
 NOTICE_S = 5.0
-"""Time between noticing in the background and ending a process whose training thread hangs; and
-the time that a failing rank waits to learn whether another one failed first."""
+"""Time between detecting a failure in the background and ending a process whose training thread
+hangs; also the time that a failing rank waits to learn whether another one failed first."""
 _HELLO_S = 60.0
-_MAX_LINE = 4096
-
-
-@dataclass
-class _Peer:
-    """The other end of a connection."""
-
-    name: str
-    """Such as `rank 3 (host node-1)`; before its hello, its address."""
-    heard: float
-    """When something came last, in monotonic seconds."""
-    known: bool = False
-    """It has said hello with the right token."""
-    received: bytes = b""
-    """An unfinished line."""
 
 
 class Heartbeat:
-    """This rank's beat and its ear for the others. Thread-safe."""
+    """Sends heartbeats and monitors peers. Thread-safe."""
 
     def __init__(
         self,
         rank: int,
-        connections: dict[socket.socket, _Peer],
+        peers: list[Peer],
         listener: socket.socket | None,
         token: str,
         *,
         expected: set[int],
         silence_s: float,
     ) -> None:
+        """Start monitoring.
+
+        Args:
+            rank: This rank.
+            peers: Open connections: to the hub, or none on the hub itself.
+            listener: Where the hub accepts connections; None on other ranks.
+            token: Identifies the ranks of this job.
+            expected: Ranks that have yet to connect to the hub.
+            silence_s: Silence after which a peer counts as lost.
+        """
         self.rank = rank
         self._token = token
         self._expected = expected
         self._silence_s = silence_s
-        self._peers = connections
+        self._peers = {peer.connection: peer for peer in peers}
         self._listener = listener
         self._selector = selectors.DefaultSelector()
-        for connection in (*connections, *([listener] if listener else [])):
+        for connection in (*self._peers, *([listener] if listener else [])):
             self._selector.register(connection, selectors.EVENT_READ)
-        self._leaving = threading.Event()
-        self._noticed = threading.Event()
+        self._closing = threading.Event()
+        self._failed = threading.Event()
         self._handled = threading.Event()
-        self._message = ""
-        self._news: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._sending = threading.Lock()
+        self._failure = ""
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def lost(self, timeout_s: float = 0.0) -> str | None:
-        """What was noticed first, such as `rank 1 (host a) is gone`; waits for it that long.
+        """Return the first failure, such as `rank 1 (host a) is gone`; waits up to `timeout_s`.
 
-        Whoever gets an answer is expected to end the process, which is otherwise ended here.
+        A caller that receives a failure must end the process, which is otherwise ended here.
         """
-        if not self._noticed.wait(timeout_s):
+        if not self._failed.wait(timeout_s):
             return None
         self._handled.set()
-        return self._message
+        return self._failure
 
-    def tell(self, news: dict[str, Any]) -> None:
-        """To rank 0, or as rank 0 to all others. Short: a line of JSON."""
-        for connection in list(self._peers):
-            self._send(connection, {"news": news})
+    def send(self, payload: Message) -> None:
+        """Send a short payload to rank 0 or, on rank 0, to all other ranks."""
+        self._send_all({"payload": payload})
 
-    def news(self) -> list[dict[str, Any]]:
-        """What others told since the last call."""
-        return [self._news.get() for _ in range(self._news.qsize())]
+    def received(self) -> list[Message]:
+        """Return the payloads that arrived since the last call."""
+        return [self._inbox.get() for _ in range(self._inbox.qsize())]
 
     def end_job(self, message: str) -> None:
-        """End all ranks, this one included, as if one was lost; `message` says why."""
-        self._notice(message)
+        """End all ranks, including this one, as if one was lost; `message` says why."""
+        self._report_failure(message)
 
     def close(self, failure: str | None = None) -> None:
-        """Take leave in order, or tell the others why this rank fails."""
-        if self._leaving.is_set():
+        """Say goodbye, or tell the others why this rank fails, and close all connections."""
+        if self._closing.is_set():
             return
-        self._leaving.set()
+        self._closing.set()
         self._handled.set()
         self._thread.join(timeout=2 * INTERVAL_S)
-        farewell = {"bye": True} if failure is None else {"lost": failure}
-        for connection in list(self._peers):
-            self._send(connection, farewell)
-            connection.close()
+        farewell: Message = {"bye": True} if failure is None else {"lost": failure}
+        for peer in list(self._peers.values()):
+            peer.send(farewell)
+            peer.connection.close()
         if self._listener:
             self._listener.close()
         self._selector.close()
 
     def _run(self) -> None:
-        next_beat = 0.0
-        while not self._leaving.is_set():
+        next_heartbeat = 0.0
+        while not self._closing.is_set():
             now = time.monotonic()
-            if now >= next_beat:
-                if next_beat and now - next_beat > self._silence_s / 2:
-                    # This process itself was stopped or starved; what the others sent meanwhile
-                    # is still to be read, so their silence proves nothing.
+            if now >= next_heartbeat:
+                if next_heartbeat and now - next_heartbeat > self._silence_s / 2:
+                    # This process itself was stopped or starved. What the others sent in the
+                    # meantime is still unread, so their silence proves nothing.
                     for peer in self._peers.values():
                         peer.heard = now
-                for connection in list(self._peers):
-                    self._send(connection, {})
-                next_beat = now + INTERVAL_S
+                self._send_all({})
+                next_heartbeat = now + INTERVAL_S
             for key, _ in self._selector.select(timeout=0.2):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
                     assert isinstance(key.fileobj, socket.socket)
-                    self._receive(key.fileobj)
-            self._look_for_silence(time.monotonic())
+                    self._receive(self._peers[key.fileobj])
+            self._check_silence(time.monotonic())
 
-    def _look_for_silence(self, now: float) -> None:
-        for connection, peer in list(self._peers.items()):
+    def _check_silence(self, now: float) -> None:
+        for peer in list(self._peers.values()):
             if now - peer.heard > self._silence_s:
                 if peer.known:
                     seconds = f"{self._silence_s:g} s"
-                    self._notice(f"{peer.name} has been silent for {seconds}: stopped, or cut off")
-                self._forget(connection)
+                    self._report_failure(
+                        f"{peer.name} has been silent for {seconds}: stopped, or cut off"
+                    )
+                self._disconnect(peer)
         if self._expected and now - self._started > _HELLO_S:
             ranks = ", ".join(map(str, sorted(self._expected)))
-            self._notice(f"of rank {ranks} nothing was heard within {_HELLO_S:g} s")
+            self._report_failure(f"rank {ranks} did not connect within {_HELLO_S:g} s")
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -169,117 +159,100 @@ class Heartbeat:
         except OSError:
             return
         connection.settimeout(INTERVAL_S)
-        self._peers[connection] = _Peer(f"{address[0]}", time.monotonic())
+        self._peers[connection] = Peer(connection, f"{address[0]}")
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _receive(self, connection: socket.socket) -> None:
-        peer = self._peers[connection]
+    def _receive(self, peer: Peer) -> None:
         try:
-            data = connection.recv(_MAX_LINE)
-        except OSError:
-            data = b""
-        if not data:
-            if peer.known:
-                self._notice(f"{peer.name} is gone: its process ended without a word")
-            self._forget(connection)
-            return
-        peer.heard = time.monotonic()
-        *lines, peer.received = (peer.received + data).split(b"\n")
-        for line in lines:
-            if not self._understand(connection, peer, line):
-                self._forget(connection)
+            lines = peer.receive()
+            if lines is None:
+                if peer.known:
+                    self._report_failure(f"{peer.name} is gone: its process ended without a word")
+                self._disconnect(peer)
                 return
-        if len(peer.received) > _MAX_LINE:
-            self._forget(connection)
+            for line in lines:
+                if not self._handle(peer, parse(line)):
+                    self._disconnect(peer)
+                    return
+        except BadMessageError:
+            self._disconnect(peer)
 
-    def _understand(self, connection: socket.socket, peer: _Peer, line: bytes) -> bool:
-        """Whether to go on listening."""
-        try:
-            message: dict[str, Any] = json.loads(line)
-            if not peer.known:
-                if not secrets.compare_digest(message["hello"], self._token):
-                    return False
-                peer.name = f"rank {int(message['rank'])} (host {message['host']})"
-                peer.known = True
-                self._expected.discard(int(message["rank"]))
-            elif message.get("bye"):
-                return False
-            elif "lost" in message:
-                self._notice(str(message["lost"]))
-                return False
-            elif "news" in message:
-                self._news.put(dict(message["news"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+    def _handle(self, peer: Peer, message: Message) -> bool:
+        """Process one message; returns whether to keep the connection."""
+        if not peer.known:
+            self._expected.discard(peer.identify(message, self._token))
+        elif message.get("bye"):
             return False
+        elif "lost" in message:
+            self._report_failure(str(message["lost"]))
+            return False
+        elif isinstance(message.get("payload"), dict):
+            self._inbox.put(message["payload"])
         return True
 
-    def _notice(self, message: str) -> None:
-        """Remember the first, pass it on, and see to it that this process ends."""
-        if self._noticed.is_set() or self._leaving.is_set():
+    def _report_failure(self, failure: str) -> None:
+        """Keep the first failure, forward it to all peers, and make sure that this process ends."""
+        if self._failed.is_set() or self._closing.is_set():
             return
-        self._message = message
-        self._noticed.set()
-        for connection in list(self._peers):
-            self._send(connection, {"lost": message})
-        threading.Thread(target=self._end_if_hanging, daemon=True).start()
+        self._failure = failure
+        self._failed.set()
+        self._send_all({"lost": failure})
+        threading.Thread(target=self._exit_if_hanging, daemon=True).start()
 
-    def _end_if_hanging(self) -> None:
+    def _exit_if_hanging(self) -> None:
         if not self._handled.wait(NOTICE_S):
-            print(f"rank {self.rank}: {self._message}", file=sys.stderr, flush=True)
+            print(f"rank {self.rank}: {self._failure}", file=sys.stderr, flush=True)
             os._exit(ExitCode.LOST_PEER)
 
-    def _send(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        try:
-            with self._sending:
-                connection.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            return  # the receiving side notices, and knows how the peer ended
+    def _send_all(self, message: Message) -> None:
+        for peer in list(self._peers.values()):
+            peer.send(message)
 
-    def _forget(self, connection: socket.socket) -> None:
-        if self._peers.pop(connection, None) is not None:
-            self._selector.unregister(connection)
-            connection.close()
+    def _disconnect(self, peer: Peer) -> None:
+        if self._peers.pop(peer.connection, None) is not None:
+            self._selector.unregister(peer.connection)
+            peer.connection.close()
 
 
 @contextmanager
 def heartbeat(device: torch.device, *, silence_s: float = SILENCE_S) -> Iterator[Heartbeat | None]:
-    """Watch over the ranks of this job while open; None for a job of one rank.
+    """Monitor the ranks of this job while the context is open; None in a job of one rank.
 
-    Collective at the start: rank 0 tells the others where it listens.
+    Collective on entry: rank 0 broadcasts where it listens.
 
     Raises:
-        PeerError: instead of the error that a lost rank caused here.
+        PeerError: Instead of the error that a lost rank caused on this one.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         yield None
         return
-    beat = _connect(rank, device, silence_s)
+    monitor = _connect(rank, device, silence_s)
     try:
-        yield beat
+        yield monitor
     except BaseException as error:
-        # A collective fails here because of what happened elsewhere: wait for that news. Other
-        # errors are this rank's own, or all ranks have them.
+        # A collective fails here because of an event elsewhere: wait for the report. Other errors
+        # are this rank's own, or occur on all ranks.
         is_effect = isinstance(error, RuntimeError) and not isinstance(
             error, torch.OutOfMemoryError
         )
-        lost = beat.lost(NOTICE_S) if is_effect else None
+        lost = monitor.lost(NOTICE_S) if is_effect else None
         if lost is None:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-            beat.close(f"rank {rank} (host {host_name()}) failed: {reason}")
+            monitor.close(f"rank {rank} (host {host_name()}) failed: {reason}")
             if is_effect and "timed out" in str(error).lower():
                 raise PeerError(
                     "a collective timed out though every rank is alive: one of them is stuck, or "
-                    f"did not come to it ({reason})"
+                    f"did not enter it ({reason})"
                 ) from error
             raise
-        beat.close()
+        monitor.close()
         raise PeerError(f"{lost}; this rank ends") from error
-    beat.close()
+    monitor.close()
 
 
 def _connect(rank: int, device: torch.device, silence_s: float) -> Heartbeat:
-    """Collective. The hub listens on the address by which the job's ranks found rank 0."""
+    """Connect to the hub, which listens on the job's master address. Collective."""
     host = os.environ["MASTER_ADDR"]
     where: list[Any] = [None]
     listener = None
@@ -290,23 +263,25 @@ def _connect(rank: int, device: torch.device, silence_s: float) -> Heartbeat:
     port, token, hub_host = where[0]
     if rank == 0:
         others = set(range(1, dist.get_world_size()))
-        return Heartbeat(rank, {}, listener, token, expected=others, silence_s=silence_s)
+        return Heartbeat(rank, [], listener, token, expected=others, silence_s=silence_s)
     try:
         connection = socket.create_connection((host, port), timeout=_HELLO_S)
     except OSError as error:
         raise PeerError(
-            f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}; the network must let all "
-            "ports through between the nodes of a job"
+            f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}; allow connections on all "
+            "ports between the nodes of the job"
         ) from error
     connection.settimeout(INTERVAL_S)
-    hello = {"hello": token, "rank": rank, "host": host_name()}
-    connection.sendall(json.dumps(hello).encode() + b"\n")
-    hub = _Peer(f"rank 0 (host {hub_host})", time.monotonic(), known=True)
-    return Heartbeat(rank, {connection: hub}, None, token, expected=set(), silence_s=silence_s)
+    hub = Peer(connection, f"rank 0 (host {hub_host})", known=True)
+    hub.send({"hello": token, "rank": rank, "host": host_name()})
+    return Heartbeat(rank, [hub], None, token, expected=set(), silence_s=silence_s)
 
 
 def _listen(host: str) -> socket.socket:
-    """On loopback if the job stays there; a name may mean loopback to rank 0's own host alone."""
+    """Listen on loopback if the job does not leave this machine, else on all addresses.
+
+    A name counts as remote: it may mean loopback on rank 0's own host only.
+    """
     is_local = host in ("localhost", "127.0.0.1", "::1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host if is_local else "", 0), family=family, backlog=4096)

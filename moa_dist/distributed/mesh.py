@@ -1,7 +1,7 @@
-"""The mesh: W ranks = edp x ep.
+"""The device mesh: W ranks = edp x ep.
 
-Ranks that share one set of experts (ep) are neighbours, so that the busiest exchange stays
-inside a node; ranks that hold copies of the same experts (edp) are ep apart.
+Ranks that share one set of experts (ep) are neighbors, so the busiest exchange stays inside a
+node; ranks that hold copies of the same experts (edp) are ep apart.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from moa_dist.errors import ClusterError
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place among W ranks, and the groups it belongs to."""
+    """This rank's position among the W ranks, and the process groups it belongs to."""
 
     rank: int
     """0 ... W - 1."""
     world_size: int
-    """W."""
+    """Number of ranks (W)."""
     expert_parallel: int
-    """ep, a divisor of W."""
+    """Number of ranks that share one set of experts (ep); divides W."""
     ep_group: dist.ProcessGroup
     """The ep ranks that share one set of experts with this one."""
     edp_group: dist.ProcessGroup
     """The W / ep ranks that hold the same experts as this one."""
     traffic_counter: TrafficCounter = field(default_factory=TrafficCounter)
-    """What this rank sends to others for its experts, and at ZeRO 0 for gradients."""
+    """Counts what this rank sends for its experts and, at ZeRO 0, for gradients."""
     comm_timer: CommTimer = field(default_factory=CommTimer)
-    """How long it waits for them."""
+    """Measures how long this rank waits for the others."""
 
     def ep_comm_group(self, layer: str, *, overlap: bool = False) -> CommGroup:
-        """To the ranks that share this one's experts, for the module named `layer`."""
+        """Return the ep group as the module named `layer` uses it."""
         return CommGroup(self.ep_group, layer, self.traffic_counter, self.comm_timer, overlap)
 
 
 def expert_parallel_ranks(world_size: int, expert_parallel: int) -> list[list[int]]:
-    """Ranks of each ep group: [[0, 1], [2, 3]] for W = 4, ep = 2."""
+    """List the ranks of each ep group: [[0, 1], [2, 3]] for W = 4, ep = 2."""
     return [
         list(range(start, start + expert_parallel))
         for start in range(0, world_size, expert_parallel)
@@ -49,17 +49,17 @@ def expert_parallel_ranks(world_size: int, expert_parallel: int) -> list[list[in
 
 
 def expert_data_parallel_ranks(world_size: int, expert_parallel: int) -> list[list[int]]:
-    """Ranks of each edp group: [[0, 2], [1, 3]] for W = 4, ep = 2."""
+    """List the ranks of each edp group: [[0, 2], [1, 3]] for W = 4, ep = 2."""
     return [list(range(i, world_size, expert_parallel)) for i in range(expert_parallel)]
 
 
 def make_mesh(expert_parallel: int) -> Mesh:
-    """Make the groups. Collective over all ranks; needs an initialised process group."""
+    """Create the process groups. Collective over all ranks of an initialized process group."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % expert_parallel:
         raise ClusterError(
-            f"parallel.expert_parallel = {expert_parallel} does not divide the {world_size} ranks "
-            "of this job: start another number of ranks or change it"
+            f"parallel.expert_parallel is {expert_parallel}, which does not divide the "
+            f"{world_size} ranks of this job: change it or start a different number of ranks"
         )
     ep_group, _ = dist.new_subgroups_by_enumeration(
         expert_parallel_ranks(world_size, expert_parallel)

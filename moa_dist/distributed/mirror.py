@@ -1,12 +1,12 @@
-"""A job of W ranks of which only one exists: the others are taken to be its mirror images.
+"""Simulates a job of W ranks in one process by treating the other ranks as mirror images of it.
 
 Every other rank is assumed to hold the same tokens and the same parameters, so this rank knows what
-it would receive: sums are W times its own values, gathers are copies, and from each rank of an
-all-to-all comes the block that this rank sends to itself. All sizes are those of the real job if
-every rank's data were routed like this one's. Values are plausible, not right: other ranks hold
-other experts. Nothing is sent.
+it would receive: sums are W times its own values, gathers are copies, and each rank of an
+all-to-all contributes the block that this rank sends to itself. All sizes are those of a real job
+in which every rank's data is routed like this one's. Values are plausible but wrong, because other
+ranks hold other experts. Nothing is sent.
 
-Serves `moa_dist.verify.dry_run` and tests of more ranks than a machine could run.
+Used by `moa_dist.verify.dry_run` and by tests with more ranks than a machine could run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.futures import Future
 from moa_dist.distributed.start import ALONE, DistContext, device_of, patched_environ
 
 BACKEND = "mirror"
-"""Name of the backend."""
+"""Name under which the backend is registered."""
 
 
 class _Done(dist.Work):
-    """Work that is over."""
+    """Work that is complete from the start."""
 
     def __init__(self, result: Any) -> None:
         super().__init__()
@@ -36,55 +36,55 @@ class _Done(dist.Work):
         self._future.set_result(result)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """At once."""
+        """Return immediately."""
         return True
 
     def get_future(self) -> Future[Any]:
-        """Already set."""
+        """Return a future that is already set."""
         return self._future
 
 
 class MirrorGroup(dist.ProcessGroup):
-    """What `rank` of `size` equal ranks receives from the others."""
+    """A process group of `size` ranks that all equal this one, which is number `rank`."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._rank, self._size = rank, size
 
     def getBackendName(self) -> str:
-        """As torch asks for it."""
+        """Return the backend's name, which torch asks for."""
         return BACKEND
 
     def barrier(self, *_: Any, **__: Any) -> dist.Work:
-        """Nobody to wait for."""
+        """Return immediately: no other rank exists."""
         return _Done([])
 
     def broadcast(self, tensors: Any, *_: Any) -> dist.Work:
-        """The same values are here already."""
+        """Leave the tensors as they are: the source holds the same values."""
         return _Done(tensors)
 
     def allreduce(self, tensors: Any, options: Any = None, *_: Any) -> dist.Work:
-        """Sums of as many equal values; other reductions leave them as they are."""
+        """Multiply sums by the number of ranks; other reductions leave the values unchanged."""
         if options is None or options.reduceOp == dist.ReduceOp.SUM:
             for tensor in tensors:
                 tensor.mul_(self._size)
         return _Done(tensors)
 
     def allgather(self, gathered: Any, tensors: Any, *_: Any) -> dist.Work:
-        """Everybody's is this rank's."""
+        """Fill each rank's part with a copy of this rank's tensor."""
         for copies, tensor in zip(gathered, tensors, strict=True):
             for copy in copies:
                 copy.copy_(tensor)
         return _Done(gathered)
 
     def all_gather_single(self, gathered: Tensor, tensor: Tensor, *_: Any) -> dist.Work:
-        """Everybody's is this rank's."""
-        for part in gathered.view(self._size, -1):  # one of which may be `tensor` itself
+        """Fill each rank's part with a copy of this rank's tensor."""
+        for part in gathered.view(self._size, -1):  # one part may be `tensor` itself
             part.copy_(tensor.view(-1))
         return _Done([gathered])
 
     def reduce_scatter_single(self, part: Tensor, tensor: Tensor, *_: Any) -> dist.Work:
-        """Sum of as many equal parts."""
+        """Multiply this rank's part by the number of ranks."""
         mine = tensor.view(self._size, -1)[self._rank]
         torch.mul(mine, self._size, out=part.view(-1))
         return _Done([part])
@@ -97,10 +97,10 @@ class MirrorGroup(dist.ProcessGroup):
         send_splits: list[int],
         *_: Any,
     ) -> dist.Work:
-        """From each rank the block that this one sends to itself.
+        """Receive from each rank the block that this rank sends to itself.
 
-        On the way back from experts blocks have other sizes, for other ranks hold other experts:
-        this rank's rows stand in for theirs, as often as it takes.
+        On the way back from the experts, block sizes differ because other ranks hold other
+        experts: this rank's rows stand in for theirs, repeated as often as needed.
         """
         equal = [len(sent) // self._size] * self._size
         mine = sent.split(send_splits or equal)[self._rank]
@@ -111,7 +111,7 @@ class MirrorGroup(dist.ProcessGroup):
                 block.zero_()
         return _Done([received])
 
-    # The names of torch 2.11.
+    # Names used by torch 2.11.
     _allgather_base: Any = all_gather_single
     _reduce_scatter_base: Any = reduce_scatter_single
     alltoall_base: Any = all_to_all_single
@@ -126,7 +126,7 @@ dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
 
 @contextmanager
 def mirrored_job(rank: int, world_size: int) -> Iterator[DistContext]:
-    """Be `rank` of a job of `world_size` ranks, the others mirror images of this one."""
+    """Act as `rank` of a job of `world_size` ranks whose other ranks mirror this one."""
     device = device_of(rank, local_rank=0)
     environment = ALONE | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     with patched_environ(environment):

@@ -1,4 +1,4 @@
-"""How this machine is named and reached in a job: its name, and the interface towards rank 0."""
+"""The machine's name in messages, free ports, and the network interface toward rank 0."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ import socket
 from collections.abc import MutableMapping
 
 HOST_VARIABLE = "MOA_DIST_HOST"
-"""Name of this machine in messages, where launchers know a better one than its own."""
+"""Environment variable by which a launcher overrides this machine's name in messages."""
 _INTERFACES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
-"""Variable -> what makes its value a whole name: NCCL takes a bare one as a prefix."""
+"""Variable -> marker for an exact match: NCCL treats a bare interface name as a prefix."""
 
 
 def host_name() -> str:
-    """What messages call this machine."""
+    """Return the name that messages use for this machine."""
     return os.environ.get(HOST_VARIABLE) or socket.gethostname()
 
 
 def is_loopback(host: str) -> bool:
-    """By its spelling: a machine's own name may resolve to loopback on that machine alone."""
+    """Return whether `host` is spelled as a loopback address.
+
+    Names are not resolved: a machine's own name may resolve to loopback on that machine only.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -29,9 +32,10 @@ def is_loopback(host: str) -> bool:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """Free now, and not of those (from 32768 on, mostly) that the system gives away.
+    """Return a free port below the ephemeral range, which usually starts at 32768.
 
-    It is used seconds later, when the ranks have started.
+    The port is used seconds later, when the ranks have started, so the system must not hand it to
+    another process in the meantime.
     """
     while True:
         port = random.randrange(15000, 32768)
@@ -41,10 +45,10 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def local_address(peer: str) -> str:
-    """The own address from which packets go to `peer`, an address or a name.
+    """Return the local address from which packets are sent to `peer`, an address or a name.
 
     Raises:
-        OSError: the name is unknown, or there is no route.
+        OSError: The name cannot be resolved, or no route exists.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(peer, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
@@ -53,9 +57,9 @@ def local_address(peer: str) -> str:
 
 
 def interface_towards(peer: str) -> str | None:
-    """Name of the interface that has the address by which this machine reaches `peer`.
+    """Return the name of the interface through which this machine reaches `peer`.
 
-    None where no interface has it, or where `peer` is another name for this machine itself.
+    Returns None if no interface has the local address, or if `peer` is this machine itself.
     """
     import psutil
 
@@ -69,13 +73,13 @@ def interface_towards(peer: str) -> str | None:
 
 
 def choose_interfaces(environment: MutableMapping[str, str]) -> str:
-    """Make gloo and NCCL use the interface towards MASTER_ADDR, unless one was chosen.
+    """Make gloo and NCCL use the interface toward MASTER_ADDR, unless one is set already.
 
-    Left to itself gloo takes what the host's own name resolves to, on Debian loopback, and NCCL
-    the first interface, which may be another network than that by which the ranks have met.
+    By default gloo uses the address that the host's own name resolves to (loopback on Debian), and
+    NCCL the first interface, which may belong to a different network than rank 0's address.
 
     Returns:
-        What was chosen, and why.
+        A description of what was chosen, and why.
     """
     master = environment["MASTER_ADDR"]
     given = [name for name in _INTERFACES if name in environment]
@@ -85,7 +89,7 @@ def choose_interfaces(environment: MutableMapping[str, str]) -> str:
     except OSError as error:
         return "; ".join([*words, f"no route to {master} ({error}): no interface chosen"])
     if interface is None:
-        words.append(f"no interface has the address by which {master} is reached")
+        words.append(f"no interface has the local address that routes to {master}")
     for name, prefix in _INTERFACES.items():
         if name not in given and interface is not None:
             environment[name] = prefix + interface

@@ -1,4 +1,4 @@
-"""Tensors under way: what a layer may compute beside, without knowing who sends them."""
+"""In-flight tensors, so a layer can overlap communication with compute."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 class Pending(NamedTuple):
-    """A tensor that may still be under way."""
+    """A tensor whose data may still be in flight."""
 
     buffer: Tensor
-    """What it arrives in; not to be read before."""
+    """Receives the data; must not be read before `wait`."""
     finish: Callable[[Tensor], Tensor]
-    """Waits, and makes the tensor of the buffer."""
+    """Waits for the data and turns the buffer into the result."""
 
     def wait(self) -> Tensor:
-        """The tensor. To be called once."""
+        """Wait for the data and return the tensor. Call it once."""
         return self.finish(self.buffer)
 
     def then(self, function: Callable[[Tensor], Tensor]) -> Pending:
-        """What `function` makes of it, once it is here."""
+        """Return a pending tensor to which `function` is applied after the wait."""
         return Pending(self.buffer, lambda buffer: function(self.finish(buffer)))
 
 
 def ready(x: Tensor) -> Pending:
-    """A tensor that need not travel."""
+    """Wrap a tensor that is already available."""
     return Pending(x, lambda buffer: buffer)

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 to any rank ends all ranks at the same step boundary."""
+"""Preemption: SIGTERM or SIGUSR1 to any rank stops all ranks at the same step boundary."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import FrameType
 from typing import Any, Self
 
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What clusters send some time before they kill a job; Kubernetes and `deepspeed` the first,
-Slurm (`--signal`) whichever is configured."""
+"""Signals that schedulers send some time before they kill a job: SIGTERM from Kubernetes and
+`deepspeed`, the configured one from Slurm (`--signal`)."""
 
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Processes started here do not die of the signals, which go to all processes of a job.
+    """Block the preemption signals in this thread, so that processes started here survive them.
 
-    Neither do those that they start, until one of them unblocks the signals. The other threads of
-    this process still take a signal that comes meanwhile.
+    Schedulers signal all processes of a job. Child processes inherit the mask until one of them
+    unblocks the signals. Other threads of this process still receive signals in the meantime.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
     try:
@@ -28,16 +28,16 @@ def signals_blocked() -> Iterator[None]:
 
 
 class Preemption:
-    """While open, remembers that one of the signals came instead of dying of it.
+    """Context manager that records preemption signals instead of letting them end the process.
 
-    To be opened in the main thread, where Python handles signals.
+    Enter it in the main thread, where Python handles signals.
     """
 
     def __init__(self, *, by_keyboard: bool = False) -> None:
-        """`by_keyboard`: the first Ctrl-C counts as well, a second one interrupts."""
+        """With `by_keyboard` the first Ctrl-C counts as well; a second one interrupts."""
         self._signals = PREEMPTION_SIGNALS + ((signal.SIGINT,) if by_keyboard else ())
         self.requested = False
-        """On this rank; the training loop lets all ranks agree."""
+        """Whether this rank received a signal; the training loop synchronizes it over ranks."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:

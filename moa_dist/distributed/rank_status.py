@@ -1,4 +1,4 @@
-"""Where each rank of a job stands, and which of them the others wait for."""
+"""The status of each rank of a job, and which ranks the others are waiting for."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from types import FrameType
 from moa_dist.distributed.comm_timer import Progress, described
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
-_MOST = 300
-"""Characters of a text that travels."""
+_MAX_CHARS = 300
+"""Maximum length of a text in a message."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What one rank does at a moment."""
+    """What one rank is doing at one moment."""
 
     rank: int
     """0 ... W - 1."""
     host: str
-    """Where it runs."""
+    """Name of the machine it runs on."""
     step: int | None
-    """The step that it takes; None between steps."""
+    """Current training step; None between steps."""
     begun: int
-    """Collectives that it has begun."""
+    """Number of collectives it has started."""
     what: str
-    """What the last of them carries."""
+    """Describes the last of them."""
     inside: bool
-    """It waits in that one."""
+    """Whether it is waiting in that collective."""
     seconds: float
-    """Since it came to that one or out of it."""
+    """Time since it entered or left that collective."""
     at: str
-    """The innermost line of the main thread, and that of this package."""
+    """The innermost line of the main thread, and the innermost line in this package."""
 
     def __str__(self) -> str:
         where = "is between steps" if self.step is None else f"is in step {self.step}"
-        does = "has begun no collective"
+        does = "has started no collective"
         if self.begun:
-            does = f"{'waits in' if self.inside else 'is past'} collective {self.begun}"
-            does += f", {self.what}, since {self.seconds:.0f} s"
+            does = f"{'is waiting in' if self.inside else 'is past'} collective {self.begun}"
+            does += f", {self.what}, for {self.seconds:.0f} s"
         return f"rank {self.rank} (host {self.host}) {where}; {does}; at {self.at}"
 
 
 def own_status(rank: int, step: int | None, progress: Progress) -> RankStatus:
-    """Of this process, seen from any of its threads."""
+    """Return the status of this process; may be called from any of its threads."""
     return RankStatus(
         rank=rank,
         host=socket.gethostname(),
         step=step,
         begun=progress.begun,
-        what=described(progress.what)[:_MOST],
+        what=described(progress.what)[:_MAX_CHARS],
         inside=progress.inside,
         seconds=round(time.monotonic() - progress.since, 1),
-        at=_place(sys._current_frames().get(threading.main_thread().ident or 0))[:_MOST],
+        at=_location(sys._current_frames().get(threading.main_thread().ident or 0))[:_MAX_CHARS],
     )
 
 
-def _place(frame: FrameType | None) -> str:
+def _location(frame: FrameType | None) -> str:
     lines: list[str] = []
     while frame is not None:
         file = frame.f_code.co_filename
@@ -74,11 +74,11 @@ def _place(frame: FrameType | None) -> str:
         if is_ours:
             break
         frame = frame.f_back
-    return ", called at ".join(lines) or "an unknown place"
+    return ", called at ".join(lines) or "an unknown location"
 
 
 def all_stacks() -> str:
-    """Of all threads of this process, the innermost call last."""
+    """Return the stacks of all threads of this process, the innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
@@ -87,21 +87,24 @@ def all_stacks() -> str:
 
 
 def find_stragglers(known: Sequence[RankStatus]) -> tuple[list[RankStatus], str]:
-    """Ranks for which the others wait, and why that follows; none where it does not."""
+    """Return the ranks that the others are waiting for, and the reason.
+
+    The list is empty if no single rank stands out.
+    """
     fewest = min(status.begun for status in known)
     behind = [status for status in known if status.begun == fewest]
     if len(behind) < len(known):
-        return behind, "has not come to the collective in which the others wait"
-    at_work = [status for status in known if not status.inside]
-    if at_work and len(at_work) < len(known):
-        return at_work, "is past the collective in which the others wait"
-    if at_work:
-        return [], "all ranks have begun as many collectives and wait in none: all of them are slow"
-    return [], "all ranks wait in the same collective: look at the network between them"
+        return behind, "has not reached the collective that the others are waiting in"
+    working = [status for status in known if not status.inside]
+    if working and len(working) < len(known):
+        return working, "is past the collective that the others are waiting in"
+    if working:
+        return [], "no rank is behind and none is waiting in a collective: all of them are slow"
+    return [], "all ranks are waiting in the same collective: check the network between them"
 
 
 def summary(known: Sequence[RankStatus], silent: Iterable[int]) -> tuple[str, str]:
-    """What to say of all ranks: in one line, and in one line each."""
+    """Summarize all ranks: the conclusion in one line, and one line per rank that answered."""
     lines = [str(status) for status in sorted(known, key=lambda s: s.rank)]
     missing = sorted(silent)
     if missing:

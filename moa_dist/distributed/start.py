@@ -1,4 +1,4 @@
-"""Starting and ending a rank's part in a job, whichever launcher started the process."""
+"""Joining and leaving a job, whichever launcher started the process."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
-"""Environment of a job of one rank; port 0 lets the system pick a free one."""
+"""Environment of a job with a single rank; port 0 lets the system pick a free one."""
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """What this rank is and computes on."""
+    """This rank's identity in the job, its device and its communication backend."""
 
     rank: int
     """0 ... world_size - 1."""
     world_size: int
-    """Ranks (W)."""
+    """Number of ranks (W)."""
     device: torch.device
-    """This rank's device."""
+    """The device that this rank computes on."""
     backend: str
-    """`nccl`, `gloo`, or that of `moa_dist.distributed.mirror`."""
-    beat: Heartbeat | None = None
-    """Connections to the other ranks; None if there are none."""
+    """`nccl`, `gloo`, or the name of `moa_dist.distributed.mirror`."""
+    heartbeat: Heartbeat | None = None
+    """Monitors the other ranks; None in a job of one rank."""
 
 
 @contextmanager
 def patched_environ(environment: dict[str, str]) -> Iterator[None]:
-    """While open, these environment variables are as a launcher would have set them."""
+    """Set environment variables while the context is open, as a launcher would have set them."""
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -60,12 +60,12 @@ def patched_environ(environment: dict[str, str]) -> Iterator[None]:
 
 
 def device_of(rank: int, local_rank: int) -> torch.device:
-    """The GPU that a rank takes, made torch's current one, or the CPU where there are none."""
+    """Select the rank's GPU as torch's current device; returns the CPU if no GPU is available."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ClusterError(
-            f"rank {rank} is process {local_rank + 1} of its node, which has "
+            f"rank {rank} is process {local_rank + 1} on its node, which has only "
             f"{torch.cuda.device_count()} GPUs: start fewer processes per node"
         )
     device = torch.device("cuda", local_rank)
@@ -75,17 +75,17 @@ def device_of(rank: int, local_rank: int) -> torch.device:
 
 @contextmanager
 def init_distributed() -> Iterator[DistContext]:
-    """Join the job that `deepspeed`, `torchrun` or plain `python` started this process in.
+    """Join the job in which `deepspeed`, `torchrun` or plain `python` started this process.
 
-    On GPUs each rank takes the device of its LOCAL_RANK and talks through NCCL; without
-    GPUs it computes on the CPU and talks through gloo. A rank that is lost meanwhile ends all
-    others within a minute, with a PeerError that names it. Leaves the job at the end.
+    With GPUs, each rank uses the device of its LOCAL_RANK and communicates through NCCL; without
+    GPUs it uses the CPU and gloo. If a rank is lost while the context is open, all others end
+    within a minute with a PeerError that names it. On exit the rank leaves the job.
     """
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
             raise ClusterError(
-                "several tasks were started, but none was told its rank: start one task per node, "
-                "and in it `deepspeed` or `torchrun`"
+                "SLURM_NTASKS is greater than 1 but RANK is not set: start one task per node, and "
+                "run `deepspeed` or `torchrun` in it"
             )
         with patched_environ(ALONE), init_distributed() as alone:
             yield alone
@@ -93,7 +93,7 @@ def init_distributed() -> Iterator[DistContext]:
     missing = [name for name in ALONE if name not in os.environ]
     if missing:
         raise ClusterError(
-            f"RANK is set but {', '.join(missing)} is not: start with `deepspeed` or `torchrun`"
+            f"RANK is set but not {', '.join(missing)}: start with `deepspeed` or `torchrun`"
         )
     rank, local_rank, world_size = (
         int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -115,8 +115,8 @@ def init_distributed() -> Iterator[DistContext]:
             f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "
             "every rank was started, that the address is reachable and that the port is free"
         ) from error
-    with heartbeat(device) as beat:
-        yield DistContext(rank, world_size, device, backend, beat)
-    # Not after an error: other ranks may be inside a collective, and waiting for them here would
-    # keep this process from ending, by which its launcher ends the others.
+    with heartbeat(device) as monitor:
+        yield DistContext(rank, world_size, device, backend, monitor)
+    # Not after an error: other ranks may be inside a collective, and waiting for them would keep
+    # this process from exiting, which is what makes its launcher end the others.
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The store through which ranks find each other, listening no wider than the job needs."""
+"""The rendezvous store, which listens on no more addresses than the job needs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from moa_dist.distributed.network import choose_interfaces, is_loopback
 
 
 def local_store(rank: int, world_size: int, timeout: timedelta) -> Store | None:
-    """The store of a job whose ranks all are on this machine, as MASTER_ADDR says.
+    """Create the store of a job whose ranks all run on this machine, according to MASTER_ADDR.
 
-    Rank 0 listens on loopback. Left to itself torch would listen on every address of the
-    machine, and gloo on that of its host name, for anybody who can reach them.
+    Rank 0 listens on loopback. By default torch would listen on every address of the machine, and
+    gloo on that of its host name, where anybody who can reach them could connect.
 
     Args:
-        rank: this rank.
-        world_size: number of ranks.
-        timeout: longest wait for the other ranks.
+        rank: This rank.
+        world_size: Number of ranks.
+        timeout: Longest wait for the other ranks.
 
     Returns:
-        The store, or None for a job on several machines or with a store of `torchrun`'s own,
-        which torch then sets up as the environment says.
+        The store, or None for a job on several machines or with a store provided by `torchrun`,
+        which torch then sets up from the environment.
 
     Raises:
-        OSError: MASTER_PORT is taken.
+        OSError: MASTER_PORT is in use.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if not is_loopback(host):
@@ -45,7 +45,7 @@ def local_store(rank: int, world_size: int, timeout: timedelta) -> Store | None:
             world_size,
             is_master=True,
             timeout=timeout,
-            master_listen_fd=listener.detach(),  # torch's from here on
+            master_listen_fd=listener.detach(),  # torch owns it from here on
         )
     else:
         store = TCPStore(host, port, world_size, is_master=False, timeout=timeout)

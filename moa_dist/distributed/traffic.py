@@ -1,8 +1,9 @@
-"""What this rank sends to others, counted where it is sent.
+"""Counts what this rank sends to others.
 
-Counted are bytes that leave the rank, in the algorithms that move fewest: what an all-to-all keeps
-at home is not counted, a gather or scatter over P ranks moves P - 1 shards, and an all-reduce
-twice the share (P - 1) / P of its data. `moa_dist.plan.predicted_traffic` predicts the same.
+The count is of bytes that leave the rank, assuming bandwidth-optimal algorithms: the part of an
+all-to-all that stays on the rank is not counted, a gather or scatter over P ranks moves P - 1
+shards, and an all-reduce moves 2 (P - 1) / P times its data. `moa_dist.plan.predicted_traffic`
+predicts the same numbers.
 """
 
 from __future__ import annotations
@@ -11,53 +12,53 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 Purpose = Literal["plan", "dispatch", "combine", "gather", "reduce"]
-"""Why a collective runs: exchanging a plan (counts, indices, router weights and their
-gradients), rows on their way to experts, rows on their way back, weights of experts, gradients.
-Gradients of rows and weights count with the trip whose way they take back."""
+"""Why a collective runs: to exchange a dispatch plan (counts, indices, router weights and their
+gradients), to send rows to experts, to return rows, to gather expert weights, to reduce gradients.
+Gradients of rows and weights count under the purpose of the forward transfer they reverse."""
 
 
 class TrafficKey(NamedTuple):
-    """One kind of traffic."""
+    """Identifies one kind of traffic."""
 
     layer: str
-    """Module that it serves, such as `stack.layers.0.ffn`."""
+    """Module that communicates, such as `stack.layers.0.ffn`."""
     purpose: Purpose
-    """Why it is sent."""
+    """Why the data is sent."""
     backward: bool
-    """Sent by the backward pass."""
+    """Whether the backward pass sends it."""
 
 
 class TrafficVolume(NamedTuple):
-    """How much of it."""
+    """An amount of traffic."""
 
     messages: int
-    """Collectives entered."""
+    """Number of collectives entered."""
     num_bytes: int
-    """Sent to other ranks by this one."""
+    """Bytes sent from this rank to others."""
 
     def plus(self, other: TrafficVolume) -> TrafficVolume:
-        """Both together."""
+        """Return the sum of both volumes."""
         return TrafficVolume(self.messages + other.messages, self.num_bytes + other.num_bytes)
 
 
 NO_TRAFFIC = TrafficVolume(0, 0)
-"""Nothing sent."""
+"""The volume of no traffic at all."""
 
 Traffic = Mapping[TrafficKey, TrafficVolume]
-"""All flows of a step."""
+"""All traffic of a step."""
 
 
 class TrafficCounter:
-    """Adds up flows until they are taken, once per step."""
+    """Accumulates the traffic of a step."""
 
     def __init__(self) -> None:
         self._volumes: dict[TrafficKey, TrafficVolume] = {}
 
     def add(self, key: TrafficKey, num_bytes: int) -> None:
-        """Count one collective."""
+        """Record one collective."""
         self._volumes[key] = self._volumes.get(key, NO_TRAFFIC).plus(TrafficVolume(1, num_bytes))
 
     def take(self) -> dict[TrafficKey, TrafficVolume]:
-        """Everything added since the last call."""
+        """Return everything recorded since the last call, and start over."""
         taken, self._volumes = self._volumes, {}
         return taken

@@ -1,10 +1,10 @@
-"""Who waits for what: asked of all ranks when a step takes too long, or by `moa-dist hang`.
+"""Reports which rank the others are waiting for, when a step takes too long or on `moa-dist hang`.
 
-A thread of every rank looks on, so it can speak while the main thread stands still. The ranks talk
-through the connections of the heartbeat: who finds its step overdue tells rank 0, which asks all,
-each writes the stacks of its threads into the run's folder and answers where it stands, and rank 0
-says for whom the others wait. If a step was overdue, the job then ends; a supervisor starts it
-again.
+A thread on every rank watches the steps, so it can report while the main thread is blocked. The
+ranks communicate through the heartbeat connections: a rank whose step is overdue notifies rank 0,
+which requests a report from all ranks; each writes the stacks of its threads into the run's folder
+and answers with its status, and rank 0 prints which rank the others are waiting for. If a step was
+overdue, the job then ends, and a supervisor restarts it.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from moa_dist.distributed.rank_status import RankStatus, all_stacks, own_status,
 from moa_dist.errors import ExitCode
 
 FOLDER = "hangs"
-"""In the run's folder: a folder per report, and `REQUEST`."""
+"""Subfolder of the run that holds a folder per report, and `REQUEST`."""
 REQUEST = "request"
-"""Whoever makes this file asks for a report; rank 0 takes it away."""
+"""Creating this file requests a report; rank 0 removes it."""
 SUMMARY = "summary.txt"
-"""In the folder of a report, written last."""
+"""File in a report's folder that is written last."""
 _POLL_S = 0.5
 _ANSWER_S = 5.0
 """Longest wait for the answers of the other ranks."""
-_MOST_TOLD = 2000
-"""Characters that every rank says when it ends."""
+_MAX_CHARS = 2000
+"""Maximum length of the message that every rank prints when it ends."""
 
 
 class Watchdog:
-    """Watches the steps of this rank; of rank 0, also for the questions of others."""
+    """Watches the steps of this rank; on rank 0 it also handles requests for reports."""
 
     def __init__(
         self,
-        beat: Heartbeat | None,
+        heartbeat: Heartbeat | None,
         comm_timer: CommTimer,
         run_folder: Path,
         *,
@@ -50,41 +50,41 @@ class Watchdog:
         world_size: int = 1,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
-        """Begin to watch.
+        """Start watching.
 
         Args:
-            beat: the connections to the other ranks; None if there are none.
-            waits: what this rank waits for.
-            run_folder: seen by all ranks.
-            limit_s: seconds that a step may take; None for any number.
-            world_size: number of ranks.
-            say: where rank 0 tells what it learned.
+            heartbeat: Connections to the other ranks; None in a job of one rank.
+            comm_timer: Knows the collective that this rank is in.
+            run_folder: The run's folder, visible to all ranks.
+            limit_s: Seconds that a step may take; None for no limit.
+            world_size: Number of ranks.
+            say: Prints rank 0's report.
         """
-        self._beat, self._comm_timer, self._say = beat, comm_timer, say
-        self._rank = 0 if beat is None else beat.rank
+        self._heartbeat, self._comm_timer, self._say = heartbeat, comm_timer, say
+        self._rank = 0 if heartbeat is None else heartbeat.rank
         self._others = set(range(world_size)) - {self._rank}
         self._folder = run_folder / FOLDER
         self._limit_s = limit_s
         self._step: tuple[int, float] | None = None
         self._resumed = 0.0
-        """When this process was found to have been stopped, which no step can help."""
-        self._told = False
+        """When this process resumed after being stopped; that time does not count for a step."""
+        self._notified = False
         self._closing = threading.Event()
-        if self._rank == 0:  # asked of a job that has ended since
+        if self._rank == 0:  # left over from a job that has ended
             (self._folder / REQUEST).unlink(missing_ok=True)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
     def begin(self, step: int) -> None:
-        """A step, counted from 1, begins with reading its data."""
+        """Mark the start of a step (counted from 1), before its data is read."""
         self._step = (step, time.monotonic())
 
     def rest(self) -> None:
-        """No step is under way: validation and checkpoints have no limit of their own."""
+        """Mark that no step is running; validation and checkpoints have no time limit."""
         self._step = None
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._closing.set()
         self._thread.join(timeout=2 * _ANSWER_S)
 
@@ -96,14 +96,14 @@ class Watchdog:
                 self._resumed = now
             polled = now
             overdue = self._is_overdue(now)
-            for news in self._news():
-                if "report" in news:
-                    self._answer(str(news["report"]))
-                overdue |= "overdue" in news
+            for message in self._received():
+                if "report" in message:
+                    self._answer(str(message["report"]))
+                overdue |= "overdue" in message
             if self._rank != 0:
-                if overdue and not self._told:
-                    self._told = True
-                    self._tell({"overdue": self._rank})
+                if overdue and not self._notified:
+                    self._notified = True
+                    self._send({"overdue": self._rank})
             elif overdue:
                 self._report(is_end=True)
                 return
@@ -120,14 +120,14 @@ class Watchdog:
     def _report(self, *, is_end: bool) -> None:
         name = self._new_name()
         (self._folder / REQUEST).unlink(missing_ok=True)
-        self._tell({"report": name})
+        self._send({"report": name})
         known = {0: self._write_stacks(name)}
         deadline = time.monotonic() + _ANSWER_S
         while self._others - set(known) and time.monotonic() < deadline:
             time.sleep(0.05)
-            for news in self._news():
-                if "standing" in news:
-                    status = RankStatus(**news["standing"])
+            for message in self._received():
+                if "status" in message:
+                    status = RankStatus(**message["status"])
                     known[status.rank] = status
         first, lines = summary(list(known.values()), self._others - set(known))
         if is_end:
@@ -140,8 +140,8 @@ class Watchdog:
             partial.rename(partial.with_name(SUMMARY))
         if not is_end:
             return
-        if self._beat is not None:
-            self._beat.end_job(first[:_MOST_TOLD])
+        if self._heartbeat is not None:
+            self._heartbeat.end_job(first[:_MAX_CHARS])
         else:
             os._exit(ExitCode.LOST_PEER)
 
@@ -154,7 +154,7 @@ class Watchdog:
         return name
 
     def _answer(self, name: str) -> None:
-        self._tell({"standing": asdict(self._write_stacks(name))})
+        self._send({"status": asdict(self._write_stacks(name))})
 
     def _write_stacks(self, name: str) -> RankStatus:
         step = self._step
@@ -166,9 +166,9 @@ class Watchdog:
             (folder / f"rank-{self._rank}.txt").write_text(text, encoding="utf-8")
         return status
 
-    def _tell(self, news: dict[str, Any]) -> None:
-        if self._beat is not None:
-            self._beat.tell(news)
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.send(message)
 
-    def _news(self) -> list[dict[str, Any]]:
-        return [] if self._beat is None else self._beat.news()
+    def _received(self) -> list[dict[str, Any]]:
+        return [] if self._heartbeat is None else self._heartbeat.received()

@@ -1,1 +1,4 @@
-"""What is wrong with a machine, an installation or the ranks of a job, and how to mend it."""
+"""Diagnoses machines, installations and the ranks of a job, and says how to fix what is wrong.
+
+GPU vendors' tools check single devices; nothing off the shelf compares the ranks of a PyTorch job.
+"""

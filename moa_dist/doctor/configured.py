@@ -1,4 +1,4 @@
-"""Whether a configuration fits this machine: its data, its checkpoints, its batches."""
+"""Checks whether a configuration fits this machine: its data, checkpoints and batch sizes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _GIB = 2**30
 
 
 def check_configuration(config: Config, world_size: int) -> list[Finding]:
-    """All that the configuration asks of this machine and of `world_size` ranks."""
+    """Check what the configuration needs from this machine and from `world_size` ranks."""
     return [*check_layout(config, world_size), *check_on_host(config)]
 
 
 def check_layout(config: Config, world_size: int) -> list[Finding]:
-    """What it asks of the number of ranks."""
+    """Check whether the configuration can run on this number of ranks."""
     return guarded("layout", lambda: _layout(config, world_size))
 
 
 def check_on_host(config: Config) -> list[Finding]:
-    """What it asks of the disks that this machine sees."""
+    """Check the data and the space for checkpoints, as this machine sees them."""
     return [
         *guarded("data", lambda: _data(config)),
         *guarded("checkpoints", lambda: _checkpoints(config)),
@@ -40,8 +40,8 @@ def _layout(config: Config, world_size: int) -> Iterator[Finding]:
         train, ep = config.train, config.parallel.expert_parallel
         accumulated = train.global_batch // (world_size * train.micro_batch)
         text = (
-            f"W {world_size} = ep {ep} x edp {world_size // ep}; {train.global_batch} sequences a "
-            f"step = {world_size} ranks x {train.micro_batch} x {accumulated} accumulated"
+            f"W {world_size} = ep {ep} x edp {world_size // ep}; {train.global_batch} sequences "
+            f"per step = {world_size} ranks x {train.micro_batch} x {accumulated} accumulated"
         )
         yield Finding("layout", "ok", text)
 
@@ -54,7 +54,7 @@ def _data(config: Config) -> Iterator[Finding]:
     from moa_dist.errors import DataError
 
     try:
-        # What the number of ranks does not divide is a matter of the layout.
+        # world_size 1, because divisibility by the number of ranks is checked by the layout.
         model = config.model
         train, valid = check_data(
             config.data, vocab_size=model.vocab_size, world_size=1, objective=model.objective
@@ -64,12 +64,12 @@ def _data(config: Config) -> Iterator[Finding]:
                 continue
             if isinstance(manifest, PairManifest):
                 read_pairs(Path(name), manifest)
-                read = "all read"
+                read = "all of them read"
             else:
                 read_shard(Path(name), manifest, 0)
                 read = "the first one read"
-            text = f"{name}: {len(manifest.shards)} shards in place, {read}"
-            yield Finding("data", "ok", text)
+            text = f"{name}: {len(manifest.shards)} shards present, {read}"
+            yield Finding("data", "ok", text, subject=name)
     except DataError as error:
         for problem in str(error).splitlines():
             yield Finding("data", "FAULT", problem)
@@ -85,28 +85,28 @@ def _checkpoints(config: Config) -> Iterator[Finding]:
             file.write(b"0")
     except OSError as error:
         text = f"cannot write below {existing}: {error.strerror}"
-        remedy = "mend its permissions, or set `output` to a folder that all hosts can write"
-        yield Finding("checkpoints", "FAULT", text, remedy)
+        remedy = "fix its permissions, or set `output` to a folder that all hosts can write to"
+        yield Finding("checkpoints", "FAULT", text, remedy, subject=str(existing))
         return
     size = checkpoint_bytes(config)
-    # The oldest is deleted only when the next one is whole.
+    # The oldest checkpoint is deleted only after the next one is complete.
     missing = max(1, config.checkpoint.keep_last + 1 - len(checkpoints(folder)))
     free = shutil.disk_usage(existing).free
     text = (
-        f"{folder} is writable; {missing} more of {size / _GIB:.2f} GiB need "
-        f"{missing * size / _GIB:.2f}, {free / _GIB:.2f} GiB are free"
+        f"{folder} is writable; {missing} more checkpoints of {size / _GIB:.2f} GiB need "
+        f"{missing * size / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are free"
     )
     if free < missing * size:
-        remedy = "make room, lower `checkpoint.keep_last`, or set `output` to another disk"
-        yield Finding("checkpoints", "FAULT", text, remedy)
+        remedy = "free disk space, lower `checkpoint.keep_last`, or set `output` to another disk"
+        yield Finding("checkpoints", "FAULT", text, remedy, subject=str(folder))
     else:
-        yield Finding("checkpoints", "ok", text)
+        yield Finding("checkpoints", "ok", text, subject=str(folder))
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint: values as the optimizer updates them, and its moments.
+    """Return the size of one checkpoint: the optimizer's master parameters and its moments.
 
-    That is what one rank would hold; a layout only spreads it over files.
+    It equals what a single rank would hold, because a layout only distributes it over files.
     """
     from moa_dist.models.counts import count, states
 

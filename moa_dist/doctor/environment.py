@@ -1,4 +1,4 @@
-"""This machine: what runs on it, what it offers, and what is missing."""
+"""Checks this machine: its software, its resources, and what is missing."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moa_dist.doctor.packages import check_packages
 from moa_dist.provenance import changed_since_build, image_record, provenance
 
 DEFAULT_PORT = 29500
-"""What launchers use if they are not told otherwise."""
+"""Default port of the launchers."""
 _SHARED = Path("/dev/shm")
-_LEAST_SHARED = 2**30
+_MIN_SHARED = 2**30
 _GIB = 2**30
 
 
 def check_environment() -> list[Finding]:
-    """All that needs no configuration, no GPU and no other rank."""
+    """Run all checks that need no configuration, no GPU and no other rank."""
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "system": _system,
-        "made of": _provenance,
+        "provenance": _provenance,
         "memory": _memory,
         "disk": _disk,
         "package": check_packages,
@@ -40,20 +40,22 @@ def _system() -> Iterator[Finding]:
     python = f"Python {platform.python_version()} ({sys.executable})"
     yield Finding("system", "ok", f"{python} on {platform.platform()}, host {platform.node()}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("system", "ok", f"{cores} of {os.cpu_count()} cores for us, {_processor()}")
+    yield Finding("system", "ok", f"{cores} of {os.cpu_count()} cores usable, {_processor()}")
 
 
 def _provenance() -> Iterator[Finding]:
-    yield Finding("made of", "ok", str(provenance()))
+    yield Finding("provenance", "ok", str(provenance()))
     image = image_record()
-    changes = image and changed_since_build(image)
+    changes = [] if image is None else changed_since_build(image)
     if changes:
-        text = f"packages have changed since the image was built: {changes}"
-        yield Finding("made of", "note", text, "build an image with them: docker/lock.py")
+        text = f"packages have changed since the image was built: {', '.join(map(str, changes))}"
+        names = ", ".join(change.name for change in changes)
+        remedy = "to keep them, run docker/lock.py and rebuild the image"
+        yield Finding("provenance", "note", text, remedy, subject=names)
 
 
 def _processor() -> str:
-    """The model that Linux names; elsewhere, what Python knows."""
+    """Return the processor's model as Linux names it; on other systems, as Python knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -72,11 +74,11 @@ def _memory() -> Iterator[Finding]:
         return
     total = shutil.disk_usage(_SHARED).total
     text = f"{total / _GIB:.2f} GiB in {_SHARED}"
-    if total < _LEAST_SHARED:
-        remedy = "in a container NCCL and workers need more: docker run --shm-size=8g"
-        yield Finding("memory", "note", text, remedy)
+    if total < _MIN_SHARED:
+        remedy = "NCCL and data workers need more; in a container: docker run --shm-size=8g"
+        yield Finding("memory", "note", text, remedy, subject=str(_SHARED))
     else:
-        yield Finding("memory", "ok", text)
+        yield Finding("memory", "ok", text, subject=str(_SHARED))
 
 
 def _disk() -> Iterator[Finding]:
@@ -102,7 +104,7 @@ def _torch() -> Iterator[Finding]:
 
 
 def nccl_version() -> str:
-    """Such as 2.27.3; `none` where torch was built without NCCL."""
+    """Return NCCL's version, such as 2.27.3; `none` if torch was built without NCCL."""
     import torch
     import torch.distributed as dist
 
@@ -112,23 +114,23 @@ def nccl_version() -> str:
 
 
 def check_port(port: int) -> Iterator[Finding]:
-    """Whether the port by which ranks meet is free, and what holds it."""
+    """Check whether the rendezvous port is free, and which process is using it."""
     try:
         with closing(socket.create_server(("", port))):
-            yield Finding("port", "ok", f"port {port} is free")
+            yield Finding("port", "ok", f"port {port} is free", subject=str(port))
     except OSError as error:
         holder = port_holder(port)
         text = f"port {port} cannot be used ({os.strerror(error.errno or 0)})" + (
             holder and f": {holder}"
         )
         remedy = "end that process, or start with another port: --master_port N"
-        yield Finding("port", "FAULT", text, remedy)
+        yield Finding("port", "FAULT", text, remedy, subject=str(port))
 
 
 def port_holder(port: int) -> str:
-    """Which process listens there, in words; empty if none does any more.
+    """Describe the process that listens on the port; empty if none does any more.
 
-    Its arguments stay unsaid: reports are pasted in public.
+    Its arguments are left out, because reports are pasted in public.
     """
     import psutil
 
@@ -140,7 +142,7 @@ def port_holder(port: int) -> str:
         ]
         pids = sorted({connection.pid for connection in listening if connection.pid})
         if pids:
-            return "held by " + ", ".join(f"{psutil.Process(p).name()} (pid {p})" for p in pids)
-    except psutil.Error:  # it has ended meanwhile, or this system shows nobody's connections
+            return "in use by " + ", ".join(f"{psutil.Process(p).name()} (pid {p})" for p in pids)
+    except psutil.Error:  # it has ended in the meantime, or connections cannot be listed
         return ""
-    return f"held by a process that only root can name (ss -ltnp 'sport = :{port}')"
+    return f"in use by a process that only root can identify (ss -ltnp 'sport = :{port}')"

@@ -1,4 +1,4 @@
-"""What a check says. A check that fails itself is a finding too, and stops no other."""
+"""The result of a check. A check that itself fails is a finding too, and does not stop others."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ Status = Literal["ok", "note", "FAULT"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report."""
+    """One entry of the report."""
 
     check: str
-    """What was looked at, in a word or two."""
+    """Name of the check, in one or two words."""
     status: Status
-    """`FAULT` is what a run would fail or crawl by; `note` what a reader should know."""
+    """`FAULT` would make a run fail or crawl; `note` is information that may matter."""
     text: str
     """What was found, and where."""
     remedy: str = ""
     """What to do about it; empty if nothing."""
     seconds: tuple[float, ...] = ()
-    """Measured times by rank, if the check is one of speed."""
+    """Measured times by rank, if the check measures speed."""
+    subject: str = ""
+    """The package, version, device, folder or port concerned, where a check covers several."""
+    ranks: tuple[int, ...] = ()
+    """The ranks concerned, where a check compares ranks."""
+    hosts: tuple[str, ...] = ()
+    """The hosts concerned, where a check compares ranks or hosts."""
 
     @property
     def is_fault(self) -> bool:
-        """Whether the command must end with status 1."""
+        """Whether the command must exit with status 1."""
         return self.status == "FAULT"
 
     def __str__(self) -> str:
-        """A line, and one for what to do."""
+        """Format the finding as one line, and the remedy as a second one."""
         line = f"{self.status:<6}{self.check:<16} {self.text}"
         return f"{line}\n{'':<23}-> {self.remedy}" if self.remedy else line
 
 
 def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings of `check`; an exception becomes the last of them."""
+    """Run a check and return its findings; an exception becomes the last of them."""
     findings: list[Finding] = []
     try:
         findings.extend(check())
@@ -48,9 +54,9 @@ def guarded(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
 
 
 def failed(name: str, error: Exception) -> Finding:
-    """The finding that a check could not be made."""
-    if isinstance(error, MoaDistError):  # written for people, remedy included
+    """Turn the exception that ended a check into a finding."""
+    if isinstance(error, MoaDistError):  # written for users, including the remedy
         return Finding(name, "FAULT", str(error))
-    text = f"could not be checked: {type(error).__name__}: {error}"
+    text = f"the check failed: {type(error).__name__}: {error}"
     is_missing = isinstance(error, ImportError)
     return Finding(name, "FAULT", text, "install moa-dist into this Python" if is_missing else "")

@@ -1,4 +1,4 @@
-"""Health of GPUs through NVML: heat, power, memory errors, and what holds the clocks down."""
+"""Checks the health of GPUs through NVML: temperature, power, memory errors, clock throttling."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from moa_dist.doctor.finding import Finding, failed
 from moa_dist.observe.gpu import device_handle
 
 _NEAR_LIMIT = 5
-"""Degrees below the temperature at which a GPU slows down that are worth a word."""
-_SLOWED_BY_FAULT = {
-    pynvml.nvmlClocksEventReasonHwThermalSlowdown: "heat (hardware)",
-    pynvml.nvmlClocksEventReasonSwThermalSlowdown: "heat (driver)",
-    pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "the power supply's brake",
+"""Degrees below the slowdown temperature from which a temperature is a fault."""
+_THROTTLED_BY_FAULT = {
+    pynvml.nvmlClocksEventReasonHwThermalSlowdown: "temperature (hardware)",
+    pynvml.nvmlClocksEventReasonSwThermalSlowdown: "temperature (driver)",
+    pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "the power supply's brake signal",
 }
-_SLOWED_AS_SET = {
-    pynvml.nvmlClocksEventReasonSwPowerCap: "the power cap",
-    pynvml.nvmlClocksEventReasonApplicationsClocksSetting: "application clocks that were set",
+_THROTTLED_BY_SETTING = {
+    pynvml.nvmlClocksEventReasonSwPowerCap: "the power limit",
+    pynvml.nvmlClocksEventReasonApplicationsClocksSetting: "the application clock setting",
 }
 
 
 def check_gpus(devices: list[torch.device]) -> Iterator[Finding]:
-    """Findings of each device; that NVML is absent is said once, and no fault."""
+    """Check each device; a missing NVML is reported once, and is not a fault."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        yield Finding("gpu", "note", f"no GPU health: {error}")
+        yield Finding("gpu", "note", f"GPU health cannot be read: {error}")
         return
     try:
         if not devices and pynvml.nvmlDeviceGetCount():
             text = f"this machine has {pynvml.nvmlDeviceGetCount()} GPUs, but torch sees none"
-            remedy = "install torch for CUDA (a CPU build?), or look at CUDA_VISIBLE_DEVICES"
+            remedy = "install a CUDA build of torch, or check CUDA_VISIBLE_DEVICES"
             yield Finding("gpu", "FAULT", text, remedy)
         for device in devices:
             yield from _check_gpu(device)
@@ -43,7 +43,7 @@ def check_gpus(devices: list[torch.device]) -> Iterator[Finding]:
 
 
 def driver_version() -> str:
-    """Of the NVIDIA driver; `none` where NVML does not answer."""
+    """Return the version of the NVIDIA driver; `none` if NVML is not available."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -62,7 +62,7 @@ def _check_gpu(device: torch.device) -> Iterator[Finding]:
         yield failed(f"gpu {device}", error)
         return
     for check in (_temperature, _power, _memory_errors, _remapped_rows, _clocks):
-        # One by one: a MIG slice has no sensors of its own, small cards no ECC.
+        # One by one: a MIG slice has no sensors of its own, and small cards have no ECC.
         try:
             yield from check(name, handle)
         except pynvml.NVMLError_NotSupported:
@@ -78,19 +78,20 @@ def _temperature(name: str, handle: Any) -> Iterator[Finding]:
     )
     text = f"{name}: {celsius} C, slows down at {limit} C"
     if celsius >= limit - _NEAR_LIMIT:
-        yield Finding("gpu temperature", "FAULT", text, "look at the cooling of that host")
+        yield Finding("gpu temperature", "FAULT", text, "check that host's cooling", subject=name)
     else:
-        yield Finding("gpu temperature", "ok", text)
+        yield Finding("gpu temperature", "ok", text, subject=name)
 
 
 def _power(name: str, handle: Any) -> Iterator[Finding]:
     cap = pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
     default = pynvml.nvmlDeviceGetPowerManagementDefaultLimit(handle) / 1000
-    text = f"{name}: capped at {cap:.0f} W, by default {default:.0f} W"
+    text = f"{name}: limited to {cap:.0f} W, default {default:.0f} W"
     if cap < default:
-        yield Finding("gpu power", "note", text, f"nvidia-smi -pl {default:.0f} gives it back")
+        remedy = f"restore the default with nvidia-smi -pl {default:.0f}"
+        yield Finding("gpu power", "note", text, remedy, subject=name)
     else:
-        yield Finding("gpu power", "ok", text)
+        yield Finding("gpu power", "ok", text, subject=name)
 
 
 def _memory_errors(name: str, handle: Any) -> Iterator[Finding]:
@@ -101,32 +102,35 @@ def _memory_errors(name: str, handle: Any) -> Iterator[Finding]:
     corrected = errors(pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED)
     text = f"{name}: {uncorrected} uncorrected and {corrected} corrected since the driver started"
     if uncorrected:
-        remedy = "results of that GPU cannot be trusted: reset it, replace it if they come again"
-        yield Finding("gpu memory errors", "FAULT", text, remedy)
+        remedy = "that GPU's results cannot be trusted: reset it, and replace it if errors recur"
+        yield Finding("gpu memory errors", "FAULT", text, remedy, subject=name)
     else:
-        yield Finding("gpu memory errors", "ok", text)
+        yield Finding("gpu memory errors", "ok", text, subject=name)
 
 
 def _remapped_rows(name: str, handle: Any) -> Iterator[Finding]:
     _, _, pending, failure = pynvml.nvmlDeviceGetRemappedRows(handle)
     if failure:
-        text = f"{name}: a broken row of memory could not be replaced"
-        yield Finding("gpu memory rows", "FAULT", text, "take the GPU out of service")
+        text = f"{name}: a faulty memory row could not be remapped"
+        yield Finding("gpu memory rows", "FAULT", text, "replace the GPU", subject=name)
     elif pending:
-        text = f"{name}: a broken row of memory waits to be replaced"
-        yield Finding("gpu memory rows", "note", text, "reset the GPU when no job is on it")
+        text = f"{name}: a faulty memory row is waiting to be remapped"
+        remedy = "reset the GPU when no job is using it"
+        yield Finding("gpu memory rows", "note", text, remedy, subject=name)
 
 
 def _clocks(name: str, handle: Any) -> Iterator[Finding]:
     reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    bad = [word for bit, word in _SLOWED_BY_FAULT.items() if reasons & bit]
-    if not bad and reasons & pynvml.nvmlClocksEventReasonHwSlowdown:
-        bad = ["the hardware: heat or power"]
-    set_so = [word for bit, word in _SLOWED_AS_SET.items() if reasons & bit]
-    if bad:
-        text = f"{name}: slowed down by {' and '.join(bad)}"
-        yield Finding("gpu clocks", "FAULT", text, "look at cooling and power of that host")
-    elif set_so:
-        yield Finding("gpu clocks", "note", f"{name}: held down by {' and '.join(set_so)}")
+    faults = [word for bit, word in _THROTTLED_BY_FAULT.items() if reasons & bit]
+    if not faults and reasons & pynvml.nvmlClocksEventReasonHwSlowdown:
+        faults = ["the hardware, because of temperature or power"]
+    settings = [word for bit, word in _THROTTLED_BY_SETTING.items() if reasons & bit]
+    if faults:
+        text = f"{name}: throttled by {' and '.join(faults)}"
+        remedy = "check that host's cooling and power supply"
+        yield Finding("gpu clocks", "FAULT", text, remedy, subject=name)
+    elif settings:
+        text = f"{name}: throttled by {' and '.join(settings)}"
+        yield Finding("gpu clocks", "note", text, subject=name)
     else:
-        yield Finding("gpu clocks", "ok", f"{name}: nothing holds the clocks down")
+        yield Finding("gpu clocks", "ok", f"{name}: not throttled", subject=name)

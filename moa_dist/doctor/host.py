@@ -1,7 +1,7 @@
-"""What a host says of itself when a job is about to start on it: `python -m moa_dist.doctor.host`.
+"""Answers questions about a host before a job starts on it: `python -m moa_dist.doctor.host`.
 
-Started once on every host of a job (`moa_dist.launch.preflight`). Reads requests as lines of JSON
-and answers each with a line of JSON, until its input ends. Nothing here needs other ranks.
+`moa_dist.launch.preflight` starts this process once on every host of a job. It reads requests as
+lines of JSON and answers each with a line of JSON, until its input ends.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from moa_dist.errors import MoaDistError
 from moa_dist.provenance import code_hash
 
 _REACH_S = 5.0
-_LOOKS_S = 5.0
-"""A file that another host has just written may take that long to be seen over NFS."""
+_VISIBLE_S = 5.0
+"""Time that a file written by another host may take to become visible over NFS."""
 
 Message = dict[str, Any]
 
 
 def report(request: Message) -> Message:
-    """Facts to compare and findings of this host alone.
+    """Return facts to compare with other hosts, and the findings of this host alone.
 
-    `request`: `config`, a path or None, and its `overrides`; `slots`, ranks to start here, or None;
-    `node`, the number of this host, and `token`, which names the files that hosts leave in the
-    run's folder to see whether they share it, None if they should not.
+    The request holds `config`, a path or None, and its `overrides`; `slots`, the ranks to start
+    here, or None; `node`, the number of this host; and `token`, part of the names of the files that
+    hosts leave in the run's folder to check whether they share it, or None for no such check.
     """
     facts = {"code": code_hash(), "Python": platform.python_version(), **package_versions()}
     findings = [f for f in guarded("package", check_packages) if f.is_fault]
-    if any(finding.is_fault for finding in findings):  # the rest would fail for the same reason
+    if findings:  # the other checks would fail for the same reason
         return _answer(facts, findings, num_gpus=0)
     num_gpus, driver = _gpus()
     facts["driver"] = driver
     slots = request["slots"]
     if slots is not None and 0 < num_gpus < slots:
-        text = f"{slots} ranks are to start on {num_gpus} GPUs"
-        findings.append(Finding("gpu", "FAULT", text, "one rank per GPU: lower its slots"))
+        text = f"{slots} slots for ranks, but only {num_gpus} GPUs"
+        findings.append(Finding("gpu", "FAULT", text, "use at most one slot per GPU"))
     if request["config"] is not None:
         findings += guarded("configuration", lambda: _configuration(request, facts))
     return _answer(facts, findings, num_gpus)
 
 
 def _answer(facts: dict[str, str], findings: list[Finding], num_gpus: int) -> Message:
-    listed = [[f.check, f.status, f.text, f.remedy] for f in findings]
+    fields = ("check", "status", "text", "remedy", "subject")
     connection = os.environ.get("SSH_CONNECTION", "").split()
     return {
         "facts": facts,
-        "findings": listed,
+        "findings": [{name: getattr(f, name) for name in fields} for f in findings],
         "num_gpus": num_gpus,
         "machine": platform.node(),
         "client": connection[0] if connection else None,
@@ -97,44 +97,45 @@ def _manifest_hash(folder: Path) -> str:
 
 
 def probe_file(run: Path, token: str, writer: str) -> Path:
-    """What `writer` leaves in a run's folder for the others to see."""
+    """Return the path of the file that `writer` leaves in a run's folder for the others to see."""
     return run / f".preflight-{token}-{writer}"
 
 
 def _shared(run: Path, token: str, node: int) -> Iterator[Finding]:
-    """Whether this is the folder that the launching host wrote a file in; leaves one as well."""
-    theirs, deadline = probe_file(run, token, "launcher"), time.monotonic() + _LOOKS_S
+    """Check that the run's folder holds the launching host's file, and leave one there too."""
+    theirs, deadline = probe_file(run, token, "launcher"), time.monotonic() + _VISIBLE_S
     while not theirs.exists():
         if time.monotonic() > deadline:
             text = f"{run} is not the same folder as on the launching host"
-            yield Finding("shared folder", "FAULT", text, SHARE_REMEDY)
+            yield Finding("shared folder", "FAULT", text, SHARE_REMEDY, subject=str(run))
             return
         time.sleep(0.1)
         with suppress(OSError):
-            os.listdir(run)  # makes NFS look again
+            os.listdir(run)  # makes NFS refresh its cache
     try:
         probe_file(run, token, str(node)).touch()
     except OSError as error:
-        text = f"cannot write in {run}: {error.strerror}"
-        yield Finding("shared folder", "FAULT", text, "let this user write there from all hosts")
+        text = f"cannot write to {run}: {error.strerror}"
+        remedy = "give this user write permission there on all hosts"
+        yield Finding("shared folder", "FAULT", text, remedy, subject=str(run))
 
 
 SHARE_REMEDY = "set `output` to a folder that all hosts mount (NFS, Lustre)"
 
 
 def clock(request: Message) -> Message:
-    """This host's, in seconds since 1970."""
+    """Return this host's time in seconds since 1970."""
     return {"time": time.time()}
 
 
-class Door:
-    """The port by which ranks will meet, held by rank 0's host while others try to reach it."""
+class RendezvousPort:
+    """The port where rank 0 will listen; its host holds it while the others try to reach it."""
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
 
     def listen(self, request: Message) -> Message:
-        """Hold `port` on `address`; answers the port, another one if `may_pick`."""
+        """Listen on `port` of `address`, or on another port if `may_pick`; returns the port."""
         from moa_dist.distributed.network import free_port
         from moa_dist.doctor.environment import port_holder
 
@@ -156,7 +157,7 @@ class Door:
 
     @staticmethod
     def reach(request: Message) -> Message:
-        """Whether it can be reached from here, and by which interface."""
+        """Try to reach the port from here; returns the interface used, or the problem."""
         from moa_dist.distributed.network import interface_towards
 
         address, port = request["address"], request["port"]
@@ -169,25 +170,25 @@ class Door:
 
 
 def main() -> int:
-    """Answer until the input ends."""
+    """Answer requests until the input ends."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # so that what libraries print goes elsewhere
-    door = Door()
+    os.dup2(2, 1)  # so that output of libraries does not mix with the answers
+    rendezvous = RendezvousPort()
     answers: dict[str, Callable[[Message], Message]] = {
         "report": report,
         "clock": clock,
-        "listen": door.listen,
-        "reach": door.reach,
+        "listen": rendezvous.listen,
+        "reach": rendezvous.reach,
     }
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            said = answers[request["do"]](request)
+            answer = answers[request["do"]](request)
         except MoaDistError as error:
-            said = {"error": str(error)}
+            answer = {"error": str(error)}
         except Exception as error:
-            said = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(said), file=out, flush=True)
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=out, flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Packages of this installation, and whether they are what it asks for."""
+"""Checks the installed packages against the ranges in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "moa-dist"
 _KERNELS = "triton"
-"""Not asked for by name, but torch compiles with it."""
+"""Not listed in pyproject.toml, but torch compiles kernels with it."""
 
 
 def check_packages() -> Iterator[Finding]:
-    """A finding per package that pyproject.toml asks for, from the installed metadata."""
+    """Check each package that pyproject.toml requires, from the installed metadata."""
     for wanted in _requirements():
         installed = installed_version(wanted.name)
         install = f"pip install '{wanted.name}{wanted.specifier}'"
         if installed is None:
-            text = f"{wanted.name} is not installed; {wanted.specifier} is asked for"
-            yield Finding("package", "FAULT", text, install)
+            text = f"{wanted.name} is not installed; {wanted.specifier} is required"
+            yield Finding("package", "FAULT", text, install, subject=wanted.name)
         elif not wanted.specifier.contains(installed, prereleases=True):
             text = f"{wanted.name} {installed} is outside the range {wanted.specifier}"
-            yield Finding("package", "FAULT", text, install)
+            yield Finding("package", "FAULT", text, install, subject=wanted.name)
         else:
-            yield Finding("package", "ok", f"{wanted.name} {installed} ({wanted.specifier})")
+            text = f"{wanted.name} {installed} ({wanted.specifier})"
+            yield Finding("package", "ok", text, subject=wanted.name)
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what pyproject.toml asks for, and of what torch compiles kernels with."""
+    """Return the versions of all required packages, and of torch's kernel compiler."""
     names = [wanted.name for wanted in _requirements()]
     return {name: installed_version(name) or "missing" for name in (*names, _KERNELS)}
 
 
 def _requirements() -> list[Requirement]:
-    """Of moa-dist itself, without those of its extras."""
-    from packaging.requirements import Requirement  # may be missing, which is then a finding
+    """Return the requirements of moa-dist itself, without those of its extras."""
+    from packaging.requirements import Requirement  # if it is missing, that is a finding
 
     lines = metadata.requires(DISTRIBUTION) or []
     every = [Requirement(line) for line in lines]
@@ -47,7 +48,7 @@ def _requirements() -> list[Requirement]:
 
 
 def installed_version(name: str) -> str | None:
-    """Of a package by its metadata, which importing it is not needed for."""
+    """Return a package's version from its metadata, without importing it; None if missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

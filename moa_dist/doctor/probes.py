@@ -1,6 +1,6 @@
-"""Work with a known answer, to be timed on every rank.
+"""Workloads with a known result, timed on every rank.
 
-Values are small integers, so every answer is exact in any precision and any order of summation.
+Values are small integers, so every result is exact in any precision and any order of summation.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 _MIB = 2**20
-_MOST_PARTNERS = 4
+_MAX_PARTNERS = 4
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One piece of work."""
+    """A workload and the check of its result."""
 
     name: str
-    """What it is called in the report."""
+    """Name in the report."""
     run: Callable[[], Tensor]
-    """Does it; this is what is timed."""
+    """Performs the work; this is what is timed."""
     problem: Callable[[Tensor], str | None]
-    """What is wrong with the result, None if nothing is."""
+    """Describes what is wrong with the result; None if it is correct."""
     is_local: bool = False
-    """It asks nothing of other ranks, so it may fail on one of them alone."""
+    """Whether it involves no other rank, so that it may fail on one rank only."""
     coupled: bool = False
-    """Every rank waits for the slowest one, whose time it then shows too."""
+    """Whether every rank waits for the slowest one, and so shows the same time."""
 
 
 def all_probes(device: torch.device, hosts: Sequence[str]) -> list[Probe]:
-    """What the doctor times; `hosts` is by rank."""
+    """List the probes to run; `hosts` is by rank."""
     exchanges = [exchange(device, step) for step in partner_steps(hosts)]
     return [matmul(device), *exchanges, all_to_all(device), all_reduce(device)]
 
 
 def matmul(device: torch.device) -> Probe:
-    """[M, K] times [K, M]: on a GPU, by its tensor cores."""
+    """Multiply [M, K] by [K, M]; a GPU uses its tensor cores."""
     is_gpu = device.type == "cuda"
-    # On a CPU it takes longer than a turn of the scheduler's (some ms): else the best of ten would
-    # be one in which whatever shares the core did not run, and nothing would show.
+    # On a CPU it takes longer than a scheduler time slice (some ms). Otherwise the best of ten
+    # would be one that ran without competition for the core, and contention would not show.
     M, K, dtype = (8192, 2048, torch.bfloat16) if is_gpu else (1024, 2048, torch.float32)
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randint, device=device, generator=generator)
-    # Sums of K products of -1, 0 and 1 stay below 256 (8 standard deviations), exact in bf16.
+    # Sums of K products of -1, 0 and 1 stay below 256 (8 standard deviations): exact in bf16.
     a_MK, b_KM = (draw(-1, 2, shape).to(dtype) for shape in ((M, K), (K, M)))
     weight_M = draw(1, 100, (M,)).double()
-    # One wrong element shows in the weighted sum of its row.
+    # A wrong element changes the weighted sum of its row.
     expected_M = a_MK.double() @ (b_KM.double() @ weight_M)
 
     def problem(product_MM: Tensor) -> str | None:
@@ -61,17 +61,18 @@ def matmul(device: torch.device) -> Probe:
 
 
 def partner_steps(hosts: Sequence[str]) -> list[int]:
-    """How far apart partners are, at most four distances, across hosts if there are several.
+    """Return up to four distances between partners, across hosts if there are several.
 
-    A rank is judged by its best partner. With 4 ranks or more, or as many hosts, everybody has one
-    that is not the slow one, so only that one looks slow; with fewer, its partners do too.
+    A rank is judged by its fastest partner. With at least 4 ranks (or hosts), every rank has a
+    partner that is not the slow one, so only the slow one stands out; with fewer, its partners do
+    too.
     """
     per_host = hosts.count(hosts[0]) if len(set(hosts)) > 1 else 1
-    return list(range(per_host, len(hosts), per_host))[:_MOST_PARTNERS]
+    return list(range(per_host, len(hosts), per_host))[:_MAX_PARTNERS]
 
 
 def exchange(device: torch.device, step: int) -> Probe:
-    """Each rank sends to the one `step` further, and waits for no other than its two partners."""
+    """Send to the rank `step` after this one, and receive from the rank `step` before it."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     there, here = (rank + step) % num_ranks, (rank - step) % num_ranks
     sent = _part(device, _numel(device), rank, there)
@@ -85,13 +86,13 @@ def exchange(device: torch.device, step: int) -> Probe:
 
     def problem(received: Tensor) -> str | None:
         right = received.equal(_part(device, len(received), here, rank))
-        return None if right else f"got wrong data from rank {here}"
+        return None if right else f"received wrong data from rank {here}"
 
     return Probe("exchange", run, problem)
 
 
 def all_to_all(device: torch.device) -> Probe:
-    """Every rank sends a part to every rank."""
+    """Send a part from every rank to every rank."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     numel = _numel(device) // num_ranks
     sent = torch.cat([_part(device, numel, rank, other) for other in range(num_ranks)])
@@ -104,13 +105,14 @@ def all_to_all(device: torch.device) -> Probe:
     def problem(received: Tensor) -> str | None:
         parts = enumerate(received.split(numel))
         wrong = [r for r, x in parts if not x.equal(_part(device, numel, r, rank))]
-        return f"got wrong data from {', '.join(f'rank {r}' for r in wrong)}" if wrong else None
+        names = ", ".join(f"rank {r}" for r in wrong)
+        return f"received wrong data from {names}" if wrong else None
 
     return Probe("all-to-all", run, problem, coupled=True)
 
 
 def all_reduce(device: torch.device) -> Probe:
-    """The sum over all ranks of (rank + 1) times the same values."""
+    """Sum (rank + 1) times the same values over all ranks."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     values = torch.arange(_numel(device), device=device) % 1009
     mine, expected = values * (rank + 1), values * (num_ranks * (num_ranks + 1) // 2)
@@ -122,18 +124,18 @@ def all_reduce(device: torch.device) -> Probe:
 
     def problem(total: Tensor) -> str | None:
         wrong = int((total != expected).sum())
-        return f"got a wrong sum in {wrong} of {len(total)} elements" if wrong else None
+        return f"received a wrong sum in {wrong} of {len(total)} elements" if wrong else None
 
     return Probe("all-reduce", run, problem, coupled=True)
 
 
 def _numel(device: torch.device) -> int:
-    """Integers of 8 bytes that a rank sends, at least one to everybody."""
+    """Return the number of 8-byte integers that a rank sends, at least one to every rank."""
     size = 64 * _MIB if device.type == "cuda" else 2 * _MIB
     return max(size // 8, dist.get_world_size())
 
 
 def _part(device: torch.device, numel: int, sender: int, receiver: int) -> Tensor:
-    """Values that tell who sent them to whom."""
+    """Return values that identify their sender and receiver."""
     values = torch.arange(numel, device=device) % 1009
     return values + 1009 * (sender * dist.get_world_size() + receiver)

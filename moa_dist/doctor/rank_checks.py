@@ -1,4 +1,4 @@
-"""The ranks of a job: what each says of itself, their clocks, and what they take for known work."""
+"""Checks across the ranks of a job: their own findings, versions, clocks and speed."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from moa_dist.doctor.probes import Probe, all_probes
 from moa_dist.provenance import code_hash
 
 ROUNDS = 10
-"""How often each probe is timed; the best counts, since disturbances only ever slow down."""
+"""How often each probe is timed; the best time counts, since disturbances only slow it down."""
 
 
 def check_ranks(context: DistContext, own: Sequence[Finding]) -> Iterator[Finding]:
-    """Findings about all ranks, the same on each of them. Collective.
+    """Check all ranks; the findings are the same on each of them. Collective.
 
     Args:
-        job: that this process has joined.
-        own: what this rank found by itself; those of rank 0 are known to its reader already.
+        context: The job that this process has joined.
+        own: Findings of this rank's own checks; those of rank 0 have been printed already.
     """
     reports: list[RankReport] = gather(RankReport(host_name(), facts(context), own))
     hosts = [report.host for report in reports]
     yield from compare.others_findings(reports)
-    yield from compare.alike(reports)
+    yield from compare.versions(reports)
     yield from compare.clocks(clock_offsets(), hosts)
     measured = measure(all_probes(context.device, hosts), context.device)
     yield from judge(gather(measured), hosts)
-    # Now that they have worked: idle clocks and temperatures say little.
+    # After the work, since clocks and temperatures of idle GPUs say little.
     gpus = guarded(
         "gpu",
         lambda: check_gpus([context.device] if context.device.type == "cuda" else []),
@@ -53,7 +53,7 @@ def check_ranks(context: DistContext, own: Sequence[Finding]) -> Iterator[Findin
 
 
 def facts(context: DistContext) -> dict[str, str]:
-    """What must be the same on every rank."""
+    """Return the versions that must be the same on every rank."""
     is_gpu = context.device.type == "cuda"
     return {
         "code": code_hash(),
@@ -67,47 +67,48 @@ def facts(context: DistContext) -> dict[str, str]:
 
 
 def gather(value: Any) -> list[Any]:
-    """Everybody's `value`, by rank. Collective."""
+    """Return every rank's `value`, by rank. Collective."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def clock_offsets(rounds: int = 5) -> list[float]:
-    """Seconds that each rank's clock is ahead of rank 0's. Collective.
+    """Return how many seconds each rank's clock is ahead of rank 0's. Collective.
 
-    All leave a barrier at about the same time; of several, the one with the least difference.
+    All ranks leave a barrier at about the same time; of several rounds, the smallest offset
+    counts.
     """
     times = []
     for _ in range(rounds):
         dist.barrier()
         times.append(time.time())
-    first, *_ = everybody = gather(times)
+    by_rank = gather(times)
     return [
-        min((own - zero for own, zero in zip(rank, first, strict=True)), key=abs)
-        for rank in everybody
+        min((own - zero for own, zero in zip(rank, by_rank[0], strict=True)), key=abs)
+        for rank in by_rank
     ]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One rank's part in one probe."""
+    """One rank's measurement of one probe."""
 
     name: str
-    """The probe's."""
+    """Name of the probe."""
     coupled: bool
-    """The probe's."""
+    """Whether every rank waits for the slowest one."""
     seconds: float
-    """The best time; infinite if there is none."""
+    """The best time; infinite if it never succeeded."""
     problem: str | None
-    """What was wrong with a result."""
+    """What was wrong with a result; None if all were correct."""
 
 
 def measure(probes: Sequence[Probe], device: torch.device, rounds: int = ROUNDS) -> list[Measured]:
     """Time the probes on this rank, in turns; probes of the same name count as one. Collective.
 
-    All ranks begin at the same time, and no rank's time includes waiting for that: a rank that
-    computes slowly is late for the next one, but makes no other look slow.
+    All ranks start each probe together, and the wait for that is not timed: a rank that computes
+    slowly is late for the next probe, but does not make other ranks look slow.
     """
     best = {probe.name: math.inf for probe in probes}
     problems: dict[str, str | None] = dict.fromkeys(best)
@@ -123,17 +124,17 @@ def measure(probes: Sequence[Probe], device: torch.device, rounds: int = ROUNDS)
                 problem = probe.problem(result)
             except Exception as error:
                 if not probe.is_local:
-                    raise  # the other ranks wait in it; the job ends, and says by whom
+                    raise  # the other ranks are waiting in it; the job ends and names this rank
                 seconds, problem = math.inf, f"failed: {type(error).__name__}: {error}"
             problems[probe.name] = problems[probe.name] or problem
-            if number:  # the first time something is set up
+            if number:  # the first round includes set-up work
                 best[probe.name] = min(best[probe.name], seconds)
     coupled = {probe.name: probe.coupled for probe in probes}
     return [Measured(name, coupled[name], best[name], problems[name]) for name in best]
 
 
 def judge(by_rank: Sequence[Sequence[Measured]], hosts: Sequence[str]) -> Iterator[Finding]:
-    """Who computed wrongly and who is slow, from `measure` of every rank."""
+    """Report ranks with wrong results and slow ranks, from every rank's measurements."""
     for parts in zip(*by_rank, strict=True):
         name, coupled = parts[0].name, parts[0].coupled
         yield from compare.results(name, [part.problem for part in parts], hosts)

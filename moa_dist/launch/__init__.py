@@ -1,8 +1,12 @@
-"""Starting a job's ranks, watching them, saying why they ended, starting them again.
+"""Starts the ranks of a job, supervises them, explains why they ended, and restarts them.
 
-`supervisor` decides and knows nothing of how ranks are started: `local` starts them on this machine
-through the `deepspeed` launcher, `ssh_launcher` on the hosts of a hostfile by its pdsh path,
-`leader` and `worker_node` with a launcher of our own on every node. `rank` is what runs around each of them, `link` what connects
-it with the supervisor's host, and `preflight` what is found before anything starts. `slurm` and
-`kubernetes` write the jobs of schedulers, which start `launcher/launch.py` on every node.
+`supervisor` decides, and does not know how ranks are started: `local` starts them on this machine
+through the `deepspeed` launcher, `ssh_launcher` on the hosts of a hostfile through DeepSpeed's pdsh
+support, `leader` and `worker_node` through a launcher process on every node. `rank` is the agent
+that runs around each rank, `link` connects nodes with the supervisor, and `preflight` checks the
+hosts before anything starts. `slurm` and `kubernetes` write jobs for schedulers, which start
+`launcher/launch.py` on every node.
+
+`torchrun` restarts ranks too, but does not say which rank failed or why, checks no hosts, and
+leaves ranks behind on hosts that are cut off.
 """

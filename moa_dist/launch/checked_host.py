@@ -1,4 +1,4 @@
-"""Asking a host what `moa_dist.doctor.host` knows of it, wherever that runs."""
+"""Queries `moa_dist.doctor.host` on a host, locally or through ssh."""
 
 from __future__ import annotations
 
@@ -7,80 +7,104 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from moa_dist.doctor.finding import Finding
 from moa_dist.launch import ssh
 
 ANSWER_S = 120.0
-"""Longest wait for an answer: a file system that hangs takes a host's checks with it."""
+"""Longest wait for an answer; a hanging file system blocks a host's checks."""
 MODULE = "moa_dist.doctor.host"
+MAX_CONCURRENT = 64
+"""Maximum number of hosts that are asked at the same time."""
 
 Message = dict[str, Any]
 
 
 class NoAnswerError(Exception):
-    """Why a host does not answer, and what to do about it."""
+    """A host did not answer. The message is the predicate of a sentence about the host."""
 
-    def __init__(self, text: str, remedy: str = "", *, unreachable: bool = False) -> None:
+    def __init__(
+        self,
+        text: str,
+        remedy: str = "",
+        *,
+        unreachable: bool = False,
+        status: int | None = None,
+    ) -> None:
         super().__init__(text)
         self.remedy = remedy
+        """What to do about it; empty if unknown."""
+        self.status = status
+        """Exit status of the process that should have answered, if it ended."""
         self.unreachable = unreachable
-        """It may be back later."""
+        """Whether the host cannot be reached now, but may be later."""
 
 
 class CheckedHost(Protocol):
-    """A host that can be asked."""
+    """A host that answers requests about itself."""
 
     def ask(self, request: Message) -> Message:
-        """Raises NoAnswerError."""
+        """Send a request and return the answer.
+
+        Raises:
+            NoAnswerError: The host cannot answer.
+        """
 
     def close(self) -> None:
-        """It is asked no more."""
+        """Release the host; it will not be asked again."""
 
 
 class HostProcess:
-    """The answering process, here or, through ssh, on another host."""
+    """The answering process, on this machine or, through ssh, on another host."""
 
     def __init__(self, ssh_host: str | None = None, ssh_args: str = "") -> None:
-        """`ssh_host`: where it runs; None for this machine."""
-        here = [sys.executable, "-m", MODULE]
+        """Start the process on `ssh_host`; None for this machine."""
+        command = [sys.executable, "-m", MODULE]
         self._host = ssh_host
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._process = subprocess.Popen(
-            here if ssh_host is None else ssh.on_host(ssh_host, MODULE, ssh_args),
+            command if ssh_host is None else ssh.on_host(ssh_host, MODULE, ssh_args),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            start_new_session=True,  # so that Ctrl-C reaches this process alone
+            start_new_session=True,  # so that Ctrl-C only reaches the launcher
         )
 
     def ask(self, request: Message) -> Message:
-        """See `moa_dist.doctor.host` for what it can be asked."""
+        """Send a request, see `moa_dist.doctor.host`, and return the answer.
+
+        Raises:
+            NoAnswerError: The process failed, or did not answer in time.
+        """
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         timer = threading.Timer(ANSWER_S, self._process.kill)
         timer.start()
-        answer = ""
+        line = ""
         try:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()
-            answer = stdout.readline()
-        except OSError:  # it has ended; why is found below
+            line = stdout.readline()
+        except OSError:  # it has ended; the reason is found below
             pass
         finally:
             timer.cancel()
-        if not answer:
+        if not line:
             raise self._failure()
-        said: Message = json.loads(answer)
-        if "error" in said:
-            raise NoAnswerError(str(said["error"]))
-        return said
+        answer: Message = json.loads(line)
+        if "error" in answer:
+            raise NoAnswerError(str(answer["error"]))
+        return answer
 
     def close(self) -> None:
-        """Ends the process, which its input's end asks it to."""
+        """End the process by closing its input."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
@@ -102,9 +126,46 @@ class HostProcess:
         self._errors.seek(0)
         errors = self._errors.read().decode(errors="replace").splitlines()
         if status < 0:
-            return NoAnswerError(f"did not answer within {ANSWER_S:g} s", "see what hangs there")
+            remedy = "check there for a hanging file system or process"
+            return NoAnswerError(f"did not answer within {ANSWER_S:g} s", remedy)
         if self._host is None:
             last = errors[-1] if errors else f"exit status {status}"
-            return NoAnswerError(f"its check failed: {last}")
-        text, remedy = ssh.explain_ssh_failure(self._host, status, errors)
-        return NoAnswerError(text, remedy, unreachable=status == 255)
+            return NoAnswerError(f"could not run its check: {last}", status=status)
+        failure = ssh.explain_ssh_failure(self._host, status, errors)
+        return NoAnswerError(
+            failure.text, failure.remedy, unreachable=failure.is_connection, status=status
+        )
+
+
+@dataclass
+class Answers:
+    """The answers of several hosts to one request."""
+
+    by_host: dict[str, Message] = field(default_factory=dict)
+    """The answers, in order of the hosts that gave one."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is wrong with the other hosts, and what is wrong according to the answers."""
+    unreachable: list[str] = field(default_factory=list)
+    """Hosts that cannot be reached now, but may be later."""
+
+
+def ask_all(hosts: Mapping[str, CheckedHost], requests: Mapping[str, Message]) -> Answers:
+    """Send every host its request, all at the same time."""
+
+    def ask(name: str) -> Message | NoAnswerError:
+        try:
+            return hosts[name].ask(requests[name])
+        except NoAnswerError as error:
+            return error
+
+    with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
+        results = dict(zip(requests, pool.map(ask, requests), strict=True))
+    answers = Answers()
+    for name, result in results.items():
+        if isinstance(result, NoAnswerError):
+            text = f"host {name} {result}"
+            answers.findings.append(Finding("host", "FAULT", text, result.remedy, hosts=(name,)))
+            answers.unreachable += [name] if result.unreachable else []
+        else:
+            answers.by_host[name] = result
+    return answers

@@ -1,4 +1,4 @@
-"""Why an attempt ended, judged by what its ranks left: exit codes, signals, ends of logs."""
+"""Determines why an attempt ended from what its ranks left: exit codes, signals and logs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from moa_dist.errors import ExitCode
@@ -15,117 +16,160 @@ from moa_dist.launch.record import RankRecord, read_records
 
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b.*)")
 _TRACKER = "resource_tracker"
-"""What Python says, from a process of its own, after one that it served has ended at once."""
+"""Marks lines that Python's resource tracker prints after its parent was killed."""
 _TAIL_BYTES = 100_000
 _EFFECT_S = 5.0
-"""A rank that reports a lost peer so much before any other ends was the first to know: the other
-hung, and was killed for it later."""
+"""If a rank reports a lost peer at least this long before any other rank ends, the peer was
+hanging, and was only killed later."""
+
+
+class CauseKind(StrEnum):
+    """The kinds of reasons for which an attempt ends, or cannot start."""
+
+    DONE = "done"
+    PREEMPTED = "preempted"
+    PREFLIGHT = "preflight"  # the hosts are not fit for the job
+    HOST_WAIT = "host_wait"  # a host was unreachable for too long
+    NO_RANK = "no_rank"  # the launcher started no rank
+    LAUNCHER = "launcher"  # the launcher reported a problem, such as a host that is gone
+    ORPHANED = "orphaned"  # the launcher on the rank's host is gone
+    VANISHED = "vanished"  # the rank and its agent are gone without a trace
+    KILLED = "killed"  # by a signal from outside the job
+    KILLED_OR_MEMORY = "killed_or_memory"  # by SIGKILL, which the kernel may have sent
+    HOST_MEMORY = "host_memory"  # the kernel killed the rank to free host memory
+    CRASHED = "crashed"  # by a signal that a program causes itself, such as SIGSEGV
+    GPU_MEMORY = "gpu_memory"
+    DISK_FULL = "disk_full"
+    USER = "user"  # an error in the configuration, the data or the devices
+    STOPPED = "stopped"  # as the policy for bad steps or failed checkpoints demands
+    LOST_PEER = "lost_peer"
+    FAILED = "failed"  # an unexpected error
 
 
 @dataclass(frozen=True)
 class Cause:
     """Why an attempt ended."""
 
+    kind: CauseKind
+    """The kind of reason."""
     text: str
-    """One line."""
+    """Explanation in one line."""
     exit_code: ExitCode
-    """What it comes to. A supervisor tries again after DEFECT and LOST_PEER."""
+    """The job's exit code. A supervisor restarts after DEFECT and LOST_PEER."""
     rank: int | None = None
-    """Whose fault it was, where that is known."""
+    """The rank that caused it, if known."""
 
     @property
     def is_final(self) -> bool:
-        """Trying again would change nothing, or is up to the cluster."""
+        """Whether the supervisor must not restart: it would not help, or is up to the cluster."""
         return self.exit_code not in (ExitCode.DEFECT, ExitCode.LOST_PEER)
 
 
 def find_cause(folder: Path, problem: str | None = None) -> Cause:
-    """Judge the attempt whose records and logs are in `folder`; all its ranks have ended.
+    """Explain the attempt whose records and logs are in `folder`; all its ranks have ended.
 
-    `problem` is what the launcher knows of, such as a host that is gone; it counts where no rank
-    has said better.
+    `problem` is what the launcher reports, such as a host that is gone. It counts if no rank has a
+    better explanation.
     """
     records = read_records(folder)
     if not records:
-        text = problem or f"no rank was started: {_last_line(folder / 'launcher.log')}"
-        return Cause(text, ExitCode.DEFECT)
+        if problem is not None:
+            return Cause(CauseKind.LAUNCHER, problem, ExitCode.DEFECT)
+        text = f"no rank was started: {_last_line(folder / 'launcher.log')}"
+        return Cause(CauseKind.NO_RANK, text, ExitCode.DEFECT)
     codes = {record.status for record in records}
     if codes == {ExitCode.DONE}:
-        return Cause("done", ExitCode.DONE)
+        return Cause(CauseKind.DONE, "done", ExitCode.DONE)
     if codes <= {ExitCode.DONE, ExitCode.PREEMPTED}:
-        return Cause("preempted: saved, to be continued by the same command", ExitCode.PREEMPTED)
+        text = "preempted: saved; run the same command to continue"
+        return Cause(CauseKind.PREEMPTED, text, ExitCode.PREEMPTED)
     culprit = _culprit(records)
     if problem is not None and (culprit.orphaned or culprit.status is None):
-        return Cause(problem, ExitCode.LOST_PEER)
-    text, code = _explain(culprit, folder)
-    return Cause(f"rank {culprit.rank} (host {culprit.host}) {text}", code, culprit.rank)
+        return Cause(CauseKind.LAUNCHER, problem, ExitCode.LOST_PEER)
+    kind, text = _explain(culprit, folder)
+    who = f"rank {culprit.rank} (host {culprit.host})"
+    return Cause(kind, f"{who} {text}", _exit_code(culprit), culprit.rank)
 
 
 def _culprit(records: list[RankRecord]) -> RankRecord:
-    """The rank that ended first, without those that ended because another did."""
+    """Return the rank that ended first, ignoring those that ended because another one did."""
     bad = [r for r in records if r.status not in (ExitCode.DONE, ExitCode.PREEMPTED)]
     first = min(bad, key=_when)
     own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
     culprit = min(own, key=_when, default=first)
     if _when(culprit) > _when(first) + _EFFECT_S:
         culprit = first
-    # Where the network has parted, each side misses the other; rank 0's is the one that goes on.
+    # If the network is split, each side misses the other; believe rank 0's side, which continues.
     if culprit.status == ExitCode.LOST_PEER and bad[0].rank == 0:
         return bad[0] if bad[0].status == ExitCode.LOST_PEER else culprit
     return culprit
 
 
 def _when(record: RankRecord) -> float:
-    """Without an end: its agent was killed, mostly late, by a launcher that lost patience."""
+    """Return the time at which a rank ended.
+
+    A missing time sorts last: the rank's agent was killed, usually by a launcher that gave up.
+    """
     return math.inf if record.ended is None else record.ended
 
 
-def _explain(record: RankRecord, folder: Path) -> tuple[str, ExitCode]:
+def _exit_code(record: RankRecord) -> ExitCode:
+    reported = (ExitCode.USER, ExitCode.NOT_FINITE, ExitCode.NOT_SAVED, ExitCode.LOST_PEER)
+    if record.orphaned or record.status not in reported:
+        return ExitCode.DEFECT
+    return ExitCode(record.status)
+
+
+def _explain(record: RankRecord, folder: Path) -> tuple[CauseKind, str]:
     log = folder / record.log
     status = record.status
     if record.orphaned:
-        return "was ended: the launcher on its host is gone", ExitCode.DEFECT
+        return CauseKind.ORPHANED, "was killed because the launcher on its host is gone"
     if status is None:
-        return "vanished together with the process that watched it", ExitCode.DEFECT
+        return CauseKind.VANISHED, "vanished together with its agent"
     if status < 0:
-        return _explain_signal(record, log), ExitCode.DEFECT
+        return _explain_signal(record, log)
     if status == ExitCode.USER:
-        return f"found what only you can mend: {_last_line(log)}", ExitCode.USER
+        return CauseKind.USER, f"found a configuration or data error: {_last_line(log)}"
     if status in (ExitCode.NOT_FINITE, ExitCode.NOT_SAVED):
-        return f"stopped: {_last_line(log)}", ExitCode(status)
+        return CauseKind.STOPPED, f"stopped: {_last_line(log)}"
     if status == ExitCode.LOST_PEER:
-        begin = f"rank {record.rank}: "
+        prefix = f"rank {record.rank}: "
         lines = reversed(last_lines(log, 50))
-        said = next((line for line in lines if line.startswith(begin)), _last_line(log))
-        return f"lost another: {said.removeprefix(begin)}", ExitCode.LOST_PEER
+        report = next((line for line in lines if line.startswith(prefix)), _last_line(log))
+        return CauseKind.LOST_PEER, f"lost a peer: {report.removeprefix(prefix)}"
     error = _last_error(log) or f"exit code {status}: {_last_line(log)}"
     if "OutOfMemoryError" in error or "CUDA out of memory" in error:
         hint = "halve train.micro_batch, or set train.recompute"
-        return f"ran out of GPU memory ({hint}): {error[:300]}", ExitCode.DEFECT
+        return CauseKind.GPU_MEMORY, f"ran out of GPU memory ({hint}): {error[:300]}"
     if "No space left on device" in error:
-        return f"found the disk full: {error}", ExitCode.DEFECT
-    return f"failed: {error}", ExitCode.DEFECT
+        return CauseKind.DISK_FULL, f"found the disk full: {error}"
+    return CauseKind.FAILED, f"failed: {error}"
 
 
-def _explain_signal(record: RankRecord, log: Path) -> str:
+def _explain_signal(record: RankRecord, log: Path) -> tuple[CauseKind, str]:
     assert record.status is not None
     number = -record.status
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     text = f"was killed by {name}"
+    if number == signal.SIGKILL and record.oom_kills:
+        hint = "use fewer data.workers"
+        return CauseKind.HOST_MEMORY, f"{text}: the kernel was out of host memory ({hint})"
+    if number == signal.SIGKILL and record.oom_kills is None:
+        text += ", either from outside the job or by a kernel out of memory (see `dmesg`)"
+        return CauseKind.KILLED_OR_MEMORY, text
     if number == signal.SIGKILL:
-        if record.oom_kills:
-            text += ": the kernel ended it, out of host memory (use fewer data.workers)"
-        elif record.oom_kills == 0:
-            text += " from outside; it was not for want of memory"
-        else:
-            text += ": from outside, or the kernel was out of memory (see `dmesg`)"
-    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE):
-        text += f": {_last_line(log)}"
-    return text
+        return CauseKind.KILLED, f"{text} from outside the job; not out of memory"
+    if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE):
+        return CauseKind.CRASHED, f"{text}: {_last_line(log)}"
+    return CauseKind.KILLED, text
 
 
 def count_oom_kills() -> int | None:
-    """Processes of this one's control group that the kernel ever killed for want of memory."""
+    """Return how many processes of this one's control group the kernel killed for lack of memory.
+
+    Returns None where that cannot be read.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -135,7 +179,7 @@ def count_oom_kills() -> int | None:
                 root, file = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
             else:
                 continue
-            for folder in (root / group.lstrip("/"), root):  # a container's own group is its root
+            for folder in (root / group.lstrip("/"), root):  # a container sees its group as root
                 with suppress(OSError):
                     values = dict(x.split() for x in (folder / file).read_text().splitlines())
                     return int(values["oom_kill"])
@@ -143,7 +187,7 @@ def count_oom_kills() -> int | None:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The end of a log; empty if there is none."""
+    """Return the last lines of a log; empty if the file does not exist."""
     with suppress(OSError):
         return list(_lines(path))[-count:]
     return []
@@ -155,7 +199,7 @@ def _last_line(path: Path) -> str:
 
 
 def _last_error(path: Path) -> str | None:
-    """The message of the last traceback."""
+    """Return the message of the last traceback."""
     for line in reversed(last_lines(path, 200)):
         if match := _ERROR.match(line):
             return match[1]

@@ -1,9 +1,10 @@
-"""A job for Kubernetes: an indexed Job with one launcher per pod, which find each other by name.
+"""Writes a job for Kubernetes: an indexed Job whose pods each run one launcher.
 
-Three objects: the whole configuration (ConfigMap), a headless Service that gives pods their
-names, and the Job. The launchers start failed ranks again themselves, so Kubernetes only replaces
-pods that are gone: by exit status, a preempted one or one that lost another is replaced without
-counting, one that knows that a new start is in vain fails the job. Needs Kubernetes 1.31 or newer.
+There are three objects: a ConfigMap with the whole configuration, a headless Service that gives
+pods their names, and the Job. The launchers restart failed ranks themselves, so Kubernetes only
+replaces pods that are gone. Exit codes decide how: a pod that was preempted or lost a peer is
+replaced without counting as a failure, and one for which a restart cannot help fails the Job.
+Requires Kubernetes 1.31 or newer.
 """
 
 from __future__ import annotations
@@ -20,47 +21,47 @@ from moa_dist.config.run import Config
 from moa_dist.errors import ConfigError, ExitCode
 
 WORK_FOLDER = "/app"
-"""Of the image (docker/Dockerfile): what relative paths in a configuration start from."""
+"""Working folder of the image (docker/Dockerfile), to which relative paths refer."""
 USER_ID = 10001
-"""Of the image."""
+"""User ID of the image."""
 PORT = 29500
-"""Every pod has an address of its own, so any will do."""
+"""Port of node 0's launcher. Every pod has its own address, so any port is free."""
 _CONFIG_FOLDER = "/etc/moa-dist"
-_MOST_LOST_LAUNCHERS = 20
-_LONGEST_NAME = 63
+_MAX_LOST_LAUNCHERS = 20
+_MAX_NAME_LENGTH = 63
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kMGTPE]i?|m)?")
 
 
 @dataclass(frozen=True)
 class KubernetesJob:
-    """What a Job asks Kubernetes for."""
+    """The resources that a Job requests from Kubernetes."""
 
     nodes: int
-    """Pods."""
+    """Number of pods."""
     ranks_per_node: int
-    """Ranks in each."""
+    """Number of ranks in each pod."""
     gpus: bool
-    """A GPU for each rank; otherwise they compute on CPUs."""
+    """Whether each rank gets a GPU; otherwise ranks compute on CPUs."""
     image: str
-    """Built by docker/Dockerfile."""
+    """Reference of an image built from docker/Dockerfile."""
     volumes: tuple[tuple[str, str], ...]
-    """Persistent volume claims, and where each is mounted."""
+    """Persistent volume claims, each with the folder where it is mounted."""
     grace_s: int
-    """From SIGTERM to the end, for one step and one save."""
+    """Seconds between SIGTERM and SIGKILL, enough for one step and one save."""
     cpu: str | None = None
-    """CPUs to ask for, in each pod."""
+    """CPUs to request for each pod."""
     memory: str | None = None
-    """Memory to ask for and to be held to, in each pod."""
+    """Memory to request for each pod, which is also its limit."""
     shared_memory: str = "8Gi"
-    """The most that /dev/shm may take: batches, and NCCL's traffic inside a node."""
+    """Size limit of /dev/shm, which holds batches and NCCL's traffic inside a node."""
 
 
 def manifest(config: Config, job: KubernetesJob) -> str:
-    """The objects as YAML, for `kubectl apply -f -`.
+    """Return the objects as YAML, for `kubectl apply -f -`.
 
     Raises:
-        ConfigError: with everything that Kubernetes would refuse, or that would lose the run.
+        ConfigError: Kubernetes would reject the objects, or the run's files would be lost.
     """
     name = _object_name(config.name)
     problems = [*_name_problems(config, name, job.nodes), *_problems(config, job)]
@@ -98,7 +99,7 @@ def _job(name: str, job: KubernetesJob) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": job.nodes,
         "parallelism": job.nodes,
-        "backoffLimit": _MOST_LOST_LAUNCHERS,
+        "backoffLimit": _MAX_LOST_LAUNCHERS,
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": _one_of(final)},
@@ -122,7 +123,7 @@ def _pod(name: str, job: KubernetesJob) -> dict[str, Any]:
     memory = {"memory": job.memory} if job.memory else {}
     mounts = {f"claim-{n}": volume for n, volume in enumerate(job.volumes)}
     return {
-        "restartPolicy": "Never",  # the failure policy demands it
+        "restartPolicy": "Never",  # required by the failure policy
         "subdomain": name,
         "terminationGracePeriodSeconds": job.grace_s,
         "securityContext": {"runAsNonRoot": True, "runAsUser": USER_ID, "fsGroup": USER_ID},
@@ -157,7 +158,7 @@ def _pod(name: str, job: KubernetesJob) -> dict[str, Any]:
 
 
 def _arguments(name: str, job: KubernetesJob) -> list[str]:
-    """Of `launcher/launch.py`; the pods of an indexed Job are named after it and their index."""
+    """Return the arguments of `launcher/launch.py`; pods are named after the Job and an index."""
     values = {
         "--config": f"{_CONFIG_FOLDER}/config.yaml",
         "--nodes": str(job.nodes),
@@ -170,17 +171,17 @@ def _arguments(name: str, job: KubernetesJob) -> list[str]:
 
 
 def _object_name(name: str) -> str:
-    """A run's name as Kubernetes allows it."""
+    """Convert a run's name to one that Kubernetes allows."""
     return re.sub(r"[_. ]+", "-", name.lower())
 
 
 def _name_problems(config: Config, name: str, nodes: int) -> list[str]:
-    longest = _LONGEST_NAME - len(f"-{nodes - 1}")  # the pod's name is its host name
+    longest = _MAX_NAME_LENGTH - len(f"-{nodes - 1}")  # the pod's name is its host name
     if _LABEL.fullmatch(name) and not name[0].isdigit() and len(name) <= longest:
         return []
     return [
-        f'`name` is "{config.name}", which cannot name a Job and its Service: begin with a letter, '
-        f"use letters, digits and single hyphens, at most {longest} characters"
+        f'`name` is "{config.name}", which cannot name a Job and its Service: start with a letter, '
+        f"and use letters, digits and single hyphens, at most {longest} characters"
     ]
 
 
@@ -192,14 +193,14 @@ def _problems(config: Config, job: KubernetesJob) -> list[str]:
         ("--shared-memory", job.shared_memory),
     ):
         if quantity is not None and not _QUANTITY.fullmatch(quantity):
-            problems.append(f"{option} is `{quantity}`; write a quantity such as 16 or 64Gi")
+            problems.append(f"{option} is `{quantity}`: write a quantity such as 16 or 64Gi")
     for claim, path in job.volumes:
         if not all(map(_LABEL.fullmatch, claim.split("."))):
-            problems.append(f"--volume: `{claim}` cannot be the name of a persistent volume claim")
+            problems.append(f"--volume: `{claim}` is not a name of a persistent volume claim")
         if not path.startswith("/") or ":" in path or posixpath.normpath(path) == "/":
-            problems.append(f"--volume: `{path}` is no folder; write CLAIM:/FOLDER")
+            problems.append(f"--volume: `{path}` is not an absolute folder: write CLAIM:/FOLDER")
     if len({path for _, path in job.volumes}) < len(job.volumes):
-        problems.append("--volume: two claims are mounted at the same place")
+        problems.append("--volume: two claims are mounted at the same folder")
     places = {"output": config.output, "data.train": config.data.train}
     if config.data.valid is not None:
         places["data.valid"] = config.data.valid
@@ -211,14 +212,14 @@ def _problems(config: Config, job: KubernetesJob) -> list[str]:
             if path.startswith("/")
         ):
             problems.append(
-                f"`{field}` is {place}, in a pod {inside}, which is on none of its volumes: give "
+                f"`{field}` is {place}, which is {inside} in a pod and on none of its volumes: add "
                 f"--volume CLAIM:{posixpath.dirname(inside) if field != 'output' else inside}"
             )
     return problems
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as they are, and repeats what is said twice."""
+    """Writes multi-line strings as literal blocks, and repeats values instead of using aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True

@@ -1,12 +1,13 @@
-"""A job whose nodes are started one by one, as Slurm and Kubernetes do: node 0 leads.
+"""Node 0 of a job whose nodes are started one by one, as Slurm and Kubernetes do: the leader.
 
 Node 0 listens on the job's address; the others (`worker_node.py`) connect, are checked, and start
-and end their ranks when it says so. One node decides, so that all start the same attempt and end
-with the same status.
+and end their ranks on its command. A single node decides, so that all nodes start the same attempt
+and exit with the same status.
 
-Messages to a node: `ask`, a request for its checks; `start`, an attempt; `preempt`; `end`, its
-ranks; `exit`, the end of the job. From a node: `token` and what it is, once; `answer`; `ended`, its
-ranks; `preempt`, somebody asked it to stop.
+Messages to a node: `ask`, a request for its checks; `start`, start an attempt; `preempt`, let the
+ranks save and stop; `end`, end the ranks; `exit`, the job is over. Messages from a node: `token`
+with a description of the node, once; `answer`, to a request; `ended`, its ranks have ended;
+`preempt`, it was asked to stop.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Node:
-    """What this process was told of its place."""
+    """The position of this process in the job."""
 
     nodes: int
-    """How many there are."""
+    """Number of nodes."""
     rank: int
-    """Which one this is."""
+    """Number of this node."""
     address: str
-    """Where node 0 listens, for the others."""
+    """Address of node 0 for the others."""
     port: int
-    """And on which port."""
+    """Port that node 0 listens on."""
     ranks: int | None
-    """To start here; None for one per GPU, or one."""
+    """Number of ranks to start here; None for one per GPU, or one without GPUs."""
     host: str
-    """What messages call this machine."""
+    """Name of this machine in messages."""
 
     def hello(self, config: Config) -> Message:
-        """What it says of itself first."""
+        """Return the node's first message, which describes it."""
         return {
             "token": token(config),
             "node": self.rank,
@@ -63,38 +64,42 @@ class Node:
 
 
 def token(config: Config) -> str:
-    """Tells jobs apart that were given the same address and port; no secret."""
+    """Distinguish jobs that use the same address and port; it is not a secret."""
     return str(run_folder(config))
 
 
 class RemoteNode:
-    """Node 0's view of another one. Used by one thread at a time."""
+    """Node 0's view of another node. Used by one thread at a time."""
 
     def __init__(self, link: Link, waiting: Waiting) -> None:
         self.link, self._waiting = link, waiting
         self.ended = True
-        """It has no ranks running, as far as it can be known."""
+        """Whether it has no ranks running, as far as is known."""
 
     def ask(self, request: Message) -> Message:
-        """Have it run a check."""
+        """Let the node run a check, and return its answer.
+
+        Raises:
+            NoAnswerError: The node is lost, or cannot answer.
+        """
         self.link.send({"ask": request})
         deadline = time.monotonic() + 2 * ANSWER_S
         while time.monotonic() < deadline:
-            message = self.look(_POLL_S)
+            message = self.poll(_POLL_S)
             if message is not None and "answer" in message:
                 answer: Message = message["answer"]
                 if "error" in answer:
                     raise NoAnswerError(answer["error"], answer["remedy"])
                 return answer
             if self.link.lost:
-                raise NoAnswerError(self.link.lost, unreachable=True)
+                raise NoAnswerError(str(self.link.lost), unreachable=True)
         raise NoAnswerError(f"did not answer within {2 * ANSWER_S:g} s")
 
     def close(self) -> None:
-        """Nothing to do: the link stays."""
+        """Do nothing: the link stays open."""
 
-    def look(self, timeout_s: float) -> Message | None:
-        """Read what came and is not an answer; returns the answer, if one did."""
+    def poll(self, timeout_s: float) -> Message | None:
+        """Receive and process the next message, and return it; None if none arrives in time."""
         try:
             message = self.link.receive(timeout_s)
         except LinkLostError:
@@ -113,7 +118,7 @@ class NodesJob:
     def __init__(
         self, folder: Path, job: LocalJob, remotes: dict[str, RemoteNode], place: RankPlacement
     ) -> None:
-        """`job` are the ranks of this node; the others are told to start theirs."""
+        """Tell the other nodes to start their ranks; `job` runs those of this node."""
         self._job, self._remotes = job, remotes
         self._overdue = Overdue(folder)
         self.problem: str | None = None
@@ -123,10 +128,10 @@ class NodesJob:
             remote.link.send({"start": {"folder": str(folder), "place": there}})
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the ranks of all nodes have ended that can be reached; waits that long."""
+        """Return whether the ranks of all reachable nodes have ended; waits up to `timeout_s`."""
         is_over = self._job.wait(timeout_s)
         for name, remote in self._remotes.items():
-            while remote.look(0.0) is not None:
+            while remote.poll(0.0) is not None:
                 pass
             if remote.link.lost is not None and self.problem is None:
                 self.problem = f"host {name} {remote.link.lost}"
@@ -138,56 +143,61 @@ class NodesJob:
         return is_over and all(remote.ended for remote in self._remotes.values())
 
     def preempt(self) -> None:
-        """Ask the ranks of all nodes to stop in order."""
+        """Ask the ranks of all nodes to save and stop."""
         self._job.preempt()
         for remote in self._remotes.values():
             remote.link.send({"preempt": True})
 
     def end(self) -> None:
-        """End the ranks of all nodes that can be reached; a node cut off ends its own."""
+        """End the ranks of all reachable nodes; a node that is cut off ends its own."""
         for remote in self._remotes.values():
             remote.link.send({"end": True})
         self._job.end()
         deadline = time.monotonic() + 2 * END_S
         for remote in self._remotes.values():
             while not remote.ended and time.monotonic() < deadline:
-                remote.look(_POLL_S)
+                remote.poll(_POLL_S)
 
 
 class NodesLauncher:
-    """Starts attempts on all nodes; for node 0."""
+    """Starts attempts on all nodes; used on node 0."""
 
     def __init__(
         self, node: Node, config: Config, command: Sequence[str], wanted: Wanted, waiting: Waiting
     ) -> None:
-        """Listens for the others. Raises ClusterError if it cannot."""
+        """Listen for the other nodes.
+
+        Raises:
+            ClusterError: The port is in use.
+        """
         self._node, self._command, self._waiting = node, command, waiting
-        self._wanted, self._meeting = wanted, Preflight()
+        self._wanted, self._checked = wanted, Preflight()
         self._token = token(config)
         address = node.address if is_loopback(node.address) else ""
         try:
             self._hub = Hub(address, node.port, self._token)
         except OSError as error:
             raise ClusterError(
-                f"node 0 cannot listen on port {node.port} ({error.strerror}): end what holds it "
-                "(moa-dist doctor names it), or start all nodes with another --master-port"
+                f"node 0 cannot listen on port {node.port} ({error.strerror}): end the process "
+                "that uses it (moa-dist doctor names it), or start all nodes with another "
+                "--master-port"
             ) from error
         self._remotes: dict[str, RemoteNode] = {}
         self.ends_with = ExitCode.DEFECT
-        """What the job came to, for the other nodes."""
+        """The job's exit code, which the other nodes exit with."""
 
     def ready(self) -> Cause | None:
-        """Wait for all nodes, and check them."""
+        """Wait for all nodes and check them; returns why no attempt can start, or None."""
         found = self._waiting.until_fit(self._check)
         if isinstance(found, Cause):
             return found
-        self._meeting = found
+        self._checked = found
         return None
 
     def start(self, folder: Path) -> NodesJob:
-        """Start an attempt in its folder."""
-        meeting = self._meeting
-        place = RankPlacement(meeting.hosts, 0, meeting.master_addr, meeting.master_port)
+        """Start an attempt that writes its logs to `folder`."""
+        checked = self._checked
+        place = RankPlacement(checked.hosts, 0, checked.master_addr, checked.master_port)
         job = LocalJob(folder, self._command, None, place)
         return NodesJob(folder.absolute(), job, self._remotes, place)
 
@@ -195,34 +205,34 @@ class NodesLauncher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """All nodes end with the same status."""
+        """Let all nodes exit with the job's status."""
         for link in list(self._hub.links.values()):
             link.send({"exit": self.ends_with})
         self._hub.close()
 
     def _check(self) -> Preflight:
-        """Of all nodes if they are there; else says who is missing."""
-        self._refuse()
+        """Check all nodes; if some are missing, only report these."""
+        self._reject_mismatched()
         missing, names = Preflight(), [self._node.host]
         links = {node: self._hub.links.get(node) for node in range(1, self._node.nodes)}
         remotes: list[RemoteNode] = []
         for node, link in links.items():
             if link is not None:
                 remotes.append(RemoteNode(link, self._waiting))
-                remotes[-1].look(0.0)
+                remotes[-1].poll(0.0)
                 names.append(link.hello["host"])
             if link is None or link.lost:
                 missing.unreachable.append(f"node {node}")
-                text = f"node {node} is not there"
-                missing.findings.append(Finding("host", "FAULT", text))
+                text = f"node {node} is not connected"
+                missing.findings.append(Finding("host", "FAULT", text, subject=f"node {node}"))
         if missing.unreachable:
             return missing
         unique = len(set(names)) == len(names)
         names = [name if unique else f"{name}-{node}" for node, name in enumerate(names)]
         self._remotes = dict(zip(names[1:], remotes, strict=True))
         slots = [self._node.ranks, *(remote.link.hello["ranks"] for remote in remotes)]
-        # The name that all were given may be one for loopback on this node; the others' ends of
-        # their links are not.
+        # The given name of this node may resolve to loopback here, so use the address that the
+        # others reached.
         address = remotes[0].link.hello["reached"] if remotes else self._node.address
         wanted = replace(self._wanted, master_addr=address, master_port=free_port())
         own = HostProcess()
@@ -231,11 +241,12 @@ class NodesLauncher:
         finally:
             own.close()
 
-    def _refuse(self) -> None:
+    def _reject_mismatched(self) -> None:
         nodes = self._node.nodes
         for node, link in list(self._hub.links.items()):
-            if link.hello["nodes"] != nodes or not 0 < node < nodes:
-                text = f"node 0 was started with --nodes {nodes}, which lacks node {node}"
-                if link.hello["nodes"] != nodes:
-                    text = f"node 0 was started with --nodes {nodes}, this one with another number"
+            theirs = link.hello["nodes"]
+            if theirs != nodes or not 0 < node < nodes:
+                text = f"node 0 was started with --nodes {nodes}, which has no node {node}"
+                if theirs != nodes:
+                    text = f"node 0 was started with --nodes {nodes}, but this one with {theirs}"
                 link.send({"exit": ExitCode.USER, "text": text})

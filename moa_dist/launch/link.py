@@ -1,7 +1,7 @@
-"""A connection between a job's supervisor and a node: messages, and knowing that the other lives.
+"""A connection between a job's supervisor and a node, which notices when the other end is lost.
 
-Lines of JSON over TCP; `{}` is a beat. Either end notices within `SILENCE_S` that the other is
-stopped or cut off, and at once that its process has ended.
+Messages are lines of JSON over TCP; `{}` is a heartbeat. Either end notices within `SILENCE_S` that
+the other one is stopped or cut off, and immediately that its process has ended.
 """
 
 from __future__ import annotations
@@ -13,64 +13,84 @@ import select
 import socket
 import threading
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from moa_dist.errors import ExitCode
 
-BEAT_S = 2.0
-"""Seconds between beats."""
+HEARTBEAT_S = 2.0
+"""Seconds between heartbeats."""
 SILENCE_S = 32.0
-"""More than the ranks' own heartbeat needs to name the rank that is lost, see `heartbeat`."""
+"""Silence after which the other end counts as lost. Longer than the ranks' own heartbeat needs to
+name a lost rank, see `moa_dist.distributed.heartbeat`."""
 _HELLO_S = 10.0
-_LONGEST = 2**24
+_MAX_LINE = 2**24
 
 Message = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Why a connection is lost."""
+
+    reason: Literal["gone", "silent", "invalid", "closed"]
+    """`gone`: the other process ended; `silent`: it is stopped or cut off; `invalid`: it does not
+    speak this protocol; `closed`: this end closed the connection."""
+    text: str
+    """The predicate of a sentence about the other end, such as `is gone`."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class LinkLostError(Exception):
-    """The other end is gone, or silent; says which of them."""
+    """The other end of a link is lost."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(str(loss))
+        self.loss = loss
 
 
 class Link:
     """One end of a connection. Thread-safe."""
 
     def __init__(self, connection: socket.socket, silence_s: float = SILENCE_S) -> None:
-        connection.settimeout(BEAT_S)
+        connection.settimeout(HEARTBEAT_S)
         self._socket, self._silence_s = connection, silence_s
         self._inbox: queue.Queue[Message] = queue.Queue()
         self._sending = threading.Lock()
-        self._lost: str | None = None
+        self._lost: Loss | None = None
         self._closed = threading.Event()
         self.address = str(connection.getpeername()[0])
-        """Of the other end."""
+        """Address of the other end."""
         self.hello: Message = {}
-        """What the other end said first, where this one is a hub's."""
+        """The first message of the other end, on links of a hub."""
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
 
     @property
-    def lost(self) -> str | None:
-        """Why nothing will come any more, such as `is gone`; None while the other end lives."""
+    def lost(self) -> Loss | None:
+        """Why no more messages will arrive; None while the other end is alive."""
         return self._lost
 
     def send(self, message: Message) -> None:
-        """A failure shows in `lost`."""
+        """Send a message; a failure is recorded in `lost`."""
         data = json.dumps(message).encode() + b"\n"
         try:
             with self._sending:
                 self._socket.sendall(data)
         except OSError as error:
-            self._lose(f"is gone ({error})")
+            self._lose(Loss("gone", f"is gone ({error})"))
 
     def receive(self, timeout_s: float) -> Message | None:
-        """The next message, None if none comes in time.
+        """Return the next message, or None if none arrives in time.
 
         Raises:
-            LinkLostError: all messages were read, and no other will come.
+            LinkLostError: All messages have been read, and no more will arrive.
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            lost = self._lost  # before the inbox, which is filled before it is set
+            lost = self._lost  # read before the inbox, which is filled before it is set
             left = 0.0 if lost else max(0.0, deadline - time.monotonic())
             try:
                 return self._inbox.get(block=left > 0, timeout=min(left, 0.1))
@@ -81,53 +101,55 @@ class Link:
                     return None
 
     def close(self) -> None:
-        """The other end learns of it at once."""
+        """Close the connection, which the other end notices immediately."""
         self._closed.set()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=2 * BEAT_S)
-        self._lose("was closed")
+            self._thread.join(timeout=2 * HEARTBEAT_S)
+        self._lose(Loss("closed", "was disconnected"))
         self._socket.close()
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, loss: Loss) -> None:
         if self._lost is None:
-            self._lost = why
+            self._lost = loss
 
     def _run(self) -> None:
-        heard, next_beat, received = time.monotonic(), 0.0, b""
+        heard, next_heartbeat, unfinished = time.monotonic(), 0.0, b""
         while not self._closed.is_set() and self._lost is None:
             now = time.monotonic()
-            if now >= next_beat:
-                if next_beat and now - next_beat > self._silence_s / 2:
-                    heard = now  # this process itself was stopped, which proves nothing
+            if now >= next_heartbeat:
+                if next_heartbeat and now - next_heartbeat > self._silence_s / 2:
+                    heard = now  # this process itself was stopped, so silence proves nothing
                 self.send({})
-                next_beat = now + BEAT_S
+                next_heartbeat = now + HEARTBEAT_S
             if now - heard > self._silence_s:
-                self._lose(f"has been silent for {self._silence_s:g} s: stopped, or cut off")
+                seconds = f"{self._silence_s:g} s"
+                self._lose(Loss("silent", f"has been silent for {seconds}: stopped, or cut off"))
             if not select.select([self._socket], [], [], 0.1)[0]:
                 continue
             try:
                 data = self._socket.recv(65536)
             except OSError:
                 data = b""
-            *lines, received = (received + data).split(b"\n")
+            *lines, unfinished = (unfinished + data).split(b"\n")
             try:
                 messages = [json.loads(line) for line in lines]
             except ValueError:
-                return self._lose("speaks another language")
+                return self._lose(Loss("invalid", "sent something other than messages"))
             for message in messages:
                 if message:
                     self._inbox.put(message)
-            if not data or len(received) > _LONGEST:
-                return self._lose("is gone: its process ended, or closed the connection")
+            if not data or len(unfinished) > _MAX_LINE:
+                text = "is gone: its process ended, or closed the connection"
+                return self._lose(Loss("gone", text))
             heard = time.monotonic()
         return None
 
 
 def connect(address: str, port: int, timeout_s: float) -> Link:
-    """A link to the hub that listens there.
+    """Connect to the hub that listens at an address and port.
 
     Raises:
-        OSError: nobody does.
+        OSError: The connection failed.
     """
     return Link(socket.create_connection((address, port), timeout=timeout_s))
 
@@ -136,43 +158,43 @@ class Hub:
     """The supervisor's end of the links to all nodes. Thread-safe."""
 
     def __init__(self, address: str, port: int, token: str) -> None:
-        """Listen; port 0 takes a free one, and address "" means all of this machine.
+        """Listen; port 0 picks a free port, and address "" means all addresses of this machine.
 
         Raises:
-            OSError: the port is taken.
+            OSError: The port is in use.
         """
         self.token = token
-        """By which those are known that may connect."""
+        """Identifies the nodes of this job; others are rejected."""
         self._listener = socket.create_server((address, port), backlog=4096)
         self._listener.settimeout(0.2)
         self.port: int = self._listener.getsockname()[1]
-        """Where it listens."""
+        """The port it listens on."""
         self.links: dict[int, Link] = {}
-        """By node, the newest of each."""
+        """The newest link of each node."""
         self._closed = threading.Event()
         threading.Thread(target=self._accept, name="hub", daemon=True).start()
 
-    def hang_up(self) -> None:
-        """End all links, by which the nodes end their ranks."""
+    def close_links(self) -> None:
+        """Close all links, upon which the nodes end their ranks."""
         links, self.links = self.links, {}
         for link in links.values():
             link.close()
 
     def close(self) -> None:
-        """Listen no more, and end all links."""
+        """Stop listening, and close all links."""
         self._closed.set()
         self._listener.close()
-        self.hang_up()
+        self.close_links()
 
     def _accept(self) -> None:
         while not self._closed.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # none came in time; or closed
+            except OSError:  # a timeout, or the listener was closed
                 continue
-            threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._admit, args=(connection,), daemon=True).start()
 
-    def _meet(self, connection: socket.socket) -> None:
+    def _admit(self, connection: socket.socket) -> None:
         link = Link(connection)
         try:
             hello = link.receive(_HELLO_S)
@@ -182,13 +204,14 @@ class Hub:
             str(hello.get("token", "")).encode(), self.token.encode()
         )
         if hello is None or not known or not isinstance(hello.get("node"), int):
-            link.send({"exit": ExitCode.USER, "text": "this port belongs to another job"})
+            text = "this port belongs to another job: start all nodes with another --master-port"
+            link.send({"exit": ExitCode.USER, "text": text})
             link.close()
             return
         before = self.links.get(hello["node"])
         link.hello = hello
         self.links[hello["node"]] = link
-        if before is not None:  # it was started again before its end was noticed, or twice
-            text = f"another process took the place of node {hello['node']}"
+        if before is not None:  # restarted before its end was noticed, or started twice
+            text = f"another process replaced this one as node {hello['node']}"
             before.send({"exit": ExitCode.USER, "text": text})
             before.close()

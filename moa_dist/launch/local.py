@@ -1,4 +1,4 @@
-"""A job's ranks on this machine, started through the `deepspeed` launcher."""
+"""Starts a job's ranks on this machine through the `deepspeed` launcher."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from moa_dist.launch.hostfile import Host, write_hostfile
 from moa_dist.launch.rank import VISIBLE_VARIABLE
 
 LAUNCHER_LOG = "launcher.log"
-"""What the launcher itself says, in an attempt's folder."""
+"""File in an attempt's folder with the output of the launcher itself."""
 END_S = 60.0
-"""Longest wait for ranks to end after they were told to; then the rest of the group is killed."""
+"""Longest wait for ranks to end when asked to; then the rest of the process group is killed."""
 _CLOSED = -1
 
 
 class DeepSpeedLauncher:
-    """The processes by which DeepSpeed starts ranks; their output goes to the attempt's folder."""
+    """The processes through which DeepSpeed starts ranks; they log to the attempt's folder."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class DeepSpeedLauncher:
         environment: Mapping[str, str] | None = None,
         cwd: str | None = None,
     ) -> None:
-        """Start with `arguments`, and `environment` beside this process's own."""
+        """Start with `arguments`, and with `environment` added to that of this process."""
         output, their_output = os.pipe()
         self._folder = folder
         with signals_blocked():  # DeepSpeed would end the ranks instead of letting them save
@@ -48,16 +48,16 @@ class DeepSpeedLauncher:
                 stderr=their_output,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 cwd=cwd,
-                start_new_session=True,  # so that Ctrl-C reaches this process alone
+                start_new_session=True,  # so that Ctrl-C only reaches the supervisor
             )
-        """The first of them, and leader of their group."""
+        """The first of the processes, which leads their group."""
         os.close(their_output)
         self.gone = threading.Event()
-        """All that inherited its output have ended."""
+        """Set when all processes that inherited its output have ended."""
         threading.Thread(target=self._copy, args=(output,), daemon=True).start()
 
     def finish(self, timeout_s: float) -> None:
-        """Wait for their end that long, then kill the group."""
+        """Wait up to `timeout_s` for the processes to end, then kill the group."""
         if not self.gone.wait(timeout_s):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -68,34 +68,35 @@ class DeepSpeedLauncher:
         path = self._folder / LAUNCHER_LOG
         with open(output, "rb", buffering=0) as source, path.open("ab", buffering=0) as log:
             while data := source.read(65536):
-                with contextlib.suppress(OSError):  # a full disk; it must be read on all the same
+                with contextlib.suppress(OSError):  # a full disk; reading must go on regardless
                     log.write(data)
         self.gone.set()
 
 
 @dataclass(frozen=True)
 class RankPlacement:
-    """This machine among the nodes of a job that are started one by one."""
+    """The position of this machine among the nodes of a job that are started one by one."""
 
     hosts: Sequence[Host]
-    """All nodes."""
+    """All nodes in order."""
     node: int
-    """Which of them this one is."""
+    """Number of this node."""
     master_addr: str
-    """Where rank 0 listens."""
+    """Address that rank 0 listens on."""
     master_port: int
-    """And on which port."""
+    """Port that rank 0 listens on."""
 
 
 class LocalJob:
-    """One attempt. Every process of it ends with this one, also if this one is killed.
+    """One attempt. All its processes end with this one, even if this one is killed.
 
-    The agents of the ranks (`moa_dist.launch.rank`) and the launchers between here and there
-    inherit two pipes: on their standard input this process lives or is gone, and their standard
-    output ends when the last of them has ended.
+    The agents of the ranks (`moa_dist.launch.rank`) and the launchers in between inherit two pipes:
+    their standard input is closed when this process is gone, and their standard output is closed
+    when the last of them has ended.
     """
 
     problem: str | None = None
+    """Always None: a local launcher knows nothing that the ranks do not report."""
 
     def __init__(
         self,
@@ -104,9 +105,9 @@ class LocalJob:
         ranks: int | None,
         place: RankPlacement | None = None,
     ) -> None:
-        """Start `command` on `ranks` ranks, or on as many as there are devices.
+        """Start `command` as `ranks` ranks; None for one per device.
 
-        With a `place`, which then says how many: those of its node.
+        With a `place`, start the ranks of its node instead.
         """
         environment: dict[str, str] = {}
         if place is None:
@@ -128,21 +129,21 @@ class LocalJob:
         os.close(lifeline)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether every process of the job has ended; waits for it that long."""
+        """Return whether all processes of the job have ended; waits up to `timeout_s`."""
         gone = self._launcher.gone
         if gone.wait(timeout_s):
             return True
-        if self._launcher.process.poll() is not None:  # killed, perhaps, its ranks left behind
+        if self._launcher.process.poll() is not None:  # it may have been killed without its ranks
             self.end()
         return gone.is_set()
 
     def preempt(self) -> None:
-        """Ask one rank to stop, which lets all of them stop in order."""
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        """Ask one rank to stop, upon which all ranks save and stop together."""
+        with contextlib.suppress(OSError):  # it has ended in the meantime
             os.write(self._lifeline, b".")
 
     def end(self) -> None:
-        """End every process of the job; returns when they have ended."""
+        """End all processes of the job, and wait until they have ended."""
         if self._lifeline != _CLOSED:
             os.close(self._lifeline)
             self._lifeline = _CLOSED
@@ -150,16 +151,16 @@ class LocalJob:
 
 
 class LocalLauncher:
-    """Starts attempts on this machine alone."""
+    """Starts attempts on this machine only."""
 
     def __init__(self, command: Sequence[str], ranks: int | None) -> None:
-        """`ranks`: how many; None for one per device."""
+        """Run `command` as every rank; `ranks` is their number, None for one per device."""
         self._command, self._ranks = command, ranks
 
     def ready(self) -> Cause | None:
-        """Always: what could be wrong here, the ranks find as soon."""
+        """Return None: there is no preflight, since the ranks check this machine just as soon."""
         return None
 
     def start(self, folder: Path) -> LocalJob:
-        """Start an attempt in its folder."""
+        """Start an attempt that writes its logs to `folder`."""
         return LocalJob(folder, self._command, self._ranks)

@@ -1,7 +1,7 @@
-"""What a job on several hosts would fail by, found before it starts and said all at once.
+"""Checks the hosts of a job before it starts, and reports everything that is wrong at once.
 
-Every host is asked about itself; here the answers are laid side by side, the hosts are made to
-reach each other, and the address and port by which ranks will meet are chosen.
+Every host is queried about itself. This module compares the answers, lets the hosts try to reach
+each other, and chooses the address and port where the ranks will meet.
 """
 
 from __future__ import annotations
@@ -15,60 +15,65 @@ from pathlib import Path
 from typing import Any
 
 from moa_dist.config.run import Config, run_folder
-from moa_dist.distributed.network import is_loopback
 from moa_dist.doctor import compare
 from moa_dist.doctor.compare import RankReport, name_hosts
 from moa_dist.doctor.configured import check_layout
 from moa_dist.doctor.environment import DEFAULT_PORT
 from moa_dist.doctor.finding import Finding, guarded
 from moa_dist.doctor.host import SHARE_REMEDY, probe_file
-from moa_dist.launch.checked_host import CheckedHost, NoAnswerError
+from moa_dist.launch.checked_host import (
+    MAX_CONCURRENT,
+    Answers,
+    CheckedHost,
+    NoAnswerError,
+    ask_all,
+)
 from moa_dist.launch.hostfile import Host
+from moa_dist.launch.rendezvous import check_hub, choose_rendezvous
 
-_MOST_AT_ONCE = 64
-_LOOKS_S = 5.0
+_VISIBLE_S = 5.0
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the hosts are to be fit for."""
+    """The job that the hosts must be fit for."""
 
     config: Config | None
-    """None for a comparison of hosts alone."""
+    """Configuration of the run; None to only compare the hosts."""
     config_file: str | None = None
-    """Where every host reads it."""
+    """Path from which every host reads the configuration."""
     overrides: Sequence[str] = ()
-    """Changes to it."""
+    """Overrides of the configuration."""
     master_addr: str | None = None
     """Address of node 0 for the others; None to find it."""
     master_port: int = DEFAULT_PORT
-    """Where rank 0 is to listen."""
+    """Port that rank 0 should listen on."""
     may_pick_port: bool = True
-    """Another one, if that is taken."""
+    """Whether another port may be chosen if that one is in use."""
     hub_port: int | None = None
-    """Where this process listens for hosts that ssh reaches; None if it does not."""
+    """Port of this process for agents on hosts reached through ssh; None if it has none."""
 
 
 @dataclass
 class Preflight:
-    """What was found."""
+    """The result of the checks."""
 
     hosts: list[Host] = field(default_factory=list)
-    """Of those that answered, with the ranks to start there."""
+    """Hosts that answered, with the number of ranks to start on each."""
     findings: list[Finding] = field(default_factory=list)
-    """All of them."""
+    """Findings of all checks."""
     unreachable: list[str] = field(default_factory=list)
-    """Hosts that may be there later."""
+    """Hosts that cannot be reached now, but may be later."""
     master_addr: str = ""
-    """Where rank 0 will listen."""
+    """Address that rank 0 will listen on."""
     master_port: int = 0
-    """Free there."""
+    """Port that rank 0 will listen on."""
 
     @property
     def faults(self) -> list[Finding]:
-        """What the job would fail by."""
+        """The findings that would make the job fail."""
         return [finding for finding in self.findings if finding.is_fault]
 
 
@@ -77,12 +82,12 @@ def preflight(
     slots: Sequence[int | None],
     wanted: Wanted,
 ) -> Preflight:
-    """Ask and compare `hosts`, in the order of nodes.
+    """Check `hosts`, and compare them with each other.
 
     Args:
-        hosts: by name.
-        slots: ranks of each; None for one per GPU, or one.
-        wanted: what for.
+        hosts: Hosts by name, in the order of nodes.
+        slots: Number of ranks of each host; None for one per GPU, or one without GPUs.
+        wanted: The job that they must be fit for.
     """
     found = Preflight()
     run = None if wanted.config is None else run_folder(wanted.config)
@@ -104,8 +109,9 @@ def _leave_file(run: Path, token: str) -> Iterator[Finding]:
         run.mkdir(parents=True, exist_ok=True)
         probe_file(run, token, "launcher").touch()
     except OSError as error:
-        text = f"cannot write in {run}: {error.strerror}"
-        yield Finding("shared folder", "FAULT", text, "mend its permissions, or change `output`")
+        text = f"cannot write to {run}: {error.strerror}"
+        remedy = "fix its permissions, or change `output`"
+        yield Finding("shared folder", "FAULT", text, remedy, subject=str(run))
 
 
 def _examine(
@@ -127,18 +133,18 @@ def _examine(
         }
         for node, own in enumerate(slots)
     ]
-    answers = _ask_all(found, hosts, dict(zip(names, requests, strict=True)))
+    answers = _collect(found, ask_all(hosts, dict(zip(names, requests, strict=True))))
     asked = dict(zip(names, slots, strict=True))
     found.hosts = [
         Host(name, asked[name] or answer["num_gpus"] or 1) for name, answer in answers.items()
     ]
     reports = [
-        RankReport(name, answer["facts"], [Finding(*finding) for finding in answer["findings"]])
+        RankReport(name, answer["facts"], [Finding(**finding) for finding in answer["findings"]])
         for name, answer in answers.items()
     ]
-    found.findings += [finding for finding, _ in compare.said_by(reports, name_hosts)]
+    found.findings += compare.merge(reports, "host")
     if len(reports) > 1:
-        found.findings += compare.alike(_comparable(reports), name_hosts)
+        found.findings += compare.versions(_comparable(reports), "host")
     if wanted.config is not None and len(answers) == len(hosts):
         run = run_folder(wanted.config)
         found.findings += check_layout(wanted.config, sum(host.slots for host in found.hosts))
@@ -148,13 +154,28 @@ def _examine(
     answering = {name: hosts[name] for name in answers}
     found.findings += _clocks(answering)
     if wanted.hub_port is not None:
-        _reach_back(found, answering, answers, wanted.hub_port)
+        _collect(found, check_hub(answering, answers, wanted.hub_port))
     if names[0] in answers:
-        _choose_meeting(found, answering, answers, wanted)
+        rendezvous = choose_rendezvous(
+            answering,
+            answers,
+            address=wanted.master_addr,
+            port=wanted.master_port,
+            may_pick_port=wanted.may_pick_port,
+        )
+        found.master_addr, found.master_port = rendezvous.address, rendezvous.port
+        _collect(found, rendezvous.checks)
+
+
+def _collect(found: Preflight, answers: Answers) -> Mapping[str, Message]:
+    """Add the findings about answers to those of the preflight, and return the answers."""
+    found.findings += answers.findings
+    found.unreachable += answers.unreachable
+    return answers.by_host
 
 
 def _comparable(reports: Sequence[RankReport]) -> list[RankReport]:
-    """With the facts that all of them know: what a host lacks is a finding of its own."""
+    """Keep the facts that all reports have; what a host lacks is a separate finding."""
     common = set.intersection(*(set(report.facts) for report in reports))
     return [
         RankReport(r.host, {k: v for k, v in r.facts.items() if k in common}, r.findings)
@@ -162,40 +183,20 @@ def _comparable(reports: Sequence[RankReport]) -> list[RankReport]:
     ]
 
 
-def _ask_all(
-    found: Preflight, hosts: Mapping[str, CheckedHost], requests: Mapping[str, Message]
-) -> dict[str, Message]:
-    """Answers by host, in order; hosts without one become findings."""
-
-    def ask(name: str) -> Message | NoAnswerError:
-        try:
-            return hosts[name].ask(requests[name])
-        except NoAnswerError as error:
-            return error
-
-    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
-        said = dict(zip(requests, pool.map(ask, requests), strict=True))
-    answers: dict[str, Message] = {}
-    for name, answer in said.items():
-        if isinstance(answer, NoAnswerError):
-            found.findings.append(Finding("host", "FAULT", f"host {name} {answer}", answer.remedy))
-            found.unreachable += [name] if answer.unreachable else []
-        else:
-            answers[name] = answer
-    return answers
-
-
 def _shared(run: Path, files: Mapping[str, Path]) -> Iterator[Finding]:
-    """Whether what every host wrote is seen here."""
-    deadline = time.monotonic() + _LOOKS_S
+    """Check that the file that every host wrote is visible here."""
+    deadline = time.monotonic() + _VISIBLE_S
     while missing := [name for name, file in files.items() if not file.exists()]:
         if time.monotonic() > deadline:
-            text = f"{run}: what {name_hosts(range(len(missing)), missing)} wrote is not seen here"
-            yield Finding("shared folder", "FAULT", text, SHARE_REMEDY)
+            text = f"{run}: files written by {name_hosts(missing)} are not visible here"
+            hosts = tuple(missing)
+            yield Finding(
+                "shared folder", "FAULT", text, SHARE_REMEDY, subject=str(run), hosts=hosts
+            )
             return
         time.sleep(0.1)
-    text = f"{run}: written by every host and seen here"
-    yield Finding("shared folder", "ok", text)
+    text = f"{run}: files written by every host are visible here"
+    yield Finding("shared folder", "ok", text, subject=str(run))
 
 
 def _clocks(hosts: Mapping[str, CheckedHost]) -> Iterator[Finding]:
@@ -203,86 +204,14 @@ def _clocks(hosts: Mapping[str, CheckedHost]) -> Iterator[Finding]:
         before = time.time()
         there = float(host.ask({"do": "clock"})["time"])
         after = time.time()
-        # It was read between the two; only what that cannot explain counts.
+        # The clock was read between the two, so only a larger difference is an offset.
         return max(there - after, 0.0) or min(there - before, 0.0)
 
     try:
-        with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+        with ThreadPoolExecutor(MAX_CONCURRENT) as pool:
             offsets = list(pool.map(offset, hosts.values()))
     except NoAnswerError as error:
         yield Finding("clocks", "FAULT", f"a host stopped answering: {error}", error.remedy)
         return
     if offsets:
-        yield from compare.clocks(offsets, list(hosts), name_hosts, "this machine")
-
-
-def _reach_back(
-    found: Preflight, hosts: Mapping[str, CheckedHost], answers: Mapping[str, Message], port: int
-) -> None:
-    """Whether agents will reach this process, where ssh comes from."""
-    calls = {
-        name: {"do": "reach", "address": answer["client"], "port": port}
-        for name, answer in answers.items()
-    }
-    for name, answer in _ask_all(found, hosts, calls).items():
-        if answer["problem"]:
-            text = f"host {name} {answer['problem']}, which is this machine"
-            remedy = "let all ports through between the hosts and this machine"
-            found.findings.append(Finding("network", "FAULT", text, remedy))
-
-
-def _choose_meeting(
-    found: Preflight,
-    hosts: Mapping[str, CheckedHost],
-    answers: Mapping[str, Message],
-    wanted: Wanted,
-) -> None:
-    """Where rank 0 will listen, tried from everywhere while its host holds the port."""
-    first = next(iter(hosts))
-    address = wanted.master_addr or meeting_address(list(answers.values()))
-    if address is None:
-        text = f"host {first} is known to this machine by a loopback address alone"
-        remedy = "say by which address the others reach it: --master-addr ADDRESS"
-        found.findings.append(Finding("network", "FAULT", text, remedy))
-        return
-    request = {"do": "listen", "port": wanted.master_port, "may_pick": wanted.may_pick_port}
-    request["address"] = address if is_loopback(address) else ""
-    held = _ask_all(found, hosts, {first: request}).get(first)
-    if held is None:
-        return
-    if held["port"] is None:
-        text = f"host {first}: {held['problem']}"
-        remedy = "end that process, or choose another port: --master-port N"
-        found.findings.append(Finding("port", "FAULT", text, remedy))
-        return
-    if held["problem"]:
-        text = f"host {first}: {held['problem']}; taking {held['port']}"
-        found.findings.append(Finding("port", "note", text))
-    found.master_addr, found.master_port = address, held["port"]
-    reach = {"do": "reach", "address": address, "port": held["port"]}
-    reached = _ask_all(found, hosts, dict.fromkeys(hosts, reach))
-    for name, answer in reached.items():
-        if answer["problem"]:
-            text = f"host {name} {answer['problem']}"
-            remedy = (
-                "let all ports through between the hosts, or name an address of "
-                f"{first} that they reach: --master-addr ADDRESS"
-            )
-            found.findings.append(Finding("network", "FAULT", text, remedy))
-    ways = ", ".join(f"{name} by {a['interface']}" for name, a in reached.items() if a["interface"])
-    if ways:
-        text = f"ranks meet at {address}:{held['port']}: {ways}"
-        found.findings.append(Finding("network", "ok", text))
-
-
-def meeting_address(answers: Sequence[Message]) -> str | None:
-    """Address of the first of several hosts for the others, from what ssh connected.
-
-    Normally that by which this machine reached it. If that is loopback, it is this machine, and
-    the others know where they were called from.
-    """
-    seen = [answers[0]["address"], *(answer["client"] for answer in answers[1:])]
-    outside = [address for address in seen if address and not is_loopback(address)]
-    if outside:
-        return str(outside[0])
-    return "127.0.0.1" if len(answers) == 1 else None
+        yield from compare.clocks(offsets, list(hosts), "host", "this machine")

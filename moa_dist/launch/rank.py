@@ -1,11 +1,12 @@
 """The agent of one rank: `python -m moa_dist.launch.rank FOLDER [COMMAND...]`, started as a rank.
 
-Runs the command with its output in `FOLDER/rank-N.log`, records in `FOLDER/rank-N.json` how it
-ended, which launchers tell inexactly, and passes on the signals by which a job is asked to stop.
-Without a command it reads what to run from `FOLDER/start.json`, as a rank on another host.
+The agent runs the command with its output in `FOLDER/rank-N.log`, records how it ended in
+`FOLDER/rank-N.json` (launchers do not report it exactly), and forwards preemption signals. Without
+a command, on another host, it reads what to run from `FOLDER/start.json`.
 
-It holds a lifeline to the supervisor, who asks the job to stop by it; its end means that the
-supervisor is gone, and then, as when the launcher is, the command is killed.
+The agent holds a lifeline to the supervisor, through which the supervisor asks the job to stop. If
+the lifeline ends because the supervisor is gone, or if the launcher is gone, the agent kills the
+command.
 """
 
 from __future__ import annotations
@@ -34,52 +35,59 @@ from moa_dist.launch.link import Link, LinkLostError, connect
 from moa_dist.launch.record import RankRecord, Start, read_start, write_record
 
 VISIBLE_VARIABLE = "MOA_DIST_VISIBLE_DEVICES"
-"""The GPUs that this node was given, such as by Slurm; given a hostfile, `deepspeed` counts from
-the machine's first one instead."""
+"""Environment variable with the GPUs that this node was assigned, for example by Slurm: with a
+hostfile, `deepspeed` ignores CUDA_VISIBLE_DEVICES and counts from the machine's first GPU."""
 _POLL_S = 0.2
 _CONNECT_S = 20.0
 _PR_SET_PDEATHSIG = 1
 
-News = Literal["stop", "gone"]
+Event = Literal["preempt", "gone"]
 
 
 class Lifeline(Protocol):
-    """What a agent hears of its supervisor."""
+    """An agent's connection to its supervisor."""
 
-    def news(self, timeout_s: float) -> News | None:
-        """To stop the command in order, or that the supervisor is gone; waits that long."""
+    def poll(self, timeout_s: float) -> Event | None:
+        """Return `preempt` if the command shall save and stop, `gone` if the supervisor is gone.
+
+        Waits up to `timeout_s`; returns None if nothing happened.
+        """
 
 
-class Pipe:
-    """On standard input: a byte asks the job to stop, its end means that the supervisor is gone."""
+class PipeLifeline:
+    """A lifeline on standard input: a byte means `preempt`, the end of the input means `gone`."""
 
     def __init__(self) -> None:
         self._input = sys.stdin.fileno()
-        os.set_blocking(self._input, False)  # another rank's agent may have taken the byte
+        os.set_blocking(self._input, False)  # another rank's agent may have read the byte
 
-    def news(self, timeout_s: float) -> News | None:
-        """See `Lifeline`."""
+    def poll(self, timeout_s: float) -> Event | None:
+        """Wait for the next event, see `Lifeline.poll`."""
         if not select.select([self._input], [], [], timeout_s)[0]:
             return None
         try:
-            return "stop" if os.read(self._input, 1) else "gone"
+            return "preempt" if os.read(self._input, 1) else "gone"
         except BlockingIOError:
             return None
 
 
-class Network:
-    """To another host; held by one agent of each, whose end is that of the others there."""
+class NetworkLifeline:
+    """A lifeline to another host, held by one agent per host; if it ends, the others end too."""
 
     def __init__(self, start: Start) -> None:
-        """Raises OSError if the supervisor does not listen."""
+        """Connect to the supervisor.
+
+        Raises:
+            OSError: The supervisor does not listen.
+        """
         self._link: Link | None = None
         if os.environ["LOCAL_RANK"] == "0":
             supervisor = os.environ["SSH_CONNECTION"].split()[0]
             self._link = connect(supervisor, start.port, _CONNECT_S)
             self._link.send({"token": start.token, "node": int(os.environ["CROSS_RANK"])})
 
-    def news(self, timeout_s: float) -> News | None:
-        """See `Lifeline`."""
+    def poll(self, timeout_s: float) -> Event | None:
+        """Wait for the next event, see `Lifeline.poll`."""
         if self._link is None:
             time.sleep(timeout_s)
             return None
@@ -87,57 +95,41 @@ class Network:
             message = self._link.receive(timeout_s)
         except LinkLostError:
             return "gone"
-        return "stop" if message else None
+        return "preempt" if message else None
 
 
 def main(argv: list[str]) -> int:
-    """Returns the command's exit status, in the shell's manner where a signal killed it."""
+    """Run the command; returns its exit status, or 128 plus the signal that killed it."""
     folder, command = Path(argv[0]).absolute(), argv[1:]
     lifeline: Lifeline
     if command:
-        lifeline = Pipe()
+        lifeline = PipeLifeline()
     else:
         start = read_start(folder)
         command = list(start.command)
         os.chdir(start.folder)
         os.environ.update(start.environment)
         os.environ[HOST_VARIABLE] = start.hosts[int(os.environ["CROSS_RANK"])]
-        lifeline = Network(start)
-    return _keep(folder, command, lifeline)
+        lifeline = NetworkLifeline(start)
+    return _run(folder, command, lifeline)
 
 
-def _keep(folder: Path, command: list[str], lifeline: Lifeline) -> int:
+def _run(folder: Path, command: list[str], lifeline: Lifeline) -> int:
+    """Run the command until it ends or the lifeline does, and record how it ended."""
     rank = int(os.environ["RANK"])
     if (visible := os.environ.pop(VISIBLE_VARIABLE, None)) is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     started: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame: object) -> None:
+    def forward(number: int, _frame: object) -> None:
         for process in started:
             process.send_signal(number)
 
     for number in PREEMPTION_SIGNALS:
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)  # see `signals_blocked`
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def die_with_keeper() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
     oom_kills = count_oom_kills()
-    with (folder / f"rank-{rank}.log").open("ab") as log:
-        if not is_loopback(os.environ["MASTER_ADDR"]):
-            words = f"network   host {host_name()}: {choose_interfaces(os.environ)}\n"
-            log.write(words.encode())
-            log.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=die_with_keeper,
-        )
+    process = _start(folder / f"rank-{rank}.log", command)
     started.append(process)
     record = RankRecord(rank, host_name(), process.pid)
     write_record(folder, record)
@@ -146,19 +138,41 @@ def _keep(folder: Path, command: list[str], lifeline: Lifeline) -> int:
     now = count_oom_kills()
     killed = None if now is None or oom_kills is None else now - oom_kills
     ended = replace(record, status=status, ended=time.time(), orphaned=orphaned, oom_kills=killed)
-    with contextlib.suppress(OSError):  # a full disk; the exit status tells most of it
+    with contextlib.suppress(OSError):  # a full disk; the exit status still says most of it
         write_record(folder, ended)
     return status if status >= 0 else 128 - status
 
 
+def _start(log_file: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    """Start the command with its output in a log; the kernel kills it if this process dies."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def die_with_agent() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    with log_file.open("ab") as log:
+        if not is_loopback(os.environ["MASTER_ADDR"]):
+            line = f"network   host {host_name()}: {choose_interfaces(os.environ)}\n"
+            log.write(line.encode())
+            log.flush()
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=die_with_agent,
+        )
+
+
 def _watch(process: subprocess.Popen[bytes], lifeline: Lifeline) -> bool:
-    """Until the process ends; returns whether it was killed for want of anybody to watch it."""
+    """Wait until the process ends; returns whether it was killed because it was orphaned."""
     launcher = os.getppid()
     while process.poll() is None:
-        news = lifeline.news(_POLL_S)
-        if news == "stop":
+        event = lifeline.poll(_POLL_S)
+        if event == "preempt":
             process.terminate()
-        elif news == "gone" or os.getppid() != launcher:
+        elif event == "gone" or os.getppid() != launcher:
             process.kill()
             return True
     return False

@@ -1,4 +1,4 @@
-"""What is known of an attempt, as files in its folder that all its hosts may read."""
+"""Files in an attempt's folder, shared by all its hosts: what to run, and how each rank ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 START_FILE = "start.json"
-"""What agents on other hosts cannot be told by their command line, which shells would mangle."""
+"""Instructions for agents on other hosts, where shells would mangle a command line."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Start:
     """Content of `start.json`."""
 
     command: Sequence[str]
-    """To be run as every rank."""
+    """Command to run as every rank."""
     folder: str
-    """Where it runs."""
+    """Working folder of the command."""
     environment: Mapping[str, str]
-    """To be added to that of each host."""
+    """Variables to add to the environment of each host."""
     hosts: Sequence[str]
-    """Names by node."""
+    """Names of hosts by node."""
     port: int
-    """Where the supervisor listens, on the host that ssh came from."""
+    """Port of the supervisor, on the host that ssh connected from."""
     token: str
-    """By which it knows its own agents."""
+    """Identifies the agents of this job."""
 
 
 @dataclass(frozen=True)
@@ -38,44 +38,44 @@ class RankRecord:
     rank: int
     """0 ... W - 1."""
     host: str
-    """Where it runs."""
+    """Name of the machine it runs on."""
     pid: int
-    """Its process there."""
+    """Process ID on that machine."""
     status: int | None = None
-    """Exit code, or minus the signal that killed it; None while it runs, and for ever if its
-    agent was killed."""
+    """Exit code, or minus the signal that killed it; None while it runs, and forever if its agent
+    was killed."""
     ended: float | None = None
-    """When, in seconds since 1970."""
+    """When it ended, in seconds since 1970."""
     orphaned: bool = False
-    """Its agent ended it, since nobody watched over the job any more."""
+    """Whether its agent killed it because the supervisor or the launcher was gone."""
     oom_kills: int | None = None
-    """Processes that the kernel killed on that host meanwhile for want of memory, in the agent's
-    control group; None where that cannot be read."""
+    """Processes in the agent's control group that the kernel killed for lack of memory while the
+    rank ran; None where that cannot be read."""
 
     @property
     def log(self) -> str:
-        """Name of the file with its output, beside this record."""
+        """Name of the file with the rank's output, in the same folder."""
         return f"rank-{self.rank}.log"
 
 
 def write_record(folder: Path, record: RankRecord) -> None:
-    """Replace the rank's record; a reader sees the old or the new one."""
+    """Replace the rank's record atomically."""
     _replace(folder / f"rank-{record.rank}.json", asdict(record))
 
 
 def read_records(folder: Path) -> list[RankRecord]:
-    """All ranks that were started, in order."""
+    """Return the records of all ranks that were started, in order."""
     found = [RankRecord(**json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
     return sorted(found, key=lambda record: record.rank)
 
 
 def write_start(folder: Path, start: Start) -> None:
-    """For agents to read; for nobody but this user, since it holds the token."""
+    """Write the instructions for agents, readable only by this user because of the token."""
     _replace(folder / START_FILE, asdict(start), mode=0o600)
 
 
 def read_start(folder: Path) -> Start:
-    """As `write_start` wrote it."""
+    """Read the instructions written by `write_start`."""
     return Start(**json.loads((folder / START_FILE).read_text()))
 
 

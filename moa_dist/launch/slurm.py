@@ -1,9 +1,9 @@
-"""A batch script for Slurm: one launcher per node, requeued where the job was preempted.
+"""Writes a batch script for Slurm that starts one launcher per node and requeues preempted jobs.
 
-Slurm tells the batch shell some time before the time limit, or at a preemption, that the job will
-end (`--signal=B:`). The shell passes that on to the launchers, whose ranks save and end with
-`ExitCode.PREEMPTED`, and puts the job back into the queue, from where it continues. A node that
-Slurm finds dead requeues the job without its help.
+Slurm signals the batch shell some time before the time limit, or at a preemption (`--signal=B:`).
+The shell forwards the signal to the launchers, whose ranks save and exit with
+`ExitCode.PREEMPTED`, and requeues the job, which later continues. If a node fails, Slurm requeues
+the job itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moa_dist.config.run import Config, run_folder
 from moa_dist.errors import ConfigError, ExitCode
 
 SCRIPT_FILE = "job.sbatch"
-"""In the run's folder."""
+"""Name of the script in the run's folder."""
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 _BODY_FILE = "slurm.sh"
@@ -26,45 +26,45 @@ _BODY_FILE = "slurm.sh"
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What a batch script asks Slurm for."""
+    """The resources that a batch script requests from Slurm."""
 
     nodes: int
-    """Nodes, all of them whole."""
+    """Number of nodes, used exclusively."""
     ranks_per_node: int
-    """Ranks on each."""
+    """Number of ranks on each node."""
     gpus: bool
-    """A GPU for each rank; otherwise they compute on CPUs."""
+    """Whether each rank gets a GPU; otherwise ranks compute on CPUs."""
     grace_s: int
-    """From the signal to the end, for one step and one save."""
+    """Seconds between the signal and the end of the job, enough for one step and one save."""
     time: str | None = None
-    """Time limit as Slurm writes it, such as `2-12:00:00`; None for the partition's."""
+    """Time limit in Slurm's format, such as `2-12:00:00`; None for the partition's limit."""
     partition: str | None = None
-    """Where to queue; None for the default."""
+    """Partition to queue in; None for the default."""
     account: str | None = None
-    """Who pays; None for the default."""
+    """Account to charge; None for the default."""
     sbatch: tuple[str, ...] = ()
-    """Further options of the job, such as `--qos=high`."""
+    """Additional options of the job, such as `--qos=high`."""
     srun: tuple[str, ...] = ()
-    """Further options of the step, such as a container's."""
+    """Additional options of the job step, such as those for a container."""
 
 
 def sbatch_script(config: Config, job: SlurmJob, folder: Path, launch: list[str]) -> str:
-    """The script.
+    """Return the text of the script.
 
     Args:
-        config: of the run, whose folder gets the log.
-        job: what to ask for.
-        folder: where the job works, as an absolute path that all nodes see.
-        launch: command of a node's launcher, without what it must know of the nodes.
+        config: Configuration of the run, whose folder receives the log.
+        job: Resources to request.
+        folder: Working folder of the job, an absolute path that all nodes see.
+        launch: Command of a node's launcher, without its arguments about nodes.
 
     Raises:
-        ConfigError: Slurm could not read what would be written.
+        ConfigError: The time limit is invalid or too short, or an option cannot be written.
     """
     time_s = None if job.time is None else _seconds(job.time)
     if time_s is not None and time_s <= job.grace_s:
         raise ConfigError(
             [
-                f"the time limit {job.time} leaves no time to train: the job is asked to save "
+                f"--time {job.time} leaves no time to train: the job is asked to save "
                 f"{job.grace_s} s before its end (see --grace)"
             ],
             "Slurm job",
@@ -76,7 +76,7 @@ def sbatch_script(config: Config, job: SlurmJob, folder: Path, launch: list[str]
         "--ntasks-per-node=1",
         *([f"--gpus-per-node={job.ranks_per_node}"] if job.gpus else []),
         "--exclusive",
-        "--mem=0",  # all of it; a whole node otherwise still comes with the default amount
+        "--mem=0",  # all memory; even an exclusive node otherwise gets only the default amount
         *([f"--time={job.time}"] if job.time else []),
         *([f"--partition={job.partition}"] if job.partition else []),
         *([f"--account={job.account}"] if job.account else []),
@@ -100,12 +100,12 @@ def sbatch_script(config: Config, job: SlurmJob, folder: Path, launch: list[str]
 
 
 def _quoted(option: str) -> str:
-    """As `sbatch` reads a line of a script."""
+    """Quote an option for an #SBATCH line."""
     if not option.isprintable() or set(option) & set("\"'\\"):
         raise ConfigError(
             [
-                f"`{option}` cannot be written into a batch script, for its quotes, backslashes "
-                "or control characters: choose other names"
+                f"`{option}` cannot be written into a batch script, because it contains quotes, "
+                "backslashes or control characters: choose another name"
             ],
             "Slurm job",
         )
@@ -113,13 +113,13 @@ def _quoted(option: str) -> str:
 
 
 def _seconds(time: str) -> int:
-    """A time limit as Slurm writes it."""
+    """Parse a time limit in Slurm's format."""
     match = _TIME.fullmatch(time)
     if not match:
         raise ConfigError(
             [
-                f"`{time}` is no time limit that Slurm knows: write minutes, H:MM:SS, D-H or "
-                "D-HH:MM:SS"
+                f"--time {time} is not a time limit in Slurm's format: write minutes, H:MM:SS, D-H "
+                "or D-HH:MM:SS"
             ],
             "Slurm job",
         )

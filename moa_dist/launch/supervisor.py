@@ -1,7 +1,7 @@
-"""Starting a job again until it is done: watch an attempt, say why it ended, decide, wait, go on.
+"""Supervises a job: watches an attempt, explains why it ended, and restarts it until it is done.
 
-Knows ranks by the records and logs that they leave in the attempt's folder, and a launcher that
-starts them; so it serves every launcher whose ranks see the run's folder.
+The supervisor knows a launcher that starts ranks, and reads the records and logs that the ranks
+leave in the attempt's folder. It works with every launcher whose ranks share the run's folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from moa_dist.checkpoint.format import checkpoints
 from moa_dist.config.run import Config, run_folder
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode
-from moa_dist.launch.failure import Cause, find_cause, last_lines
+from moa_dist.launch.failure import Cause, CauseKind, find_cause, last_lines
 
 ATTEMPTS_FILE = "attempts.jsonl"
-"""In the run's folder: one line per attempt."""
+"""File in the run's folder with one line per attempt."""
 _POLL_S = 0.2
 _SAVE_S = 900.0
-"""Longest wait for a job that was asked to stop; a collective that hangs takes ten minutes."""
+"""Longest wait for a job that was asked to stop; a hanging collective takes ten minutes to fail."""
 _MAX_WAIT_S = 300.0
 _SHOWN_LINES = 20
 
@@ -35,40 +35,56 @@ class Attempt(Protocol):
 
     @property
     def problem(self) -> str | None:
-        """What the launcher knows of why it ends, such as a host that is gone."""
+        """What the launcher knows about why the job ends, such as a host that is gone."""
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether every process of it has ended; waits for it that long."""
+        """Return whether all its processes have ended; waits up to `timeout_s`."""
 
     def preempt(self) -> None:
-        """Ask it to save and end."""
+        """Ask the job to save and stop."""
 
     def end(self) -> None:
-        """End every process of it; returns when they have ended."""
+        """End all its processes, and wait until they have ended."""
 
 
 class Launcher(Protocol):
     """A way to start ranks."""
 
     def ready(self) -> Cause | None:
-        """Wait until an attempt can be started; returns why none can, None if one can."""
+        """Wait until an attempt can start; returns why none can, or None."""
 
     def start(self, folder: Path) -> Attempt:
-        """Start an attempt, given its folder."""
+        """Start an attempt that writes its logs to `folder`."""
 
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When to give up."""
+    """How often to restart a job, and how long to wait before."""
 
     max_restarts: int = 3
-    """Restarts in a row without a new checkpoint."""
+    """Maximum number of consecutive restarts without a new checkpoint."""
     first_wait_s: float = 1.0
-    """Before the first restart of a row; doubles each time, up to five minutes."""
+    """Seconds before the first restart; doubles with each consecutive one, up to five minutes."""
 
     def wait_s(self, restarts: int) -> float:
-        """Seconds to wait before restart number `restarts` (from 1) of a row."""
+        """Return the seconds to wait before consecutive restart number `restarts`, from 1."""
         return float(min(self.first_wait_s * 2 ** (restarts - 1), _MAX_WAIT_S))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How one attempt ended, and what the supervisor makes of it."""
+
+    folder: Path
+    """The attempt's folder."""
+    began: datetime
+    """When it was started."""
+    checkpoints: tuple[int, int]
+    """Steps of the newest checkpoint before and after it."""
+    cause: Cause
+    """Why it ended."""
+    restarts: bool
+    """Whether another attempt follows."""
 
 
 def supervise(
@@ -78,16 +94,13 @@ def supervise(
     preemption: Preemption,
     console: TextIO,
 ) -> ExitCode:
-    """Run attempts, one after the other, until one ends the job.
-
-    Returns what the last attempt came to. Ends no attempt's ranks but its own.
-    """
+    """Run attempts, one after the other, until the job ends; returns its exit code."""
     run = run_folder(config)
     restarts = 0
     while True:
-        if (hindrance := launcher.ready()) is not None:
-            print(hindrance.text, file=console, flush=True)
-            return hindrance.exit_code
+        if (obstacle := launcher.ready()) is not None:
+            print(obstacle.text, file=console, flush=True)
+            return obstacle.exit_code
         number, folder = _new_folder(run / "logs")
         before = _newest_step(run)
         began = datetime.now(UTC)
@@ -95,41 +108,28 @@ def supervise(
         after = _newest_step(run)
         restarts = 1 if after > before else restarts + 1
         if preemption.requested and not cause.is_final:
-            # Ranks that had not begun to listen died of the signal.
-            cause = Cause(f"preempted; then {cause.text}", ExitCode.PREEMPTED, cause.rank)
-        gives_up = not cause.is_final and restarts > policy.max_restarts
-        wait_s = 0.0 if cause.is_final or gives_up else policy.wait_s(restarts)
+            # The signal killed ranks that did not handle it yet.
+            text = f"preempted; then {cause.text}"
+            cause = Cause(CauseKind.PREEMPTED, text, ExitCode.PREEMPTED, cause.rank)
+        may_restart = not cause.is_final and restarts <= policy.max_restarts
         if cause.exit_code is not ExitCode.DONE:
             _show(folder, cause, console)
-        _record(
-            run / ATTEMPTS_FILE,
-            console,
-            attempt=number,
-            began=began.isoformat(timespec="seconds"),
-            seconds=round((datetime.now(UTC) - began).total_seconds(), 1),
-            checkpoint_before=before,
-            checkpoint_after=after,
-            cause=cause.text,
-            rank=cause.rank,
-            exit_code=cause.exit_code.name.lower(),
-            restarts=not (cause.is_final or gives_up),
-        )
-        if cause.is_final or gives_up:
-            if gives_up:
+        outcome = _Outcome(folder, began, (before, after), cause, may_restart)
+        _record(run / ATTEMPTS_FILE, console, number, outcome)
+        if not may_restart:
+            if not cause.is_final:
                 times = f"{policy.max_restarts} restarts without a new checkpoint"
                 print(f"giving up after {times}; logs are in {folder.parent}", file=console)
             return cause.exit_code
-        print(
-            f"restart {restarts} of {policy.max_restarts} in {wait_s:g} s, after step {after}",
-            file=console,
-            flush=True,
-        )
+        wait_s = policy.wait_s(restarts)
+        count = f"{restarts} of {policy.max_restarts}"
+        print(f"restart {count} in {wait_s:g} s, after step {after}", file=console, flush=True)
         if _sleep(wait_s, preemption):
             return ExitCode.PREEMPTED
 
 
 def _watch(folder: Path, attempt: Attempt, preemption: Preemption, console: TextIO) -> Cause:
-    """Until all ranks have ended; shows rank 0's output meanwhile."""
+    """Wait until all ranks have ended, printing rank 0's output; returns why they ended."""
     deadline, shown = None, 0
     try:
         while not attempt.wait(_POLL_S):
@@ -146,23 +146,26 @@ def _watch(folder: Path, attempt: Attempt, preemption: Preemption, console: Text
 
 
 def _copy(path: Path, offset: int, console: TextIO) -> int:
-    """Print what a file, which may not exist yet, holds beyond `offset`; returns its new end."""
+    """Print the complete lines of a file after `offset`; returns the new offset.
+
+    The file may not exist yet.
+    """
     if not path.exists():
         return offset
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
-    complete = data.rfind(b"\n") + 1  # also keeps characters whole
+    complete = data.rfind(b"\n") + 1  # also avoids splitting characters
     console.write(data[:complete].decode(errors="replace"))
     console.flush()
     return offset + complete
 
 
 def _show(folder: Path, cause: Cause, console: TextIO) -> None:
-    """The last lines of the rank whose fault it was, unless they were shown, then the cause."""
+    """Print the cause, and before it the last lines of the rank at fault, unless it is rank 0."""
     if cause.rank:
         path = folder / f"rank-{cause.rank}.log"
-        print(f"--- the end of {path}", file=console)
+        print(f"--- last lines of {path}", file=console)
         for line in last_lines(path, _SHOWN_LINES):
             print(line, file=console)
         print("---", file=console)
@@ -170,7 +173,7 @@ def _show(folder: Path, cause: Cause, console: TextIO) -> None:
 
 
 def _new_folder(logs: Path) -> tuple[int, Path]:
-    """Attempts are counted over the whole run, also when the supervisor was started again."""
+    """Create the next attempt's folder; numbers continue when the supervisor is restarted."""
     used = [re.fullmatch(r"attempt-(\d+)", path.name) for path in logs.glob("attempt-*")]
     number = max((int(match[1]) for match in used if match), default=0) + 1
     folder = logs / f"attempt-{number:02d}"
@@ -179,22 +182,35 @@ def _new_folder(logs: Path) -> tuple[int, Path]:
 
 
 def _newest_step(run: Path) -> int:
-    """Step of the newest checkpoint; 0 if there is none."""
+    """Return the step of the newest checkpoint; 0 if none exists."""
     return max((int(path.name.removeprefix("step-")) for path in checkpoints(run)), default=0)
 
 
-def _record(path: Path, console: TextIO, **values: object) -> None:
+def _record(path: Path, console: TextIO, number: int, outcome: _Outcome) -> None:
+    cause = outcome.cause
+    values = {
+        "attempt": number,
+        "began": outcome.began.isoformat(timespec="seconds"),
+        "seconds": round((datetime.now(UTC) - outcome.began).total_seconds(), 1),
+        "checkpoint_before": outcome.checkpoints[0],
+        "checkpoint_after": outcome.checkpoints[1],
+        "kind": cause.kind,
+        "cause": cause.text,
+        "rank": cause.rank,
+        "exit_code": cause.exit_code.name.lower(),
+        "restarts": outcome.restarts,
+    }
     try:
         with path.open("a") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # a full disk: the job's own end is not to be lost with it
-        print(f"{path}: this attempt is not recorded: {error.strerror}", file=console)
+    except OSError as error:  # on a full disk the job's exit code must not be lost as well
+        print(f"{path}: this attempt was not recorded: {error.strerror}", file=console)
 
 
 def _sleep(seconds: float, preemption: Preemption) -> bool:
-    """Whether the supervisor was asked to stop meanwhile."""
+    """Sleep until the time is over or the supervisor is asked to stop; returns whether it was."""
     end = time.monotonic() + seconds
     while not preemption.requested and time.monotonic() < end:
         time.sleep(min(_POLL_S, seconds))

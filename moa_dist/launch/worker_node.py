@@ -1,6 +1,6 @@
-"""A node that is not the first of a job started node by node: does what node 0 says.
+"""A node other than node 0 of a job whose nodes are started one by one; it obeys node 0.
 
-See `moa_dist.launch.leader` for what that is.
+`moa_dist.launch.leader` documents the messages.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _CONNECT_S = 10.0
 Message = dict[str, Any]
 
 
-class Follower:
-    """This node while it is linked to node 0."""
+class WorkerNode:
+    """This node while it is connected to node 0."""
 
     def __init__(self, link: Link, command: Sequence[str], waiting: Waiting) -> None:
         self._link, self._command, self._waiting = link, command, waiting
         self._checks: HostProcess | None = None
         self._job: LocalJob | None = None
-        self._told_to_stop = False
+        self._preempt_sent = False
 
     def run(self) -> ExitCode | None:
-        """Until the job ends; returns its status, None if node 0 is gone."""
+        """Process messages until the job ends; returns its status, or None if node 0 is lost."""
         try:
             while True:
                 message = self._link.receive(_POLL_S)
@@ -44,8 +44,8 @@ class Follower:
                         self._waiting.say(message["text"])
                     return ExitCode(message["exit"])
                 if message is not None:
-                    self._obey(message)
-                self._look_after_job()
+                    self._handle(message)
+                self._check_job()
         except LinkLostError as lost:
             self._waiting.say(f"node 0 {lost}")
             return None
@@ -55,7 +55,7 @@ class Follower:
             self._end_checks()
             self._link.close()
 
-    def _obey(self, message: Message) -> None:
+    def _handle(self, message: Message) -> None:
         if "ask" in message:
             self._link.send({"answer": self._answer(message["ask"])})
         elif "start" in message:
@@ -82,9 +82,9 @@ class Follower:
             self._checks.close()
             self._checks = None
 
-    def _look_after_job(self) -> None:
-        if self._waiting.preemption.requested and not self._told_to_stop:
-            self._told_to_stop = True
+    def _check_job(self) -> None:
+        if self._waiting.preemption.requested and not self._preempt_sent:
+            self._preempt_sent = True
             self._link.send({"preempt": True})
         if self._job is not None and self._job.wait(0.0):
             self._job.end()
@@ -93,27 +93,27 @@ class Follower:
 
 
 def follow(node: Node, config: Config, command: Sequence[str], waiting: Waiting) -> ExitCode:
-    """Do what node 0 says, until the job ends; returns its status.
+    """Obey node 0 until the job ends; returns the job's status.
 
-    Waits for node 0 at the start and whenever it is gone, up to the limit.
+    Waits for node 0 at the start and whenever it is lost, up to the limit.
     """
-    since, told = time.monotonic(), False
+    since, announced = time.monotonic(), False
     while not waiting.preemption.requested:
         try:
             link = connect(node.address, node.port, _CONNECT_S)
         except OSError as error:
             where = f"node 0 at {node.address}:{node.port}"
             if time.monotonic() - since > waiting.limit_s:
-                waiting.say(f"gave up on {where} after {waiting.limit_s:g} s: {error}")
+                waiting.say(f"gave up waiting for {where} after {waiting.limit_s:g} s: {error}")
                 return ExitCode.LOST_PEER
-            if not told:
+            if not announced:
                 waiting.say(f"waiting up to {waiting.limit_s:g} s for {where}: {error}")
-                told = True
+                announced = True
             waiting.sleep(_POLL_S)
             continue
         link.send({**node.hello(config), "reached": link.address})
-        code = Follower(link, command, waiting).run()
+        code = WorkerNode(link, command, waiting).run()
         if code is not None:
             return code
-        since, told = time.monotonic(), False
+        since, announced = time.monotonic(), False
     return ExitCode.PREEMPTED

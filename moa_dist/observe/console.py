@@ -1,10 +1,10 @@
-"""Training as lines of text."""
+"""Prints the progress of training as lines of text."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 from moa_dist.config.run import Config, tokens_per_sample
@@ -18,35 +18,39 @@ _PARTITIONED = (
     "optimizer state and gradients partitioned",
     "optimizer state, gradients and parameters partitioned",
 )
-"""By ZeRO stage."""
+"""What is partitioned, by ZeRO stage."""
 _STRAGGLES = 1.3
-"""Of the fastest rank's work, what is worth a word."""
+"""Ratio of the slowest to the fastest rank's work from which the slowest is reported."""
+_NEGATIVE = {"entropy": "negative entropy", "mutual_information": "negative mutual information"}
+"""Balance losses that are negative by definition, by the last part of their name."""
 
 
 class Console:
-    """Prints what was chosen because of what, then a line per report."""
+    """Prints a start-up block that explains each choice, then one line per report."""
 
     def __init__(
         self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`stream` defaults to the standard output; `clock` counts seconds."""
+        """Print to `stream`, by default the standard output; `clock` counts seconds."""
         self._stream = stream or sys.stdout
         self._clock = clock
         self._started = 0.0
         self._first_step = 0
         self._num_steps = 1
         self._world_size = 1
+        self._clip_norm: float | None = None
 
     def start(self, run: RunStart) -> None:
         """Print the start-up block."""
         self._started = self._clock()
         self._first_step, self._num_steps = run.first_step, run.config.train.steps
         self._world_size = run.world_size
+        self._clip_norm = run.config.optimizer.clip_norm
         for name, text in _describe(run):
             self._print(f"{name:<10}{text}")
 
     def step(self, metrics: StepMetrics) -> None:
-        """Print one line with what is done and how long the rest takes."""
+        """Print one line with the step's metrics and the estimated remaining time."""
         total = self._num_steps
         fields = [
             f"step {metrics.step:>{len(str(total))}}/{total}",
@@ -54,10 +58,10 @@ class Console:
             f"loss {metrics.loss:6.3f}",
         ]
         if metrics.aux_losses:
-            fields.append(f"aux {sum(metrics.aux_losses.values()):6.3f}")
+            fields.append(_balance(metrics.aux_losses))
         fields += [
             f"lr {metrics.lr:.1e}",
-            f"norm {metrics.grad_norm:5.2f}",
+            _grad_norm(metrics.grad_norm, self._clip_norm),
             f"{short(metrics.tokens_per_second):>5} tok/s",
         ]
         if self._world_size > 1:
@@ -70,7 +74,7 @@ class Console:
         self._print("  ".join(fields))
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Print one line."""
+        """Print one line with the validation metrics."""
         width = len(str(self._num_steps))
         bits = metrics.bits_per_byte
         in_bytes = "" if bits is None else f"{bits:.3f} bits per byte  "
@@ -81,18 +85,18 @@ class Console:
         )
 
     def rewind(self, step: int) -> None:
-        """Nothing: lines that were printed stay, and a note says so."""
+        """Do nothing: printed lines stay, and a note reports the rollback."""
 
     def note(self, message: str) -> None:
         """Print the message."""
         self._print(message)
 
     def close(self) -> None:
-        """Nothing: every line was flushed, and the stream is not ours."""
+        """Do nothing: every line was flushed, and the stream belongs to the caller."""
 
     def _eta(self, step: int) -> str:
-        # By the clock, not by the last tokens per second: validation and checkpoints take
-        # their share of the remaining time too.
+        # Based on elapsed time, not on the last tokens per second: validation and checkpoints
+        # take their share of the remaining time too.
         elapsed = self._clock() - self._started
         remaining = self._num_steps - step
         return duration(elapsed / max(step - self._first_step, 1) * remaining)
@@ -102,12 +106,28 @@ class Console:
 
 
 def straggler(timing: Timing) -> str:
-    """Which rank holds up the others, if one needs much longer than the fastest."""
+    """Describe the slowest rank if it needs much longer than the fastest, else return ""."""
     slowest, fastest = timing.slowest, timing.fastest
     if slowest.seconds < _STRAGGLES * fastest.seconds:
         return ""
     times = slowest.seconds / max(fastest.seconds, 1e-9)
-    return f"rank {slowest.rank} ({slowest.host}) works {times:.1f} x rank {fastest.rank}'s time"
+    return f"straggler: rank {slowest.rank} ({slowest.host}), {times:.1f} x rank {fastest.rank}"
+
+
+def _balance(losses: Mapping[str, float]) -> str:
+    """Format the sum of the balance losses, and name the loss if it is a single, negative one."""
+    kinds = {name.rpartition("/")[2] for name in losses}
+    negative = _NEGATIVE.get(kinds.pop()) if len(kinds) == 1 else None
+    name = f" ({negative})" if negative else ""
+    return f"balance {sum(losses.values()):6.3f}{name}"
+
+
+def _grad_norm(norm: float, clip_norm: float | None) -> str:
+    """Format the gradient norm, and where it exceeded the limit, what it was clipped to."""
+    clipped = "" if clip_norm is None else f", clipped to {clip_norm:g}"
+    if clip_norm is None or norm <= clip_norm:
+        clipped = " " * len(clipped)  # keeps the columns of later lines aligned
+    return f"grad norm {norm:5.2f}{clipped}"
 
 
 def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
@@ -119,14 +139,14 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
     for i, (part, why) in enumerate(run.exchange.items()):
         yield "" if i else "exchange", f"{part}: {why}"
     if run.overlap and run.exchange:
-        yield "", "travels beside computation, by parallel.overlap"
+        yield "", "overlaps with computation, because of parallel.overlap"
     yield "batch", _batch(config, run.world_size)
     active = f"{short(run.num_active_parameters)} active per token"
     flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"
     yield "model", f"{short(run.num_parameters)} parameters, {active}, {flops}"
     tokens = config.train.steps * config.train.global_batch * tokens_per_sample(config)
     if run.excluded_shards:
-        yield "data", f"{run.excluded_shards} damaged shards left out, by data.on_damage"
+        yield "data", f"{run.excluded_shards} damaged shards left out, because of data.on_damage"
     at_most = " at most" if config.model.objective == "translation" else ""
     begin = f"resumed after step {run.first_step}" if run.first_step else "from the beginning"
     yield "steps", f"{config.train.steps} ({short(tokens)} tokens{at_most}), {begin}"
@@ -134,7 +154,8 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
 
 def _device(run: RunStart) -> str:
     why = "no CUDA device found" if run.device == "cpu" else "CUDA is available"
-    return f"{run.device}: {why}, so {run.backend}; {run.config.train.precision} by train.precision"
+    precision = run.config.train.precision
+    return f"{run.device}: {why}, so {run.backend}; {precision} (train.precision)"
 
 
 def _layout(config: Config, world_size: int) -> str:
@@ -144,9 +165,9 @@ def _layout(config: Config, world_size: int) -> str:
     names = {"attention": "attention", "ffn": "FFN"}
     parts = " and ".join(names[part] for part in config.model.routed_parts())
     if not parts:
-        return f"{layout}: no experts, the same parameters on every rank"
+        return f"{layout}: no experts, every rank has the same parameters"
     if ep == 1:
-        return f"{layout}: {parts} experts whole on every rank"
+        return f"{layout}: every rank has all {parts} experts"
     copies = f", {edp} copies of each shard" if edp > 1 else ""
     return f"{layout}: {parts} experts sharded over {ep} ranks{copies}"
 
@@ -168,6 +189,6 @@ def _batch(config: Config, world_size: int) -> str:
     if config.model.objective == "translation":
         kind, each = "buckets of pairs", f"at most {config.data.bucket_tokens} tokens each"
     return (
-        f"{total} {kind} a step = {ranks} x {micro} per micro-batch x "
+        f"{total} {kind} per step = {ranks} x {micro} per micro-batch x "
         f"{total // (world_size * micro)} accumulated; {each}"
     )

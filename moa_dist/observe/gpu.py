@@ -1,4 +1,4 @@
-"""What the GPU of this rank is doing, through NVML."""
+"""Reads telemetry of this rank's GPU through NVML."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _GIB = 2**30
 
 
 class GpuTelemetry:
-    """Readings of one device; of a CPU, or where NVML does not answer, none."""
+    """Reads one device's telemetry; reads nothing on a CPU or where NVML is not available."""
 
     def __init__(self, device: torch.device) -> None:
         self._handle: Any = None
         self.reason: str | None = None
-        """Why nothing is read, or None."""
+        """Why nothing is read; None if telemetry is available."""
         if device.type != "cuda":
             self.reason = f"no GPU telemetry: this rank computes on the {device.type.upper()}"
             return
@@ -25,16 +25,16 @@ class GpuTelemetry:
             pynvml.nvmlInit()
             self._handle = device_handle(device)
         except pynvml.NVMLError as error:
-            self.reason = f"no GPU telemetry: {error}; training goes on"
+            self.reason = f"no GPU telemetry: {error}; training continues"
 
     def read(self) -> dict[str, float]:
-        """Values by name with unit; what the device does not offer is left out."""
+        """Return readings by name (with the unit); those that the device lacks are left out."""
         if self._handle is None:
             return {}
         values: dict[str, float] = {}
         for read in _READERS:
-            # One by one: a MIG slice has no utilisation of its own, some cards no power sensor,
-            # and a card that has fallen off the bus will stop training in its own words.
+            # One by one: a MIG slice has no utilization of its own, some cards have no power
+            # sensor, and a card that has fallen off the bus makes training fail by itself.
             try:
                 values |= read(self._handle)
             except pynvml.NVMLError:
@@ -42,17 +42,17 @@ class GpuTelemetry:
         return values
 
     def close(self) -> None:
-        """Let go of NVML."""
+        """Shut NVML down."""
         if self._handle is not None:
             pynvml.nvmlShutdown()
             self._handle = None
 
 
 def device_handle(device: torch.device) -> Any:
-    """NVML's handle of a torch device, by UUID.
+    """Return NVML's handle of a torch device, found by UUID.
 
-    Not by index: torch counts the devices that CUDA_VISIBLE_DEVICES leaves, in its order or
-    fastest first, while NVML counts all of the machine by PCI bus; cuda:0 can be any of them.
+    The indices do not match: torch counts the devices in CUDA_VISIBLE_DEVICES, in that order or
+    fastest first, while NVML counts all devices of the machine by PCI bus.
     """
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:

@@ -1,4 +1,4 @@
-"""Training as one JSON object per line: the record that plots and comparisons read."""
+"""Writes and reads the metrics file, with one JSON object per line, that plots are made from."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from moa_dist.observe.routing import router_call_name, routing_summary
 from moa_dist.observe.traffic_names import traffic_name
 
 FILE_NAME = "metrics.jsonl"
-"""In the run's folder."""
+"""Name of the file in the run's folder."""
 
 
 class MetricsFile:
     """Writes `metrics.jsonl`: objects of kind `start`, `step`, `validation` and `note`.
 
-    Each has a `step`: of a start that which training resumes after, of a note the last one
-    written. A float is written with as many digits as its value needs, so reading it back gives
-    the same bits; one that is not finite is null, since JSON has no word for it. A resumed run
-    cuts off what lies after its first step, and the file then reads as that of one uninterrupted
-    run; so does one that goes back to a checkpoint.
+    Each object has a `step`: for a start, the step that training resumes after; for a note, the
+    last step written. A float is written with enough digits that reading it back gives the same
+    bits; one that is not finite becomes null, because JSON cannot represent it. A run that resumes
+    or rolls back truncates the file after its first step, so the file always reads like that of
+    one uninterrupted run.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class MetricsFile:
         self._routing: dict[RouterCall, RoutingReport] = {}
 
     def start(self, run: RunStart) -> None:
-        """Open the file, cut it back, and write configuration, sizes and provenance."""
+        """Open the file, truncate it, and write configuration, sizes and provenance."""
         path = Path(run.folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut(path, run.first_step)
@@ -49,7 +49,7 @@ class MetricsFile:
         self._write("start", run.first_step, values)
 
     def step(self, metrics: StepMetrics) -> None:
-        """Write all values, of each router a summary, what each layer sent, and who waited."""
+        """Write all values, with a summary per router, the traffic per layer, and the timing."""
         self._routing = metrics.routing
         values = _shallow(metrics)
         values["routing"] = {
@@ -64,7 +64,7 @@ class MetricsFile:
         self._write("step", metrics.step, values)
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Write all values, and every expert's load [G, E] in the step last reported."""
+        """Write all values, and every expert's load [G, E] in the last reported step."""
         # Not at every step: there can be thousands of experts.
         values = asdict(metrics)
         values["load"] = {
@@ -73,7 +73,7 @@ class MetricsFile:
         self._write("validation", metrics.step, values)
 
     def rewind(self, step: int) -> None:
-        """Cut off what lies after this step."""
+        """Truncate the file after this step."""
         assert self._file is not None, "start comes first"
         path = Path(str(self._file.name))
         self._file.close()
@@ -82,7 +82,7 @@ class MetricsFile:
         self._step, self._routing = step, {}
 
     def note(self, message: str) -> None:
-        """Write the message."""
+        """Write the message as a note."""
         self._write("note", self._step, {"message": message})
 
     def close(self) -> None:
@@ -95,8 +95,8 @@ class MetricsFile:
         self._step = step
         record = _strict({"kind": kind, "step": step} | values)
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        # Whole lines, at once: whoever reads along or after a crash misses one line at most, and
-        # what a full disk cuts short is taken back.
+        # Whole lines at once: a concurrent reader, or one after a crash, misses one line at most,
+        # and a line that a full disk cuts short is removed.
         size = self._file.seek(0, SEEK_END)
         written = 0
         try:
@@ -109,17 +109,21 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file, without a last line that a crash cut short.
+    """Iterate over the objects of a file, ignoring a last line that a crash cut short.
 
-    Floats that were not finite are None. Raises DataError at a line that holds no record.
+    Floats that were not finite are None.
+
+    Raises:
+        DataError: A line is not a valid record.
     """
     return (record for record, _ in _records(Path(path)))
 
 
 def _cut(path: Path, first_step: int, *, same_start: bool = False) -> None:
-    """Keep the lines before the first of a later step or, without `same_start`, a repeated start.
+    """Truncate the file at the first record after `first_step`.
 
-    "Repeated" is a start at `first_step` itself.
+    Without `same_start`, a start record at `first_step` itself is cut off too: it belongs to an
+    earlier attempt to resume from the same checkpoint.
     """
     if not path.exists():
         return
@@ -135,28 +139,28 @@ def _cut(path: Path, first_step: int, *, same_start: bool = False) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Objects, each with the offset at which its line ends."""
+    """Iterate over the objects, each with the offset at which its line ends."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             end += len(line)
-            # A crash can cut the last line short only, and then its end is missing.
+            # A crash can only cut the last line short, and then its newline is missing.
             if line.endswith(b"\n"):
                 yield _parse(line, f"{path}:{number}"), end
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record: dict[str, Any] = json.loads(line)
         if isinstance(record["kind"], str) and isinstance(record["step"], int):
             return record
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise DataError(f"{where}: damaged: no record of a run; delete the line, or the file")
+    raise DataError(f"{where}: damaged: not a metrics record; delete the line, or the file")
 
 
 def _strict(value: Any) -> Any:
-    """The same with None for floats that are not finite."""
+    """Replace floats that are not finite by None."""
     if isinstance(value, dict):
         return {name: _strict(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -165,5 +169,5 @@ def _strict(value: Any) -> Any:
 
 
 def _shallow(value: RunStart | StepMetrics) -> dict[str, Any]:
-    """Fields by name; unlike `asdict` it copies no tensors."""
+    """Return the fields by name; unlike `asdict` this copies no tensors."""
     return {field.name: getattr(value, field.name) for field in fields(value)}

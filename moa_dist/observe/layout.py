@@ -1,4 +1,4 @@
-"""TensorBoard's custom scalars: one chart per question, whatever the number of layers."""
+"""Layout of TensorBoard's custom scalars: one chart per question, for any number of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 Layout = dict[str, dict[str, list[str | list[str]]]]
-"""Category -> chart -> ["Multiline", [patterns of tags]], as `SummaryWriter` takes it."""
+"""Category -> chart -> ["Multiline", [patterns of tags]], as `SummaryWriter` expects it."""
 
 _CHARTS = {
     "Learning": {
@@ -19,7 +19,7 @@ _CHARTS = {
     "Speed": {
         "tokens per second, all ranks": "speed/tokens_per_second",
         "model FLOPs utilization, or FLOPs per second": "speed/.*flops.*",
-        "share of time waited in collectives": "time/communication_share",
+        "share of time spent waiting in collectives": "time/communication_share",
         "seconds of work per step, slowest and fastest rank": "time/work_seconds_of_.*",
         "which rank is slowest": "time/slowest_rank",
         "traffic by purpose, MiB": "traffic/purpose/.*",
@@ -40,7 +40,7 @@ _MEASURES = {
 
 
 def layout(tags: Iterable[str]) -> Layout:
-    """Charts for those of these tags that belong in one; none is empty."""
+    """Return the charts that show at least one of these tags."""
     known = list(tags)
     charts = dict(_CHARTS)
     found = (re.fullmatch(r"routing/layer\d+\.repeat\d+\.(.*)/drop_share", tag) for tag in known)
@@ -52,7 +52,7 @@ def layout(tags: Iterable[str]) -> Layout:
     filled: Layout = {}
     for category, of_category in charts.items():
         for title, pattern in of_category.items():
-            # TensorBoard takes what a pattern is found in.
+            # TensorBoard shows every tag that contains a match.
             if any(re.search(pattern, tag) for tag in known):
                 filled.setdefault(category, {})[title] = ["Multiline", [f"^({pattern})$"]]
     return filled

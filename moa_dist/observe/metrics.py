@@ -1,6 +1,6 @@
-"""What the training loop reports, as values, and who may listen.
+"""The values that the training loop reports, and the interface of its observers.
 
-The loop never prints: it hands these to observers (see `moa_dist.observe`), on rank 0 only.
+The loop never prints: it passes these values to observers (see `moa_dist.observe`) on rank 0.
 """
 
 from __future__ import annotations
@@ -18,65 +18,65 @@ from moa_dist.provenance import Provenance
 
 @dataclass(frozen=True)
 class RunStart:
-    """Said once, before the first step."""
+    """Describes the run; reported once, before the first step."""
 
     config: Config
     """The resolved configuration."""
     folder: str
     """The run's folder."""
     world_size: int
-    """Ranks (W)."""
+    """Number of ranks (W)."""
     device: str
-    """What every rank computes on, such as `cpu` or `cuda (NVIDIA H100)`."""
+    """Device of every rank, such as `cpu` or `cuda (NVIDIA H100)`."""
     backend: str
     """Communication backend: `nccl` or `gloo`."""
     num_parameters: int
-    """Of the whole model."""
+    """Parameters of the whole model."""
     num_active_parameters: int
-    """Of those, how many one token uses."""
+    """Parameters that one token uses."""
     flops_per_token: float
     """Model FLOPs of one token, forward and backward, without recomputation."""
     first_step: int
     """0, or the step that training resumes after."""
     provenance: Provenance
-    """Sources, packages and image."""
+    """Sources, packages and container image."""
     excluded_shards: int = 0
-    """Damaged training shards that are left out of the order of samples."""
+    """Number of damaged training shards that are excluded from the order of samples."""
     exchange: Mapping[str, str] = field(default_factory=dict)
-    """Part of a layer -> what travels between ranks for its experts, and why."""
+    """Part of a layer -> what ranks exchange for its experts (tokens or weights), and why."""
     overlap: bool = False
-    """It travels while other things are computed."""
+    """Whether this exchange overlaps with computation."""
 
 
 @dataclass(frozen=True)
 class RankTime:
-    """What a rank needs for its own part of a step."""
+    """The time that a rank needs for its own part of a step."""
 
     rank: int
     """0 ... W - 1."""
     host: str
-    """Where it runs."""
+    """Name of the machine it runs on."""
     seconds: float
-    """Per step: reading and computing, without waiting for other ranks."""
+    """Seconds of reading and computing per step, without waiting for other ranks."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time since the last report went, validation and checkpoints apart."""
+    """How time was spent since the last report, excluding validation and checkpoints."""
 
     step_seconds: float
-    """Per step, mean over ranks."""
+    """Seconds per step, mean over ranks."""
     communication_share: float
-    """Of that, the share in which ranks waited in collectives. What computation overlaps is not
-    in it; waiting for a slower rank is."""
+    """Share of this time in which ranks waited in collectives. It excludes communication that
+    overlaps with computation, and includes waiting for a slower rank."""
     slowest: RankTime
-    """The rank with most work, for which the others wait."""
+    """The rank with the most work, which the others wait for."""
     fastest: RankTime
-    """The rank with least."""
+    """The rank with the least work."""
 
     @staticmethod
     def of(work: Sequence[float], wait: Sequence[float], hosts: Sequence[str]) -> Timing:
-        """From every rank's seconds of work and of waiting per step."""
+        """Combine every rank's seconds of work and of waiting per step."""
         ranks = [RankTime(*entry) for entry in zip(range(len(work)), hosts, work, strict=True)]
         total = sum(work) + sum(wait)
         return Timing(
@@ -89,42 +89,42 @@ class Timing:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; sums and means run over all ranks and micro-batches."""
+    """Metrics of one optimizer step; sums and means run over all ranks and micro-batches."""
 
     step: int
-    """Counted from 1."""
+    """Number of the step, counted from 1."""
     loss: float
     """Mean cross-entropy per target token, nats."""
     aux_losses: dict[str, float]
-    """Auxiliary losses by name, coefficients applied."""
+    """Auxiliary losses by name, multiplied by their coefficients."""
     grad_norm: float
-    """Global norm before clipping."""
+    """Global gradient norm before clipping."""
     lr: float
     """Learning rate of this step."""
     samples: int
-    """Sequences consumed so far, this step's included; its own are the last `global_batch`."""
+    """Sequences consumed so far; the last `global_batch` of them belong to this step."""
     digest: str
-    """Of this step's token ids: equal for equal global batches, in any layout."""
+    """Hash of this step's token ids: equal for equal global batches, in any layout."""
     tokens: int
     """Target tokens of this step."""
     tokens_per_second: float
-    """Over the steps since the last report, all ranks together."""
+    """Throughput of all ranks together over the steps since the last report."""
     timing: Timing
-    """Over the same steps."""
+    """Timing over the same steps."""
     routing: dict[RouterCall, RoutingReport]
-    """One entry per router application; on the CPU. Empty for dense models."""
+    """One entry per router application, on the CPU. Empty for dense models."""
     traffic: dict[TrafficKey, TrafficVolume]
-    """What ranks sent each other for experts in this step, and at ZeRO 0 for gradients."""
+    """What all ranks sent for experts in this step and, at ZeRO 0, for gradients."""
     gpu: Mapping[str, float] = field(default_factory=dict)
-    """Readings of rank 0's device by name with unit; empty for a CPU."""
+    """Readings of rank 0's device by name (with the unit); empty on a CPU."""
 
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """One validation."""
+    """Metrics of one validation pass."""
 
     step: int
-    """Steps taken so far."""
+    """Number of steps taken so far."""
     loss: float
     """Mean cross-entropy per target token, nats."""
     perplexity: float
@@ -132,26 +132,26 @@ class ValidationMetrics:
     bits_per_byte: float | None
     """Cross-entropy in bits per byte of the text; None for masked language models."""
     tokens: int
-    """Target tokens it runs over."""
+    """Number of target tokens evaluated."""
 
 
 class Observer(Protocol):
-    """Listens to a training run."""
+    """Receives the reports of a training run."""
 
     def start(self, run: RunStart) -> None:
-        """Before the first step."""
+        """Handle the start of the run, before the first step."""
 
     def step(self, metrics: StepMetrics) -> None:
-        """Every `logging.every` steps."""
+        """Handle a step; called every `logging.every` steps."""
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """After a validation."""
+        """Handle a validation pass."""
 
     def rewind(self, step: int) -> None:
-        """Training goes back to after this step: what was reported of later ones is void."""
+        """Discard all reports after this step, because training rolls back to it."""
 
     def note(self, message: str) -> None:
-        """Something a person should know, such as a saved checkpoint; one line."""
+        """Handle a message for the user, such as a saved checkpoint; one line."""
 
     def close(self) -> None:
-        """After the last step, also when training fails."""
+        """Release all resources; called after the last step, and when training fails."""

@@ -1,4 +1,4 @@
-"""All that listens to a run, as one observer."""
+"""Combines all observers of a run into one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, Validation
 
 
 class Observers:
-    """Passes everything on to the console, the metrics file and, if configured, TensorBoard.
+    """Forwards every report to the console, the metrics file and, if configured, TensorBoard.
 
-    What one of them cannot write, on a full disk, is missing there, and training goes on: whether
-    it may without checkpoints is another question, which `checkpoint.on_failure` answers.
-    Every rank may make one, for nothing is opened before `start`; rank 0 alone uses it.
+    If one of them cannot write, for example on a full disk, its lines are lost and training
+    continues; whether training may continue without checkpoints is up to `checkpoint.on_failure`.
+    Every rank may create one, since nothing is opened before `start`; only rank 0 uses it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -33,14 +33,14 @@ class Observers:
         self._failed: set[str] = set()
 
     def start(self, run: RunStart) -> None:
-        """See `Observer.start`. The rank's device must be torch's current one."""
+        """Start all observers. The rank's device must be torch's current one."""
         on_gpu = run.device.startswith("cuda")
         self._gpu = GpuTelemetry(
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
         self._closing.callback(self._gpu.close)
         if self._tensorboard:
-            # Imported here: it takes a second, and a run without TensorBoard need not wait.
+            # Imported here because it takes a second, which a run without TensorBoard can save.
             from moa_dist.observe.tensorboard import TensorBoard
 
             self._listeners.append(TensorBoard())
@@ -51,40 +51,41 @@ class Observers:
             self.note(self._gpu.reason)
 
     def step(self, metrics: StepMetrics) -> None:
-        """See `Observer.step`. Adds what the GPU says."""
+        """Report a step to all observers, with the GPU's readings."""
         assert self._gpu is not None, "start comes first"
         metrics = replace(metrics, gpu=self._gpu.read())
         self._each(lambda listener: listener.step(metrics))
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """See `Observer.validation`."""
+        """Report a validation pass to all observers."""
         self._each(lambda listener: listener.validation(metrics))
 
     def rewind(self, step: int) -> None:
-        """See `Observer.rewind`."""
+        """Roll all observers back to this step."""
         for listener in self._listeners:
             listener.rewind(step)
 
     def note(self, message: str) -> None:
-        """See `Observer.note`."""
+        """Report a message to all observers."""
         self._each(lambda listener: listener.note(message))
 
-    def _each(self, tell: Callable[[Observer], None]) -> None:
+    def _each(self, report: Callable[[Observer], None]) -> None:
         for listener in self._listeners:
-            self._try(listener, partial(tell, listener))
+            self._try(listener, partial(report, listener))
 
     def _try(self, listener: Observer, work: Callable[[], None]) -> None:
         try:
             work()
         except OSError as error:
-            self._say_once(f"{type(listener).__name__} lacks lines: {describe_write_error(error)}")
+            name = type(listener).__name__
+            self._note_once(f"{name} could not write: {describe_write_error(error)}")
 
-    def _say_once(self, problem: str) -> None:
+    def _note_once(self, problem: str) -> None:
         if problem not in self._failed:
             self._failed.add(problem)
             with suppress(OSError):  # the console may be a file on the same disk
                 self._listeners[0].note(problem)
 
     def close(self) -> None:
-        """See `Observer.close`. Closes all, also if one of them fails to."""
+        """Close all observers, even if one of them fails to close."""
         self._closing.close()

@@ -1,4 +1,4 @@
-"""How many FLOPs a second a GPU could do at best, to say what share of them a model gets."""
+"""Peak FLOPs per second of GPUs, for computing model FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     (r"L40S", 362e12, 91.6e12),
     (r"RTX 4090", 165.2e12, 82.6e12),
 )
-"""Name, dense bf16 on tensor cores, fp32 without TF32; from NVIDIA's data sheets."""
+"""Name, dense bf16 on tensor cores and fp32 without TF32, from NVIDIA's data sheets."""
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """Of one device such as `cuda (NVIDIA H100 PCIe)`, or None where it is not known."""
+    """Return the peak of a device such as `cuda (NVIDIA H100 PCIe)`; None if it is unknown."""
     if precision not in ("bf16", "fp32"):
         return None
     for name, bf16, fp32 in _PEAKS:

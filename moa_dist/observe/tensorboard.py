@@ -1,4 +1,4 @@
-"""Training as TensorBoard curves and pictures; x is the step."""
+"""Writes TensorBoard curves and pictures over training steps."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from moa_dist.observe.routing import load_heatmaps, router_call_name, routing_su
 from moa_dist.observe.traffic_names import traffic_summary
 
 FOLDER_NAME = "tensorboard"
-"""In the run's folder."""
+"""Name of the subfolder of the run's folder."""
 
 
 class TensorBoard:
-    """Writes events, and in the tab "Custom scalars" a chart per question (see `layout`)."""
+    """Writes events, and defines the charts of the tab "Custom scalars" (see `layout`)."""
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
@@ -35,7 +35,7 @@ class TensorBoard:
         self._run = run
         self._writer = SummaryWriter(
             str(Path(run.folder) / FOLDER_NAME),
-            # Hides what an earlier run wrote for the steps that are now taken again.
+            # Hides what an earlier run wrote for the steps that are now repeated.
             purge_step=run.first_step + 1,
             flush_secs=30,
         )
@@ -80,7 +80,7 @@ class TensorBoard:
         self._is_laid_out = True
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Write its points, and each router's load as last reported."""
+        """Write one point per curve, and a heatmap of each router's last reported load."""
         values = {
             "validation/loss": metrics.loss,
             "validation/perplexity": metrics.perplexity,
@@ -92,13 +92,13 @@ class TensorBoard:
             self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")
 
     def rewind(self, step: int) -> None:
-        """Nothing: curves show what happened, the second pass over the first."""
+        """Do nothing: curves show everything that happened, including discarded steps."""
 
     def note(self, message: str) -> None:
-        """Nothing: notes have no place among curves."""
+        """Do nothing: TensorBoard shows curves, not messages."""
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write buffered events and close the file."""
         if self._writer is not None:
             self._writer.close()
 

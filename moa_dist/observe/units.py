@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Formats numbers and durations for people."""
 
 from __future__ import annotations
 
 
 def short(number: float) -> str:
-    """Three digits and a letter: 999, 12.3k, 4.02M, 1.04G, 2.50T."""
+    """Format a number with three digits and a suffix: 999, 12.3k, 4.02M, 1.04G, 2.50T."""
     for suffix in ("", "k", "M", "G", "T"):
         # 999.5 would round to four digits.
         if abs(number) < 999.5 or suffix == "T":
@@ -17,7 +17,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: 12s, 4m12s, 2h05m, 3d04h."""
+    """Format a duration with its two largest units: 12s, 4m12s, 2h05m, 3d04h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

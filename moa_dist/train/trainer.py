@@ -83,7 +83,7 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
         listener = observer if mesh.rank == 0 else None
         tracer = Tracer(config.profile, folder, mesh.rank, context.device)
         watchdog = Watchdog(
-            context.beat,
+            context.heartbeat,
             mesh.comm_timer,
             folder,
             limit_s=config.train.step_limit,

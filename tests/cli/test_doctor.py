@@ -115,7 +115,7 @@ def test_a_checkpoint_has_the_size_that_was_foretold(made, stage):
 
 def test_hostfile_that_is_missing_is_an_error_of_the_user(capsys, tmp_path):
     assert main(["doctor", "--hostfile", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere cannot be read" in capsys.readouterr().err
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
 def test_hosts_of_a_hostfile_are_asked_by_ssh_and_compared(capsys, file, tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Prove docker/ without a daemon, a registry or privileges in the image:
+# Test docker/ without a daemon, a registry or privileges in the image:
 #
 #     bash tests/cluster/image.sh [PYTEST ARGUMENTS]
 #
-# On a base that debootstrap makes, buildah builds the CPU image twice, with the same packages both
-# times. Inside, as the image's own user, run the quickstart, the test command (the whole suite, or
-# what the arguments select), and the two containers of docker/compose.yaml, on a network of their
-# own with experts sharded between them. Needs root on Debian, the network, 15 GB of disk, half an
-# hour; makes what it needs and takes it away again, but for Debian packages and the base.
+# buildah builds the CPU image twice, on a base made by debootstrap, and both builds must contain the
+# same packages. The quickstart, the test command (the whole suite, or what the arguments select) and
+# the two containers of docker/compose.yaml then run as the image's own user; the containers have a
+# separate network, and experts are sharded between them. Needs root on Debian, network access, 15 GB
+# of disk and half an hour. Everything except Debian packages and the base is removed at the end.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -19,7 +19,7 @@ containers=() images=() bridge=moa-image
 say() { printf '\n== %s\n' "$*"; }
 
 clean_up() {
-    set +e # what is not there need not be taken away
+    set +e # not everything may have been created
     for node in text node0 node1; do
         ip netns pids "$bridge-$node" 2>/dev/null | xargs --no-run-if-empty kill
     done
@@ -42,8 +42,7 @@ make_base() {
     rm -rf "$work/root"
 }
 
-# How pip finds packages on this machine, for the build alone: its settings, and the files and
-# folders that they name.
+# Copy pip's settings of this machine, with the files and folders that they name, for the build only.
 configure_pip() {
     mkdir "$work/pip"
     mapfile -t build_arguments < <(python3 - "$work" <<'PYTHON'
@@ -109,7 +108,7 @@ add_network() {
     echo "127.0.0.1 localhost" >>"$work/hosts"
 }
 
-# service NAME [CONFIGURATION]: that of the compose file, in a container on a network of its own
+# service NAME [CONFIGURATION]: run a service of the compose file in a container with its own network
 service() {
     local -a command
     mapfile -d '' -t command < <(inside python -c '
@@ -128,7 +127,7 @@ for tool in buildah debootstrap ip; do command -v "$tool" >/dev/null || missing+
 configure_pip
 make_base
 
-say "build twice, and compare what is in the images"
+say "build twice, and compare the contents of the images"
 build moa-dist:first --layers
 build moa-dist:second --no-cache
 for image in first second; do
@@ -136,7 +135,7 @@ for image in first second; do
     inside cat image.json >"$work/$image.json"
 done
 cmp "$work/first.json" "$work/second.json"
-echo "$(grep --count '^  "' "$work/first.json") packages, Python and base: the same bytes both times"
+echo "$(grep --count '^  "' "$work/first.json") packages, Python and base: identical in both builds"
 inside moa-dist doctor
 buildah inspect --format '{{.OCIv1.Config.User}} {{.OCIv1.Config.Labels}}' "$container"
 [ "$(inside id --user)" = 10001 ]
@@ -164,4 +163,4 @@ build moa-dist:test --layers --target test
 start moa-dist:test
 inside bash tests/run.sh "$@"
 
-say "proved: two builds alike; quickstart, two containers and tests end with 0"
+say "passed: two identical builds; quickstart, two containers and tests exit with 0"

@@ -1,12 +1,13 @@
-"""The objects for Kubernetes in earnest, without one: `python -m tests.cluster.kubernetes`.
+"""Run the objects for Kubernetes without a cluster: `python -m tests.cluster.kubernetes`.
 
-Checks them against the published schemas. Then does for the Job what a cluster would: every pod is
-a root folder, a network namespace with its own address, a host name and process ids of its own,
-runs the image's entry point with the container's arguments, and is replaced as the failure policy
-says. A pod is told to go, another is killed; the job ends bit for bit like one on one machine.
-Prints what was shown, exit status 1 if something was not.
+Validates them against the published schemas, then does for the Job what a cluster would do. Every
+pod is a root folder and a network namespace with its own address, host name and process IDs; it
+runs the image's entry point with the container's arguments, and is replaced according to the
+failure policy. One pod is asked to stop and another is killed; the job must end bit for bit like
+one on a single machine. Prints every test that passed; exit status 1 if one failed.
 
-Needs root, and the network for the schemas (pip, into a temporary folder). About four minutes.
+Needs root, and network access for the schemas (pip, into a temporary folder). Takes about four
+minutes.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from tests.cluster.same_run import steps
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "tests/cluster/tiny.yaml")
 SCHEMAS = ("1.31", "1.35")
-"""Kubernetes' versions: the first with all that is used, and a late one."""
+"""Versions of Kubernetes: the first that has all features used here, and a recent one."""
 IMAGE = ("docker", "launcher", "moa_dist")
-"""What the image holds below /app, as far as it is needed here."""
+"""The folders of the image below /app that are needed here."""
 WAIT_S = 400.0
 OBJECTS = ("--nodes", "2", "--ranks-per-node", "1", "--image", "moa-dist", "--grace", "60",
            "--volume", "data:/app/data", "--volume", "runs:/app/runs")  # fmt: skip
-# Makes the root folder $1 and runs the rest in it as process 1: the machine's programs, but an
-# /etc, /app and /dev/shm of its own.
+# Creates the root folder $1 and runs the rest in it as process 1, with the machine's programs but
+# its own /etc, /app and /dev/shm.
 ENTER = """
 set -eu
 root=$1 hosts=$2
@@ -69,10 +70,10 @@ exec chroot "$root" env -C /app "$@"
 
 
 class Pod:
-    """One of a Job's pods, running."""
+    """A running pod of a Job."""
 
     def __init__(self, objects: dict[str, Any], index: int, work: Path) -> None:
-        """Does what the Job's controller and a node's kubelet do."""
+        """Start the pod as the Job's controller and a node's kubelet would."""
         name = objects["Job"]["metadata"]["name"]
         spec = objects["Job"]["spec"]["template"]["spec"]
         (container,) = spec["containers"]
@@ -107,20 +108,20 @@ class Pod:
                 stderr=subprocess.STDOUT,
             )
 
-    def tell_to_go(self) -> None:
-        """SIGTERM to process 1, as a node does that is drained."""
+    def evict(self) -> None:
+        """Send SIGTERM to process 1, as a node does when it is drained."""
         (first,) = psutil.Process(self.process.pid).children()
         first.terminate()
 
     def kill(self) -> None:
-        """As a node does that is short of memory: all its processes."""
+        """Kill all its processes, as a node does when it is out of memory."""
         self.process.kill()
 
 
 def _mounts(
     objects: dict[str, Any], spec: dict[str, Any], container: dict[str, Any], work: Path
 ) -> list[Path | str]:
-    """What to mount, or `memory`, and where; in pairs."""
+    """Return pairs of what to mount, a path or `memory`, and where."""
     config = work / "config-map"
     config.mkdir(exist_ok=True)
     for name, text in objects["ConfigMap"]["data"].items():
@@ -140,18 +141,18 @@ def _mounts(
 
 
 class Job:
-    """Replaces pods until all have succeeded, or the policy says that it is in vain."""
+    """Replaces pods until all have succeeded, or the policy fails the Job."""
 
     def __init__(self, objects: dict[str, Any], work: Path) -> None:
-        """Starts all pods."""
+        """Start all pods."""
         self._objects, self._work = objects, work
         self.spec = objects["Job"]["spec"]
         self.pods = {i: Pod(objects, i, work) for i in range(self.spec["completions"])}
         self.ends: list[tuple[int, int, str]] = []
-        """Pods that ended: index, status, what the policy makes of it."""
+        """Pods that ended: index, status, and the action of the policy."""
 
     def until(self, holds: Callable[[], bool]) -> None:
-        """Go on until then."""
+        """Run the Job until the condition holds."""
         deadline = time.monotonic() + WAIT_S
         while not holds():
             if time.monotonic() > deadline:
@@ -164,11 +165,11 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """No pod is left."""
+        """Whether no pod is left."""
         return not self.pods
 
     def counted(self, action: str) -> int:
-        """How many ends came to that."""
+        """Return how often the policy took an action."""
         return sum(what == action for *_, what in self.ends)
 
     def _ended(self, index: int, status: int) -> None:
@@ -197,14 +198,14 @@ class Job:
 
 
 def make(name: str, *arguments: str) -> dict[str, Any]:
-    """The objects by kind."""
+    """Return the objects by kind."""
     command = [sys.executable, str(ROOT / "launcher/job.py"), "kubernetes", "--config", CONFIG]
     text = subprocess.check_output([*command, *OBJECTS, f"name={name}", *arguments], text=True)
     return {made["kind"]: made for made in yaml.safe_load_all(text)}
 
 
 def check_schemas(work: Path) -> None:
-    """Raises an error where the API would refuse an object."""
+    """Validate the objects; raises an error if the API would reject one."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.check_call([*pip, "--target", str(work / "validator"), "kubernetes-validate"])
     sys.path.append(str(work / "validator"))
@@ -214,11 +215,11 @@ def check_schemas(work: Path) -> None:
         for made in make("proof", *arguments).values():
             for version in SCHEMAS:
                 validate(made, version, strict=True)
-    print(f"SHOWN: all objects follow the schemas of Kubernetes {' and '.join(SCHEMAS)}")
+    print(f"PASSED: all objects follow the schemas of Kubernetes {' and '.join(SCHEMAS)}")
 
 
 def make_network() -> None:
-    """Two pods' namespaces, joined by a cable; `/run` is this process's own."""
+    """Create the namespaces of two pods, joined by a cable; `/run` belongs to this process."""
     for line in (
         "mount -t tmpfs none /run",
         "ip netns add pod-0",
@@ -232,7 +233,7 @@ def make_network() -> None:
 
 
 def train(work: Path) -> None:
-    """Show that the Job trains, goes on, and fails as it should."""
+    """Check that the Job trains, continues, and fails as it should."""
     (work / "runs").mkdir()
     subprocess.check_call(
         [
@@ -256,23 +257,23 @@ def train(work: Path) -> None:
     job = Job(make("proof"), work)
     try:
         job.until(lambda: reached(5))
-        job.pods[1].tell_to_go()
+        job.pods[1].evict()
         job.until(lambda: len(job.ends) == 2)
         assert sorted(job.ends) == [(0, 75, "Ignore"), (1, 75, "Ignore")], job.ends
         saved = len(steps(run))
         assert (run / f"step-{saved:08d}").exists()
-        print(f"SHOWN: a pod was told to go; saved at step {saved}, both ended with 75, replaced")
+        print(f"PASSED: a pod was evicted; saved at step {saved}, both exited with 75, replaced")
         job.until(lambda: reached(saved + 5))
         job.pods[0].kill()
         job.until(lambda: job.over)
         assert sorted(job.ends[2:]) == [(0, 0, "Complete"), (0, 137, "Count"), (1, 0, "Complete")]
-        print("SHOWN: pod 0 was killed, replaced, pod 1 waited for it; all completed")
+        print("PASSED: pod 0 was killed and replaced, pod 1 waited for it; all completed")
         if compare(work / "runs/calm", run):
-            raise AssertionError("not like the job that was left alone")
+            raise AssertionError("not equal to the undisturbed job")
         job = Job(make("wrong", "data.train=data/nowhere"), work)
         job.until(lambda: job.over)
         assert job.ends[0][1:] == (2, "FailJob"), job.ends
-        print("SHOWN: an error of the user ended with 2, which fails the Job")
+        print("PASSED: a data error ended with 2, which fails the Job")
     except BaseException:
         for log in sorted(work.glob("*.log")):
             print(f"--- {log.name}", *log.read_text().splitlines()[-40:], sep="\n")
@@ -282,7 +283,7 @@ def train(work: Path) -> None:
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Run all tests; returns the exit status."""
     if sys.argv[1:2] == ["--inside"]:
         make_network()
         train(Path(sys.argv[2]))

@@ -1,7 +1,7 @@
 """Two hosts on one machine: network namespaces on a bridge, each with its own address and sshd.
 
-Everything is inside namespaces and a temporary folder, keys and ssh configuration included; the
-machine's own network and the user's `~/.ssh` are not touched. Needs root.
+Everything is inside namespaces and a temporary folder, including keys and the ssh configuration;
+the machine's network and the user's `~/.ssh` are not touched. Needs root.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psutil
 
 SUBNET = "10.77.0"
 PORT, ODD_PORT = 22, 2022
-"""Of each host's sshd, and of one whose sessions see other files, as if of another host."""
+"""Port of each host's sshd, and of a second one whose sessions see other files."""
 TOOLS = {
     "ip": "iproute2",
     "/usr/sbin/sshd": "openssh-server",
@@ -59,7 +59,7 @@ Host node-c
 
 
 def run(*command: str) -> str:
-    """A command that must succeed."""
+    """Run a command that must succeed, and return its output."""
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
@@ -68,27 +68,27 @@ def run(*command: str) -> str:
 
 @dataclass
 class Host:
-    """A namespace."""
+    """A host, which is a network namespace."""
 
     name: str
-    """Its host name."""
+    """Host name."""
     namespace: str
-    """Its network namespace."""
+    """Name of its network namespace."""
     address: str
-    """On the bridge."""
+    """Address on the bridge."""
     plug: str
-    """The end of its cable at the bridge."""
+    """Device at the bridge's end of its cable."""
     switch: str
-    """The namespace of the bridge."""
+    """Namespace of the bridge."""
 
     def command(self, *words: str) -> list[str]:
-        """To be run on it."""
+        """Return the command that runs `words` on the host."""
         named = 'hostname "$0"; exec "$@"'
         inside = ["ip", "netns", "exec", self.namespace]
         return [*inside, "unshare", "--uts", "sh", "-c", named, self.name, *words]
 
     def start(self, *words: str, log: Path, cwd: Path | None = None, **env: str):
-        """Run it there, its output in `log`."""
+        """Start a command on the host, with its output in `log`."""
         with log.open("ab") as output:
             return subprocess.Popen(
                 self.command(*words),
@@ -100,11 +100,11 @@ class Host:
             )
 
     def cable(self, state: str) -> None:
-        """`down` cuts it, `up` mends it."""
+        """Set the cable's state: `down` cuts it, `up` repairs it."""
         run("ip", "-n", self.switch, "link", "set", self.plug, state)
 
     def processes(self) -> list[psutil.Process]:
-        """All that run on it, whoever started them, without its sshd and shells in between."""
+        """Return all processes on the host, whoever started them, except its sshd."""
         wanted = os.stat(f"/run/netns/{self.namespace}").st_ino
         found = []
         for process in psutil.process_iter(["name"]):
@@ -118,7 +118,7 @@ class Host:
 
 
 def missing_tools() -> list[str]:
-    """Debian packages to install first."""
+    """Return the Debian packages that must be installed first."""
     from shutil import which
 
     return sorted({package for tool, package in TOOLS.items() if which(tool) is None})
@@ -126,10 +126,10 @@ def missing_tools() -> list[str]:
 
 @contextmanager
 def two_hosts(folder: Path, odd: dict[Path, Path], hidden: Path) -> Iterator[tuple[Host, Host]]:
-    """`node-a` and `node-b`, and `ssh -F folder/ssh_config` between them.
+    """Create `node-a` and `node-b`, with `ssh -F folder/ssh_config` between them.
 
-    By the name `odd-b`, node-b shows the values of `odd` in the place of its keys, and an empty
-    folder in the place of `hidden`.
+    Under the name `odd-b`, node-b shows the values of `odd` in place of its keys, and an empty
+    folder in place of `hidden`.
     """
     tag = f"moa{os.getpid()}"
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ def two_hosts(folder: Path, odd: dict[Path, Path], hidden: Path) -> Iterator[tup
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
         text = SSH.format(folder=folder, subnet=SUBNET, odd_port=ODD_PORT)
         (folder / "ssh_config").write_text(text)
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd locks itself in
+        Path("/run/sshd").mkdir(exist_ok=True)  # needed for sshd's privilege separation
         switch = _namespace(stack, f"{tag}s")
         run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         run("ip", "-n", switch, "link", "set", "bridge", "up")
@@ -165,7 +165,7 @@ def _host(stack: ExitStack, number: int, tag: str, switch: str) -> Host:
     run("ip", "-n", switch, "link", "set", plug, "master", "bridge", "up")
     run("ip", "-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
     run("ip", "-n", namespace, "link", "set", "eth0", "up")
-    # A second network, to which nothing but this host belongs: the wrong choice.
+    # A second network with only this host in it, which would be the wrong choice.
     unplugged = f"unplugged-{letter}"
     run("ip", "-n", namespace, "link", "add", "aaa0", "type", "veth", "peer", unplugged)
     run("ip", "-n", namespace, "link", "set", unplugged, "up")
@@ -185,7 +185,7 @@ def _sshd(stack: ExitStack, host: Host, folder: Path, port: int, before: str) ->
 
 
 def _end(host: Host, process: subprocess.Popen[bytes]) -> None:
-    """It and the sessions that it serves."""
+    """End an sshd and the sessions that it serves."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -198,4 +198,4 @@ def _end(host: Host, process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit("see two_hosts.py")
+    sys.exit("this is a helper module; run python -m tests.cluster.two_hosts")

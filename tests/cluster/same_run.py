@@ -1,6 +1,6 @@
-"""Did two runs do the same? `python tests/cluster/same_run.py RUN RUN`.
+"""Compare two runs: `python tests/cluster/same_run.py RUN RUN`.
 
-Exit status 1 unless every step consumed the same samples, came to the same loss and gradient norm,
+Exit status 1 unless every step consumed the same samples and has the same loss and gradient norm,
 and the last checkpoints hold the same parameters and moments, bit for bit.
 """
 
@@ -19,20 +19,20 @@ _COMPARED = ("samples", "digest", "loss", "grad_norm")
 
 
 def steps(run: Path) -> list[tuple[object, ...]]:
-    """Each step with what it consumed and came to; a step that was repeated must come once."""
+    """Return each step with its samples and metrics; a repeated step must be listed only once."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(r["step"], *(r[k] for k in _COMPARED)) for r in records if r["kind"] == "step"]
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """Everything in the newest checkpoint."""
+    """Return all tensors in the newest checkpoint."""
     newest = max(checkpoints(run), key=lambda path: path.name)
     files = sorted(newest.glob("*.safetensors"))
     return {f"{newest.name}/{f.name}/{k}": v for f in files for k, v in load_file(f).items()}
 
 
 def main(one: Path, other: Path) -> int:
-    """Returns the exit status."""
+    """Compare the runs; returns the exit status."""
     ours, theirs = steps(one), steps(other)
     if [step for step, *_ in ours] != list(range(1, len(ours) + 1)) or ours != theirs:
         differ = [a[0] for a, b in zip(ours, theirs, strict=False) if a != b]
@@ -47,7 +47,7 @@ def main(one: Path, other: Path) -> int:
         print(f"{len(changed)} of {len(a)} tensors differ, such as {changed[0]}")
         return 1
     numbers = sum(tensor.numel() for tensor in a.values())
-    print(f"{len(ours)} steps and {numbers:,} parameters and moments are the same bit for bit")
+    print(f"{len(ours)} steps and {numbers:,} parameters and moments are equal bit for bit")
     return 0
 
 

@@ -1,7 +1,8 @@
-# Sourced by slurm.sh: a Slurm of two nodes, node1 and node2, on this machine.
+# Sourced by slurm.sh: a Slurm cluster of two nodes, node1 and node2, on this machine.
 #
-# `install_slurm` installs Debian's packages where they are missing. `start_slurm FOLDER` starts it; its files are in FOLDER. To be called as root in namespaces of
-# its own (mount, network, process), so that nothing outside sees it and all of it ends with them.
+# `install_slurm` installs missing Debian packages. `start_slurm FOLDER` starts the cluster with its
+# files in FOLDER; call it as root in separate mount, network and process namespaces, so that nothing
+# outside sees the cluster and all of it ends with them.
 
 install_slurm() {
     local program
@@ -20,7 +21,7 @@ start_slurm() {
     host=$(hostname)
     mkdir -p "$folder"/state "$folder"/node1 "$folder"/node2
     ip link set lo up
-    ip link add nodes type veth peer name other # both ends up, so that it has a carrier
+    ip link add nodes type veth peer name other # with both ends up, the link has a carrier
     ip link set other up
     ip link set nodes up
     ip address add 10.0.0.1/24 dev nodes
@@ -70,7 +71,7 @@ CONF
 
 nodes_idle() { [[ $(sinfo --noheader --Node --states idle --format %N 2>/dev/null | wc -l) == 2 ]]; }
 
-# await SECONDS COMMAND...: until the command succeeds; fails, and says so, after that long.
+# await SECONDS COMMAND...: wait until the command succeeds; fail with a message after that time.
 await() {
     local limit=$1 end=$((SECONDS + $1))
     shift

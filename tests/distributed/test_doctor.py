@@ -107,7 +107,7 @@ def check_with_another_version(rank):
 
 def test_a_wrong_version_and_a_rank_s_own_fault_are_named(pools):
     found = pools(2).run(check_with_another_version, 1)
-    (text,) = faults(found, "alike")
+    (text,) = faults(found, "versions")
     assert text.startswith(f"rank 1 (host {HOST}): numpy 1.0, but ")
     assert faults(found, "data") == [f"rank 1 (host {HOST}): no such folder"]
     assert [f.check for f in found[0] if f.status == "note"] == ["gpu"]  # said once

@@ -56,12 +56,12 @@ def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
     assert each[0].startswith("rank 0 (host ")
     assert each[1].startswith("rank 1 (host ")
     assert all(" is in step 12; " in line for line in each)
-    assert ", plan of stack.layers.3.ffn, forward, since " in each[0]
+    assert ", plan of stack.layers.3.ffn, forward, for " in each[0]
     assert " s; at distributed_c10d.py:" in each[0]
     assert ", called at distributed/collectives.py:" in each[0]
-    assert "; waits in collective " in each[0]
+    assert "; is waiting in collective " in each[0]
     assert "; is past collective " in each[1]
-    assert ", combine of stack.layers.2.ffn, forward, since " in each[1]
+    assert ", combine of stack.layers.2.ffn, forward, for " in each[1]
     assert " s; at test_watchdog.py:" in each[1]
     assert "begin_and_oversleep, called at models/feed_forward.py:" in each[1]
     assert "time.sleep" in (report / "rank-1.txt").read_text()
@@ -79,7 +79,7 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
     with comm_timer.begin("losses"):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out
-    assert "is in step 7; waits in collective 1, losses, since 0 s; at cli/hang.py:" in answer
+    assert "is in step 7; is waiting in collective 1, losses, for 0 s; at cli/hang.py:" in answer
     assert said == [answer.rstrip("\n")]
     watchdog.close()
     monkeypatch.setattr(hang, "_TAKEN_S", 0.3)
@@ -96,9 +96,9 @@ def status(rank: int, begun: int, inside: bool) -> RankStatus:
     ("known", "silent", "first"),
     [
         # On GPUs the host waits outside of the collective that it began.
-        ([(0, 9, False), (1, 8, False)], [], "rank 1 .*has not come to the collective"),
+        ([(0, 9, False), (1, 8, False)], [], "rank 1 .*has not reached the collective"),
         ([(0, 9, True), (1, 9, False)], [], "rank 1 .*is past the collective"),
-        ([(0, 9, True), (1, 9, True)], [], "all ranks wait in the same collective"),
+        ([(0, 9, True), (1, 9, True)], [], "all ranks are waiting in the same collective"),
         ([(0, 9, False), (1, 9, False)], [], ".*all of them are slow"),
         ([(0, 9, True), (2, 9, True)], [1], "rank 1 did not answer"),
         ([(0, 9, True)], [1, 2], "ranks 1, 2 did not answer"),

@@ -1,4 +1,4 @@
-"""The images' pinned packages are what pyproject.toml asks for, and agree with each other."""
+"""The images' pinned packages meet pyproject.toml's requirements, and agree with each other."""
 
 import re
 import tomllib
@@ -22,7 +22,7 @@ def pins(name: str) -> dict[str, Version]:
 
 
 def extra(name: str) -> list[Requirement]:
-    """What an extra asks for, through other extras of ours too."""
+    """The requirements of an extra, including those of other extras that it refers to."""
     found = []
     for line in map(Requirement, PROJECT["optional-dependencies"][name]):
         found += [r for e in line.extras for r in extra(e)] if line.name == "moa-dist" else [line]
@@ -30,19 +30,19 @@ def extra(name: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])
-def test_an_image_has_what_the_package_asks_for(variant):
+def test_an_image_has_what_the_package_requires(variant):
     pinned = pins(variant)
     for wanted in map(Requirement, PROJECT["dependencies"]):
         assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), wanted
 
 
-def test_the_tests_have_what_they_ask_for():
+def test_the_tests_have_what_they_require():
     pinned = pins("cpu") | pins("test")
     for wanted in extra("dev"):
         assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), wanted
 
 
-def test_images_differ_in_nothing_but_their_device():
+def test_images_differ_only_in_their_device():
     cpu, cuda = pins("cpu"), pins("cuda")
     assert (cpu["torch"].local, cuda["torch"].local) == ("cpu", None)
     assert cpu["torch"].release == cuda["torch"].release

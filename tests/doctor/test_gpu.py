@@ -1,5 +1,6 @@
-"""A GPU's health is told as fault, note or ok; absent NVML is said once and is no fault."""
+"""A GPU's health is a fault, a note or ok; a missing NVML is reported once and is no fault."""
 
+import re
 from types import SimpleNamespace
 
 import pynvml
@@ -20,7 +21,7 @@ def raising(error):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Readings of one healthy device, to be changed."""
+    """Readings of one healthy device, which a test may change."""
     state = SimpleNamespace(
         celsius=60, cap=700_000, errors={0: 3, 1: 0}, rows=(0, 0, 0, 0), reasons=0, closed=0
     )
@@ -56,8 +57,11 @@ def statuses():
 def test_a_healthy_gpu_has_no_fault(gpu):
     findings = list(check_gpus([DEVICE]))
     assert {f.status for f in findings} == {"ok"}
-    assert all(f.text.startswith("cuda:0 NVIDIA H100: ") for f in findings)
-    assert "0 uncorrected and 3 corrected" in findings[2].text
+    assert {f.subject for f in findings} == {"cuda:0 NVIDIA H100"}
+    assert all(f.text.startswith(f"{f.subject}: ") for f in findings)
+    (errors,) = (f for f in findings if f.check == "gpu memory errors")
+    counts = re.findall(r"(\d+) (\w+)", errors.text.partition(": ")[2])
+    assert counts == [("0", "uncorrected"), ("3", "corrected")]
     assert gpu.closed == 1
 
 
@@ -90,7 +94,7 @@ def test_what_a_device_lacks_is_left_out_and_what_fails_is_a_finding(gpu, monkey
     assert any(f.check == "gpu clocks" for f in findings)
 
 
-def test_absent_nvml_is_one_note(monkeypatch):
+def test_missing_nvml_is_one_note(monkeypatch):
     error = pynvml.NVMLError_LibraryNotFound()
     monkeypatch.setattr(pynvml, "nvmlInit", raising(error))
     (finding,) = check_gpus([DEVICE, torch.device("cuda", 1)])
@@ -100,5 +104,5 @@ def test_absent_nvml_is_one_note(monkeypatch):
 
 def test_gpus_that_torch_cannot_see_are_a_fault(gpu):
     (finding,) = check_gpus([])
-    assert finding.is_fault
-    assert "1 GPUs, but torch sees none" in finding.text
+    assert (finding.check, finding.status) == ("gpu", "FAULT")
+    assert "CUDA_VISIBLE_DEVICES" in finding.remedy

@@ -26,7 +26,7 @@ def test_a_rank_with_another_package_is_named(tmp_path):
     findings = json.loads((tmp_path / "report-0.json").read_text())["findings"]
     assert not (tmp_path / "report-1.json").read_text()  # rank 0 speaks for all
     named = f"rank 1 (host {socket.gethostname()}): numpy 1.0"
-    (other,) = [f for f in findings if f["check"] == "alike"]
+    (other,) = [f for f in findings if f["check"] == "versions"]
     assert other["status"] == "FAULT"
     assert other["text"].startswith(named + ", but ")
     assert any(f["text"].startswith(named + " is outside the range") for f in findings)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from moa_dist.errors import ExitCode
 from moa_dist.launch.link import Hub, Link, LinkLostError, connect
 
 WAIT_S = 20.0
@@ -50,14 +51,15 @@ def test_end_is_noticed_after_the_last_message_was_read(hub):
     there.send({"last": True})
     there.close()
     assert here.receive(WAIT_S) == {"last": True}
-    with pytest.raises(LinkLostError, match="is gone"):
+    with pytest.raises(LinkLostError) as error:
         here.receive(WAIT_S)
+    assert error.value.loss.reason == "gone"
 
 
-def test_hanging_up_ends_the_nodes(hub):
+def test_closing_the_links_ends_the_nodes(hub):
     there = join(hub, 0)
     linked(hub, 0)
-    hub.hang_up()
+    hub.close_links()
     with pytest.raises(LinkLostError):
         there.receive(WAIT_S)
 
@@ -65,20 +67,22 @@ def test_hanging_up_ends_the_nodes(hub):
 def test_other_end_that_falls_silent_is_lost():
     listener = socket.create_server(("127.0.0.1", 0))
     ours = socket.create_connection(listener.getsockname())
-    theirs, _ = listener.accept()  # says nothing, as behind a cable that was cut
+    theirs, _ = listener.accept()  # sends nothing, as if the cable was cut
     link = Link(ours, silence_s=0.5)
-    with pytest.raises(LinkLostError, match=r"silent for 0.5 s"):
+    with pytest.raises(LinkLostError, match=r"\b0\.5 s") as error:
         link.receive(WAIT_S)
+    assert error.value.loss.reason == "silent"
     link.close()
     theirs.close()
     listener.close()
 
 
-def test_stranger_is_told_and_not_let_in(hub):
+def test_stranger_is_informed_and_rejected(hub):
     stranger = join(hub, 1, token="wrong")
     message = stranger.receive(WAIT_S)
     assert message is not None
-    assert "another job" in message["text"]
+    assert message["exit"] == ExitCode.USER
+    assert "--master-port" in message["text"]
     assert not hub.links
     stranger.close()
 
@@ -90,6 +94,7 @@ def test_node_started_again_takes_its_place(hub):
     assert linked(hub, 1, before=old) is not old
     message = first.receive(WAIT_S)
     assert message is not None
-    assert "took the place of node 1" in message["text"]
+    assert message["exit"] == ExitCode.USER
+    assert "node 1" in message["text"]
     first.close()
     second.close()

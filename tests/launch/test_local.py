@@ -1,4 +1,4 @@
-"""A job on this machine, signalled as schedulers do it: all of its processes at once."""
+"""A job on this machine, signaled as schedulers do it: all of its processes at once."""
 
 import signal
 import time

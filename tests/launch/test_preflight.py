@@ -1,4 +1,4 @@
-"""What preflight makes of the answers of hosts; the hosts are played."""
+"""What preflight concludes from the answers of hosts; the hosts are fakes."""
 
 import time
 from pathlib import Path
@@ -11,13 +11,14 @@ from moa_dist.doctor.host import probe_file
 from moa_dist.launch import preflight as module
 from moa_dist.launch.checked_host import NoAnswerError
 from moa_dist.launch.hostfile import Host
-from moa_dist.launch.preflight import Preflight, Wanted, meeting_address, preflight
+from moa_dist.launch.preflight import Preflight, Wanted, preflight
+from moa_dist.launch.rendezvous import rendezvous_address
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"code": "c0de", "torch": "2.13.0"}
 
 
-class Played:
+class FakeHost:
     """A host whose answers are given."""
 
     def __init__(self, run: Path | None = None, address="10.0.0.1", **answers) -> None:
@@ -53,90 +54,106 @@ def config(tmp_path) -> Config:
     )
 
 
-def check(config: Config | None, slots=(1, 1), wanted=None, **hosts: Played) -> Preflight:
+def check(config: Config | None, slots=(1, 1), wanted=None, **hosts: FakeHost) -> Preflight:
     wanted = wanted or Wanted(config, "x.yaml" if config else None)
     return preflight(hosts, slots, wanted)
 
 
-def faults(found: Preflight) -> str:
-    return "\n".join(map(str, found.faults))
+def faults(found: Preflight) -> list[tuple[str, tuple[str, ...], str]]:
+    """Check, hosts and subject of each fault."""
+    return [(fault.check, fault.hosts, fault.subject) for fault in found.faults]
 
 
-def test_hosts_that_agree_are_fit_and_told_where_to_meet(config):
+def test_hosts_that_agree_are_fit_and_get_a_rendezvous(config):
     run = run_folder(config)
-    found = check(config, a=Played(run), b=Played(run, "10.0.0.2"))
+    found = check(config, a=FakeHost(run), b=FakeHost(run, "10.0.0.2"))
     assert not faults(found)
     assert found.hosts == [Host("a", 1), Host("b", 1)]
     assert (found.master_addr, found.master_port) == ("10.0.0.1", 29500)
     assert not list(run.iterdir())  # what hosts wrote to find each other
 
 
-def test_ranks_are_counted_by_gpus_where_nobody_said(config):
+def test_without_slots_there_is_a_rank_per_gpu(config):
     run, report = run_folder(config), {"num_gpus": 4}
-    hosts = {"a": Played(run, report=report), "b": Played(run, report=report)}
+    hosts = {"a": FakeHost(run, report=report), "b": FakeHost(run, report=report)}
     found = check(config, (None, None), **hosts)
     assert [host.slots for host in found.hosts] == [4, 4]
 
 
-def test_all_that_is_wrong_is_said_at_once(config):
+def test_all_faults_are_reported_at_once(config):
     run = run_folder(config)
-    old = Played(
+    old = FakeHost(
         run, report={"facts": FACTS | {"torch": "2.12.0"}}, clock={"time": time.time() - 9}
     )
-    gone = Played(run, report=NoAnswerError("cannot be reached", "look", unreachable=True))
-    stray = Played(None, report={"findings": [["shared folder", "FAULT", "not the same", "mount"]]})
-    held = Played(run, listen={"port": None, "problem": "port 29500 cannot be used"})
-    said = faults(check(config, (1, 1, 1, 1), a=held, b=old, c=gone, d=stray))
-    assert "host b: torch 2.12.0, but 2.13.0 on 2 others" in said
-    assert "host c cannot be reached" in said
-    assert "-> look" in said
-    assert "host d: not the same" in said
-    assert "s behind this machine" in said
-    assert "port 29500 cannot be used" in said
-    assert "--master-port" in said
+    gone = FakeHost(run, report=NoAnswerError("cannot be reached", "look", unreachable=True))
+    other_folder = {"check": "shared folder", "status": "FAULT", "text": "x", "remedy": "mount"}
+    stray = FakeHost(None, report={"findings": [other_folder]})
+    held = FakeHost(run, listen={"port": None, "problem": "in use"})
+    found = check(config, (1, 1, 1, 1), a=held, b=old, c=gone, d=stray)
+    assert sorted(faults(found)) == [
+        ("clocks", ("b",), ""),
+        ("host", ("c",), ""),
+        ("port", ("a",), "29500"),
+        ("shared folder", ("d",), ""),
+        ("versions", ("b",), "torch"),
+    ]
+    by_check = {fault.check: fault for fault in found.faults}
+    assert by_check["host"].remedy == "look"
+    assert by_check["shared folder"].remedy == "mount"
+    assert "--master-port" in by_check["port"].remedy
+    assert all(word in by_check["versions"].text for word in ("host b", "2.12.0", "2.13.0"))
 
 
 def test_host_that_wrote_elsewhere_is_named(config, monkeypatch):
-    monkeypatch.setattr(module, "_LOOKS_S", 0.0)
-    found = check(config, a=Played(run_folder(config)), b=Played(None))
-    assert "what host b wrote is not seen here" in faults(found)
+    monkeypatch.setattr(module, "_VISIBLE_S", 0.0)
+    run = run_folder(config)
+    found = check(config, a=FakeHost(run), b=FakeHost(None))
+    assert faults(found) == [("shared folder", ("b",), str(run))]
 
 
 def test_batch_arithmetic_is_of_all_hosts_together(config):
     run = run_folder(config)
-    found = check(config, (2, 1), a=Played(run), b=Played(run))
-    assert "`parallel.expert_parallel` is 2, which does not divide 3 ranks" in faults(found)
+    found = check(config, (2, 1), a=FakeHost(run), b=FakeHost(run))
+    assert {fault.check for fault in found.faults} == {"layout"}
+    assert any("`parallel.expert_parallel`" in fault.text for fault in found.faults)
 
 
-def test_other_port_is_taken_and_said(config):
+def test_another_port_is_used_and_noted(config):
     run = run_folder(config)
-    first = Played(run, listen={"port": 17000, "problem": "port 29500 is held by x"})
-    found = check(config, a=first, b=Played(run))
+    first = FakeHost(run, listen={"port": 17000, "problem": "port 29500 is held by x"})
+    found = check(config, a=first, b=FakeHost(run))
     assert not faults(found)
     assert found.master_port == 17000
-    assert "held by x; taking 17000" in "\n".join(map(str, found.findings))
+    (note,) = (finding for finding in found.findings if finding.check == "port")
+    assert (note.status, note.hosts, note.subject) == ("note", ("a",), "29500")
+    assert "port 29500 is held by x" in note.text
+    assert "17000" in note.text
 
 
-def test_unreachable_meeting_point_is_a_fault(config):
+def test_unreachable_rendezvous_is_a_fault(config):
     run = run_folder(config)
-    far = Played(
+    far = FakeHost(
         run, reach={"interface": None, "problem": "cannot reach 10.0.0.1:29500: timed out"}
     )
-    assert "host b cannot reach 10.0.0.1:29500" in faults(check(config, a=Played(run), b=far))
+    found = check(config, a=FakeHost(run), b=far)
+    assert faults(found) == [("network", ("b",), "")]
+    assert "10.0.0.1:29500" in found.faults[0].text
+    assert "--master-addr" in found.faults[0].remedy
 
 
 def test_only_hosts_that_may_come_back_count_as_unreachable(config):
     run = run_folder(config)
-    gone = Played(run, report=NoAnswerError("is silent", unreachable=True))
-    broken = Played(run, report=NoAnswerError("has no moa_dist"))
-    found = check(config, (1, 1, 1), a=Played(run), b=gone, c=broken)
+    gone = FakeHost(run, report=NoAnswerError("is silent", unreachable=True))
+    broken = FakeHost(run, report=NoAnswerError("has no moa_dist"))
+    found = check(config, (1, 1, 1), a=FakeHost(run), b=gone, c=broken)
     assert found.unreachable == ["b"]
     assert len(found.faults) >= 2
 
 
 def test_hosts_alone_are_compared_without_a_configuration():
-    found = check(None, a=Played(), b=Played(report={"facts": FACTS | {"code": "other"}}))
-    assert "host b: code other, but c0de on the other" in faults(found)
+    found = check(None, a=FakeHost(), b=FakeHost(report={"facts": FACTS | {"code": "other"}}))
+    assert faults(found) == [("versions", ("b",), "code")]
+    assert all(word in found.faults[0].text for word in ("other", "c0de"))
 
 
 @pytest.mark.parametrize(
@@ -150,4 +167,4 @@ def test_hosts_alone_are_compared_without_a_configuration():
 )
 def test_address_of_the_first_host_for_the_others(seen, address):
     answers = [{"address": server, "client": client} for server, client in seen]
-    assert meeting_address(answers) == address
+    assert rendezvous_address(answers) == address

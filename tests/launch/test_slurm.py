@@ -1,6 +1,6 @@
 """The batch script for Slurm: what it asks for, and what it does when its step ends.
 
-It runs here against commands that only pretend; `tests/cluster/slurm.sh` runs it in a real Slurm.
+It runs here against fake commands; `tests/cluster/slurm.sh` runs it in a real Slurm.
 """
 
 import os
@@ -21,7 +21,7 @@ CONFIG = str(ROOT / "configs/small/moeut.yaml")
 NODES = ["--nodes", "2", "--ranks-per-node", "1"]
 WAIT_S = 60
 
-# One node of the step; says how it was started, and ends as the next word of LAUNCHES tells.
+# One node of the step; records how it was started, and ends as the next word of LAUNCHES says.
 COMMANDS = {
     "srun": """
         while [[ $1 != bash ]]; do echo "$1" >>srun.options; shift; done
@@ -52,7 +52,7 @@ COMMANDS = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder to work in, with blanks in its name, and the commands on its PATH."""
+    """A working folder with a blank in its name, and the commands on its PATH."""
     folder = tmp_path / "my runs"
     (folder / "bin").mkdir(parents=True)
     for name, text in COMMANDS.items():
@@ -76,14 +76,14 @@ def directives(script: Path) -> list[str]:
 
 
 def test_script_asks_for_whole_nodes_and_a_signal_and_logs_into_the_run(folder):
-    said = job(
+    output = job(
         folder, "--nodes", "2", "--gpus-per-node", "8", "--time", "1-12", "--partition", "big",
         "--account", "us", "--sbatch=--qos=high", "--grace", "120",
         "name=a 50%", "parallel.expert_parallel=8", "data.readers=16",
         "train.global_batch=64", "train.micro_batch=4",
     )  # fmt: skip
     script = folder / "runs/a 50%/job.sbatch"
-    assert said == "sbatch 'runs/a 50%/job.sbatch'\n"
+    assert output == "sbatch 'runs/a 50%/job.sbatch'\n"
     assert directives(script) == [
         "--job-name=a 50%",
         "--nodes=2",
@@ -106,7 +106,7 @@ def test_script_asks_for_whole_nodes_and_a_signal_and_logs_into_the_run(folder):
 
 
 class Batch:
-    """The script, running where Slurm would run it."""
+    """The script, run as Slurm would run it."""
 
     def __init__(self, folder: Path, launches: str, *, state: str = "RUNNING") -> None:
         job(folder, *NODES, "--python", "launcher", "--srun=--container-image=a b", "name=my run",
@@ -161,15 +161,15 @@ def test_each_node_gets_one_launcher_that_knows_the_others(folder):
 
 
 @pytest.mark.parametrize("status", [1, 2, 3, 4])
-def test_what_a_new_start_cannot_mend_ends_the_job(folder, status):
+def test_what_a_restart_cannot_fix_ends_the_job(folder, status):
     assert Batch(folder, f"{status} 0").end() == (status, 1, [])
 
 
-def test_preempted_job_goes_back_into_the_queue(folder):
+def test_preempted_job_is_requeued(folder):
     assert Batch(folder, "75 0").end() == (75, 1, ["requeue 1007"])
 
 
-def test_cancelled_job_does_not(folder):
+def test_canceled_job_is_not(folder):
     assert Batch(folder, "75 0", state="COMPLETING").end() == (75, 1, [])
 
 
@@ -179,32 +179,34 @@ def test_signal_reaches_the_launchers_which_may_save(folder):
     assert batch.end() == (75, 1, ["requeue 1007"])
 
 
-def test_signal_that_kills_a_launcher_that_does_not_listen_yet_preempts_all_the_same(folder):
+def test_signal_that_kills_a_launcher_that_does_not_handle_it_yet_still_preempts(folder):
     batch = Batch(folder, "dies")
     batch.ask()
     assert batch.end() == (75, 1, ["requeue 1007"])
 
 
-def test_lost_launchers_are_started_again_but_not_for_ever(folder):
+def test_lost_launchers_are_restarted_but_not_forever(folder):
     assert Batch(folder, "76 137 0").end() == (0, 3, [])
     (folder / "launcher.starts").unlink()
     assert Batch(folder, "137 137 76 0").end() == (76, 3, [])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "quoted"),
     [
-        (["--time", "5"], "the time limit 5 leaves no time to train"),
-        (["--time", "0-0:04:59"], "leaves no time to train"),
-        (["--time", "a day"], "`a day` is no time limit that Slurm knows"),
-        (["name=it's"], "`--job-name=it's` cannot be written into a batch script"),
-        (["data.readers=9"], "moeut on 2 x 1 ranks: 1 problem"),
-        (["train.stepz=9"], "did you mean `steps`"),
+        (["--time", "5"], ["--time 5", "300 s", "--grace"]),
+        (["--time", "0-0:04:59"], ["--time 0-0:04:59", "300 s", "--grace"]),
+        (["--time", "a day"], ["--time a day", "D-HH:MM:SS"]),
+        (["name=it's"], ["`--job-name=it's`"]),
+        (["data.readers=9"], ["data.readers", "moeut on 2 x 1 ranks"]),
+        (["train.stepz=9"], ["stepz", "`steps`"]),
     ],
 )
-def test_wrong_values_end_in_one_error_and_write_nothing(folder, arguments, message):
+def test_wrong_values_end_in_one_error_and_write_nothing(folder, arguments, quoted):
     error = job(folder, *NODES, *arguments, expect=2)
-    assert message in error
+    problems = [line for line in error.splitlines() if line.startswith("  - ")]
+    assert len(problems) == 1
+    assert all(word in error for word in quoted)
     assert "Traceback" not in error
     assert not (folder / "runs").exists()
 

@@ -1,5 +1,6 @@
-"""How ranks on other hosts are started, and what errors of ssh come to."""
+"""How ranks on other hosts are started, and how errors of ssh are explained."""
 
+import os
 import sys
 
 import pytest
@@ -9,12 +10,12 @@ from moa_dist.launch.preflight import Preflight
 from moa_dist.launch.ssh_launcher import exported, launcher_arguments
 
 
-def test_deepspeed_is_told_all_that_it_would_guess_wrongly(tmp_path):
-    meeting = Preflight(master_addr="10.0.0.1", master_port=17000)
-    arguments = launcher_arguments(tmp_path, tmp_path / "hostfile", meeting)
+def test_deepspeed_gets_arguments_for_all_that_it_would_guess_wrongly(tmp_path):
+    checked = Preflight(master_addr="10.0.0.1", master_port=17000)
+    arguments = launcher_arguments(tmp_path, tmp_path / "hostfile", checked)
     words = " ".join(arguments)
     assert "--force_multi" in arguments  # else one remote host's ranks would start here
-    assert "--no_ssh_check" in arguments  # it would leave out the arguments for ssh
+    assert "--no_ssh_check" in arguments  # the check ignores the arguments for ssh
     assert "--master_addr 10.0.0.1 --master_port 17000" in words
     assert words.endswith(f"--module moa_dist.launch.rank {tmp_path}")  # no command for shells
 
@@ -44,25 +45,23 @@ def test_command_on_a_host_survives_its_shell(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "text", "remedy"),
+    ("status", "error", "kind", "command"),
     [
-        (
-            255,
-            "ssh: connect to host n port 22: No route to host",
-            "reached by ssh: ssh:",
-            "is it up",
-        ),
-        (255, "me@n: Permission denied (publickey).", "Permission denied", "ssh-copy-id n"),
-        (255, "Host key verification failed.", "Host key", "ssh n true"),
-        (255, "ssh: Could not resolve hostname n: unknown", "not resolve", "hostfile"),
-        (1, "bash: line 1: cd: /x: No such file", "lacks the current folder", "mount or copy"),
-        (127, "env: '/x/python': No such file", "cannot run", "the same environment"),
-        (1, "python: Error: No module named 'moa_dist'", "has no moa_dist", "pip install"),
-        (1, "RuntimeError: odd", "its check failed: RuntimeError: odd", ""),
-        (3, "", "its check failed: exit status 3", ""),
+        (255, "ssh: connect to host n port 22: No route to host", "unreachable", "ssh n true"),
+        (255, "me@n: Permission denied (publickey).", "permission", "ssh-copy-id n"),
+        (255, "Host key verification failed.", "host_key", "ssh n true"),
+        (255, "ssh: Could not resolve hostname n: unknown", "name", "/etc/hosts"),
+        (1, "bash: line 1: cd: /x: No such file", "folder", os.getcwd()),
+        (127, "env: '/x/python': No such file", "python", ""),
+        (1, "python: Error: No module named 'moa_dist'", "package", "pip install"),
+        (1, "RuntimeError: odd", "check", ""),
+        (3, "", "check", ""),
     ],
 )
-def test_why_a_host_does_not_answer(status, error, text, remedy):
-    said, advice = ssh.explain_ssh_failure("n", status, ["noise", error] if error else [])
-    assert text in said
-    assert remedy in advice
+def test_why_a_host_does_not_answer(status, error, kind, command):
+    failure = ssh.explain_ssh_failure("n", status, ["noise", error] if error else [])
+    assert failure.kind == kind
+    assert failure.is_connection == (status == 255)
+    assert failure.text.endswith(error or str(status))
+    assert command in failure.remedy
+    assert bool(failure.remedy) == (kind != "check")

@@ -1,7 +1,9 @@
-"""When a job is started again, when not, and what is recorded; its ranks are files."""
+"""When a job is restarted, when not, and what is recorded; its ranks are files."""
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Script:
-    """Starts attempts whose second rank ends as told, having saved at a step or not."""
+    """Starts attempts whose second rank ends as scripted, with or without a new checkpoint."""
 
     def __init__(self, run: Path, *ends: tuple[int, int | None]) -> None:
         self.run, self.ends, self.folders = run, list(ends), []
@@ -38,8 +40,8 @@ class Script:
         if step is not None:
             (self.run / f"step-{step:08d}").mkdir(parents=True)
         for rank in (0, 1):
-            words = f"working\nrank {rank}'s last words\n"
-            (self.folders[-1] / f"rank-{rank}.log").write_text(words)
+            output = f"working\nrank {rank}'s last line\n"
+            (self.folders[-1] / f"rank-{rank}.log").write_text(output)
         others = status if status in (0, 75) else int(ExitCode.LOST_PEER)
         write_record(self.folders[-1], RankRecord(0, "a", 1, others, ended=1.0))
         write_record(self.folders[-1], RankRecord(1, "a", 2, status, ended=1.0))
@@ -68,28 +70,31 @@ def run(config: Config, script: Script, max_restarts: int = 2, preemption=None):
     return code, console.getvalue(), [json.loads(line) for line in lines]
 
 
-def test_failed_job_is_started_again_until_it_is_done(config, tmp_path):
+def test_failed_job_is_restarted_until_it_is_done(config, tmp_path):
     script = Script(tmp_path / "x", (-9, None), (1, 2), (0, 4))
     code, output, attempts = run(config, script)
     assert code is ExitCode.DONE
     assert [a["exit_code"] for a in attempts] == ["defect", "defect", "done"]
+    assert [a["kind"] for a in attempts] == ["killed_or_memory", "failed", "done"]
+    assert [a["rank"] for a in attempts] == [1, 1, None]
     assert [a["restarts"] for a in attempts] == [True, True, False]
     assert [(a["checkpoint_before"], a["checkpoint_after"]) for a in attempts] == [
         (0, 0),
         (0, 2),
         (2, 4),
     ]
-    assert output.count("rank 0's last words") == 3  # its console is shown all along
-    assert output.count("--- the end of") == 2  # of rank 1, whose fault it was
-    assert "killed by SIGKILL" in output
+    assert output.count("rank 0's last line") == 3  # its output is shown all along
+    assert output.count("working\nrank 1's last line") == 2  # of rank 1, which was at fault
+    assert output.count(attempts[0]["cause"]) == 1
+    assert "SIGKILL" in attempts[0]["cause"]
     assert [f.name for f in script.folders] == ["attempt-01", "attempt-02", "attempt-03"]
 
 
 def test_gives_up_after_restarts_in_a_row_without_progress(config, tmp_path):
     code, output, attempts = run(config, Script(tmp_path / "x", *[(1, None)] * 9))
     assert code is ExitCode.DEFECT
-    assert len(attempts) == 3
-    assert "giving up after 2 restarts" in output
+    assert [a["restarts"] for a in attempts] == [True, True, False]
+    assert str(tmp_path / "x/logs") in output.splitlines()[-1]
 
 
 def test_progress_forgives_earlier_failures(config, tmp_path):
@@ -100,13 +105,13 @@ def test_progress_forgives_earlier_failures(config, tmp_path):
 
 
 @pytest.mark.parametrize("code", [ExitCode.USER, ExitCode.NOT_FINITE, ExitCode.PREEMPTED])
-def test_what_a_restart_cannot_mend_is_not_restarted(config, tmp_path, code):
+def test_what_a_restart_cannot_fix_is_not_restarted(config, tmp_path, code):
     ended, _, attempts = run(config, Script(tmp_path / "x", (int(code), None), (0, None)))
     assert ended is code
     assert len(attempts) == 1
 
 
-def test_job_asked_to_stop_is_not_started_again_even_if_killed(config, tmp_path):
+def test_job_asked_to_stop_is_not_restarted_even_if_killed(config, tmp_path):
     preemption = Preemption()
     preemption.requested = True
     script = Script(tmp_path / "x", (-15, None), (0, None))
@@ -128,8 +133,10 @@ def test_a_disk_too_full_for_the_record_hides_no_cause(config, tmp_path):
     (tmp_path / "x/attempts.jsonl").mkdir(parents=True)  # root may write anywhere but there
     code = supervise(config, script, RestartPolicy(2, first_wait_s=0.0), Preemption(), console)
     assert code is ExitCode.USER
-    assert "rank 1's last words" in console.getvalue()
-    assert "attempts.jsonl: this attempt is not recorded: Is a directory" in console.getvalue()
+    assert "rank 1's last line" in console.getvalue()
+    last = console.getvalue().splitlines()[-1]
+    assert last.startswith(str(tmp_path / "x/attempts.jsonl"))
+    assert last.endswith(os.strerror(errno.EISDIR))
 
 
 def test_other_folders_are_no_attempts(config, tmp_path):

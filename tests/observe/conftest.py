@@ -1,4 +1,4 @@
-"""The start of a small run, in a folder of its own."""
+"""The start of a small run, in a temporary folder."""
 
 import pytest
 

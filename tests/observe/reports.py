@@ -1,4 +1,4 @@
-"""Reports of a small run, as the trainer would hand them out."""
+"""Reports of a small run, as the trainer would make them."""
 
 import math
 

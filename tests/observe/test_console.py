@@ -1,4 +1,4 @@
-"""A person learns from the console what was chosen and why, how far it is, and how long to go."""
+"""The console shows what was chosen and why, how far training is, and how long it will take."""
 
 import io
 import re
@@ -22,28 +22,50 @@ def last_line(stream):
     return stream.getvalue().splitlines()[-1]
 
 
-def test_start_says_what_follows_from_what(run_start):
-    _, stream = start(run_start())
-    text = stream.getvalue()
-    assert "cpu: no CUDA device found, so gloo; fp32 by train.precision" in text
-    assert "W 2 = ep 2 x edp 1, ZeRO 2: attention and FFN experts sharded over 2 ranks\n" in text
-    assert "gradients partitioned: dense over 2 ranks, experts over 1" in text
-    assert "32 sequences a step = 2 ranks x 8 per micro-batch x 2 accumulated" in text
-    assert "4.02M parameters, 1.31M active per token" in text
-    assert "runs/tiny" in text
-    assert "from the beginning" in text
+def rows(run) -> dict[str, str]:
+    """The start-up block by name; lines without a name continue the row above."""
+    _, stream = start(run)
+    found: dict[str, str] = {}
+    name = ""
+    for line in stream.getvalue().splitlines():
+        name = line[:10].strip() or name
+        found[name] = f"{found.get(name, '')} {line[10:]}".strip()
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\b\d+\b", text)]
+
+
+def test_start_shows_each_choice_with_its_reason(run_start):
+    found = rows(run_start())
+    for word in ("cpu", "CUDA", "gloo", "fp32", "train.precision"):
+        assert word in found["device"]
+    assert found["layout"].startswith("W 2 = ep 2 x edp 1, ZeRO 2: ")
+    assert "attention and FFN" in found["layout"]
+    sharded_over, dense_over, experts_over = 2, 2, 1
+    assert numbers(found["layout"]) == [2, 2, 1, 2, sharded_over, dense_over, experts_over]
+    assert numbers(found["batch"]) == [32, 2, 8, 2, 64]  # total = ranks x micro x accumulated; L
+    assert "4.02M" in found["model"]
+    assert "1.31M" in found["model"]
+    assert "runs/tiny" in found["run"]
+    assert found["steps"].startswith("650 ")
 
 
 def test_start_of_other_layouts(run_start):
-    _, stream = start(run_start(world_size=4))
-    assert "ep 2 x edp 2" in stream.getvalue()
-    assert "2 copies of each shard" in stream.getvalue()
+    found = rows(run_start(world_size=4))
+    copies, sharded_over, dense_over, experts_over = 2, 2, 4, 2
+    assert found["layout"].startswith("W 4 = ep 2 x edp 2, ZeRO 2: ")
+    shown = [sharded_over, copies, dense_over, experts_over]
+    assert numbers(found["layout"]) == [4, 2, 2, 2, *shown]
 
     config = make_config("dense", parallel={"expert_parallel": 1, "zero_stage": 0})
-    _, stream = start(run_start(config=config, first_step=120))
-    assert "W 2 = ep 1 x edp 2, ZeRO 0: FFN experts whole on every rank" in stream.getvalue()
-    assert "nothing partitioned" in stream.getvalue()
-    assert "resumed after step 120" in stream.getvalue()
+    found = rows(run_start(config=config, first_step=120))
+    assert found["layout"].startswith("W 2 = ep 1 x edp 2, ZeRO 0: ")
+    assert numbers(found["layout"]) == [2, 1, 2, 0]
+    assert "FFN" in found["layout"]
+    assert "attention" not in found["layout"]
+    assert re.search(r"^650 .*\b120$", found["steps"])
 
 
 def test_step_line(run_start):
@@ -52,9 +74,38 @@ def test_step_line(run_start):
     now[0] += 120.0
     console.step(step_metrics(120))
     assert last_line(stream) == (
-        "step 120/650   18%  loss  5.003  aux -0.031  lr 3.0e-01  norm  0.41  12.3k tok/s"
-        "  comm 33%  drop 15.0%  ETA 8m50s  rank 0 (node-1) works 1.7 x rank 1's time"
+        "step 120/650   18%  loss  5.003  balance -0.031 (negative entropy)  lr 3.0e-01"
+        "  grad norm  0.41, clipped to 0.25  12.3k tok/s  comm 33%  drop 15.0%  ETA 8m50s"
+        "  straggler: rank 0 (node-1), 1.7 x rank 1"
     )
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ({"ffn/switch": 0.02}, "balance  0.020  lr"),
+        ({"ffn/entropy": -0.03, "ffn/z_loss": 0.01}, "balance -0.020  lr"),
+        ({"ffn/mutual_information": -0.5}, "balance -0.500 (negative mutual information)  lr"),
+    ],
+)
+def test_a_balance_loss_is_named_if_it_is_the_only_one_and_negative(run_start, losses, shown):
+    console, stream = start(run_start())
+    console.step(step_metrics(1, aux_losses=losses))
+    assert shown in last_line(stream)
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "norm", "shown"),
+    [
+        (0.25, 0.46, "grad norm  0.46, clipped to 0.25  12.3k"),
+        (0.25, 0.25, "grad norm  0.25                   12.3k"),
+        (None, 0.46, "grad norm  0.46  12.3k"),
+    ],
+)
+def test_clipping_is_shown_where_it_happened(run_start, clip_norm, norm, shown):
+    console, stream = start(run_start(config=make_config(optimizer={"clip_norm": clip_norm})))
+    console.step(step_metrics(1, grad_norm=norm))
+    assert shown in last_line(stream)
 
 
 def test_steps_align_and_end_at_100_percent(run_start):
@@ -76,11 +127,11 @@ def test_eta_of_a_resumed_run_counts_its_own_steps(run_start):
     assert "ETA 40s " in last_line(stream)
 
 
-def test_only_a_straggler_is_worth_a_word(run_start):
+def test_only_a_straggler_is_named(run_start):
     console, stream = start(run_start())
     console.step(step_metrics(1, timing=Timing.of([0.5, 0.45], [0.0, 0.05], ["a", "b"])))
     assert last_line(stream).endswith("s")
-    assert "works" not in last_line(stream)
+    assert "straggler" not in last_line(stream)
     assert "comm  5%" in last_line(stream)
     console, stream = start(run_start(world_size=1))
     console.step(step_metrics(1, timing=Timing.of([0.5], [0.0], ["a"])))
@@ -91,7 +142,7 @@ def test_dense_models_have_no_routing_fields(run_start):
     console, stream = start(run_start())
     console.step(step_metrics(1, routing={}, aux_losses={}))
     assert "drop" not in last_line(stream)
-    assert "aux" not in last_line(stream)
+    assert "balance" not in last_line(stream)
 
 
 def test_validation_and_notes(run_start):

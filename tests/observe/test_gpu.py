@@ -1,4 +1,4 @@
-"""Telemetry names the right GPU, and its absence never stops a run."""
+"""Telemetry reads the right GPU, and a run continues without it."""
 
 from types import SimpleNamespace
 
@@ -18,24 +18,25 @@ def raising(error):
 
 def test_a_cpu_has_no_readings():
     gpu = GpuTelemetry(torch.device("cpu"))
-    assert gpu.reason == "no GPU telemetry: this rank computes on the CPU"
+    assert gpu.reason
+    assert "CPU" in gpu.reason
     assert gpu.read() == {}
     gpu.close()
 
 
-def test_without_a_driver_it_says_why(monkeypatch):
+def test_without_a_driver_the_reason_is_given(monkeypatch):
     error = pynvml.NVMLError_LibraryNotFound()
     monkeypatch.setattr(pynvml, "nvmlInit", raising(error))
     gpu = GpuTelemetry(torch.device("cuda", 0))
     assert gpu.reason is not None
-    assert "NVML Shared Library Not Found" in gpu.reason
+    assert str(error) in gpu.reason
     assert gpu.read() == {}
     gpu.close()
 
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """CUDA calls `b` its device 0, which is number 1 of the machine; returns calls to shut down."""
+    """GPU `b` is CUDA's device 0 but number 1 of the machine; returns the calls of shutdown."""
     closed = []
     uuids = {"GPU-a": 0, "GPU-b": 1, "MIG-c": 2}
 

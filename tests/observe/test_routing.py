@@ -1,4 +1,4 @@
-"""Routing numbers by hand."""
+"""Routing summaries equal numbers computed by hand."""
 
 import math
 
@@ -18,7 +18,7 @@ from moa_dist.observe.routing import (
 from tests.observe.reports import routing
 
 
-def test_site_name():
+def test_router_call_name():
     assert router_call_name(RouterCall(0, 1, "attention.value")) == "layer0.repeat1.attention.value"
     assert router_call_of("layer0.repeat1.attention.value") == RouterCall(0, 1, "attention.value")
     assert router_call_of("elsewhere") is None
