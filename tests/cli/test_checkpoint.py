@@ -151,7 +151,7 @@ def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, comm
     (tmp_path / "file").touch()
     for place in (tmp_path / "file/new", Path("/proc/new")):
         assert main([*command, str(run), str(place)]) == 2
-        assert f"{place}: cannot be made" in capsys.readouterr().err
+        assert f"{place}: cannot be created" in capsys.readouterr().err
     alter(run / "step-00000002")
     assert main([*command, str(run), str(tmp_path / "new")]) == 2
     assert "step-00000002 is damaged" in capsys.readouterr().err
