@@ -48,15 +48,15 @@ _EVEN = 0.1
 """Scale of a router whose weights should hardly vary; its choice of experts does not change."""
 
 
-_FILLED: dict[type[PartConfig], str | None] = {
+_HEADS_FIELD: dict[type[PartConfig], str | None] = {
     MoAConfig: "heads_per_expert",
     SwitchHeadConfig: "num_heads",
     MoEFFNConfig: None,
 }
-"""Kinds whose experts can be made of a dense part, with the field of an attention's heads."""
+"""Kinds that a dense part can be upcycled to, with the field of the number of heads, if any."""
 
 
-class FilledPart(NamedTuple):
+class UpcycledPart(NamedTuple):
     """Describes how attention or FFN was upcycled."""
 
     name: str
@@ -89,10 +89,10 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
                 f"`model.{name}` is dense, but its settings differ from the run's; keep them "
                 "unchanged, or choose a kind with experts"
             )
-        elif type(now) not in _FILLED:
+        elif type(now) not in _HEADS_FIELD:
             yield (
-                f"`model.{name}.kind` is {now.kind}, which cannot be filled from a dense part; use "
-                + ", ".join(str(kind.model_fields["kind"].default) for kind in _FILLED)
+                f"`model.{name}.kind` is {now.kind}, which a dense part cannot be upcycled to; use "
+                + ", ".join(str(kind.model_fields["kind"].default) for kind in _HEADS_FIELD)
             )
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
         yield from _attention_problems(dense.attention, config)
@@ -102,7 +102,7 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
 
 def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Iterator[str]:
     attention = config.attention
-    heads = _FILLED.get(type(attention))
+    heads = _HEADS_FIELD.get(type(attention))
     if heads is None:
         return
     wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope}
@@ -133,7 +133,7 @@ def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[str]:
 @torch.no_grad()
 def upcycle(
     dense: LanguageModel, config: ModelConfig, *, seed: int = 0
-) -> tuple[LanguageModel, list[FilledPart]]:
+) -> tuple[LanguageModel, list[UpcycledPart]]:
     """Build a model of `config` from the weights of `dense`, and describe what was done.
 
     `problems_of` must find no problems. The dtype is that of `dense`. Parameters without a
@@ -145,7 +145,7 @@ def upcycle(
     for name in state.keys() & before.keys():
         if state[name].shape == before[name].shape:  # all but what becomes experts
             state[name].copy_(before[name])
-    parts: dict[str, FilledPart] = {}
+    parts: dict[str, UpcycledPart] = {}
     for new, old in zip(_layers(model), _layers(dense), strict=True):
         for part in _fill(new, old, _norm_of_source(model)):
             parts[part.name] = part
@@ -164,7 +164,7 @@ def _norm_of_source(model: LanguageModel) -> nn.Module | None:
     return cast(Block, model.encoder.layers[-1]).ffn_norm
 
 
-def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[FilledPart]:
+def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[UpcycledPart]:
     """Fill the experts of one layer."""
     norms = [new.attention_norm, new.ffn_norm]
     if new.cross is not None:
@@ -183,7 +183,7 @@ def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[
 
 def _fill_attention(
     new: nn.Module, old: nn.Module, norm_of_queries: nn.Module, norm_of_keys: nn.Module
-) -> Iterator[FilledPart]:
+) -> Iterator[UpcycledPart]:
     match new, old:
         case MoAAttention(), DenseAttention():
             yield _fill_moa(new, old, norm_of_queries)
@@ -191,13 +191,13 @@ def _fill_attention(
             yield _fill_switchhead(new, old, norm_of_queries, norm_of_keys)
 
 
-def _fill_moa(new: MoAAttention, old: DenseAttention, norm: nn.Module) -> FilledPart:
+def _fill_moa(new: MoAAttention, old: DenseAttention, norm: nn.Module) -> UpcycledPart:
     for ours, theirs in ((new.k, old.k), (new.v, old.v)):
         ours.weight.copy_(theirs.weight)
     new.q.weight.copy_(old.q.weight.T)
     new.o.weight.copy_(old.o.weight.T / _even_out(new.router, norm))
     exact = _sums_to_one(new.router.config)
-    return FilledPart(
+    return UpcycledPart(
         "attention", exact, _how("queries and outputs copied into every expert", exact)
     )
 
@@ -207,7 +207,7 @@ def _fill_switchhead(
     old: DenseAttention,
     norm_of_queries: nn.Module,
     norm_of_keys: nn.Module,
-) -> FilledPart:
+) -> UpcycledPart:
     new.q.weight.copy_(old.q.weight)
     new.k.weight.copy_(old.k.weight)
     H = new.config.num_heads
@@ -221,10 +221,10 @@ def _fill_switchhead(
         experts.weight.copy_(matrices.repeat_interleave(router.config.num_experts, 0))
     exact = _sums_to_one(new.config.router)
     how = "each head's values and outputs copied into its experts"
-    return FilledPart("attention", exact, _how(how, exact))
+    return UpcycledPart("attention", exact, _how(how, exact))
 
 
-def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> FilledPart:
+def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> UpcycledPart:
     router, d_expert = new.router.config, new.config.d_expert
     num_slices = old.up.out_features // d_expert
     num_groups = router.num_experts // num_slices
@@ -245,7 +245,7 @@ def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> Fi
     if not whole_groups:
         how += f", of which a token takes {router.top_k}"
     exact = whole_groups and _sums_to_one(router)
-    return FilledPart("ffn", exact, _how(how, exact))
+    return UpcycledPart("ffn", exact, _how(how, exact))
 
 
 def _how(how: str, exact: bool) -> str:

@@ -195,7 +195,7 @@ def test_a_folder_of_transformers_says_so(run, tmp_path, capsys):
     printed(capsys, "export", run, target)
     (target / "config.yaml").rename(target / "config.json")
     assert main(["generate", str(target), "--prompt", "a"]) == 2
-    assert "of a JetMoE, `moa-dist import jetmoe` makes a run" in capsys.readouterr().err
+    assert "moa-dist import jetmoe" in capsys.readouterr().err
 
 
 def test_no_pickle_can_be_read():
