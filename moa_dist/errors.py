@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -80,6 +81,26 @@ class ConfigError(MoaDistError):
 
 class DataError(MoaDistError):
     """A text, shard, manifest, tokenizer or checkpoint file is missing or damaged."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        causes: Sequence[DataError] = (),
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        """The file or folder at fault."""
+        self.line = line
+        """The line at fault in that file, counted from 1."""
+        self.key = key
+        """The option, configuration key, field, tensor or archive member at fault. A file that
+        contradicts its manifest has the manifest's field, such as `sha256`."""
+        self.causes = tuple(causes)
+        """The separate problems, if this error reports several."""
 
 
 class ClusterError(MoaDistError):

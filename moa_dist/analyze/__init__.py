@@ -1,1 +1,1 @@
-"""What a trained model's experts and heads do on held-out text."""
+"""Analyzes what a trained model's experts and heads do on held-out text."""

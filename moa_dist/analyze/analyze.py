@@ -1,4 +1,4 @@
-"""From a model and batches of text to an `Analysis`.
+"""Runs a model on batches of text and collects the contents of an `Analysis`.
 
 Shapes: B sequences of S tokens, V vocabulary, E experts.
 """
@@ -24,31 +24,30 @@ from moa_dist.models.stack import LayerCall, RouterKey
 from moa_dist.models.trace import BlockTrace, HeadSummary
 
 Text = Literal["text", "source"]
-"""What a model reads or writes, and what it translates."""
+"""The text that a model reads or writes, or the source that it translates."""
 Tokens = tuple[Tensor, Tensor]
-"""[B, S] int64, and [B, S] bool, false at padding."""
+"""Token ids [B, S] int64 and their mask [B, S] bool, False at padding."""
 TOP_TOKENS = 10
-"""Listed of each expert, at most."""
+"""Maximum number of tokens listed per expert."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """All that is counted while a model reads."""
+    """Accumulates counts while a model reads."""
 
     occurrences_V: dict[Text, Tensor]
-    """int64, of each token in the text."""
+    """Occurrences of each token in the text, int64."""
     routers: dict[RouterKey, Selections]
-    """What routers chose."""
+    """Choices of each router."""
     attention: dict[tuple[LayerCall, str], HeadSums]
-    """Where heads looked, by application of a layer and attention in it; in the order in which they
-    are applied."""
+    """Sums over heads, by layer call and attention within the layer, in order of execution."""
     num_encoder_layers: int
-    """Distinct layers that are applied to a source; they come first."""
+    """Number of distinct layers that read the source; they come first."""
     source_routers: frozenset[RouterKey]
-    """Routers of a decoder's attention to the source that route the tokens of the source."""
+    """Routers of a decoder's cross-attention that route the tokens of the source."""
 
     def add(self, texts: dict[Text, Tokens], traces: dict[LayerCall, BlockTrace]) -> None:
-        """Count a batch, and what the model decided."""
+        """Add the tokens of a batch and the model's decisions on it."""
         for text, (tokens, token_mask) in texts.items():
             occurrences_V = self.occurrences_V[text]
             occurrences_V += tokens[token_mask].bincount(minlength=len(occurrences_V))
@@ -67,18 +66,18 @@ class Observations:
             chosen.add(tokens.flatten(), token_mask.flatten(), routings)
 
     def text_of_layer(self, layer: int) -> Text:
-        """What it is applied to."""
+        """Return the text that a layer reads."""
         return "source" if layer < self.num_encoder_layers else "text"
 
     def text_of_router(self, router: RouterKey) -> Text:
-        """Whose tokens choose: a decoder's values are those of the source."""
+        """Return the text whose tokens a router reads: a decoder's values come from the source."""
         layer, _ = router
         return "source" if router in self.source_routers else self.text_of_layer(layer)
 
 
 @torch.no_grad()
 def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device) -> Observations:
-    """Let `model`, in evaluation mode, read the batches, and count what it does."""
+    """Run `model`, which must be in evaluation mode, on the batches and count what it does."""
     result = _nothing_seen(model, device)
     for batch in batches:
         tokens, token_mask, *rest = inputs = batch.to(device).inputs()
@@ -132,7 +131,7 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
 def router_results(
     model: LanguageModel, seen: Observations, min_count: int, text_of: Callable[[int], str]
 ) -> list[RouterResult]:
-    """What the routers chose. Tokens that occur less than `min_count` times are not named."""
+    """Summarize the routers' choices; tokens must occur `min_count` times to be named."""
     results = []
     for (layer, name), chosen in sorted(seen.routers.items()):
         occurrences_V = seen.occurrences_V[seen.text_of_router((layer, name))].cpu().numpy()
@@ -164,11 +163,11 @@ def router_results(
 def _top_tokens(
     tokens_VE: Counts, applications_V: Counts, allowed: Counts, text_of: Callable[[int], str]
 ) -> list[list[TokenOfExpert]]:
-    """Of each expert, among the `allowed` tokens those that prefer it; PMI counts all tokens."""
+    """List the `allowed` tokens that prefer each expert; the PMI is computed over all tokens."""
     pmi_VE = pointwise_information(tokens_VE, allowed)
     lists = []
     for expert, pmi_V in enumerate(pmi_VE.T):
-        # By the count where PMI ties, as it does for tokens that choose nothing else.
+        # Ties in PMI, as among tokens that choose nothing else, are broken by the count.
         best = np.lexsort((-tokens_VE[allowed, expert], -pmi_V))[:TOP_TOKENS]
         lists.append(
             [
@@ -187,7 +186,7 @@ def _top_tokens(
 
 
 def attention_results(seen: Observations) -> list[LayerHeads]:
-    """Where the heads looked."""
+    """Summarize where the heads looked."""
     return [
         LayerHeads(
             layer=layer,

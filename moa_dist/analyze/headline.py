@@ -1,4 +1,4 @@
-"""The few numbers about a router that are worth reading first."""
+"""Condenses a router's statistics to a few headline numbers."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from moa_dist.analyze.measures import chance_overlap, overlap, repeat_shares
 from moa_dist.analyze.results import RouterResult
 
 MOSTLY = 0.9
-"""From this share of its load on, an expert counts as one of a single repeat."""
+"""Share of an expert's load in one repeat from which it counts as specific to that repeat."""
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How the repeats of a shared layer share its experts."""
+    """Describes how the repeats of a shared layer share its experts."""
 
     overlap: float
-    """Share of a token's experts that it chose in another repeat, too; mean over pairs."""
+    """Share of a token's experts that another repeat reuses, averaged over pairs of repeats."""
     chance: float
-    """What it would be if each repeat chose by its loads alone, without regard to the token."""
+    """The overlap expected at random: if each repeat chose by its loads alone."""
     single_repeat: float
-    """Share of the used experts whose load comes from one repeat, all but a tenth."""
+    """Share of the used experts that get at least 90 % of their load in a single repeat."""
     distinct: float
-    """Different experts that a token chose over all repeats, mean."""
+    """Mean number of distinct experts that a token chose over all repeats."""
     most_distinct: int
-    """The most that it could be."""
+    """Upper bound of `distinct`."""
 
 
 @dataclass(frozen=True)
 class Headline:
-    """About one router, over all repeats."""
+    """Summarizes one router over all repeats."""
 
     imbalance: float
-    """The fullest expert's load in relation to the mean: the worst repeat."""
+    """Largest ratio of an expert's load to the mean load, in any repeat."""
     dead: int
-    """Experts that no token chose in any repeat."""
+    """Number of experts that no token chose in any repeat."""
     dropped: float
-    """Share of choices that capacity left no room for."""
+    """Share of choices dropped for lack of capacity."""
     explained: float
-    """What the token's identity tells of its experts, 0 if nothing and 1 if it determines them;
-    over frequent tokens."""
+    """How far token identity explains the choice of experts, from 0 (not at all) to 1
+    (completely), over frequent tokens."""
     depth: Depth | None
-    """None for a layer that is applied once."""
+    """How repeats share experts; None for a layer that is applied once."""
 
 
 def headline(router: RouterResult) -> Headline:
-    """Summarise one router."""
+    """Compute the headline numbers of one router."""
     load_RE = router.load_RE
     mean_R = np.maximum(load_RE.mean(1), 1e-9)
     return Headline(

@@ -1,4 +1,4 @@
-"""Where attention heads look, added up batch by batch.
+"""Accumulates, batch by batch, where attention heads look.
 
 Shapes: B sequences, S tokens, H heads, M measures (the fields of `HeadSummary`).
 """
@@ -14,21 +14,21 @@ NUM_MEASURES = len(HeadSummary._fields)
 
 
 class HeadSums:
-    """Sums over the queries of every head of an attention, in one application of its layer.
+    """Sums measures over the queries of every head of an attention, in one call of its layer.
 
-    Where a token uses only some of the heads, as in MoA, a head counts the tokens that use it.
+    If a token uses only some of the heads, as in MoA, each head counts the tokens that use it.
     """
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
         self.sums_HM = torch.zeros(num_heads, NUM_MEASURES, dtype=torch.float64, device=device)
         self.queries_H = torch.zeros(num_heads, dtype=torch.int64, device=device)
-        """Queries that the sums run over."""
+        """Number of queries in the sums."""
 
     def add(self, heads: HeadTrace, counted: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
-        `counted` [B, S] bool leaves out padding and the first tokens. Queries that were dropped
-        for lack of capacity are zero, look nowhere, and do not count.
+        `counted` [B, S] bool excludes padding and the first tokens. Queries that were dropped for
+        lack of capacity are zero and look nowhere, so they do not count.
         """
         values_BSHM = torch.stack(heads.summary, dim=-1).transpose(1, 2)
         B, S, H, _ = values_BSHM.shape
@@ -41,5 +41,5 @@ class HeadSums:
         self.queries_H += head.bincount(minlength=len(self.queries_H))
 
     def means(self) -> Tensor:
-        """[H, M] in fp64; zero for heads without a query."""
+        """Return the means [H, M] in fp64; zero for heads without a query."""
         return self.sums_HM / self.queries_H.clamp(min=1)[:, None]

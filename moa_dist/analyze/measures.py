@@ -1,4 +1,4 @@
-"""From counts to what they mean. All logarithms are natural.
+"""Computes information measures from counts. All logarithms are natural.
 
 Shapes: V vocabulary, R repeats of a layer, E experts.
 """
@@ -15,10 +15,10 @@ Counts = NDArray[np.signedinteger[Any]]
 
 
 def pointwise_information(counts_VE: Counts, rows_N: Counts) -> Floats:
-    """[N, E]: PMI(v, e) = log p(v, e) / (p(v) p(e)) of the tokens v in `rows_N`.
+    """Compute PMI(v, e) = log p(v, e) / (p(v) p(e)) for the tokens v in `rows_N`, [N, E].
 
-    p are shares of all choices, those of other tokens included, as in MoA's table of tokens by
-    expert (Zhang et al. 2022). Minus infinity where v never chose e.
+    Probabilities are shares of all choices, those of other tokens included, as in MoA's table of
+    tokens per expert (Zhang et al. 2022). The result is minus infinity where v never chose e.
     """
     counts = counts_VE[rows_N].astype(np.float64)
     expected = counts.sum(1, keepdims=True) * counts_VE.sum(0) / max(counts_VE.sum(), 1)
@@ -27,40 +27,40 @@ def pointwise_information(counts_VE: Counts, rows_N: Counts) -> Floats:
 
 
 def mutual_information(counts_VE: Counts) -> float:
-    """What a token tells of the expert it chooses: mean PMI of all choices, nats."""
+    """Compute the mutual information of token and expert: the mean PMI of all choices, in nats."""
     return float(entropy(counts_VE.sum(0)) + entropy(counts_VE.sum(1)) - entropy(counts_VE.ravel()))
 
 
 def entropy(counts: Counts) -> Floats:
-    """Of the distribution along the last axis, nats; zero where nothing was counted."""
+    """Compute the entropy along the last axis, in nats; zero where nothing was counted."""
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
     return -(share * np.log(np.where(share > 0, share, 1.0))).sum(-1)
 
 
 def repeat_shares(load_RE: Counts) -> Floats:
-    """[R, E]: of each expert's load, the share that comes from each repeat; NaN if it has none."""
+    """Compute the share of each expert's load in each repeat, [R, E]; NaN without any load."""
     total_E = load_RE.sum(0).astype(np.float64)
     total_E[total_E == 0] = np.nan
     return load_RE / total_E
 
 
 def overlap(common_RR: Counts, num_tokens: int, choices: int) -> Floats:
-    """[R, R]: share of its `choices` experts that a token takes again in another repeat."""
+    """Compute the share of a token's `choices` experts that another repeat reuses, [R, R]."""
     return common_RR / max(num_tokens * choices, 1)
 
 
 def chance_overlap(load_RE: Counts, num_tokens: int, choices: int) -> Floats:
-    """[R, R]: `overlap` if repeats chose with the same loads, but without regard to the token."""
+    """Compute the `overlap` expected at random: the same loads, regardless of the token, [R, R]."""
     chosen_RE = load_RE / max(num_tokens, 1)
     return chosen_RE @ chosen_RE.T / choices
 
 
 def pair_information(together_EE: Counts, num_decisions: int) -> Floats:
-    """[E, E]: log p(e, f) / (p(e) p(f)), where p(e) is the share of decisions that choose e.
+    """Compute log p(e, f) / (p(e) p(f)), p(e) being the share of decisions that choose e, [E, E].
 
-    A decision is a token in one repeat. Minus infinity for pairs that never meet. If experts were
-    drawn without regard to each other, K of E, it would be log (1 - 1/K) / (1 - 1/E), just below
-    zero.
+    A decision is a token in one repeat. The result is minus infinity for pairs that never occur
+    together. If K of E experts were drawn uniformly at random, it would be
+    log (1 - 1/K) / (1 - 1/E), just below zero.
     """
     chosen_E = np.diagonal(together_EE).astype(np.float64)
     expected = chosen_E[:, None] * chosen_E / max(num_decisions, 1)
@@ -69,7 +69,7 @@ def pair_information(together_EE: Counts, num_decisions: int) -> Floats:
 
 
 def depth_order(load_RE: Counts) -> NDArray[np.int64]:
-    """[E] experts, those of early repeats first, unused ones last; without repeats, by number."""
+    """Order experts by mean repeat, unused ones last; by number if there is one repeat, [E]."""
     if len(load_RE) == 1:
         return np.arange(load_RE.shape[1], dtype=np.int64)
     mean_repeat_E = (repeat_shares(load_RE) * np.arange(len(load_RE))[:, None]).sum(0)

@@ -1,4 +1,4 @@
-"""What the pictures of an analysis show, whoever draws them: grids of values with their labels.
+"""Prepares the plots of an analysis for any renderer: grids of values with labels.
 
 Shapes: R rows, C columns.
 """
@@ -16,77 +16,77 @@ from moa_dist.analyze.measures import depth_order, overlap, pair_information, re
 from moa_dist.analyze.results import Analysis, HeadResult, LayerHeads, RouterResult
 
 MOST_PAIRED = 96
-"""Experts in a picture of pairs: the most used ones, if there are more."""
+"""Maximum number of experts in a plot of pairs; if there are more, the most used ones."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One grid."""
+    """Holds one grid of values."""
 
     title: str
     values_RC: NDArray[np.float64]
-    """NaN is left blank."""
+    """Values; NaN is left blank."""
     rows: list[str]
-    """A label each."""
+    """Label of each row."""
     columns: tuple[str, str]
-    """Labels of the first and of the last."""
+    """Labels of the first and the last column."""
     low: float
     high: float
-    """Of the colours; values beyond look like these."""
+    """Ends of the color scale; values outside are clipped."""
     has_middle: bool = False
-    """Colours run apart from the middle, not from low to high."""
+    """Whether colors diverge from the middle of the scale, instead of running from low to high."""
     num_groups: int = 1
-    """Equal groups of columns, set apart."""
+    """Number of equal groups that columns are divided into."""
 
 
 @dataclass(frozen=True)
 class Plate:
-    """Panels of one kind."""
+    """Holds all panels of one kind, which make up one plot."""
 
     name: str
-    """Of its file."""
+    """Stem of the plot's file name."""
     title: str
     about: str
     panels: list[Panel]
 
 
 def plates(analysis: Analysis) -> list[Plate]:
-    """All pictures of an analysis, those left out that would show nothing."""
+    """Build all plots of an analysis that have something to show."""
     routers = analysis.routers
     repeated = [router for router in routers if router.num_repeats > 1]
     made = [
         Plate(
             "load",
             "Load of every expert",
-            "In relation to the mean, 1 in the middle of the colours; rows are layers L and their "
-            "repeats R",
+            "Relative to the mean, which is the middle of the color scale; rows are layers (L) and "
+            "their repeats (R)",
             list(_loads(routers)),
         ),
         Plate(
             "depth",
             "Which repeats use an expert",
-            "Share of each expert's load that comes from each repeat, an even share in the middle "
-            "of the colours; experts in the order of their mean repeat",
+            "Share of each expert's load in each repeat; an even share is the middle of the color "
+            "scale; experts ordered by mean repeat",
             [_depth(router) for router in repeated],
         ),
         Plate(
             "overlap",
-            "Experts in common between repeats",
-            "Share of a token's experts in one repeat that it takes again in another",
+            "Experts reused across repeats",
+            "Share of a token's experts in one repeat that it also chooses in another",
             [_overlap(router) for router in repeated],
         ),
         Plate(
             "together",
             "Experts chosen together",
-            "Pointwise mutual information of two experts, -1 to 1 nats, by tokens that choose "
-            "both at once; experts of shared layers in the order of their mean repeat",
+            "Pointwise mutual information of two experts, from -1 to 1 nats, over tokens that "
+            "choose both; experts of shared layers ordered by mean repeat",
             [_together(router) for router in routers if router.choices > 1],
         ),
         Plate(
             "heads",
             "Where heads look",
-            "Means over queries; MoA's heads are those of its experts, seen by tokens that choose "
-            "them",
+            "Means over queries; in MoA, each expert has its own heads, and only tokens that "
+            "choose the expert count",
             list(_heads(analysis.attention)),
         ),
     ]
@@ -94,7 +94,7 @@ def plates(analysis: Analysis) -> list[Plate]:
 
 
 def router_title(router: RouterResult) -> str:
-    """Such as `L0 ffn`."""
+    """Return a title such as `L0 ffn`."""
     return f"L{router.layer} {router.router}"
 
 
@@ -103,7 +103,7 @@ def _repeats(router: RouterResult) -> list[str]:
 
 
 def _loads(routers: list[RouterResult]) -> Iterator[Panel]:
-    """A panel for each name of a router, or several if those of a name differ in shape."""
+    """Yield a panel per router name, or several if routers of one name differ in shape."""
     kinds = dict.fromkeys((r.router, r.num_experts, r.num_groups) for r in routers)
     for name, num_experts, num_groups in kinds:
         alike = [
@@ -155,7 +155,7 @@ def _heads(layers: list[LayerHeads]) -> Iterator[Panel]:
     measures = (
         ("distance", "mean distance, tokens"),
         ("entropy", "entropy, nats"),
-        ("previous", "attention to the token before"),
+        ("previous", "attention to the previous token"),
         ("first", "attention to the first token"),
         ("itself", "attention to the token itself"),
     )

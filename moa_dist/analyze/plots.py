@@ -1,4 +1,4 @@
-"""Pictures of an analysis as PNG files, with matplotlib, which the extra `plots` installs."""
+"""Draws the plots of an analysis as PNG files with matplotlib (the extra `plots`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 _COLUMNS = 2
 _WIDTH, _LOWEST, _HIGHEST, _ROW = 5.2, 1.5, 4.6, 0.28
-"""Inches: of a panel, the least and the greatest height, and what each row adds."""
+"""Width, minimum and maximum height of a panel, and height per row, in inches."""
 _MOST_LABELS = 24
 _MOST_NUMBERS = 12
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def write_plots(analysis: Analysis, folder: Path) -> list[Path]:
-    """One file for each kind of picture; returns their paths. Needs matplotlib."""
+    """Write one file per plot and return their paths. Needs matplotlib."""
     paths = []
     for plate in plates(analysis):
         paths.append(folder / f"{plate.name}.png")
@@ -57,7 +57,7 @@ def _draw(plate: Plate, of: str, path: Path) -> None:
 
 def _draw_panel(figure: Figure, axes: Axes, panel: Panel) -> None:
     num_rows, num_columns = panel.values_RC.shape
-    # Clipped, since matplotlib would leave infinite values blank.
+    # Clipped, because matplotlib would leave infinite values blank.
     image = axes.imshow(
         np.clip(panel.values_RC, panel.low, panel.high),
         aspect="auto",

@@ -1,4 +1,4 @@
-"""What an analysis found: `analysis.json`, from which pictures and pages are made.
+"""Defines the results of an analysis, `analysis.json`, from which plots and pages are made.
 
 Shapes, as nested lists: R repeats of a layer, E experts of all groups of a router, H heads.
 """
@@ -21,11 +21,11 @@ from pydantic import (
 from moa_dist.errors import DataError
 
 ANALYSIS_FOLDER = "analysis"
-"""In the run's folder."""
+"""Folder of analyses in the run's folder."""
 ANALYSIS_FILE = "analysis.json"
 
 _MOST = 2**53
-"""Far beyond any count, and arithmetic up to there is exact."""
+"""Limit far beyond any count, up to which floating-point arithmetic is exact."""
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Some = Annotated[int, Field(ge=1, le=_MOST)]
 Number = Annotated[float, Field(ge=-_MOST, le=_MOST)]
@@ -39,52 +39,53 @@ class _Result(BaseModel):
 
 
 class TokenOfExpert(_Result):
-    """A token that an expert is chosen by more often than by others."""
+    """Describes a token that chooses an expert more often than other tokens do."""
 
     token: Count
-    """Its id."""
+    """Id of the token."""
     text: str
-    """What it stands for."""
+    """Text of the token."""
     pmi: Number
-    """log p(token, expert) / (p(token) p(expert)), nats."""
+    """log p(token, expert) / (p(token) p(expert)), in nats."""
     share: Number
-    """Of all applications of the layer to this token, those in which it chose the expert."""
+    """Share of the layer's calls on this token in which it chose the expert."""
     count: Some
-    """Choices of the expert by this token, over all repeats."""
+    """How often the token chose the expert, over all repeats."""
 
 
 class RouterResult(_Result):
-    """What one router chose."""
+    """Describes the choices of one router."""
 
     layer: Count
-    """Distinct layer."""
+    """Index of the distinct layer."""
     router: str
-    """Within the layer, such as `ffn`."""
+    """Name within the layer, such as `ffn`."""
     num_groups: Some
-    """Heads in SwitchHead, else 1; each has as many of the E experts."""
+    """Number of groups that divide the E experts evenly: heads in SwitchHead, else 1."""
     choices: Some
-    """Experts that a token chooses in one repeat, over all groups."""
+    """Number of experts that a token chooses in one repeat, over all groups."""
     num_tokens: Count
-    """Tokens routed in each repeat."""
+    """Number of tokens routed in each repeat."""
     load: Annotated[Table, Field(min_length=1)]
-    """[R][E] choices of each expert."""
+    """[R][E] times each expert was chosen."""
     dropped: Table
-    """[R][E] choices that capacity left no room for."""
+    """[R][E] choices dropped for lack of capacity."""
     together: Table
-    """[E][E] decisions (of a token in one repeat) for both experts; the diagonal, for the one."""
+    """[E][E] decisions (of a token in one repeat) that chose both experts; on the diagonal, that
+    chose the expert."""
     common: Table
     """[R][R] experts that a token chose in both repeats, summed over tokens."""
     distinct: list[Count]
-    """Tokens, by the number of different experts that they chose over all repeats."""
+    """Number of tokens by the number of distinct experts that they chose over all repeats."""
     num_frequent: Count
-    """Tokens of the vocabulary that occur often enough for the following."""
+    """Number of vocabulary entries frequent enough for the fields below."""
     information: Number
-    """Mutual information between frequent tokens and the experts they choose, nats."""
+    """Mutual information between frequent tokens and the experts they choose, in nats."""
     most_information: Number
-    """What that would be if a token always chose the same experts: the entropy of all choices less
-    that of one decision, nats."""
+    """Its upper bound, reached if a token always chooses the same experts: the entropy of all
+    choices minus that of one decision, in nats."""
     top_tokens: list[list[TokenOfExpert]]
-    """[E] the tokens of highest PMI, best first."""
+    """[E] tokens with the highest PMI, best first."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -92,38 +93,38 @@ class RouterResult(_Result):
         shapes = ((self.load, R, E), (self.dropped, R, E), (self.together, E, E))
         for table, rows, columns in (*shapes, (self.common, R, R)):
             if len(table) != rows or any(len(row) != columns for row in table):
-                raise ValueError("its tables do not fit each other")
+                raise ValueError("the tables do not fit each other")
         if not E or E % self.num_groups or len(self.top_tokens) != E:
-            raise ValueError("its experts do not fit its groups")
+            raise ValueError("the experts do not fit the groups")
         return self
 
     @property
     def num_repeats(self) -> int:
-        """R."""
+        """Return the number of repeats, R."""
         return len(self.load)
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Return the number of experts, E."""
         return len(self.load[0])
 
     @property
     def load_RE(self) -> NDArray[np.int64]:
-        """`load` as an array."""
+        """Return `load` as an array."""
         return np.array(self.load, dtype=np.int64)
 
 
 class HeadResult(_Result):
-    """Where one head looks: means over its queries, each sequence's first token left out."""
+    """Describes where one head looks: means over queries, excluding each sequence's first token."""
 
     queries: Count
-    """Queries; in MoA, those of tokens that chose its expert."""
+    """Number of queries; in MoA, those of tokens that chose the head's expert."""
     distance: Number
-    """Mean distance to the keys, tokens."""
+    """Mean distance to the keys, in tokens."""
     entropy: Number
-    """Of the attention, nats."""
+    """Entropy of the attention, in nats."""
     previous: Number
-    """Attention to the token before."""
+    """Attention to the previous token."""
     first: Number
     """Attention to the first token of the sequence."""
     itself: Number
@@ -131,48 +132,48 @@ class HeadResult(_Result):
 
 
 class LayerHeads(_Result):
-    """The heads of an attention in one application of a layer."""
+    """Describes the heads of an attention in one call of a layer."""
 
     layer: Count
-    """Distinct layer."""
+    """Index of the distinct layer."""
     repeat: Count
-    """Application of that layer."""
+    """Index of the call of that layer."""
     attention: str
-    """Within the layer: `attention`, or `attention.cross` for that of a decoder to the source."""
+    """Name within the layer: `attention`, or `attention.cross` for a decoder's cross-attention."""
     heads: Annotated[list[HeadResult], Field(min_length=1)]
-    """[H]; in MoA, all heads of expert 0, then those of expert 1 ..."""
+    """[H] heads; in MoA, all heads of expert 0, then those of expert 1, and so on."""
 
     @property
     def title(self) -> str:
-        """Such as `L0 R1`, or `L2 R0 cross`."""
+        """Return a title such as `L0 R1` or `L2 R0 cross`."""
         cross = " cross" if self.attention == "attention.cross" else ""
         return f"L{self.layer} R{self.repeat}{cross}"
 
 
 class Analysis(_Result):
-    """Everything that was found about a checkpoint."""
+    """Holds all results of analyzing a checkpoint."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     step: Count
-    """Optimizer steps that the model was trained for."""
+    """Number of optimizer steps that the model was trained for."""
     data: str
     """Folder of the text."""
     tokens: Count
-    """Tokens of text that the model read."""
+    """Number of tokens that the model read."""
     sequence_length: Some
     """Tokens per sequence."""
     min_count: Some
-    """Tokens that occur less often are left out of `top_tokens` and `information`."""
+    """Minimum occurrences of a token to count in `top_tokens` and `information`."""
     routers: list[RouterResult]
-    """By layer, then router."""
+    """Results by layer, then router."""
     attention: list[LayerHeads]
-    """In the order in which they are applied."""
+    """Results in order of execution."""
 
     @model_validator(mode="after")
     def _layers_are_alike(self) -> Self:
         if len({len(layer.heads) for layer in self.attention}) > 1:
-            raise ValueError("its layers have unequal numbers of heads")
+            raise ValueError("the layers have unequal numbers of heads")
         return self
 
 
@@ -182,17 +183,19 @@ def save_analysis(analysis: Analysis, folder: Path) -> None:
 
 
 def load_analysis(folder: Path) -> Analysis | None:
-    """Read it back; None if there is none. Raises DataError if it is damaged."""
+    """Read `analysis.json` from `folder`; None if there is none. Raises DataError if damaged."""
     path = folder / ANALYSIS_FILE
     try:
         return Analysis.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise DataError(f"{path}: {error.strerror}; check the file", path=path) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path}: damaged: {where}: {first['msg']}; run moa-dist analyze again"
+            f"{path}: damaged: {where}: {first['msg']}; run moa-dist analyze again",
+            path=path,
+            key=where,
         ) from error

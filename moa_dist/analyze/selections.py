@@ -1,4 +1,4 @@
-"""Counts of which experts a router chose, added up batch by batch in memory that never grows.
+"""Counts which experts a router chose, batch by batch, in constant memory.
 
 Shapes: T tokens, V vocabulary, R repeats of the router's layer, E experts of all its groups.
 """
@@ -14,9 +14,9 @@ from moa_dist.moe.router import Routing
 
 
 class Selections:
-    """What one router chose in all repeats of its layer; dropped choices are choices, too.
+    """Counts the choices of one router in all repeats of its layer, including dropped choices.
 
-    The largest part is 4 bytes per token of the vocabulary and expert.
+    The largest table takes 4 bytes per vocabulary entry and expert.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Selections:
         num_repeats: int,
         device: torch.device,
     ) -> None:
-        """`choices` are those of a token in one repeat, over all groups of the router."""
+        """Start at zero; a token makes `choices` choices per repeat, over all groups."""
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
@@ -36,23 +36,23 @@ class Selections:
         self.tokens_VE = zeros(vocab_size, num_experts, dtype=torch.int32)
         """How often each token chose each expert, over all repeats."""
         self.load_RE = zeros(num_repeats, num_experts)
-        """Choices of each expert."""
+        """How often each expert was chosen."""
         self.dropped_RE = zeros(num_repeats, num_experts)
-        """Of those, the ones that were dropped for lack of capacity."""
+        """How many of those choices were dropped for lack of capacity."""
         self.together_EE = zeros(num_experts, num_experts)
-        """How often two experts were chosen by one token in one repeat; on the diagonal, how often
-        one was."""
+        """How often a token chose both experts in one repeat; on the diagonal, how often it chose
+        the expert."""
         self.common_RR = zeros(num_repeats, num_repeats)
-        """Experts that a token chose in both of two repeats, summed over tokens."""
+        """Number of experts that a token chose in both repeats, summed over tokens."""
         self.distinct = zeros(min(num_repeats * choices, num_experts) + 1)
-        """Tokens, by how many different experts they chose over all repeats."""
+        """Number of tokens by the number of distinct experts that they chose over all repeats."""
 
     def add(self, tokens: Tensor, token_mask: Tensor, routings: Sequence[Routing]) -> None:
         """Count a batch: `tokens` [T] int64, `token_mask` [T] bool, and a routing per repeat."""
         num_experts = self.load_RE.shape[1]
         ids_RTK = torch.stack([routing.topk_ids.flatten(1) for routing in routings])[:, token_mask]
         size = (*ids_RTK.shape[:2], num_experts)
-        # Ones and zeros: fp32 adds them up exactly as long as a batch has less than 2^24 choices.
+        # fp32 sums ones and zeros exactly if a batch has fewer than 2^24 choices.
         chosen_RTE = torch.zeros(size, device=ids_RTK.device).scatter_(2, ids_RTK, 1.0)
         flat = chosen_RTE.flatten(0, 1)
         by_repeat = chosen_RTE.flatten(1)

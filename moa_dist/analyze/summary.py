@@ -1,4 +1,4 @@
-"""An analysis as a few lines of text."""
+"""Summarizes an analysis in a few lines of text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from moa_dist.analyze.panels import router_title
 from moa_dist.analyze.results import Analysis, LayerHeads, RouterResult, TokenOfExpert
 
 _EXPERTS, _TOKENS = 3, 8
-"""Shown of each router, and of each of these experts."""
+"""Experts shown per router, and tokens shown per expert."""
 
 
 def summary(analysis: Analysis) -> str:
-    """What a person wants to know first."""
+    """Return the most important results as text."""
     lines = [
         f"{analysis.name}, step {analysis.step:,}: {analysis.tokens:,} tokens of {analysis.data}"
     ]
@@ -25,35 +25,36 @@ def summary(analysis: Analysis) -> str:
 
 
 def router_lines(router: RouterResult) -> Iterator[str]:
-    """About one router, in words."""
+    """Describe one router in a few lines."""
     numbers = headline(router)
     yield (
-        f"{router.num_experts} experts, {router.choices} of them per token; fullest "
+        f"{router.num_experts} experts, {router.choices} per token; maximum load "
         f"{numbers.imbalance:.2f} x mean; {numbers.dead} never chosen; {numbers.dropped:.1%} of "
         "choices dropped"
     )
     yield (
-        f"the token alone tells {numbers.explained:.1%} of what could be told of its experts, by "
-        f"{router.num_frequent:,} frequent ones"
+        f"{numbers.explained:.1%} of the choice of experts explained by token identity "
+        f"({router.num_frequent:,} frequent tokens)"
     )
     if depth := numbers.depth:
         yield (
-            f"{depth.overlap:.1%} of a token's experts come again in another repeat "
-            f"({depth.chance:.1%} by chance)"
+            f"{depth.overlap:.1%} of a token's experts reused across repeats "
+            f"({depth.chance:.1%} expected at random)"
         )
         yield (
-            f"{depth.single_repeat:.1%} of the experts serve one repeat almost only; a token uses "
-            f"{depth.distinct:.1f} different ones in all repeats, of at most {depth.most_distinct}"
+            f"{depth.single_repeat:.1%} of the experts used almost only in one repeat; a token "
+            f"uses {depth.distinct:.1f} distinct experts over all repeats, of at most "
+            f"{depth.most_distinct}"
         )
 
 
 def named(tokens: list[TokenOfExpert]) -> str:
-    """Tokens so that spaces and line ends show."""
+    """Join the texts of tokens with spaces and line ends made visible."""
     return "  ".join(token.text.replace(" ", "␣").replace("\n", "⏎") for token in tokens)
 
 
 def _specific_experts(router: RouterResult) -> Iterator[str]:
-    """Those whose tokens are least shared with other experts."""
+    """Yield the top tokens of the experts with the highest mean PMI."""
 
     def mean_pmi(expert: int) -> float:
         tokens = router.top_tokens[expert]
@@ -76,7 +77,7 @@ def _heads(layers: list[LayerHeads]) -> Iterator[str]:
         return
     near, far = (pick(found, key=lambda item: item[0].distance) for pick in (min, max))
     yield f"nearest {near[1]}: {near[0].distance:.1f} tokens away on average"
-    yield f"farthest {far[1]}: {far[0].distance:.1f} tokens"
-    for name, what in (("previous", "the token before"), ("first", "the first token")):
+    yield f"farthest {far[1]}: {far[0].distance:.1f} tokens away on average"
+    for name, what in (("previous", "the previous token"), ("first", "the first token")):
         head, where = max(found, key=lambda item: getattr(item[0], name))
         yield f"most attention to {what}: {where}, {getattr(head, name):.1%}"

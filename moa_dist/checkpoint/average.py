@@ -1,7 +1,7 @@
-"""The mean of a run's last checkpoints, which often is better than each (Vaswani et al. 2017, 6.1).
+"""Averages a run's last checkpoints, which often beats each of them (Vaswani et al. 2017, 6.1).
 
-Its parameters are the means of theirs; moments are left out, so it can be evaluated, exported and
-translated with, but not continued.
+Only parameters are averaged and moments are dropped, so the average can be evaluated, exported and
+used to translate, but training cannot continue from it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _FILE = "average.safetensors"
 
 
 def average(sources: Sequence[Path], target: Path) -> Index:
-    """Write the mean of the checkpoints `sources`, of one run, as `target`, a new folder.
+    """Write the mean of the checkpoints `sources`, of one run, to the new folder `target`.
 
-    Sums run in fp64. Holds one tensor of each at a time. The index is that of the last one.
+    Sums are computed in fp64, holding one tensor of each checkpoint at a time. The index is that
+    of the last checkpoint.
 
     Raises:
-        DataError: there are none, one is damaged or of another model, or `target` exists.
+        DataError: there are no sources, one is damaged or of another model, or `target` exists.
     """
     if not sources:
         raise DataError(f"{target}: no checkpoint to average")

@@ -1,4 +1,4 @@
-"""One piece of work in a thread of its own, whose end can be asked for."""
+"""Runs a task in a background thread and reports whether it has ended."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from threading import Thread
 
 
 class Background:
-    """Runs `work` at once. A process that ends does not wait for it."""
+    """Starts `work` immediately in a daemon thread, which does not keep the process alive."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
         self._error: Exception | None = None
         self._started = time.monotonic()
         self.seconds = 0.0
-        """How long it took, once it has ended."""
+        """Duration of the task, once it has ended."""
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # handed to who waits, whatever it is
+        except Exception as error:  # any error is returned by `wait`
             self._error = error
         self.seconds = time.monotonic() - self._started
 
     def ended(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Return whether the task has ended, successfully or not."""
         return not self._thread.is_alive()
 
     def failed(self) -> bool:
-        """Whether it has ended with an error."""
+        """Return whether the task has ended with an error."""
         return self.ended() and self._error is not None
 
     def wait(self) -> Exception | None:
-        """Wait for its end; returns its error, if any."""
+        """Wait until the task ends; return its error, if any."""
         self._thread.join()
         return self._error

@@ -1,4 +1,4 @@
-"""Is a checkpoint what was written? Its files against their checksums; no engine needed."""
+"""Checks a checkpoint's files against their checksums; no engine is needed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty if nothing is.
+    """Return a line for each problem with a checkpoint; empty if it is valid.
 
-    Reads every file. Ranks may share the work: each reads every `world_size`-th.
+    Reads every file. Ranks may share the work: each reads every `world_size`-th file.
     """
     try:
         index = Reader(folder).index
@@ -32,7 +32,7 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
 
 
 def altered(folder: Path, sums: Mapping[str, str]) -> Iterator[str]:
-    """Files that are not what was written, a line each."""
+    """Yield a line for each file that is not as it was written."""
     for file, expected in sums.items():
         try:
             with (folder / file).open("rb") as stream:
@@ -49,11 +49,13 @@ def require_valid(folder: Path) -> None:
     problems = damage(folder)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise DataError(f"{folder} is damaged:{lines}\nUse an older checkpoint, or a copy")
+        raise DataError(
+            f"{folder} is damaged:{lines}\nUse an older checkpoint, or a copy", path=folder
+        )
 
 
 def incomplete(folder: Path, index: Index) -> list[str]:
-    """Files of the index that are missing or of another size: what is seen without reading."""
+    """Return a line for each file of the index that is missing or has another size."""
     problems = []
     for file, num_bytes in index.files.items():
         try:
@@ -67,26 +69,26 @@ def incomplete(folder: Path, index: Index) -> list[str]:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Checksums by file. Raises DataError if there are none, or they are damaged."""
+    """Read the checksums by file name. Raises DataError if they are missing or damaged."""
     path = folder / SUMS_FILE
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError as error:
-        raise DataError(f"{path}: missing ({error.strerror})") from error
+        raise DataError(f"{path}: missing ({error.strerror})", path=path) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: damaged") from error
+        raise DataError(f"{path}: damaged", path=path) from error
     matches = [_SUM.fullmatch(line) for line in lines]
     sums = {match[2]: match[1] for match in matches if match}
     if len(sums) != len(lines) or any(Path(file).name != file for file in sums):
-        raise DataError(f"{path}: damaged")
+        raise DataError(f"{path}: damaged", path=path)
     return sums
 
 
 def newest_index(folder: Path) -> Index | None:
-    """Index of the run's newest checkpoint that has a readable one."""
+    """Return the index of the run's newest checkpoint whose index can be read, or None."""
     for checkpoint in reversed(checkpoints(folder)):
         try:
             return Reader(checkpoint).index
-        except DataError:  # said by whoever chooses the checkpoint to continue from
+        except DataError:  # reported when the checkpoint to continue from is chosen
             continue
     return None

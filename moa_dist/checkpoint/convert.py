@@ -1,7 +1,7 @@
-"""Rewriting a checkpoint: in few files instead of one per rank, or without optimizer state.
+"""Rewrites a checkpoint in fewer files than one per rank, or without optimizer state.
 
-Any layout reads any checkpoint as it is, so this is for keeping and moving them: a thousand ranks
-leave a thousand files, and moments are two thirds of the bytes.
+Every layout reads every checkpoint, so this only helps to store and move them: a thousand ranks
+write a thousand files, and moments are two thirds of the bytes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from moa_dist.errors import DataError
 
 
 def convert(source: Path, target: Path, *, num_files: int = 1, weights_only: bool = False) -> Index:
-    """Write the checkpoint `source` again as `target`, a folder that does not exist yet.
+    """Rewrite the checkpoint `source` as `target`, a folder that must not exist yet.
 
-    Values are the same bit for bit; tensors are whole, the tokenizer is copied along. Holds one
-    tensor in memory at a time.
+    Values stay the same bit for bit; tensors are stored whole, and the tokenizer is copied. Only
+    one tensor is in memory at a time.
 
     Args:
-        source: the checkpoint's folder.
-        target: the new one's. To be continued it must be named `step-...`, in a run's folder.
-        num_files: the most files to use, of about equal size.
-        weights_only: leave out the moments; it can then be evaluated, but not continued.
+        source: folder of the checkpoint.
+        target: folder of the new checkpoint. To be continued from, it must be named `step-...` in
+            a run's folder.
+        num_files: maximum number of files, of about equal size.
+        weights_only: drop the moments; the result can be evaluated, but not continued.
 
     Returns:
         The new index.
@@ -61,18 +62,23 @@ def convert(source: Path, target: Path, *, num_files: int = 1, weights_only: boo
 
 
 def make_partial(target: Path) -> Path:
-    """An empty folder in which `target` is put together.
+    """Create an empty folder in which to assemble `target`.
 
-    Raises DataError if that exists, or can be no folder.
+    Raises DataError if `target` exists or cannot be created.
     """
     partial = partial_folder(target)
     try:
         if target.exists():
-            raise DataError(f"{target} exists already: name a folder to be made, or delete it")
+            raise DataError(
+                f"{target} exists already; choose a folder that does not exist, or delete it",
+                path=target,
+            )
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise DataError(f"{target}: cannot be made: {error.strerror}; name another") from error
+        raise DataError(
+            f"{target}: cannot be created: {error.strerror}; choose another folder", path=target
+        ) from error
     return partial
 
 
@@ -86,7 +92,7 @@ def _whole(reader: Reader, name: str) -> TensorSpec:
 
 
 def _in_files(specs: list[TensorSpec], num_files: int) -> Iterator[tuple[str, list[TensorSpec]]]:
-    """Cut the list where files of equal size would end."""
+    """Split the list into files of about equal size."""
     sizes = [math.prod(spec.shape) * spec.dtype.itemsize for spec in specs]
     groups: list[list[TensorSpec]] = [[] for _ in range(num_files)]
     before = 0

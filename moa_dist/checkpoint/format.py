@@ -1,10 +1,10 @@
-"""Checkpoints as files: flat ranges of global tensors, and an index. No layout, no engine.
+"""Defines the checkpoint format: flat ranges of global tensors and an index, for any layout.
 
-A checkpoint is a folder `step-00001000` with one safetensors file per rank, holding the
-fragments that the rank owned; `checkpoint.json`, which lists for every tensor where its ranges
-are; and `SHA256SUMS` of them all, which `sha256sum -c` reads too. A reader asks for ranges in
-global coordinates and never learns which layout wrote them. A folder `....partial` is no
-checkpoint: it is being written or deleted, or was when its job died.
+A checkpoint is a folder `step-00001000` with one safetensors file per rank that holds the
+fragments which the rank owned; `checkpoint.json`, which lists where the ranges of every tensor
+are; and `SHA256SUMS` of all files, readable by `sha256sum -c`. A reader requests ranges in global
+coordinates and does not know which layout wrote them. A folder `....partial` is not a checkpoint:
+it is being written or deleted, or was when its job died.
 """
 
 from __future__ import annotations
@@ -35,77 +35,77 @@ FORMAT = 2
 INDEX_FILE = "checkpoint.json"
 SUMS_FILE = "SHA256SUMS"
 PARTIAL = ".partial"
-"""How the names of unfinished folders end."""
+"""Suffix of unfinished folders."""
 REPLACED = ".replaced"
-"""How the name of a checkpoint ends while another of the same step takes its place."""
+"""Suffix of a checkpoint while another one of the same step replaces it."""
 MASTER = "master"
-"""Name of a parameter's own values, in the optimizer's precision, beside its moments."""
+"""State name of a parameter's values in the optimizer's precision; moments have other names."""
 _NAME = re.compile(r"step-(\d{8})")
 
 FileName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
-"""A file beside the index: no folder, nothing that leads out of it."""
+"""Name of a file next to the index; it cannot lead out of the folder."""
 
 
 class Piece(NamedTuple):
-    """Where one range of a tensor is stored."""
+    """Locates one range of a tensor."""
 
     file: FileName
     """File in the checkpoint's folder."""
     key: str
-    """Name in that file."""
+    """Name of the range in that file."""
     start: NonNegativeInt
-    """First element, in the flattened global tensor."""
+    """Offset of its first element in the flattened global tensor."""
     numel: NonNegativeInt
-    """Elements."""
+    """Number of elements."""
 
 
 class Index(BaseModel):
-    """Content of `checkpoint.json`."""
+    """Holds the content of `checkpoint.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: int
     step: NonNegativeInt
-    """Steps taken; with the configuration it determines schedule and seeds."""
+    """Steps taken; together with the configuration, determines schedule and seeds."""
     samples: NonNegativeInt
-    """Sequences consumed: the only state of the data stream."""
+    """Sequences consumed, the only state of the data stream."""
     updates: NonNegativeInt
-    """Updates that the optimizer made: all steps but those that were skipped."""
+    """Optimizer updates: all steps except skipped ones."""
     state: dict[str, JsonValue]
-    """What else the run wants to know when it goes on."""
+    """Further state that the run needs to continue."""
     world_size: int
-    """Ranks that wrote it; what they were is in `config.parallel`. For people, not for readers."""
+    """Number of ranks that wrote it, for information only; their layout is in `config.parallel`."""
     config: Config
     """Configuration of the run."""
     provenance: Provenance | None = None
-    """Sources, packages and image of rank 0; None if they are not known."""
+    """Sources, packages and image of rank 0; None if unknown."""
     files: dict[FileName, NonNegativeInt]
-    """Bytes of every file that holds tensors."""
+    """Size in bytes of every file that holds tensors."""
     shapes: dict[str, tuple[int, ...]]
     """Shape of every parameter and buffer of the whole model."""
     tensors: dict[str, list[Piece]]
-    """`parameter/state` -> its ranges, in order."""
+    """Ranges of each `parameter/state`, in order."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of `step` belongs."""
+    """Return the folder of the checkpoint of `step`."""
     return run / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in its name."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
+    """List the complete checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def tokenizer_of(checkpoint: Path) -> Path:
-    """Where its tokenizer is: in the run's folder, or in its own if it was moved away."""
+    """Return the path of a checkpoint's tokenizer: its own copy, or else that of the run."""
     own = checkpoint / TOKENIZER_FILE
     return own if own.exists() else checkpoint.resolve().parent / TOKENIZER_FILE
 
@@ -114,20 +114,24 @@ class Reader:
     """Reads ranges of a checkpoint's tensors."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the index; raises DataError if there is none or it is damaged."""
+        """Read the index; raises DataError if it is missing or damaged."""
         self.folder = folder
         self._opened: dict[str, Any] = {}
         path = folder / INDEX_FILE
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: not a checkpoint: {error.strerror}") from error
+            raise DataError(f"{path}: not a checkpoint: {error.strerror}", path=path) from error
         self.index = parse(Index, content, path)
         if self.index.format != FORMAT:
-            raise DataError(f"{path}: format {self.index.format}, this version reads {FORMAT}")
+            raise DataError(
+                f"{path}: format {self.index.format}, but this version reads {FORMAT}",
+                path=path,
+                key="format",
+            )
 
     def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise DataError unless these are the saved model's parameters, name by name."""
+        """Raise DataError unless the saved parameters have exactly these names and shapes."""
         saved = self.index.shapes
         different = [n for n in sorted(saved.keys() | shapes) if saved.get(n) != shapes.get(n)]
         if different:
@@ -136,11 +140,13 @@ class Reader:
                 f"{self.folder}: saved by another model: {len(different)} parameters differ, such "
                 f"as {name}, saved with shape {saved.get(name, 'none')} and now with "
                 f"{shapes.get(name, 'none')}. Use the configuration in its {INDEX_FILE}, or start "
-                "a new run under another name"
+                "a new run under another name",
+                path=self.folder,
+                key=name,
             )
 
     def read_into(self, name: str, start: int, view: Tensor) -> None:
-        """Fill the 1-D `view` with elements from `start` on of tensor `name`."""
+        """Fill the 1-D `view` with the elements of tensor `name` from `start` on."""
         stop, done = start + view.numel(), start
         for piece in self.index.tensors.get(name, []):
             first, last = max(piece.start, done), min(piece.start + piece.numel, stop)
@@ -152,11 +158,13 @@ class Reader:
         if done != stop:
             raise DataError(
                 f"{self.folder}: damaged, or saved with another optimizer: {name} lacks elements "
-                f"{done} to {stop}. Use an older checkpoint, or start a new run under another name"
+                f"{done} to {stop}. Use an older checkpoint, or start a new run under another name",
+                path=self.folder,
+                key=name,
             )
 
     def dtype(self, piece: Piece) -> torch.dtype:
-        """Type of its elements."""
+        """Return the type of a range's elements."""
         return self._range(piece, 0, 0).dtype
 
     def _range(self, piece: Piece, start: int, stop: int) -> Tensor:
@@ -166,10 +174,16 @@ class Reader:
                 self._opened[piece.file] = safe_open(path, "pt")
             part = self._opened[piece.file].get_slice(piece.key)
             if part.get_shape() != [piece.numel]:
-                raise DataError(f"{path}: damaged: {piece.key} has not {piece.numel} elements")
+                raise DataError(
+                    f"{path}: damaged: {piece.key} does not have {piece.numel} elements",
+                    path=path,
+                    key=piece.key,
+                )
             values: Tensor = part[start:stop]
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: missing or damaged: {error}") from error
+            raise DataError(
+                f"{path}: missing or damaged: {error}", path=path, key=piece.key
+            ) from error
         return values
 
 
@@ -177,20 +191,22 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def parse(kind: type[Model], content: bytes, path: Path) -> Model:
-    """What a JSON file says; raises DataError, in one line, if that is not a `kind`."""
+    """Parse the content of a JSON file as `kind`; raises DataError, in one line, if invalid."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{path}: damaged or of another version: {where or 'content'}: {first['msg']}"
+            f"{path}: damaged or of another version: {where or 'content'}: {first['msg']}",
+            path=path,
+            key=where or None,
         ) from error
 
 
 @torch.no_grad()
 def read_model(folder: Path) -> tuple[LanguageModel, Index]:
-    """The whole model of a checkpoint on one CPU process, in fp32, in evaluation mode."""
+    """Load the whole model of a checkpoint on one CPU process, in fp32 and evaluation mode."""
     reader = Reader(folder)
     model = build_model(reader.index.config.model)
     tensors = model.state_dict()  # parameters, and buffers that are saved

@@ -1,4 +1,4 @@
-"""A copy of a rank's state in host memory: all that training waits for when it saves."""
+"""Copies a rank's state to host memory, which is the only part of saving that blocks training."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:  # readers of checkpoints need no DeepSpeed
 
 
 class BufferSlice(NamedTuple):
-    """Where a fragment belongs."""
+    """Locates a fragment in the global tensor and in the file."""
 
     name: str
     """`parameter/state`."""
     start: int
-    """First element, in the flattened global tensor."""
+    """Offset of its first element in the flattened global tensor."""
     spec: TensorSpec
-    """What it is called in the file."""
+    """Its name, type and shape in the file."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Fragments as they were, laid out as they will lie in a file."""
+    """Holds a copy of fragments, laid out as in the file."""
 
     places: list[BufferSlice]
     values: Tensor
-    """The bytes of all, one after the other; uint8 on the CPU."""
+    """Bytes of all fragments, concatenated; uint8 on the CPU."""
 
 
 class HostCopy:
-    """Host memory for one snapshot at a time, kept between saves: allocating is slow.
+    """Holds host memory for one snapshot, reused between saves because allocation is slow.
 
-    It costs as many bytes as this rank owns of parameters and moments.
+    Its size is that of the parameters and moments that this rank owns.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,12 +46,12 @@ class HostCopy:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, fragments: Iterable[Fragment]) -> Snapshot:
-        """Copy them. Overwrites the snapshot taken before."""
-        # Wide types first keep every one aligned.
+        """Copy the fragments, overwriting the previous snapshot."""
+        # Wide types come first, so that all are aligned.
         ordered = sorted(fragments, key=lambda f: -f.view.itemsize)
         num_bytes = sum(f.view.nbytes for f in ordered)
         if self._buffer.numel() < num_bytes:
-            pinned = self._device.type == "cuda"  # copied at full speed, all at once
+            pinned = self._device.type == "cuda"  # for asynchronous copies at full speed
             self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
         offset, places = 0, []
         for fragment in ordered:

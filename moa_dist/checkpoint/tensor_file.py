@@ -1,8 +1,8 @@
-"""Writing safetensors files piece by piece: no second copy in memory, a checksum on the way.
+"""Writes safetensors files block by block and checksums them, without a second copy in memory.
 
 The format is a length, a JSON header and the tensors' bytes
-(https://huggingface.co/docs/safetensors). The library's own writer wants all tensors at once
-and turns the system's errors, such as a full disk, into text.
+(https://huggingface.co/docs/safetensors). The library's own writer needs all tensors at once
+and converts the system's errors, such as a full disk, to text.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _BLOCK = 1 << 24
 
 
 class TensorSpec(NamedTuple):
-    """A tensor in a file."""
+    """Describes a tensor in a file."""
 
     key: str
-    """Its name."""
+    """Name of the tensor."""
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
 class Written(NamedTuple):
-    """A file as it was meant to be."""
+    """Holds size and checksum of the bytes written to a file."""
 
     num_bytes: int
     sha256: str
@@ -51,10 +51,10 @@ def write_tensors(
     values: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> Written:
-    """Write a safetensors file and wait until the disk has it.
+    """Write a safetensors file and sync it to disk.
 
-    `values`: contiguous CPU tensors of any shape whose bytes together are those of `specs`, in
-    order. The checksum is of what was to be written, so reading it again proves the disk right.
+    `values` are contiguous CPU tensors of any shape whose concatenated bytes are those of `specs`.
+    The checksum is computed from memory, so comparing it with the file detects errors of the disk.
     Raises OSError with the file's name.
     """
     offset, header = 0, dict[str, object]()
@@ -65,10 +65,10 @@ def write_tensors(
         header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": (offset, end)}
         offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that values are aligned for those who map the file
+    text += b" " * (-len(text) % 8)  # aligns the values when the file is memory-mapped
     blocks = _blocks(values)
     written = write_file(path, [len(text).to_bytes(8, "little"), text], blocks)
-    assert written.num_bytes == 8 + len(text) + offset, "values are not those of the specs"
+    assert written.num_bytes == 8 + len(text) + offset, "values do not match the specs"
     return written
 
 
@@ -80,7 +80,7 @@ def _blocks(values: Iterable[Tensor]) -> Iterator[memoryview]:
 
 
 def write_file(path: Path, *contents: Iterable[bytes | memoryview]) -> Written:
-    """Write a file whole, and wait until the disk has it. Raises OSError with its name."""
+    """Write a file and sync it to disk. Raises OSError with the file's name."""
     digest, num_bytes = hashlib.sha256(), 0
     with naming(path), path.open("wb") as file:
         for blocks in contents:
@@ -93,7 +93,7 @@ def write_file(path: Path, *contents: Iterable[bytes | memoryview]) -> Written:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the disk has the names of the folder's files. Raises OSError with its name."""
+    """Sync the entries of a folder to disk. Raises OSError with the folder's name."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -104,7 +104,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the errors of open files, which come without a name, that of `path`."""
+    """Add `path` to OSErrors that lack a file name, such as those of open files."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""How a checkpoint comes to be on disk: every rank its part, then rank 0 the name.
+"""Writes a checkpoint: each rank writes its part, then rank 0 renames the folder.
 
-In `step-00001000.partial` each rank writes its tensors and then `rank-00003.json`, which says
-that they are complete. When rank 0 has seen that of every rank, it writes the index and the
-checksums, and gives the folder its name: one rename, before which there is no checkpoint and after
-which there is a whole one. Ranks speak through files alone, so all of it can run beside training.
+In `step-00001000.partial`, each rank writes its tensors and then `rank-00003.json`, which marks
+them complete. Once rank 0 has seen this file of every rank, it writes the index and the checksums
+and renames the folder: the checkpoint is complete as soon as its name exists. Ranks communicate
+through files only, so all of this can run in the background during training.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from moa_dist.checkpoint.tensor_file import sync_folder, write_file, write_tenso
 from moa_dist.errors import DataError
 
 PATIENCE_S = 600.0
-"""How long rank 0 waits for the parts of other ranks after it has written its own."""
+"""Seconds that rank 0 waits for the parts of other ranks after writing its own."""
 _POLL_S = 0.02
 
 
 class RankPart(BaseModel):
-    """Content of `rank-00003.json`: what one rank has written."""
+    """Holds the content of `rank-00003.json`: what one rank has written."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,16 +49,16 @@ class RankPart(BaseModel):
     num_bytes: int
     sha256: str
     pieces: list[tuple[str, Piece]]
-    """(`parameter/state`, where one of its ranges is)."""
+    """Pairs of `parameter/state` and the location of one of its ranges."""
 
 
 def partial_folder(target: Path) -> Path:
-    """Where the checkpoint `target` is put together."""
+    """Return the folder in which the checkpoint `target` is assembled."""
     return target.with_name(target.name + PARTIAL)
 
 
 def write_part(partial: Path, rank: int, snapshot: Snapshot) -> None:
-    """Write this rank's tensors, then that it has. Raises OSError with the file's name."""
+    """Write this rank's tensors, then mark them complete. Raises OSError with the file's name."""
     file = f"rank-{rank:05d}.safetensors"
     written = write_tensors(
         partial / file, [place.spec for place in snapshot.places], [snapshot.values]
@@ -81,24 +81,24 @@ def publish(
     target: Path,
     world_size: int,
     make_index: Callable[[dict[str, int], dict[str, list[Piece]]], Index],
-    cancelled: Event,
+    canceled: Event,
     patience_s: float = PATIENCE_S,
 ) -> None:
-    """Wait for the parts of all ranks and make them the checkpoint `target`.
+    """Wait for the parts of all ranks and turn them into the checkpoint `target`.
 
     Args:
-        target: the checkpoint's folder to be.
-        world_size: ranks that write.
-        make_index: the index of these files (bytes by name) and these tensors.
-        cancelled: set when a rank is known to have failed.
-        patience_s: longest wait for other ranks, seconds.
+        target: folder of the new checkpoint.
+        world_size: number of ranks that write.
+        make_index: builds the index from file sizes by name and ranges by tensor.
+        canceled: set when a rank is known to have failed.
+        patience_s: maximum wait for other ranks, in seconds.
 
     Raises:
-        OSError: a file could not be written; with its name.
-        DataError: parts are missing; says whose.
+        OSError: a file could not be written; has its name.
+        DataError: parts are missing; names their ranks.
     """
     partial = partial_folder(target)
-    parts = _wait_for_parts(partial, world_size, cancelled, patience_s)
+    parts = _wait_for_parts(partial, world_size, canceled, patience_s)
     tensors: dict[str, list[Piece]] = {}
     for part in parts:
         for name, piece in part.pieces:
@@ -113,42 +113,44 @@ def publish(
 
 
 def _wait_for_parts(
-    partial: Path, world_size: int, cancelled: Event, patience_s: float
+    partial: Path, world_size: int, canceled: Event, patience_s: float
 ) -> list[RankPart]:
-    deadline = math.inf  # while this rank writes its own part, no other is late
+    deadline = math.inf  # no rank is late while this rank still writes its own part
     missing = list(range(world_size))
     while missing := [rank for rank in missing if not _part_file(partial, rank).exists()]:
         if 0 not in missing:
             deadline = min(deadline, time.monotonic() + patience_s)
-        if cancelled.is_set() or time.monotonic() > deadline:
-            why = "after another rank failed" if cancelled.is_set() else f"in {patience_s:.0f} s"
+        if canceled.is_set() or time.monotonic() > deadline:
+            why = "after another rank failed" if canceled.is_set() else f"in {patience_s:.0f} s"
             ranks = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise DataError(
-                f"{partial}: nothing complete from rank {ranks} {why}: look for the error of that "
-                "rank, and check that all nodes see the same folder"
+                f"{partial}: no complete part from rank {ranks} {why}; look for the error of that "
+                "rank, and check that all nodes see the same folder",
+                path=partial,
+                key=f"rank {ranks}",
             )
-        cancelled.wait(_POLL_S)
+        canceled.wait(_POLL_S)
     paths = [_part_file(partial, rank) for rank in range(world_size)]
     return [parse(RankPart, path.read_bytes(), path) for path in paths]
 
 
 def seal(folder: Path, index: Index, sha256_of: dict[str, str]) -> None:
-    """Write the index and the checksums of all files, of which `sha256_of` knows the tensors'."""
+    """Write the index and all checksums; `sha256_of` holds those of the tensor files."""
     written = write_file(folder / INDEX_FILE, [index.model_dump_json(indent=1).encode()])
     write_sums(folder, sha256_of | {INDEX_FILE: written.sha256})
 
 
 def write_sums(folder: Path, sha256_of: dict[str, str]) -> None:
-    """Write checksums of files as `sha256sum` does."""
+    """Write checksums in the format of `sha256sum`."""
     lines = "".join(f"{sha256_of[file]}  {file}\n" for file in sorted(sha256_of))
     write_file(folder / SUMS_FILE, [lines.encode()])
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Give a complete folder its name, for good; one that has it already is deleted.
+    """Rename a complete folder to `target` durably; delete a checkpoint that has this name.
 
-    That one is damaged, or of a time that the run has gone back behind. Between the two renames
-    neither has the name: `remove_leftovers` then gives it back to the old one.
+    Such a checkpoint is damaged, or the run has rolled back to before it. If the job dies between
+    the two renames, `remove_leftovers` restores the old checkpoint.
     """
     sync_folder(partial)
     replaced = target.with_name(target.name + REPLACED)
@@ -161,14 +163,14 @@ def move_into_place(partial: Path, target: Path) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; it stops being one before it stops being whole."""
+    """Delete a checkpoint; it loses its name before any of its files."""
     doomed = partial_folder(checkpoint)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what jobs that died, or writes that failed, have left unfinished."""
+    """Delete what dead jobs or failed writes left unfinished."""
     for path in folder.glob(f"step-*{REPLACED}"):
         target = path.with_name(path.name.removesuffix(REPLACED))
         if target.exists():
@@ -176,7 +178,7 @@ def remove_leftovers(folder: Path) -> None:
         else:
             path.rename(target)
     for path in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)  # one in the way of a new one will be noticed
+        shutil.rmtree(path, ignore_errors=True)  # creating a folder of this name would fail
 
 
 def prune(
@@ -186,10 +188,10 @@ def prune(
     keep_every: int | None,
     damaged: Container[Path] = (),
 ) -> None:
-    """Delete checkpoints up to step `newest`, but the last ones and every so many steps.
+    """Delete checkpoints up to step `newest`, except the last ones and every `keep_every` steps.
 
-    The `damaged` do not count, and go. Later ones than `newest` are left alone: damaged, or else
-    they would have been continued.
+    The `damaged` ones do not count and are deleted. Checkpoints later than `newest` are kept; the
+    run did not continue from them because they are damaged.
     """
     past = [path for path in checkpoints(folder) if step_of(path) <= newest]
     sound = [path for path in past if path not in damaged]
@@ -202,23 +204,23 @@ def prune(
 _IN_THE_WAY = "a file is in the way: remove it, or choose another `output` or `name`"
 _REMEDIES = {
     errno.ENOSPC: "free space there, lower checkpoint.keep_last, or choose another `output`; "
-    "saving needs room for one checkpoint more than are kept",
+    "saving needs space for one more checkpoint than are kept",
     errno.EDQUOT: "free some of your quota there, lower checkpoint.keep_last, or choose another "
     "`output`",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
     errno.EROFS: "mount it for writing, or choose another `output`",
-    errno.EACCES: "give this user the right to write there, or choose another `output`",
-    errno.EPERM: "give this user the right to write there, or choose another `output`",
+    errno.EACCES: "give this user write permission there, or choose another `output`",
+    errno.EPERM: "give this user write permission there, or choose another `output`",
     errno.EEXIST: _IN_THE_WAY,
     errno.ENOTDIR: _IN_THE_WAY,
     errno.ENOENT: "check that all nodes see the same folder and that nobody deletes it",
-    errno.ESTALE: "check that the network file system is still there",
+    errno.ESTALE: "check that the network file system is still mounted",
     errno.EIO: "check the disk",
 }
 
 
 def describe_write_error(error: Exception) -> str:
-    """Path, cause and remedy of a failed write, in one line."""
+    """Describe path, cause and remedy of a failed write, in one line."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error) or repr(error)
     name = errno.errorcode.get(error.errno, str(error.errno))

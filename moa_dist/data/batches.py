@@ -1,8 +1,8 @@
-"""What a rank trains on and validates on: prepared data to micro-batches, by the model's objective.
+"""Turns prepared data into one rank's micro-batches, according to the model's objective.
 
-    causal        samples, each token to predict the next
-    masked        the same samples, some of their tokens hidden (see `masking`)
-    translation   buckets of pairs (see `pairs`)
+    causal        samples; each token predicts the next one
+    masked        the same samples with some tokens hidden (see `masking`)
+    translation   buckets of sentence pairs (see `pairs`)
 
 Shapes: B sequences of L tokens.
 """
@@ -28,7 +28,7 @@ from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.validation import validation_batches
 from moa_dist.models.objective import NO_TARGET, Batch
 
-_TRAINING, _HELD_OUT = 0, 1  # tags that keep masks apart
+_TRAINING, _HELD_OUT = 0, 1  # tags that give training and validation different masks
 
 
 def training_batches(
@@ -40,11 +40,11 @@ def training_batches(
     consumed: int,
     exclusions: Exclusions = (),
 ) -> Iterator[Batch]:
-    """This rank's micro-batches from global sample `consumed` on, without end.
+    """Yield this rank's micro-batches, starting at global sample `consumed`, endlessly.
 
     Micro-batch b holds the samples `consumed + rank + W * (b * micro_batch + j)` for j from 0.
-    Reads all pairs at once, before any limit on the time of a step begins. Raises DataError, also
-    while iterating: see `SampleStream`.
+    Pairs are all read by this call, before any time limit on a step starts. Raises DataError, now
+    or while iterating: see `SampleStream`.
     """
     if isinstance(manifest, PairManifest):
         pairs = read_pairs(Path(config.data.train), manifest)
@@ -85,7 +85,7 @@ def _samples(
 
 
 def _buckets(config: Config, pairs: Pairs, end: int, samples: Iterable[int]) -> Iterator[Batch]:
-    """Of `train.micro_batch` samples each."""
+    """Yield micro-batches of `train.micro_batch` buckets each."""
     order = BucketOrder(pairs.longest, config.data.bucket_tokens, config.data.seed)
     buckets = order.take(samples)
     while chosen := list(islice(buckets, config.train.micro_batch)):
@@ -102,11 +102,12 @@ def held_out_batches(
     micro_batch: int,
     sequences: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of the first `sequences`, or all; as many micro-batches on every rank.
+    """Yield this rank's share of the first `sequences` samples or pairs, or of all.
 
-    What is hidden from a masked model depends on the place of a sample in the folder only.
-    `micro_batch` is rounded up to whole groups of `group_sequences`; pairs come in buckets,
-    whatever it says. Raises DataError: a shard is missing or damaged.
+    Every rank gets the same number of micro-batches. The mask of a sample depends only on its
+    position in the folder. `micro_batch` is rounded up to whole groups of `group_sequences`; it
+    has no effect on pairs, which come in buckets. Raises DataError if a shard is missing or
+    damaged.
     """
     model = config.model
     micro_batch = whole_groups(micro_batch, model)
@@ -137,25 +138,25 @@ def held_out_batches(
 def _share(
     order: BucketOrder, pairs: Pairs, end: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    """Buckets `rank`, `rank` + W, ... in file order, and one of padding where others have more."""
+    """Yield buckets `rank`, `rank` + W, ... in file order, then padding if others have more."""
     buckets = list(order.in_file_order())
     for bucket in range(rank, -(-len(buckets) // world_size) * world_size, world_size):
         if bucket < len(buckets):
             yield _translated(pairs, buckets[bucket], end)
         else:
-            nothing = torch.zeros(1, 2, dtype=torch.int64)
-            yield Batch(nothing, nothing.bool(), None, nothing, nothing.bool())
+            padding = torch.zeros(1, 2, dtype=torch.int64)
+            yield Batch(padding, padding.bool(), None, padding, padding.bool())
 
 
 def _translated(pairs: Pairs, chosen: NDArray[np.intp], end: int) -> Batch:
-    """Source texts with their end; targets, which begin and end with it."""
+    """Build a batch: sources end with the token `end`, targets begin and end with it."""
     tokens, token_mask = padded([[end, *pairs.target(pair), end] for pair in chosen.tolist()])
     source, source_mask = padded([[*pairs.source(pair), end] for pair in chosen.tolist()])
     return Batch(tokens, token_mask, None, source, source_mask)
 
 
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Texts [B, S] int64, padded at their end, and which tokens are real; None if all are."""
+    """Pad texts at their end: tokens [B, S] int64 and their mask, None if nothing is padding."""
     lengths = torch.tensor([len(text) for text in texts])
     tokens = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
     token_mask = torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -170,7 +171,7 @@ def _masked(
     manifest: Manifest,
     token_mask: Tensor | None = None,
 ) -> Batch:
-    """The first L of `tokens` [B, L + 1], row i hidden by key i, the mask being the last id."""
+    """Mask the first L of `tokens` [B, L + 1], row i by key i; the mask token is the last id."""
     originals, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
     rows = [
         hide(row, *key, mask_token=model.vocab_size - 1, vocab_size=manifest.vocab_size)

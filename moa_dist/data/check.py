@@ -1,4 +1,4 @@
-"""Cheap checks of a run's data before anything expensive starts."""
+"""Checks a run's data cheaply, before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _MOST_SHARDS_NAMED = 5
 def check_data(
     data: DataConfig, *, vocab_size: int, world_size: int, objective: Objective = "causal"
 ) -> tuple[AnyManifest, AnyManifest | None]:
-    """Check that the prepared data fits the run, as far as that needs no shard to be read.
+    """Check that the prepared data fits the run, without reading any shard.
 
-    Training shards of a wrong size are no problem if damaged ones are to be left out.
+    Training shards of the wrong size are accepted if `data.on_damage` is `skip`.
 
     Args:
         data: the run's data section.
-        vocab_size: of the model.
+        vocab_size: the model's vocabulary size.
         world_size: number of ranks.
-        objective: of the model.
+        objective: the model's objective.
 
     Returns:
         The manifests of the training and the validation data.
 
     Raises:
-        DataError: with every problem found.
+        DataError: something does not fit; `causes` holds every problem found.
     """
-    problems: list[str] = []
+    problems: list[DataError] = []
     uneven = None if objective == "translation" else readers_problem(data.readers, world_size)
     if uneven:
         problems.append(uneven)
@@ -55,17 +55,22 @@ def check_data(
     )
     if train and valid and train.tokenizer_sha256 != valid.tokenizer_sha256:
         problems.append(
-            f"{data.valid}: prepared with another tokenizer than {data.train}; prepare it again "
-            f"with --tokenizer {data.train}"
+            DataError(
+                f"{data.valid}: prepared with a different tokenizer than {data.train}; prepare it "
+                f"again with --tokenizer {data.train}",
+                path=Path(str(data.valid)),
+                key="tokenizer_sha256",
+            )
         )
     if problems or train is None:
-        raise DataError("\n".join(problems))
+        raise DataError("\n".join(map(str, problems)), causes=problems)
     return train, valid
 
 
 def _checked_manifest(
-    name: str, data: DataConfig, vocab_size: int, objective: Objective, problems: list[str]
+    name: str, data: DataConfig, vocab_size: int, objective: Objective, problems: list[DataError]
 ) -> AnyManifest | None:
+    """Load the manifest of folder `name` and append what is wrong with the folder to `problems`."""
     folder = Path(name)
     manifest: AnyManifest
     try:
@@ -74,43 +79,65 @@ def _checked_manifest(
         else:
             manifest = load_manifest(folder)
     except DataError as error:
-        problems.append(str(error))
+        problems.append(error)
         return None
     if manifest.block_length != data.sequence_length:
         problems.append(
-            f"{folder}: prepared for sequences of {manifest.block_length} tokens, but "
-            f"data.sequence_length is {data.sequence_length}; make them equal, or run moa-dist "
-            f"prepare again with --sequence-length {data.sequence_length}"
+            DataError(
+                f"{folder}: prepared for sequences of {manifest.block_length} tokens, but "
+                f"data.sequence_length is {data.sequence_length}; make them equal, or run moa-dist "
+                f"prepare again with --sequence-length {data.sequence_length}",
+                path=folder,
+                key="data.sequence_length",
+            )
         )
-    # The last id of a masked model's vocabulary is the mask.
-    reserved = 1 if objective == "masked" else 0
-    if manifest.vocab_size + reserved > vocab_size:
-        mask = ", the last being the mask" if reserved else ""
-        problems.append(
-            f"{folder}: its tokenizer has {manifest.vocab_size} tokens, but model.vocab_size is "
-            f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size + reserved}"
-            f"{mask}"
-        )
+    problems.extend(_vocabulary_problems(folder, manifest, vocab_size, objective))
     problems.extend(_tokenizer_problems(folder, manifest))
     if name == data.train and data.on_damage == "skip":
         return manifest
-    damaged = [p for s in manifest.shards if (p := shard_file_problem(folder, s))]
-    problems.extend(damaged[:_MOST_SHARDS_NAMED])
-    if len(damaged) > _MOST_SHARDS_NAMED:
-        problems.append(f"{folder}: {len(damaged) - _MOST_SHARDS_NAMED} more shards are damaged")
-    if damaged and name == data.train and not isinstance(manifest, PairManifest):
-        problems.append(SKIP_REMEDY)
+    problems.extend(_shard_problems(folder, manifest, can_skip=name == data.train))
     return manifest
 
 
-def _tokenizer_problems(folder: Path, manifest: AnyManifest) -> Iterator[str]:
-    """Whether the tokenizer beside the shards is the one that made them."""
+def _vocabulary_problems(
+    folder: Path, manifest: AnyManifest, vocab_size: int, objective: Objective
+) -> Iterator[DataError]:
+    """Compare the tokenizer's vocabulary with the model's, whose last id may be the mask token."""
+    reserved = 1 if objective == "masked" else 0
+    if manifest.vocab_size + reserved > vocab_size:
+        mask = ", the last id being the mask token" if reserved else ""
+        yield DataError(
+            f"{folder}: its tokenizer has {manifest.vocab_size} tokens, but model.vocab_size is "
+            f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size + reserved}"
+            f"{mask}",
+            path=folder,
+            key="model.vocab_size",
+        )
+
+
+def _shard_problems(folder: Path, manifest: AnyManifest, *, can_skip: bool) -> Iterator[DataError]:
+    """Report the first few shards that are missing or have the wrong size, and a remedy."""
+    damaged = [p for s in manifest.shards if (p := shard_file_problem(folder, s))]
+    yield from damaged[:_MOST_SHARDS_NAMED]
+    if len(damaged) > _MOST_SHARDS_NAMED:
+        more = len(damaged) - _MOST_SHARDS_NAMED
+        yield DataError(f"{folder}: {more} more shards are damaged", path=folder)
+    if damaged and can_skip and not isinstance(manifest, PairManifest):
+        yield DataError(SKIP_REMEDY, key="data.on_damage")
+
+
+def _tokenizer_problems(folder: Path, manifest: AnyManifest) -> Iterator[DataError]:
+    """Check that the tokenizer next to the shards is the one that encoded them."""
     file = folder / TOKENIZER_FILE
     remedy = "copy it again from where the data was prepared"
     try:
         content = read_regular_file(file)
     except OSError as error:
-        yield f"{file}: no tokenizer here ({error.strerror}); {remedy}"
+        yield DataError(f"{file}: no tokenizer here ({error.strerror}); {remedy}", path=file)
         return
     if sha256_of(content) != manifest.tokenizer_sha256:
-        yield f"{file}: not the tokenizer that these shards were made with; {remedy}"
+        yield DataError(
+            f"{file}: not the tokenizer that these shards were made with; {remedy}",
+            path=file,
+            key="tokenizer_sha256",
+        )

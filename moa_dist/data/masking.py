@@ -1,9 +1,9 @@
-"""Hidden tokens for masked language models: which, and what is shown in their place.
+"""Hides tokens for masked language models.
 
-BERT's choice (Devlin et al. 2018, arXiv 1810.04805, section 3.1): 15 % of the tokens are to be
-predicted; of these 80 % are replaced by the mask token, 10 % by a random one, and 10 % are left
-as they are. What is hidden is a pure function of a key, such as (seed, sample): masks are new in
-every epoch, the same in any layout, and go on exactly after a restart.
+As in BERT (Devlin et al. 2018, arXiv 1810.04805, section 3.1), 15 % of the tokens are predicted;
+of these 80 % are replaced by the mask token, 10 % by a random one, and 10 % are left unchanged. The
+choice is a pure function of a key, such as (seed, sample): masks differ between epochs, are the
+same in any layout, and continue exactly after a restart.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 HIDDEN, MASKED, RANDOM = 0.15, 0.8, 0.1
-"""Share of tokens to be predicted; of those, shares that the mask and a random token replace."""
+"""Share of tokens to predict, and the shares of those replaced by the mask and a random token."""
 
 Ids = NDArray[np.int64]
 
 
 def hide(tokens: Ids, *key: int, mask_token: int, vocab_size: int) -> tuple[Ids, NDArray[np.bool_]]:
-    """What is shown instead of `tokens` [L], and which of them are to be predicted, [L] bool.
+    """Return the tokens to show instead of `tokens` [L], and a mask of those to predict [L].
 
-    Random tokens are below `vocab_size`. `key` holds non-negative integers.
+    Random tokens are below `vocab_size`. `key` consists of non-negative integers.
     """
     raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(3 * len(tokens))
     chosen, replaced = raw[: 2 * len(tokens)].reshape(2, -1) / 2.0**64

@@ -1,20 +1,20 @@
-"""The order of samples: a pure function of (seed, shards, samples per shard, readers, index).
+"""Orders samples: a pure function of (seed, shards, samples per shard, readers, index).
 
-If damaged shards are left out, also of which and since when (see `Exclusion`).
+If damaged shards are excluded, the order also depends on which, and since when (see `Exclusion`).
 
-The shards form an endless sequence: a fresh permutation for each epoch, end to end. M readers
-take it in windows of M positions, and sample g comes from reader g mod M:
+The shards form an endless sequence, a fresh permutation for each epoch. M readers take it in
+windows of M positions, and sample g comes from reader g mod M:
 
     window g // (M * S)   position = window * M + g mod M   step = (g mod (M * S)) // M
 
-A number of ranks W that divides M gives rank g mod W the readers m with m mod W = rank, so every
-such W sees the same global batches, and a resumed run needs nothing but the number of samples
-consumed. Rows are permuted within the shard, by seed and position.
+If the number of ranks W divides M, rank r gets the readers m with m mod W = r. Every such W
+therefore sees the same global batches, and a resumed run needs only the number of samples consumed.
+Rows are permuted within each shard, by seed and position.
 
-A shard left out loses its places in the endless sequence, and those behind it move up: every
-sample of the others still comes once per epoch. A change in the middle of a run takes effect
-with the next window, so shards that are open are read to their end; only one that is itself
-damaged is replaced by another for the rest of the window.
+An excluded shard loses its positions in the endless sequence, and those after it move up: every
+sample of the other shards still comes once per epoch. A change in the middle of a run takes effect
+at the next window, so open shards are read to their end; only a shard that is itself damaged is
+replaced by another for the rest of the window.
 """
 
 from __future__ import annotations
@@ -31,82 +31,82 @@ _EPOCH, _ROWS = 0, 1
 
 
 class Exclusion(NamedTuple):
-    """Which shards are left out from some sample on, until the next exclusion."""
+    """Lists the shards excluded from some sample on, until the next exclusion."""
 
     since: int
-    """First global sample that it holds for."""
+    """First global sample that it applies to."""
     shards: tuple[int, ...]
-    """Indices in the manifest, sorted; empty when all are whole again."""
+    """Indices in the manifest, sorted; empty when all shards are intact again."""
 
 
 Exclusions = tuple[Exclusion, ...]
-"""The history of a run, in order of `since`."""
+"""All exclusions of a run, ordered by `since`."""
 _HISTORY = TypeAdapter(Exclusions)
 
 
 def as_json(history: Exclusions) -> JsonValue:
-    """For a checkpoint; see `read_exclusions`."""
+    """Convert the history to JSON for a checkpoint; `read_exclusions` is the inverse."""
     return [[exclusion.since, list(exclusion.shards)] for exclusion in history]
 
 
 def read_exclusions(value: JsonValue) -> Exclusions:
-    """What `as_json` wrote; none from None."""
+    """Read what `as_json` wrote; None means no exclusions."""
     return _HISTORY.validate_python(value or ())
 
 
 def exclude(history: Exclusions, sample: int, shards: tuple[int, ...]) -> Exclusions:
-    """History of a run that goes on at `sample` without `shards`; as it was if nothing changes."""
+    """Extend the history of a run that continues at `sample` without `shards`, if that is new."""
     current = history[-1].shards if history else ()
     return history if shards == current else (*history, Exclusion(sample, shards))
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Where each global sample is stored."""
+    """Maps each global sample to the shard and row that store it."""
 
     seed: int
-    """Another seed gives another order."""
+    """Seed of all permutations."""
     num_shards: int
-    """Shards in the folder."""
+    """Number of shards in the folder."""
     samples_per_shard: int
-    """Samples in each of them (S)."""
+    """Number of samples in each shard (S)."""
     readers: int
-    """Shards read side by side (M)."""
+    """Number of shards read in parallel (M)."""
     exclusions: Exclusions = ()
-    """Shards left out; never all of them."""
+    """Excluded shards; never all of them."""
 
     def sample_location(self, sample: int) -> tuple[int, int]:
-        """Shard and row of global sample `sample`, which may be any number from 0."""
+        """Return shard and row of a global sample, any number from 0."""
         position, step = self.locate(sample)
         return self.shard_of(sample), int(self.rows_at(position)[step])
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Position in the endless sequence of shards, and step within that shard."""
+        """Return a sample's position in the endless sequence of shards, and its step there."""
         window, offset = divmod(sample, self.readers * self.samples_per_shard)
         step, reader = divmod(offset, self.readers)
         return window * self.readers + reader, step
 
     def shard_of(self, sample: int) -> int:
-        """Shard that global sample `sample` comes from."""
+        """Return the shard that a global sample comes from."""
         position, _ = self.locate(sample)
         shard = self.shard_at(position)
         exclusion = self._exclusion_at(sample)
         if exclusion is None or shard not in exclusion.shards:
             return shard
-        whole = [s for s in range(self.num_shards) if s not in exclusion.shards]
-        return whole[position % len(whole)]
+        intact = [s for s in range(self.num_shards) if s not in exclusion.shards]
+        return intact[position % len(intact)]
 
     def shard_at(self, position: int) -> int:
-        """Shard at a position of the endless sequence."""
+        """Return the shard at a position of the endless sequence."""
         epoch, index = divmod(self._turn(position), self.num_shards)
         return int(self._epoch(epoch)[index])
 
     def rows_at(self, position: int) -> NDArray[np.intp]:
-        """Order in which the rows of the shard at this position are taken, [S]."""
+        """Return the order in which the rows of the shard at this position are read, [S]."""
         return seeded_permutation(self.samples_per_shard, self.seed, _ROWS, position)
 
     def _turn(self, position: int) -> int:
-        """Place in the sequence of all shards that `position` has without those left out."""
+        """Map a position to the sequence of all shards, excluded ones included."""
         window = self.readers * self.samples_per_shard
         exclusion = self._exclusion_at(position // self.readers * window)
         if exclusion is None:
@@ -123,9 +123,9 @@ class SampleOrder:
         return epoch * self.num_shards + int(places[count])
 
     def _places(self, epoch: int, offset: int, exclusion: Exclusion) -> NDArray[np.intp]:
-        """Indices from `offset` on in an epoch's shards that are not left out."""
-        left_out = np.isin(self._epoch(epoch)[offset:], exclusion.shards)
-        return offset + np.flatnonzero(~left_out)
+        """Return the indices from `offset` on of an epoch's shards that are not excluded."""
+        excluded = np.isin(self._epoch(epoch)[offset:], exclusion.shards)
+        return offset + np.flatnonzero(~excluded)
 
     def _exclusion_at(self, sample: int) -> Exclusion | None:
         return next((e for e in reversed(self.exclusions) if e.since <= sample), None)
@@ -135,10 +135,10 @@ class SampleOrder:
 
 
 def seeded_permutation(length: int, *key: int) -> NDArray[np.intp]:
-    """Permutation of `range(length)` for a key of non-negative integers, [length].
+    """Permute `range(length)` by a key of non-negative integers.
 
-    It sorts the raw output of PCG64, which numpy promises to keep for a `SeedSequence` (unlike
-    `Generator.permutation`), so the order survives another version or machine.
+    Sorts the raw output of PCG64, which numpy promises to keep for a `SeedSequence` (unlike
+    `Generator.permutation`), so the order is the same on other versions and machines.
     """
     raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(length)
     return np.argsort(raw, kind="stable")

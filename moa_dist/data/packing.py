@@ -1,7 +1,7 @@
-"""From documents to shards: a flat file of tokens, then packed samples.
+"""Packs documents into shards, by way of a flat file of tokens.
 
-The flat file lets documents be shuffled without holding the corpus in memory: it is written
-in the order of the text and read back, memory-mapped, in the shuffled order.
+Thanks to the flat file, documents are shuffled without holding the corpus in memory: it is written
+in the order of the text and read back, memory-mapped, in shuffled order.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from moa_dist.data.tokenizer import Tokenizer, split_pieces
 from moa_dist.errors import DataError
 
 _BATCH_CHARACTERS = 1 << 22
-_DOCUMENTS = 2  # tag that keeps this permutation apart from those of `order`
+_DOCUMENTS = 2  # tag that makes this permutation differ from those in `order`
 _MIN_SHARDS = 16
 _MIN_SAMPLES_PER_SHARD = 64
 
 
 class TokenFile:
-    """Tokens of all documents of one split, each document ended by its token, on disk.
+    """Stores the tokens of one split on disk, each document followed by the end token.
 
-    Use as a context manager; after it is closed, `path`, `ends` and `text_bytes` remain.
+    Use as a context manager; `path`, `ends` and `text_bytes` remain valid after it is closed.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.path = path
         self.dtype = token_dtype(smallest_dtype(tokenizer.vocab_size))
         self.ends = array("q")
-        """Where each document ends in the file, in tokens."""
+        """Offset in tokens at which each document ends."""
         self.text_bytes = 0
         self._tokenizer = tokenizer
         self._file = path.open("wb")
@@ -72,11 +72,11 @@ class TokenFile:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, with their ends; final once the file is closed."""
+        """Return the number of tokens, end tokens included; final once the file is closed."""
         return self.ends[-1] if self.ends else 0
 
     def documents(self, seed: int) -> Iterator[Tokens]:
-        """Tokens of each document, in the order that `seed` shuffles them to."""
+        """Yield the tokens of each document, in an order shuffled by `seed`."""
         tokens = np.memmap(self.path, self.dtype, mode="r")
         for index in seeded_permutation(len(self.ends), seed, _DOCUMENTS):
             start = self.ends[index - 1] if index else 0
@@ -97,14 +97,14 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Packed:
-    """The shards that `write_shards` wrote."""
+    """Describes the shards that `write_shards` wrote."""
 
     shards: tuple[ShardEntry, ...]
     """One entry per file."""
     samples_per_shard: int
-    """The same for all."""
+    """Samples in each shard."""
     dropped_tokens: int
-    """Tokens after the last sample."""
+    """Tokens left over after the last sample."""
 
 
 def write_shards(
@@ -119,13 +119,13 @@ def write_shards(
     """Shuffle the documents, pack them end to end, and write equal shards.
 
     Args:
-        tokens: the documents, closed.
-        folder: where the shards go.
+        tokens: the documents, in a closed file.
+        folder: where to write the shards.
         block_length: L; samples have L + 1 tokens and overlap by one.
-        target: the most samples per shard. A small text gets smaller shards, so that there are
-            enough of them for several readers.
-        seed: of the order of documents.
-        progress: called with (shards written, shards in all).
+        target: maximum samples per shard. A small text gets smaller shards, so that several
+            readers have enough of them.
+        seed: seed that shuffles the documents.
+        progress: called with (shards written, total shards).
 
     Raises:
         DataError: the text does not fill one sample.
@@ -135,7 +135,8 @@ def write_shards(
         raise DataError(
             f"too little text: {tokens.num_tokens} tokens in {len(tokens.ends)} documents, and one "
             f"sample of sequence length {block_length} takes {block_length + 1}; give more text "
-            "or a smaller --sequence-length"
+            "or a smaller --sequence-length",
+            key="--sequence-length",
         )
     num_shards = max(
         math.ceil(num_samples / target), min(_MIN_SHARDS, num_samples // _MIN_SAMPLES_PER_SHARD)
@@ -154,7 +155,7 @@ def write_shards(
 def _overlapping_runs(
     documents: Iterator[Tokens], step: int, dtype: np.dtype[np.unsignedinteger]
 ) -> Iterator[Tokens]:
-    """Runs of `step + 1` tokens, each starting with the last token of the run before it."""
+    """Yield runs of `step + 1` tokens, each starting with the last token of the previous run."""
     run = np.empty(step + 1, dtype)
     filled = 0
     for document in documents:

@@ -1,14 +1,14 @@
-"""Pairs of a source text and its translation: shards of them, and their order in buckets.
+"""Stores pairs of a source text and its translation in shards, and orders them in buckets.
 
 A shard is a webdataset tar with two members per pair, `{pair:09d}.source` and `{pair:09d}.target`,
-each the text's tokens as raw little-endian integers without the token that ends it. As parallel
-text is small (the 4.5 M pairs of WMT14 take half a GB), every rank keeps all of it in memory.
+each holding the text's tokens as raw little-endian integers without the end token. Parallel text
+is small (the 4.5 M pairs of WMT14 take half a GB), so every rank keeps all of it in memory.
 
-A sample is a bucket: pairs of similar length, as many as make `bucket_tokens` with their padding.
+A sample is a bucket: as many pairs of similar length as fit `bucket_tokens` with their padding.
 Global sample g is bucket g mod N of epoch g // N, a pure function of (seed, lengths, g): pairs in
-a fresh random order are sorted by length, cut into buckets, and the buckets shuffled. Where they
-are cut depends on the lengths only, so all epochs have N. Rank g mod W takes it, as for samples of
-text, so that the number of samples consumed is all the state there is.
+a fresh random order are sorted by length, cut into buckets, and the buckets shuffled. The cuts
+depend only on the lengths, so every epoch has N buckets. As with samples of text, rank g mod W
+takes sample g, and the number of samples consumed is the only state.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from moa_dist.data.order import seeded_permutation
 from moa_dist.data.shards import REMEDY, Tokens, check_ids, read_checked, write_members
 from moa_dist.errors import DataError
 
-_PAIRS, _BUCKETS = 3, 4  # tags that keep these permutations apart from those of `order`
+_PAIRS, _BUCKETS = 3, 4  # tags that make these permutations differ from those in `order`
 _SIDES = ("source", "target")
 
 
 def write_pairs(
     folder: Path, index: int, first: int, pairs: Iterable[tuple[Tokens, Tokens]]
 ) -> ShardEntry:
-    """Write shard `index`, whose first pair is number `first`; returns its manifest entry."""
+    """Write shard `index`, whose first pair is number `first`; return its manifest entry."""
     named = (
         (member_name(first + row, side), tokens)
         for row, pair in enumerate(pairs)
@@ -46,35 +46,35 @@ def write_pairs(
 
 
 def member_name(pair: int, side: str) -> str:
-    """Name of the member that holds one text of a pair, numbered over all shards."""
+    """Return the name of the member that holds one text of a pair, numbered over all shards."""
     return f"{pair:09d}.{side}"
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """All pairs of a folder, in file order."""
+    """Holds all pairs of a folder in memory, in file order."""
 
     tokens: Tokens
-    """Of all texts, end to end: source, target, source, ..."""
+    """Tokens of all texts, concatenated: source, target, source, ..."""
     ends: NDArray[np.int64]
-    """[N, 2]: where source and target of each pair end in `tokens`."""
+    """[N, 2]: offsets in `tokens` at which source and target of each pair end."""
 
     def __len__(self) -> int:
         return len(self.ends)
 
     @cached_property
     def longest(self) -> NDArray[np.int64]:
-        """[N]: tokens of each pair's longer text, its end included."""
+        """Return the length of each pair's longer text, end token included, [N]."""
         lengths = np.diff(self.ends.ravel(), prepend=0).reshape(-1, 2)
         return lengths.max(1) + 1
 
     def source(self, pair: int) -> list[int]:
-        """Tokens of its source text."""
+        """Return the tokens of a pair's source text."""
         start = self.ends[pair - 1, 1] if pair else 0
         return self.tokens[start : self.ends[pair, 0]].tolist()
 
     def target(self, pair: int) -> list[int]:
-        """Tokens of its target text."""
+        """Return the tokens of a pair's target text."""
         return self.tokens[self.ends[pair, 0] : self.ends[pair, 1]].tolist()
 
 
@@ -82,7 +82,7 @@ def read_pairs(folder: Path, manifest: PairManifest) -> Pairs:
     """Read and check all shards of a folder.
 
     Raises:
-        DataError: a shard is missing, differs from the manifest in any way, or holds a token
+        DataError: a shard is missing or differs from the manifest in any way, or holds a token
             id outside the vocabulary.
     """
     shards: list[Tokens] = []
@@ -92,7 +92,7 @@ def read_pairs(folder: Path, manifest: PairManifest) -> Pairs:
         first = index * manifest.pairs_per_shard
         count = min(manifest.pairs_per_shard, manifest.pairs - first)
         texts = _parse(file, content, manifest, range(first, first + count))
-        # Shard by shard: an array per text takes many times the room of its tokens.
+        # Shard by shard: an array per text takes many times the memory of its tokens.
         lengths += map(len, texts)
         shards.append(np.concatenate(texts))
     ends = np.cumsum(lengths, dtype=np.int64).reshape(-1, 2)
@@ -108,37 +108,45 @@ def _parse(file: Path, content: bytes, manifest: PairManifest, pairs: range) -> 
             if member["fname"] != wanted:
                 raise DataError(
                     f"{file}: member '{member['fname']}' where {wanted} should be; only texts of "
-                    f"pairs in order are accepted; {REMEDY}"
+                    f"pairs in order are accepted; {REMEDY}",
+                    path=file,
+                    key=member["fname"],
                 )
             size = len(member["data"])
             if not 0 < size < manifest.block_length * dtype.itemsize or size % dtype.itemsize:
                 raise DataError(
-                    f"{file}: member '{wanted}' has {size} bytes, no text of 1 to "
-                    f"{manifest.block_length - 1} tokens; {REMEDY}"
+                    f"{file}: member '{wanted}' has {size} bytes, not a text of 1 to "
+                    f"{manifest.block_length - 1} tokens; {REMEDY}",
+                    path=file,
+                    key=wanted,
                 )
             texts.append(np.frombuffer(member["data"], dtype))
     except tarfile.TarError as error:
-        raise DataError(f"{file}: not a tar archive ({error}); {REMEDY}") from error
+        raise DataError(f"{file}: not a tar archive ({error}); {REMEDY}", path=file) from error
     if len(texts) != 2 * len(pairs):
-        raise DataError(f"{file}: {len(texts)} texts instead of {2 * len(pairs)}; {REMEDY}")
+        raise DataError(
+            f"{file}: {len(texts)} texts instead of {2 * len(pairs)}; {REMEDY}",
+            path=file,
+            key="pairs_per_shard",
+        )
     check_ids(file, np.concatenate(texts), manifest.vocab_size)
     return texts
 
 
 @dataclass(frozen=True, eq=False)
 class BucketOrder:
-    """Which pairs each bucket holds."""
+    """Maps each global sample to the pairs in its bucket."""
 
     longest: NDArray[np.int64]
-    """[N] tokens of each pair's longer text."""
+    """[N] length of each pair's longer text."""
     bucket_tokens: int
-    """The most tokens of a bucket: pairs times the longest text. At least the longest text."""
+    """Maximum tokens in a bucket, pairs times longest text. No text is longer than this."""
     seed: int
-    """Another seed gives another order."""
+    """Seed of all permutations."""
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where buckets begin among pairs sorted by length, longest first, and where all end."""
+        """Return where buckets start among pairs sorted longest first, and where the last ends."""
         lengths = np.sort(self.longest)[::-1]
         starts = [0]
         while starts[-1] < len(lengths):
@@ -148,11 +156,11 @@ class BucketOrder:
 
     @property
     def num_buckets(self) -> int:
-        """In every epoch."""
+        """Return the number of buckets in every epoch."""
         return len(self.starts) - 1
 
     def take(self, samples: Iterable[int]) -> Iterator[NDArray[np.intp]]:
-        """Pairs of each of the global samples, which may be any numbers from 0."""
+        """Yield the pairs of each global sample; samples may be any numbers from 0."""
         current = -1
         for sample in samples:
             epoch, place = divmod(sample, self.num_buckets)
@@ -161,7 +169,7 @@ class BucketOrder:
             yield self._cut(pairs, int(buckets[place]))
 
     def in_file_order(self) -> Iterator[NDArray[np.intp]]:
-        """The buckets of pairs that nothing has shuffled, once."""
+        """Yield each bucket of the unshuffled pairs once."""
         pairs = np.argsort(-self.longest, kind="stable")
         for bucket in range(self.num_buckets):
             yield self._cut(pairs, bucket)
@@ -170,7 +178,7 @@ class BucketOrder:
         return pairs[self.starts[bucket] : self.starts[bucket + 1]]
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Pairs sorted by length, at random among equals, and the order of buckets."""
+        """Return pairs sorted by length, randomly among equals, and the order of buckets."""
         pairs = seeded_permutation(len(self.longest), self.seed, _PAIRS, epoch)
         pairs = pairs[np.argsort(-self.longest[pairs], kind="stable")]
         return pairs, seeded_permutation(self.num_buckets, self.seed, _BUCKETS, epoch)

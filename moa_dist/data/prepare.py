@@ -1,28 +1,27 @@
-"""Text to shards: `text -> tokens -> shuffled, packed samples -> tar shards + manifest`.
+"""Turns text into shards: `text -> tokens -> shuffled, packed samples -> tar shards + manifest`.
 
-Everything is written to a hidden folder beside the output, which takes its place at the very
-end: an interrupted run never leaves a folder that looks complete.
+Everything is written to a hidden folder next to the output and renamed at the very end, so an
+interrupted run never leaves a folder that looks complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from moa_dist.data.manifest import (
-    MANIFEST_FILE,
+    SPLITS,
     Manifest,
     save_manifest,
     sha256_of,
     smallest_dtype,
 )
+from moa_dist.data.output_folder import check_output, partial_folder, put_in_place
 from moa_dist.data.packing import TokenFile, write_shards
 from moa_dist.data.text import TextCounts, TextOptions, find_files, read_documents
 from moa_dist.data.tokenizer import (
@@ -36,23 +35,19 @@ from moa_dist.data.tokenizer import (
 from moa_dist.errors import DataError
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, done so far, in all)."""
+"""Called with (what is being done, amount done, total)."""
 
 DEFAULT_SAMPLES_PER_SHARD = 4096
-_SPLITS = ("train", "valid")
-_OUR_FILES = re.compile(
-    rf"({re.escape(MANIFEST_FILE)}|{re.escape(TOKENIZER_FILE)}|shard-\d+\.tar)\Z"
-)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` made."""
+    """Describes what `prepare` wrote."""
 
     manifests: dict[Path, Manifest]
     """The manifest of each folder of shards."""
     counts: TextCounts
-    """What the text held."""
+    """Counts of the text that was read."""
 
 
 def prepare(
@@ -77,23 +72,23 @@ def prepare(
 
     Args:
         inputs: files, folders, or `-` for stdin.
-        output: folder to make. With a validation share it holds `train` and `valid`, each a
-            folder of shards of its own with the same tokenizer.
+        output: folder to create. With a validation share it holds `train` and `valid`, each a
+            separate folder of shards with the same tokenizer.
         block_length: tokens per sequence (L); a sample stores one more.
         vocab_size: size of the tokenizer that is trained when `tokenizer` is None.
         tokenizer: `tokenizer.json` to use instead, or a folder that holds one.
-        samples_per_shard: the most samples in a shard.
-        valid_share: share of the documents held out. The text of a document decides, so equal
-            documents never end up on both sides.
-        seed: of the tokenizer's sample, the held-out documents and the order of documents.
+        samples_per_shard: maximum samples in a shard.
+        valid_share: share of the documents to hold out. A hash of the document's text decides, so
+            equal documents are never in both splits.
+        seed: seed of the tokenizer's sample, of the held-out documents and of the document order.
         text: how files become documents; None for the defaults of `TextOptions`.
-        tokenizer_sample_bytes: the most text that a tokenizer is trained on.
-        force: replace an output that an earlier run made.
+        tokenizer_sample_bytes: maximum text that a tokenizer is trained on.
+        force: replace an output that an earlier run wrote.
         progress: called while working.
-        stdin: where the input `-` is read from; None for the process's own.
+        stdin: stream to read the input `-` from; None for the process's stdin.
 
     Raises:
-        DataError: the text cannot be read or is too little, an option does not fit, or the
+        DataError: the text cannot be read or is too short, an option is out of range, or the
             output exists.
     """
     options = text or TextOptions()
@@ -124,7 +119,7 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the text, twice when a tokenizer is trained on it first."""
+    """Reads the text: twice if a tokenizer is trained on it first."""
 
     files: Sequence[Path]
     options: TextOptions
@@ -143,9 +138,9 @@ class _Reader:
         return trained
 
     def tokenize(self, tokenizer: Tokenizer, work: Path) -> tuple[dict[str, TokenFile], TextCounts]:
-        """Token file of each split; the only split of an undivided text is named "."."""
+        """Write the token file of each split; the only split of undivided text is named "."."""
         counts = TextCounts()
-        splits = _SPLITS if self.valid_share else (".",)
+        splits = SPLITS if self.valid_share else (".",)
         with ExitStack() as stack:
             files = {
                 split: stack.enter_context(TokenFile(work / f"tokens{number}", tokenizer))
@@ -156,7 +151,7 @@ class _Reader:
         return files, counts
 
     def _documents(self, what: str, counts: TextCounts) -> Iterator[tuple[str, int, str]]:
-        """Each document with its bytes and its split."""
+        """Yield each document with its number of bytes and its split."""
         if self.options.max_bytes is None:
             total = sum(file.stat().st_size for file in self.files)
         else:
@@ -197,7 +192,9 @@ def _write_split(
         )
     except DataError as error:
         if split == "valid":
-            raise DataError(f"validation split: {error}, or a larger --valid-share") from error
+            raise DataError(
+                f"validation split: {error}, or a larger --valid-share", key="--valid-share"
+            ) from error
         raise
     tokenizer_json = tokenizer.to_json().encode()
     (folder / TOKENIZER_FILE).write_bytes(tokenizer_json)
@@ -223,76 +220,18 @@ def _write_split(
 def _check_options(
     block_length: int, samples_per_shard: int, valid_share: float, seed: int, max_bytes: int | None
 ) -> None:
-    problems = [
-        (block_length < 1, f"--sequence-length {block_length}: must be at least 1"),
-        (samples_per_shard < 1, f"--samples-per-shard {samples_per_shard}: must be at least 1"),
-        (not 0 <= valid_share < 1, f"--valid-share {valid_share}: must be from 0 to below 1"),
-        (not 0 <= seed < 2**63, f"--seed {seed}: must be from 0 to below 2^63"),
-        (max_bytes is not None and max_bytes < 4, f"--max-bytes {max_bytes}: must be at least 4"),
+    max_bytes_wrong = max_bytes is not None and max_bytes < 4
+    checks = [
+        (block_length < 1, "--sequence-length", block_length, "at least 1"),
+        (samples_per_shard < 1, "--samples-per-shard", samples_per_shard, "at least 1"),
+        (not 0 <= valid_share < 1, "--valid-share", valid_share, "from 0 to below 1"),
+        (not 0 <= seed < 2**63, "--seed", seed, "from 0 to below 2^63"),
+        (max_bytes_wrong, "--max-bytes", max_bytes, "at least 4"),
     ]
-    found = [message for wrong, message in problems if wrong]
-    if found:
-        raise DataError("; ".join(found))
-
-
-def check_output(output: Path, force: bool) -> None:
-    """Raise DataError if the folder exists and must not be replaced."""
-    try:
-        if not output.exists():
-            return
-    except OSError as error:
-        raise DataError(f"{output}: {error.strerror}; choose another --output") from error
-    if not output.is_dir():
-        raise DataError(f"{output}: exists and is no folder; choose another --output")
-    if not any(output.iterdir()):
-        return
-    if not _made_by_prepare(output):
-        # Even with --force: nobody's other files are ever deleted.
-        raise DataError(
-            f"{output}: holds files that moa-dist prepare did not write; choose another --output"
-        )
-    if not force:
-        raise DataError(
-            f"{output}: already holds prepared data; use --force to replace it, or choose "
-            "another --output"
-        )
-
-
-def _made_by_prepare(folder: Path) -> bool:
-    for entry in folder.iterdir():
-        if entry.is_dir() and entry.name in _SPLITS:
-            if not all(_OUR_FILES.match(inner.name) for inner in entry.iterdir()):
-                return False
-        elif not _OUR_FILES.match(entry.name):
-            return False
-    return True
-
-
-@contextmanager
-def partial_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, removed if anything goes wrong."""
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be made ({error}); choose another --output") from error
-    try:
-        yield partial
-    except OSError as error:
-        raise DataError(
-            f"{output}: cannot be written ({error}); free some space or choose another --output"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def put_in_place(partial: Path, output: Path) -> None:
-    """Move the finished folder to where it belongs."""
-    if output.is_dir() and any(output.iterdir()):
-        # The old data stays whole until the new data is complete beside it.
-        old = partial.with_name(f"{partial.name}-old")
-        output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old)
-    else:
-        partial.rename(output)
+    problems = [
+        DataError(f"{option} {value}: must be {allowed}", key=option)
+        for wrong, option, value, allowed in checks
+        if wrong
+    ]
+    if problems:
+        raise DataError("; ".join(map(str, problems)), key=problems[0].key, causes=problems)

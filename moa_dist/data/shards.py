@@ -1,6 +1,6 @@
-"""One shard: a webdataset tar with one member per sample, `{sample:09d}.tokens`.
+"""Reads and writes shards: webdataset tars with one member per sample, `{sample:09d}.tokens`.
 
-A member is the sample's L + 1 tokens as raw little-endian integers. Reading accepts nothing
+A member holds the sample's L + 1 tokens as raw little-endian integers. Reading accepts nothing
 else: no decoder is ever chosen by a member's name, so a shard cannot make a reader unpickle or
 run anything, and shards are opened as local files, never as URLs.
 """
@@ -27,12 +27,12 @@ def write_shard(folder: Path, index: int, samples_SL: Tokens) -> ShardEntry:
     """Write shard `index`; the same samples always give the same bytes.
 
     Args:
-        folder: where to.
+        folder: folder to write to.
         index: position of the shard in the folder.
-        samples_SL: its samples, [S, L + 1], in the type they are stored in.
+        samples_SL: its samples, [S, L + 1], in the stored type.
 
     Returns:
-        The shard's entry for the manifest.
+        The shard's manifest entry.
     """
     first = index * len(samples_SL)
     return write_members(
@@ -41,11 +41,11 @@ def write_shard(folder: Path, index: int, samples_SL: Tokens) -> ShardEntry:
 
 
 def write_members(folder: Path, index: int, members: Iterable[tuple[str, Tokens]]) -> ShardEntry:
-    """Write shard `index` of named arrays; returns its entry for the manifest."""
+    """Write shard `index` from named arrays; return its manifest entry."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, tokens in members:
-            # A TarInfo has no owner and no time of its own: nothing depends on the machine.
+            # A new TarInfo has no owner and no time, so the bytes do not depend on the machine.
             member = tarfile.TarInfo(name)
             member.size = tokens.nbytes
             tar.addfile(member, io.BytesIO(tokens.tobytes()))
@@ -67,7 +67,7 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> Tokens:
         Its samples in file order, [S, L + 1], in the stored type.
 
     Raises:
-        DataError: the shard is missing, differs from the manifest in any way, or holds a token
+        DataError: the shard is missing or differs from the manifest in any way, or holds a token
             id outside the vocabulary.
     """
     file, content = read_checked(folder, manifest.shards[index])
@@ -77,17 +77,21 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> Tokens:
 
 
 def read_checked(folder: Path, entry: ShardEntry) -> tuple[Path, bytes]:
-    """A shard's file and what it holds, as it was written; raises DataError."""
+    """Read a shard's file and verify its checksum; raise DataError if it is not as written."""
     file = folder / entry.file
     problem = shard_file_problem(folder, entry)
     if problem:
-        raise DataError(problem)
+        raise problem
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error}); {REMEDY}") from error
+        raise DataError(f"{file}: cannot be read ({error}); {REMEDY}", path=file) from error
     if sha256_of(content) != entry.sha256:
-        raise DataError(f"{file}: altered or damaged (its checksum is wrong); {REMEDY}")
+        raise DataError(
+            f"{file}: altered or damaged (its checksum is wrong); {REMEDY}",
+            path=file,
+            key="sha256",
+        )
     return file, content
 
 
@@ -96,24 +100,30 @@ def check_ids(file: Path, tokens: Tokens, vocab_size: int) -> None:
     largest = int(tokens.max())
     if largest >= vocab_size:
         raise DataError(
-            f"{file}: token id {largest} is outside the vocabulary of {vocab_size}; {REMEDY}"
+            f"{file}: token id {largest} is outside the vocabulary of {vocab_size}; {REMEDY}",
+            path=file,
+            key="vocab_size",
         )
 
 
-def shard_file_problem(folder: Path, entry: ShardEntry) -> str | None:
-    """What is wrong with a shard as far as its size tells; None if nothing is."""
+def shard_file_problem(folder: Path, entry: ShardEntry) -> DataError | None:
+    """Check that a shard exists and has the right size; return what is wrong, or None."""
     file = folder / entry.file
-    # A regular file only: opening a pipe or a device could block for ever.
+    # A regular file only: opening a pipe or a device could block forever.
     if not file.is_file():
-        return f"{file}: missing; {REMEDY}"
+        return DataError(f"{file}: missing; {REMEDY}", path=file, key="file")
     size = file.stat().st_size
     if size != entry.bytes:
-        return f"{file}: {size} bytes instead of {entry.bytes}, cut off or altered; {REMEDY}"
+        return DataError(
+            f"{file}: {size} bytes instead of {entry.bytes}, truncated or altered; {REMEDY}",
+            path=file,
+            key="bytes",
+        )
     return None
 
 
 def member_name(sample: int) -> str:
-    """Name of the member that holds a sample, numbered over all shards."""
+    """Return the name of the member that holds a sample, numbered over all shards."""
     return f"{sample:09d}.tokens"
 
 
@@ -123,24 +133,32 @@ def _parse(file: Path, content: bytes, manifest: Manifest, first: int) -> Tokens
     samples_SL = np.empty((manifest.samples_per_shard, length), dtype)
     count = 0
     try:
-        # Without skip_meta only what webdataset reserves for itself (`__name__`) goes unseen.
+        # With skip_meta=None, only names that webdataset reserves (`__name__`) are skipped.
         for member in tar_file_iterator(io.BytesIO(content), skip_meta=None):
             expected = member_name(first + count)
             if count == len(samples_SL) or member["fname"] != expected:
                 wanted = "the end" if count == len(samples_SL) else expected
                 raise DataError(
                     f"{file}: member '{member['fname']}' where {wanted} should be; only token "
-                    f"members in order are accepted; {REMEDY}"
+                    f"members in order are accepted; {REMEDY}",
+                    path=file,
+                    key=member["fname"],
                 )
             if len(member["data"]) != length * dtype.itemsize:
                 raise DataError(
                     f"{file}: member '{expected}' has {len(member['data'])} bytes instead of "
-                    f"{length * dtype.itemsize}; {REMEDY}"
+                    f"{length * dtype.itemsize}; {REMEDY}",
+                    path=file,
+                    key=expected,
                 )
             samples_SL[count] = np.frombuffer(member["data"], dtype)
             count += 1
     except tarfile.TarError as error:
-        raise DataError(f"{file}: not a tar archive ({error}); {REMEDY}") from error
+        raise DataError(f"{file}: not a tar archive ({error}); {REMEDY}", path=file) from error
     if count != len(samples_SL):
-        raise DataError(f"{file}: {count} samples instead of {len(samples_SL)}; {REMEDY}")
+        raise DataError(
+            f"{file}: {count} samples instead of {len(samples_SL)}; {REMEDY}",
+            path=file,
+            key="samples_per_shard",
+        )
     return samples_SL

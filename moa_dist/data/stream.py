@@ -1,7 +1,7 @@
-"""One rank's samples, endless and in exact order; the only state is a number of samples.
+"""Streams one rank's samples endlessly, in exact order; the only state is a number of samples.
 
 Global sample g belongs to rank g mod W (see `order`), so every number of ranks that divides the
-readers sees the same global batches. Background workers read ahead: worker k of N makes the
+readers sees the same global batches. Background workers prefetch: worker k of N builds the
 micro-batches k, k + N, ..., and they are taken in turn, so workers cannot change the order.
 """
 
@@ -27,12 +27,12 @@ from moa_dist.data.shards import Tokens, read_shard
 from moa_dist.distributed.preemption import PREEMPTION_SIGNALS, signals_blocked
 from moa_dist.errors import DataError
 
-_PREFETCHED_BATCHES = 8  # per worker; hides the reading of the next window's shards
+_PREFETCHED_BATCHES = 8  # per worker; hides the time to read the next window's shards
 _POLL_S = 1.0
 
 
 class SampleStream(IterableDataset[Tensor]):
-    """Micro-batches of one rank, `[micro_batch, L + 1]` int64, without end.
+    """Yields the micro-batches of one rank, `[micro_batch, L + 1]` int64, endlessly.
 
     Micro-batch b holds the global samples `consumed + rank + W * (b * micro_batch + j)` for j from
     0. At most `readers / W` decoded shards are in memory.
@@ -40,16 +40,17 @@ class SampleStream(IterableDataset[Tensor]):
     Args:
         folder: folder of shards.
         manifest: its manifest.
-        readers: shards read side by side by all ranks together (M).
-        seed: of the order.
+        readers: shards that all ranks together read in parallel (M).
+        seed: seed of the order.
         rank: this rank.
         world_size: number of ranks (W); must divide `readers`.
-        consumed: samples that all ranks together have consumed before; a multiple of W.
+        consumed: samples already consumed by all ranks together; a multiple of W.
         micro_batch: samples per micro-batch.
-        exclusions: damaged shards that are left out; none since a later sample than `consumed`.
+        exclusions: damaged shards to leave out; none starts after `consumed`.
 
     Raises:
-        DataError: the numbers do not fit; and, while iterating, a shard is missing or damaged.
+        DataError: `readers` or `consumed` is not a multiple of W; or, while iterating, a shard is
+            missing or damaged.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class SampleStream(IterableDataset[Tensor]):
     ) -> None:
         problem = readers_problem(readers, world_size)
         if problem:
-            raise DataError(problem)
+            raise problem
         if consumed < 0 or consumed % world_size:
             raise DataError(
                 f"cannot resume at sample {consumed} with {world_size} ranks: it is not a multiple "
-                "of the ranks; use a number of ranks that divides it"
+                "of the ranks; use a number of ranks that divides it",
+                key="consumed",
             )
         assert 0 <= rank < world_size
         assert micro_batch > 0
@@ -100,7 +102,7 @@ class SampleStream(IterableDataset[Tensor]):
 
 
 class _OpenShards:
-    """The shard that each reader is in, decoded, its rows in the order they are taken."""
+    """Holds the decoded shard of each reader, with its rows in the order they are read."""
 
     def __init__(self, folder: Path, manifest: Manifest, order: SampleOrder) -> None:
         self._folder = folder
@@ -109,7 +111,7 @@ class _OpenShards:
         self._open: dict[int, tuple[int, Tokens]] = {}
 
     def sample(self, sample: int) -> Tokens:
-        """Tokens of a global sample, [L + 1]."""
+        """Return the tokens of a global sample, [L + 1]."""
         position, step = self._order.locate(sample)
         reader = position % self._order.readers
         at, rows_SL = self._open.get(reader, (None, None))
@@ -122,9 +124,9 @@ class _OpenShards:
 
 
 class _ErrorsAsItems(IterableDataset[Tensor | DataError]):
-    """A stream in a worker process that hands its `DataError` over as the last item.
+    """Wraps a stream in a worker process and yields its `DataError` as the last item.
 
-    torch would raise it with the worker's traceback as its message.
+    Otherwise, torch would raise it with the worker's traceback as its message.
     """
 
     def __init__(self, stream: SampleStream) -> None:
@@ -140,17 +142,17 @@ class _ErrorsAsItems(IterableDataset[Tensor | DataError]):
 def build_loader(
     stream: SampleStream, *, workers: int, timeout_s: float = 300.0
 ) -> Iterator[Tensor]:
-    """Iterate over a stream's micro-batches, read ahead by background processes.
+    """Iterate over a stream's micro-batches, prefetched by background processes.
 
-    Close the iterator (or drop it) to end the processes.
+    Close or drop the iterator to end the processes.
 
     Args:
         stream: the samples.
-        workers: processes; 0 reads in this one.
-        timeout_s: longest wait for a micro-batch, in seconds, when there are workers.
+        workers: number of background processes; 0 reads in this one.
+        timeout_s: maximum wait for a micro-batch from a worker, in seconds.
 
     Raises:
-        DataError: while iterating, as from the stream; or a worker died or took too long.
+        DataError: while iterating: the stream raised it, or a worker died or took too long.
     """
     if workers == 0:
         yield from stream
@@ -167,13 +169,13 @@ def build_loader(
         timeout=_POLL_S,
         multiprocessing_context=context,
         worker_init_fn=_end_with_trainer,
-        # Its own, or making a loader would draw from the global generator and change training.
+        # Its own generator: otherwise the loader would draw from the global one.
         generator=torch.Generator(),
     )
-    # A cluster ends a job by signals to all of its processes, and the training process needs its
+    # A cluster ends a job by signaling all of its processes, and the training process needs its
     # workers until it has finished the step.
     with signals_blocked():
-        resource_tracker.ensure_running()  # unblocks SIGTERM again, if it is the first to start it
+        resource_tracker.ensure_running()  # unblocks SIGTERM if it starts the tracker
         signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
         batches = iter(loader)
     while True:
@@ -184,10 +186,10 @@ def build_loader(
 
 
 def _end_with_trainer(worker: int) -> None:
-    """Let a worker end when the training process is killed, or tells it to.
+    """End a worker when the training process is killed, or sends it SIGTERM.
 
     torch watches the worker's parent, which is not the training process but the fork server, and
-    that lives on as long as its workers do.
+    that stays alive as long as its workers do.
     """
     trainer = multiprocessing.parent_process()
     assert trainer is not None
@@ -197,7 +199,7 @@ def _end_with_trainer(worker: int) -> None:
         os._exit(1)
 
     def obey() -> None:
-        """Blocked as it is, SIGTERM must still end a worker if the trainer sends it."""
+        """End this process if the trainer sends SIGTERM, which is blocked here."""
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
             pass
         os._exit(1)
@@ -207,7 +209,7 @@ def _end_with_trainer(worker: int) -> None:
 
 
 def _next_item(batches: Iterator[Tensor | DataError], timeout_s: float) -> Tensor | DataError:
-    """Wait in short turns: torch looks for dead workers only when a wait is over."""
+    """Return the next item, polling, because torch checks for dead workers only after a wait."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -218,19 +220,21 @@ def _next_item(batches: Iterator[Tensor | DataError], timeout_s: float) -> Tenso
                 continue
             if not str(error).startswith("DataLoader "):
                 raise
-            problem = f"nothing came for {timeout_s:g} s" if is_late else str(error)
+            problem = f"no data for {timeout_s:g} s" if is_late else str(error)
             raise DataError(
-                f"reading ahead failed: {problem}; check that the storage answers and that memory "
-                "and shared memory (/dev/shm) suffice, or set data.workers to 0 to see the cause"
+                f"prefetching failed: {problem}; check that the storage responds and that memory "
+                "and shared memory (/dev/shm) suffice, or set data.workers to 0 to see the cause",
+                key="data.workers",
             ) from error
 
 
-def readers_problem(readers: int, world_size: int) -> str | None:
-    """Why this number of ranks cannot share the readers; None if it can."""
+def readers_problem(readers: int, world_size: int) -> DataError | None:
+    """Return an error if the number of ranks does not divide the readers, else None."""
     if readers % world_size == 0:
         return None
     above = -(-readers // world_size) * world_size
-    return (
-        f"data.readers {readers} is not a multiple of the {world_size} ranks, so ranks would get "
-        f"different samples; set data.readers to {above}, or change the number of ranks"
+    return DataError(
+        f"{world_size} ranks need data.readers to be a multiple of {world_size}; it is {readers}; "
+        f"set data.readers to {above}, or change the number of ranks",
+        key="data.readers",
     )

@@ -1,6 +1,6 @@
-"""Documents from files, folders and stdin, one at a time.
+"""Reads documents from files, folders and stdin, one at a time.
 
-Plain text and JSON Lines, either of them compressed with gzip, bzip2 or xz. Text is read
+Formats are plain text and JSON Lines, optionally compressed with gzip, bzip2 or xz. Text is read
 line by line, so a file of any size can be read as long as each document fits in memory.
 """
 
@@ -38,32 +38,32 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How files become documents."""
+    """Configures how files become documents."""
 
     documents: DocumentRule = "file"
-    """Plain text: a document is a whole file, or a run of lines ended by a blank one."""
+    """For plain text: a document is a whole file, or lines up to a blank line."""
     json_field: str = "text"
-    """JSON Lines: the field that holds the text. Every line is a document."""
+    """For JSON Lines: the field that holds the text. Every line is a document."""
     errors: ErrorRule = "strict"
-    """Text that is not UTF-8: an error, or replaced and counted."""
+    """Whether text that is not UTF-8 is an error, or is replaced and counted."""
     max_bytes: int | None = None
     """Stop after this many UTF-8 bytes of text; the last document is cut to fit."""
 
 
 @dataclass
 class TextCounts:
-    """What `read_documents` has met so far; updated while its documents are consumed."""
+    """Counts what `read_documents` has read so far; updated while documents are consumed."""
 
     documents: int = 0
     """Documents yielded."""
     text_bytes: int = 0
-    """Their UTF-8 bytes."""
+    """UTF-8 bytes yielded."""
     empty: int = 0
-    """Documents skipped because they hold nothing but white space."""
+    """Documents skipped because they hold only white space."""
     replaced: int = 0
-    """Lines of which something was not UTF-8 and was replaced."""
+    """Lines in which something was not UTF-8 and was replaced."""
     input_bytes: int = 0
-    """Bytes of the input files read so far, as they are on disk."""
+    """Bytes read from disk, compressed or not."""
 
 
 def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> list[Path]:
@@ -71,8 +71,8 @@ def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> li
 
     Args:
         inputs: paths, or `-`.
-        stdin: where `-` reads from; None for the process's own.
-        spool: file that stdin is copied to, because text is read more than once.
+        stdin: stream to read `-` from; None for the process's stdin.
+        spool: file to copy stdin to, because text is read more than once.
 
     Raises:
         DataError: an input does not exist, or a folder holds no text file.
@@ -84,7 +84,7 @@ def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> li
             is_folder, is_file = path.is_dir(), path.is_file()
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be opened ({error.strerror}); check --input"
+                f"{path}: cannot be opened ({error.strerror}); check --input", path=path
             ) from error
         if name == "-" and spool not in files:
             with spool.open("wb") as out:
@@ -95,7 +95,7 @@ def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> li
         elif is_file:
             files.append(path)
         else:
-            raise DataError(f"{path}: no such file or folder; check --input")
+            raise DataError(f"{path}: no such file or folder; check --input", path=path)
     return files
 
 
@@ -105,12 +105,12 @@ def read_documents(
     """Yield every document that is not empty, with its number of UTF-8 bytes.
 
     Args:
-        files: what `find_files` returned.
-        options: how they are cut and decoded.
+        files: files to read, as returned by `find_files`.
+        options: how to split and decode them.
         counts: updated as documents are yielded.
 
     Raises:
-        DataError: a file cannot be read or decoded, or there is no text at all.
+        DataError: a file cannot be read or decoded, or the input holds no text.
     """
     for text in _all_documents(files, options, counts):
         if not text.strip():
@@ -126,23 +126,24 @@ def read_documents(
             counts.text_bytes += len(encoded)
             yield text, len(encoded)
         if options.max_bytes is not None and counts.text_bytes > options.max_bytes - 4:
-            break  # less room than the longest character takes
+            break  # the longest character may no longer fit
     if counts.documents == 0:
         raise DataError(
             f"the input holds no text ({len(files)} files, {counts.empty} empty documents); "
-            "give --input files that hold text"
+            "give --input files that hold text",
+            key="--input",
         )
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Every line of a file, also a compressed one, without its end.
+    """Yield every line of a file, compressed or not, without its line end.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {what}; check the path")
+        raise DataError(f"{path}: {what}; check the path", path=path)
     with read_errors_named(path), path.open("rb") as raw:
         for line in _decoded(path, decompressed(path, raw), None, TextCounts()):
             yield line.rstrip("\r\n")
@@ -167,21 +168,22 @@ def _files_in(folder: Path) -> list[Path]:
     if not found:
         raise DataError(
             f"{folder}: no text files in this folder; known suffixes are "
-            f"{' '.join(sorted(known))}, also followed by one of "
+            f"{' '.join(sorted(known))}, optionally followed by one of "
             f"{' '.join(sorted(COMPRESSED_SUFFIXES))}. "
-            "A file given by its own name may have any suffix"
+            "A file given by name may have any suffix",
+            path=folder,
         )
     return found
 
 
 def content_suffix(path: Path) -> str:
-    """Suffix that says what the file holds once decompressed."""
+    """Return the suffix of the decompressed content, in lower case."""
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
     return inner.suffix.lower()
 
 
 def decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """Lines of the file, each with its newline."""
+    """Iterate over the decompressed lines of a file, each with its newline."""
     match path.suffix.lower():
         case ".gz":
             return iter(gzip.GzipFile(fileobj=raw))
@@ -195,12 +197,13 @@ def decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 @contextmanager
 def read_errors_named(path: Path) -> Iterator[None]:
-    """Turn what may go wrong while `path` is read into a DataError that names it."""
+    """Convert errors raised while reading `path` to a DataError that names it."""
     try:
         yield
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(
-            f"{path}: cannot be read ({error}); it may be cut off or damaged, copy it again"
+            f"{path}: cannot be read ({error}); it may be truncated or damaged, copy it again",
+            path=path,
         ) from error
 
 
@@ -218,13 +221,13 @@ def _documents_of(
 def _decoded(
     path: Path, raw_lines: Iterator[bytes], errors: ErrorRule | None, counts: TextCounts
 ) -> Iterator[str]:
-    """Text of lines; `errors` is None where the user has no choice but to convert the file."""
+    """Decode lines; `errors` is None if the only remedy is to convert the file."""
     offset = 0
-    for raw in raw_lines:
-        # Cutting at newlines first is safe: no other UTF-8 character contains that byte.
+    for number, raw in enumerate(raw_lines, start=1):
+        # Splitting at newlines first is safe: no other UTF-8 character contains that byte.
         line = raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
         try:
-            if b"\0" in line:  # UTF-16 without a mark is UTF-8 full of NUL characters
+            if b"\0" in line:  # UTF-16 without a mark decodes as UTF-8 full of NUL characters
                 at = line.index(b"\0")
                 raise UnicodeDecodeError("utf-8", line, at, at + 1, "a NUL byte, as UTF-16 has")
             yield line.decode()
@@ -233,7 +236,9 @@ def _decoded(
                 at = offset + len(raw) - len(line) + error.start
                 remedy = "convert the file" + (", or use --errors replace" if errors else "")
                 raise DataError(
-                    f"{path}: not UTF-8 at byte {at} of the text ({error.reason}); {remedy}"
+                    f"{path}: not UTF-8 at byte {at} of the text ({error.reason}); {remedy}",
+                    path=path,
+                    line=number,
                 ) from error
             counts.replaced += 1
             yield line.decode(errors="replace").replace("\0", "\ufffd")
@@ -260,14 +265,19 @@ def _json_documents(
             continue
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also numbers beyond all sense
-            raise DataError(f"{path}, line {number}: not JSON ({error}); mend the line") from error
+        except (ValueError, RecursionError) as error:  # ValueError: also absurdly long numbers
+            raise DataError(
+                f"{path}, line {number}: not JSON ({error}); fix the line", path=path, line=number
+            ) from error
         text = record.get(options.json_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             fields = ", ".join(record) if isinstance(record, dict) else "not an object"
             raise DataError(
                 f"{path}, line {number}: no text in field '{options.json_field}' (the line has: "
-                f"{fields}); name the right field with --json-field"
+                f"{fields}); name the right field with --json-field",
+                path=path,
+                line=number,
+                key=options.json_field,
             )
         try:
             text.encode()
@@ -275,7 +285,10 @@ def _json_documents(
             if options.errors == "strict":
                 raise DataError(
                     f"{path}, line {number}: character {error.start} of the text is not valid "
-                    "Unicode; mend the line, or use --errors replace"
+                    "Unicode; fix the line, or use --errors replace",
+                    path=path,
+                    line=number,
+                    key=options.json_field,
                 ) from error
             counts.replaced += 1
             text = text.encode(errors="replace").decode()

@@ -1,4 +1,4 @@
-"""Validation samples, the same number of micro-batches for every rank."""
+"""Shares validation samples among ranks, with equal numbers of micro-batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def validation_batches(
     """Yield one rank's share of the samples in file order: sample i goes to rank i mod W.
 
     Every rank yields the same number of micro-batches, because a rank that stopped early would
-    leave the others waiting in a collective.
+    leave the others hanging in a collective.
 
     Args:
         folder: folder of shards.
@@ -33,11 +33,11 @@ def validation_batches(
         rank: this rank.
         world_size: number of ranks (W).
         micro_batch: rows per micro-batch.
-        sequences: use only so many samples, from the first; None or too many means all.
+        sequences: use only this many samples from the start; None or too many means all.
 
     Yields:
-        Tokens `[micro_batch, L + 1]` int64, and `[micro_batch]` bool that is False for rows
-        which only fill up the micro-batch (all zeros).
+        Tokens `[micro_batch, L + 1]` int64, and `[micro_batch]` bool, False for rows of padding
+        (all zeros) that fill up the micro-batch.
 
     Raises:
         DataError: a shard is missing or damaged.

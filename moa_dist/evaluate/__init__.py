@@ -1,1 +1,1 @@
-"""What a trained model can do: perplexity, zero-shot tasks, generation, translation, export."""
+"""Evaluates trained models (perplexity, zero-shot tasks, BLEU), generates, translates, exports."""

@@ -1,4 +1,4 @@
-"""BLEU of translations by sacrebleu, an optional dependency, with the signature that names it."""
+"""Measures BLEU with sacrebleu, an optional dependency, and records its signature."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from moa_dist.evaluate.translate import Progress, Search, translate
 
 
 class Bleu(NamedTuple):
-    """A score that says how it was measured."""
+    """Holds a BLEU score and how it was measured."""
 
     score: float
-    """0 to 100."""
+    """The score, from 0 to 100."""
     signature: str
-    """Of sacrebleu: tokenizer, smoothing, version. Scores compare only if it is the same."""
+    """Sacrebleu's tokenizer, smoothing and version; compare only scores with equal signatures."""
 
 
 def require_sacrebleu() -> None:
-    """Raise DataError if it is not installed."""
+    """Raise DataError if sacrebleu is not installed."""
     try:
         import sacrebleu  # noqa: F401
     except ImportError as error:
         raise DataError(
-            "BLEU is measured by sacrebleu, which is not installed: pip install 'moa-dist[bleu]'"
+            "BLEU needs sacrebleu, which is not installed; run: pip install 'moa-dist[bleu]'"
         ) from error
 
 
@@ -38,11 +38,11 @@ def bleu(
     batch: int,
     progress: Progress | None = None,
 ) -> Bleu:
-    """Of the translations of a whole corpus, against one reference each; see `translate`.
+    """Translate a corpus and score it against one reference per source; see `translate`.
 
     Raises:
-        DataError: there are no sources, or not as many references, sacrebleu is missing, or as
-            `translate`.
+        DataError: there are no sources, the number of references differs, sacrebleu is missing,
+            or `translate` raises it.
     """
     require_sacrebleu()
     from sacrebleu.metrics.bleu import BLEU
@@ -50,10 +50,11 @@ def bleu(
     if len(sources) != len(references):
         raise DataError(
             f"{len(sources)} texts to translate, but {len(references)} references: line i of one "
-            "file must be the translation of line i of the other"
+            "file must be the translation of line i of the other",
+            key="references",
         )
     if not sources:
-        raise DataError("no text to translate: the files are empty; give others")
+        raise DataError("no text to translate: the files are empty; give others", key="sources")
     found = translate(trained, sources, search, batch=batch, progress=progress)
     metric = BLEU()
     score = metric.corpus_score(found, [list(references)])

@@ -1,7 +1,7 @@
-"""A trained model as three files: `model.safetensors`, `config.yaml`, `tokenizer.json`.
+"""Exports a trained model as `model.safetensors`, `config.yaml` and `tokenizer.json`.
 
-The names of tensors are those of `LanguageModel.state_dict()`; nothing of training is left. A
-fourth, `SHA256SUMS`, tells whether the tensors are those that were written.
+Tensors are named as in `LanguageModel.state_dict()`; training state is not included. A fourth
+file, `SHA256SUMS`, detects altered tensors.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ CONFIG_FILE = "config.yaml"
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `export` has made this folder."""
+    """Return whether `export` wrote this folder."""
     return (folder / MODEL_FILE).is_file()
 
 
 def export(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -> Written:
-    """Write the model of a checkpoint into `target`, a folder that does not exist yet.
+    """Write the model of a checkpoint into `target`, a folder that must not exist yet.
 
-    In fp32 the logits are those of the checkpoint; in bf16 the file has half the size. Holds one
-    tensor in memory at a time. Raises DataError if the checkpoint is damaged, has no tokenizer,
-    or `target` exists.
+    In fp32 the logits equal the checkpoint's; in bf16 the file has half the size. Only one tensor
+    is in memory at a time. Raises DataError if the checkpoint is damaged, it has no tokenizer, or
+    `target` exists.
     """
     require_valid(checkpoint)
     tokenizer = tokenizer_of(checkpoint)
-    load_tokenizer(tokenizer)  # says what is wrong with it
+    load_tokenizer(tokenizer)  # raises if it is damaged
     reader = Reader(checkpoint)
     index = reader.index
     with torch.device("meta"):
@@ -67,21 +67,22 @@ def _values(reader: Reader, specs: list[TensorSpec]) -> Iterator[Tensor]:
 
 
 def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:
-    """Model in fp32 and evaluation mode, the run's configuration, and steps trained.
+    """Load the model in fp32 and evaluation mode, the run's configuration, and its step.
 
-    Raises DataError if the tensors are not those of the configuration, and ConfigError.
+    Raises DataError if the tensors do not match the configuration, and ConfigError.
     """
     if not (folder / CONFIG_FILE).exists():
         raise DataError(
-            f"{folder}: no {CONFIG_FILE}, so `moa-dist export` has not written this; of a JetMoE, "
-            "`moa-dist import jetmoe` makes a run"
+            f"{folder}: no {CONFIG_FILE}, so this is not an export of moa-dist; to use a JetMoE, "
+            "run `moa-dist import jetmoe`",
+            path=folder / CONFIG_FILE,
         )
     try:
         problems = list(altered(folder, read_sums(folder)))
     except DataError as error:
         problems = [str(error)]
     if problems:
-        raise DataError(f"{problems[0]}; export it again, or use a copy")
+        raise DataError(f"{problems[0]}; export it again, or use a copy", path=folder)
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)
     expected, path = model.state_dict(), folder / MODEL_FILE
@@ -90,17 +91,23 @@ def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:
             step = int((file.metadata() or {}).get("step", 0))
             if different := sorted(expected.keys() ^ set(file.keys())):
                 raise DataError(
-                    f"{path}: {len(different)} tensors are not those of {CONFIG_FILE}, such as "
-                    f"{different[0]}; export it again"
+                    f"{path}: {len(different)} tensors do not match {CONFIG_FILE}, such as "
+                    f"{different[0]}; export it again",
+                    path=path,
+                    key=different[0],
                 )
             for name, tensor in expected.items():
                 values = file.get_tensor(name)
                 if values.shape != tensor.shape:
                     raise DataError(
-                        f"{path}: {name} has shape {tuple(values.shape)}, but {CONFIG_FILE} says "
-                        f"{tuple(tensor.shape)}; export it again"
+                        f"{path}: {name} has shape {tuple(values.shape)}, but {CONFIG_FILE} "
+                        f"needs {tuple(tensor.shape)}; export it again",
+                        path=path,
+                        key=name,
                     )
                 tensor.copy_(values)
     except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{path}: missing or damaged: {error}; export it again") from error
+        raise DataError(
+            f"{path}: missing or damaged: {error}; export it again", path=path
+        ) from error
     return model.eval(), config, step

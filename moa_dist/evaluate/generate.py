@@ -1,6 +1,6 @@
-"""Continuing texts, one token at a time: each is read once, and its keys and values are kept.
+"""Generates text one token at a time, caching keys and values so that each token is read once.
 
-Shapes: B texts that still go on, T tokens that are read at once, S the most that the model sees.
+Shapes: B unfinished texts, T tokens read at once, S the maximum context length.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from moa_dist.models.language_model import LanguageModel, dropless
 
 
 class Drawn(NamedTuple):
-    """A token that continues one of the prompts."""
+    """Holds a token drawn for one of the prompts."""
 
     prompt: int
-    """Which one: its index."""
+    """Index of the prompt."""
     token: int
-    """Id."""
+    """Id of the token."""
 
 
 @torch.no_grad()
@@ -39,30 +39,30 @@ def generate(
 ) -> Iterator[Drawn]:
     """Continue all prompts at once, yielding each token as soon as it is drawn.
 
-    A prompt's continuation depends on its index and the other arguments, not on the other prompts
-    nor on whatever else draws random numbers. Experts drop nothing here, whatever the capacity
-    they were trained with: see `dropless`.
+    A prompt's continuation depends on its index and the other arguments, but neither on the other
+    prompts nor on the global random state. Experts drop nothing here, whatever capacity they were
+    trained with: see `dropless`.
 
     Args:
-        model: whole, in evaluation mode.
-        prompts: tokens to continue; an empty one stands for the beginning of a document.
-        sampling: how tokens are drawn.
-        max_new_tokens: the most to yield per prompt.
-        seed: of the draws.
-        end_of_document: token that ends a text when it is drawn; not yielded.
-        max_length: the most tokens that the model sees (S). Of a longer prompt it sees the end; a
-            text that outgrows this is cut to its last S / 2 tokens, which are read anew.
+        model: the whole model, in evaluation mode.
+        prompts: tokens to continue; an empty prompt starts a document.
+        sampling: how to draw tokens.
+        max_new_tokens: maximum number of tokens to yield per prompt.
+        seed: seed of the draws.
+        end_of_document: token that ends a text when drawn; not yielded.
+        max_length: maximum context length in tokens (S). A longer prompt is truncated from the
+            left; a text that outgrows it is cut to its last S / 2 tokens, which are read again.
     """
     model = dropless(model)
     device = next(model.parameters()).device
     texts = [list(prompt)[-max_length:] or [end_of_document] for prompt in prompts]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(texts))]
-    going_on, cache = list(range(len(texts))), None
+    unfinished, cache = list(range(len(texts))), None
     for _ in range(max_new_tokens):
-        seen = [texts[i] for i in going_on]
+        seen = [texts[i] for i in unfinished]
         logits, cache = _read(model, seen, cache, device)
         kept = []
-        for row, i in enumerate(going_on):
+        for row, i in enumerate(unfinished):
             token = sampling.draw(logits[row], generators[i])
             if token != end_of_document:
                 yield Drawn(i, token)
@@ -70,10 +70,10 @@ def generate(
                 kept.append(row)
         if not kept:
             return
-        if len(kept) < len(going_on):
-            going_on = [going_on[row] for row in kept]
+        if len(kept) < len(unfinished):
+            unfinished = [unfinished[row] for row in kept]
             cache = cache.select(torch.tensor(kept, device=device))
-        for i in going_on:
+        for i in unfinished:
             if len(texts[i]) > max_length:
                 texts[i] = texts[i][-((max_length + 1) // 2) :]
                 cache = None
@@ -82,15 +82,15 @@ def generate(
 def _read(
     model: LanguageModel, texts: list[list[int]], cache: Cache | None, device: torch.device
 ) -> tuple[Tensor, Cache]:
-    """Logits [B, V] of the tokens after `texts`, fp64 on the CPU.
+    """Return logits [B, V] of the next tokens, fp64 on the CPU, and the extended cache.
 
-    `cache` holds all but the last token of each, or is None if it holds nothing.
+    `cache` holds all but the last token of each text; None means that nothing is cached.
     """
     token_mask = None
     if cache is None:
         cache = model.empty_cache()
         longest = max(map(len, texts))
-        # Padding goes in front: all texts then end, and go on, at the same place.
+        # Pad on the left, so that all texts end, and continue, at the same position.
         rows = [[0] * (longest - len(text)) + text for text in texts]
         if any(len(text) < longest for text in texts):
             first = torch.tensor([longest - len(text) for text in texts], device=device)
@@ -102,15 +102,15 @@ def _read(
 
 
 def stream_text(tokenizer: Tokenizer, drawn: Iterable[Drawn]) -> Iterator[tuple[int, str]]:
-    """Text of a byte-level BPE's ids as they come, in pieces that end with whole characters.
+    """Decode ids of a byte-level BPE as they arrive, in pieces of whole characters.
 
-    Yields index of the prompt and piece; a prompt's pieces concatenated are the text of its ids.
+    Yields (index of the prompt, piece); a prompt's concatenated pieces are its decoded text.
     """
     held: dict[int, list[int]] = {}
     for prompt, token in drawn:
         ids = [*held.pop(prompt, []), token]
         text = tokenizer.decode(ids)
-        # A character cut short decodes to U+FFFD.
+        # An incomplete character decodes to U+FFFD.
         if text.endswith("\ufffd"):
             held[prompt] = ids
         else:

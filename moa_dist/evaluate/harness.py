@@ -1,12 +1,12 @@
-"""A trained model for lm-evaluation-harness (the extra `eval`), with the scorer of `moa-dist eval`.
+"""Adapts trained models to lm-evaluation-harness (the extra `eval`).
 
-The harness' own command, which then knows the model `moa_dist`:
+To run the harness's own command with the model `moa_dist` registered:
 
     python -m moa_dist.evaluate.harness run --model moa_dist --model_args path=runs/one --tasks piqa
 
-or in Python `lm_eval.simple_evaluate(HarnessModel(scorer), tasks=["piqa"])`. Log-likelihoods are
-the scorer's, and so begin every sequence with the end-of-document token, which the harness's own
-models put before an empty context only.
+In Python: `lm_eval.simple_evaluate(HarnessModel(scorer), tasks=["piqa"])`. Log-likelihoods come
+from the scorer of `moa-dist eval`, so every sequence starts with the end-of-document token, which
+the harness's own models put only before an empty context.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MICRO_BATCH = 8
 
 @register_model("moa_dist")
 class HarnessModel(LM):
-    """Answers the three kinds of requests that the harness makes, on one process."""
+    """Answers the harness's three kinds of requests, on one process."""
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
@@ -48,14 +48,15 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
-        """From `--model_args path=RUN_OR_CHECKPOINT` and `--batch_size N`.
+        """Create from `--model_args path=RUN_OR_CHECKPOINT` and `--batch_size N`.
 
-        Raises DataError if there is no such model, it is no causal one, or another argument.
+        Raises DataError if there are other arguments, or the model does not exist or is not causal.
         """
         if arg_dict.keys() != {"path"}:
             raise DataError(
-                f"the arguments of the model are {', '.join(arg_dict) or 'none'}; give one, "
-                "path=FOLDER of a run, a checkpoint or an export"
+                f"--model_args has {', '.join(arg_dict) or 'no arguments'}; give one, "
+                "path=FOLDER of a run, a checkpoint or an export",
+                key="--model_args",
             )
         batch = str((additional_config or {}).get("batch_size"))
         micro_batch = int(batch) if batch.isdecimal() else _MICRO_BATCH  # it may be `auto`
@@ -67,21 +68,21 @@ class HarnessModel(LM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
-        """The same from text."""
+        """Create from `--model_args` as text; see `create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of continuations, in nats, and whether greedy decoding writes them."""
+        """Return the log-likelihoods of continuations in nats, and whether each is greedy."""
         scores = self.scorer.score([Request(*request.args) for request in requests])
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Of whole documents, in nats; long ones in pieces, each token once."""
+        """Return the log-likelihoods of documents in nats, scoring each token exactly once."""
         scores = self.scorer.score([Request("", *request.args) for request in requests])
         return [score.log_likelihood for score in scores]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Continuations up to the first stop sequence, which is left out."""
+        """Generate continuations up to the first stop sequence, which is not included."""
         return [self._continue(*request.args) for request in requests]
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
@@ -109,7 +110,7 @@ class HarnessModel(LM):
 
 
 def main() -> int:
-    """The harness' own command; returns the exit status."""
+    """Run the harness's own command; return the exit status."""
     try:
         cli_evaluate()
     except MoaDistError as error:

@@ -1,9 +1,9 @@
-"""A trained model as a model of Hugging Face transformers, an optional dependency.
+"""Adapts trained models to Hugging Face transformers, an optional dependency.
 
-For tools that speak its interface: `from_export` wraps what `moa-dist export` wrote; then
-`generate`, `save_pretrained`, `from_pretrained` and `AutoModelForCausalLM` work as for any other
-model, once this module is imported. `generate` keeps no cache, and so reads the whole text again
-for every token; ours (`moa_dist.evaluate.generate`) does not.
+`from_export` wraps an export of `moa-dist export`. Once this module is imported, `generate`,
+`save_pretrained`, `from_pretrained` and `AutoModelForCausalLM` work as for any other model. This
+`generate` uses no cache and reads the whole text again for every token; use
+`moa_dist.evaluate.generate` to generate with a cache.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class MoaDistConfig(PretrainedConfig):
 
 
 class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `LanguageModel` behind the interface of transformers."""
+    """Wraps a `LanguageModel` in the interface of transformers."""
 
     config_class = MoaDistConfig
     base_model_prefix = "model"
@@ -57,21 +57,26 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LanguageModel(ModelConfig.model_validate(config.model))
         self.post_init()
-        self.generation_config.use_cache = False  # its caches are not ours
+        self.generation_config.use_cache = False  # the cache types are incompatible
 
     @classmethod
     def from_export(cls, folder: str | Path) -> MoaDistForCausalLM:
-        """The model of `moa-dist export`, in fp32 and evaluation mode.
+        """Load an export of `moa-dist export` in fp32 and evaluation mode.
 
-        Raises DataError and ConfigError as `load_export`, and DataError for other objectives.
+        Raises DataError if the model is not causal, and what `load_export` raises.
         """
         if not is_export(Path(folder)):
-            raise DataError(f"{folder}: no {MODEL_FILE}; give what `moa-dist export` has written")
+            raise DataError(
+                f"{folder}: no {MODEL_FILE}; give a folder that `moa-dist export` wrote",
+                path=Path(folder),
+            )
         model, config, _ = load_export(Path(folder))
         if config.model.objective != "causal":
             raise DataError(
                 f"{folder}: trained with model.objective {config.model.objective}; only causal "
-                "models are wrapped"
+                "models can be wrapped",
+                path=Path(folder),
+                key="model.objective",
             )
         end = load_tokenizer(Path(folder) / TOKENIZER_FILE).end_of_document
         with torch.device("meta"):
@@ -87,7 +92,7 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
         return result.eval()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: weights come from a file."""
+        """Do nothing, because weights are loaded from a file."""
 
     def forward(
         self,
@@ -96,11 +101,11 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutput:
-        """Logits [B, S, V] for `input_ids` [B, S] int64.
+        """Compute logits [B, S, V] for `input_ids` [B, S] int64.
 
-        `attention_mask` [B, S] is 0 at padding, wherever that stands. With `labels` [B, S], -100
-        where nothing is to be predicted, also the mean cross-entropy of each next one. Other
-        arguments, which ask for what these models do not return, have no effect.
+        `attention_mask` [B, S] is 0 at padding, which may be anywhere. With `labels` [B, S], also
+        computes the mean cross-entropy of each next label; labels of -100 are ignored. Other
+        arguments request outputs that these models do not have, and are ignored.
         """
         token_mask = None if attention_mask is None else attention_mask.bool()
         logits = self.model(input_ids, token_mask).logits

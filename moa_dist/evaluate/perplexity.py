@@ -1,4 +1,4 @@
-"""Validation: mean cross-entropy over held-out sequences, in any layout the same."""
+"""Computes validation loss: mean cross-entropy over held-out sequences, equal in any layout."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from moa_dist.models.objective import Batch, objective
 
 
 class Perplexity(NamedTuple):
-    """Result of a validation."""
+    """Holds the result of a validation."""
 
     loss: float
-    """Mean cross-entropy per target, nats."""
+    """Mean cross-entropy per target, in nats."""
     tokens: int
-    """Targets."""
+    """Number of targets."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
 
 def bits_per_byte(result: Perplexity, model: ModelConfig, manifest: AnyManifest) -> float | None:
-    """Bits of cross-entropy per byte of text; None for a masked model, which sees most of it."""
+    """Convert the loss to bits per byte of text; None for a masked model, which sees most of it."""
     if model.objective == "masked":
         return None
     return result.loss / math.log(2) / manifest.bytes_per_token
@@ -38,9 +38,9 @@ def bits_per_byte(result: Perplexity, model: ModelConfig, manifest: AnyManifest)
 
 @torch.no_grad()
 def perplexity(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> Perplexity:
-    """Evaluate `model`, in evaluation mode, on this rank's batches; sums over all ranks.
+    """Evaluate `model` in evaluation mode on this rank's batches, and sum over all ranks.
 
-    Every rank must bring the same number of batches. Collective if a process group exists.
+    Every rank must pass the same number of batches. Collective if a process group exists.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Drawing the next token from a model's logits.
+"""Draws the next token from a model's logits.
 
 Shapes: V vocabulary.
 """
@@ -13,21 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which tokens may be drawn, and how often."""
+    """Configures and draws samples of the next token."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token every time."""
+    """Divisor of the logits; 0 always takes the most probable token."""
     top_k: int | None = None
-    """Draw from this many of the most probable tokens; None for all."""
+    """Draw only from this many most probable tokens; None for all."""
     top_p: float = 1.0
-    """Draw from the fewest of those that together have this share of their probability (Holtzman
-    et al. 2020, section 3.1); 1 for all."""
+    """Draw only from the smallest set of those tokens whose share of the probability reaches this
+    (nucleus sampling, Holtzman et al. 2020, section 3.1); 1 for all."""
 
     def draw(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """A token by its logits, which are on the CPU."""
+        """Draw a token id given logits on the CPU."""
         if self.temperature == 0:
             return int(logits_V.argmax())
-        # The maximum goes first: a tiny temperature must not make it infinite.
+        # Subtract the maximum first: a tiny temperature must not make it infinite.
         probabilities_V = ((logits_V - logits_V.max()) / self.temperature).softmax(0)
         ordered, ids = probabilities_V.sort(descending=True, stable=True)
         ordered = ordered[: self.top_k]

@@ -1,16 +1,16 @@
-"""Log-likelihood of continuations: what every zero-shot task asks of a model.
+"""Computes log-likelihoods of continuations, which every zero-shot task is built on.
 
-What is scored. A sequence is the end-of-document token, after which every document of the
-training data begins, then the tokens of the context, then those of the continuation. Both texts
-are encoded by themselves, once the white space at the end of the context has moved to the
-beginning of the continuation: a byte-level BPE joins a space to the word after it, so the tokens
-are those of the whole text wherever the continuation begins with a space. The score is the sum of
-the continuation's log-probabilities, natural logarithm.
+Sequences: a sequence is the end-of-document token, which precedes every document of the training
+data, then the tokens of the context, then those of the continuation. The two texts are encoded
+separately, after moving white space from the end of the context to the start of the continuation:
+a byte-level BPE joins a space to the following word, so the tokens equal those of the whole text
+whenever the continuation starts with a space. The score is the sum of the continuation's
+log-probabilities, in nats.
 
-What does not fit. A model sees no more tokens than it was trained on (L). The leftmost tokens are
-cut off, the end-of-document token among them. A continuation of more than L tokens is scored in
-pieces of L, the last one shorter; each is predicted from the last L tokens before its end, so no
-token is left out, and none is scored twice.
+Truncation: a model sees at most as many tokens as it was trained on (L). The leftmost tokens are
+cut off, including the end-of-document token. A continuation of more than L tokens is scored in
+pieces of L, the last one shorter; each is predicted from the last L tokens before its end, so
+every token is scored exactly once.
 
 Shapes: B rows of S inputs, N scored tokens, V vocabulary.
 """
@@ -35,45 +35,45 @@ from moa_dist.models.language_model import LanguageModel
 
 
 class Request(NamedTuple):
-    """A continuation to score."""
+    """Holds a continuation to score."""
 
     context: str
-    """Text before it; empty for the beginning of a document."""
+    """Text before the continuation; empty at the start of a document."""
     continuation: str
-    """Text to score, with the space, if any, between the two."""
+    """Text to score, including the space, if any, between the two."""
 
 
 class Score(NamedTuple):
-    """What the model says to a request."""
+    """Holds the score of a request."""
 
     log_likelihood: float
-    """Sum over the continuation's tokens, nats."""
+    """Sum over the continuation's tokens, in nats."""
     num_tokens: int
-    """Tokens of the continuation."""
+    """Number of tokens in the continuation."""
     greedy: bool
-    """Whether each of them is the most probable one, given those before it."""
+    """Whether each token is the most probable one, given those before it."""
     cut: bool = False
-    """Whether the text was longer than the model sees."""
+    """Whether the text was longer than the model's context."""
 
     @property
     def per_token(self) -> float:
-        """Mean log-likelihood of a token, nats."""
+        """Return the mean log-likelihood per token, in nats."""
         return self.log_likelihood / max(self.num_tokens, 1)
 
 
 Progress = Callable[[int, int], None]
-"""Called with sequences done, and all sequences."""
+"""Called with (sequences done, total sequences)."""
 
 
 class _Piece(NamedTuple):
-    """One row for the model."""
+    """Holds one row of model input."""
 
-    place: int
-    """Place among all pieces."""
+    number: int
+    """Index among all pieces."""
     tokens: list[int]
     """At most L inputs, and the last target."""
     num_scored: int
-    """Targets that count, from the last backwards."""
+    """How many targets at the end are scored."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,20 @@ class Scorer:
     """Scores requests with one model."""
 
     model: LanguageModel
-    """In evaluation mode, whole on every rank."""
+    """The model, in evaluation mode, whole on every rank."""
     tokenizer: Tokenizer
-    """The model's."""
+    """The model's tokenizer."""
     max_length: int
-    """Tokens that the model sees (L)."""
+    """Maximum context length in tokens (L)."""
     micro_batch: int
-    """Sequences of L tokens at once; of shorter ones, as many as have no more tokens together."""
+    """Sequences of L tokens per batch; more if they are shorter, up to the same token count."""
 
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Score]:
-        """Score of each request, in their order.
+        """Score each request, in order.
 
-        Pieces of similar length share a batch. Batch i is for rank i mod W, and batches are the
-        same for any number of ranks, and so are the scores. Collective if a process group exists:
-        every rank brings the same requests and gets all scores.
+        Pieces of similar length share a batch. Batch i goes to rank i mod W; batches, and hence
+        scores, do not depend on the number of ranks. Collective if a process group exists: every
+        rank passes the same requests and gets all scores.
 
         Raises:
             DataError: a text cannot be encoded.
@@ -116,7 +116,7 @@ class Scorer:
         return scores
 
     def _encode(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
-        """Tokens of context and continuation; those of each different text are computed once."""
+        """Encode context and continuation of each request, every distinct text once."""
         split = []
         for context, continuation in requests:
             kept = context.rstrip()
@@ -125,25 +125,26 @@ class Scorer:
         ids = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
         return [(ids[context], ids[continuation]) for context, continuation in split]
 
-    def _pieces(self, context: list[int], continuation: list[int], place: int) -> list[_Piece]:
+    def _pieces(self, context: list[int], continuation: list[int], first: int) -> list[_Piece]:
+        """Split a request into pieces with indices from `first` on."""
         tokens = [self.tokenizer.end_of_document, *context, *continuation]
         begin = len(tokens) - len(continuation)
         pieces: list[_Piece] = []
         for start in range(begin, len(tokens), self.max_length):
             end = min(start + self.max_length, len(tokens))
             row = tokens[max(end - self.max_length - 1, 0) : end]
-            pieces.append(_Piece(place + len(pieces), row, end - start))
+            pieces.append(_Piece(first + len(pieces), row, end - start))
         return pieces
 
     def _sums(self, pieces: list[_Piece], progress: Progress | None) -> list[list[float]]:
-        """Per piece: negative log-likelihood, and number of tokens that were not the likeliest."""
+        """Return per piece the negative log-likelihood and the number of tokens not greedy."""
         ranked = dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
         sums = torch.zeros(len(pieces), 2, dtype=torch.float64)
         done = 0
         for number, batch in enumerate(self._batches(pieces)):
             if number % world_size == rank:
-                sums[[piece.place for piece in batch]] = self._run(batch)
+                sums[[piece.number for piece in batch]] = self._run(batch)
             done += len(batch)
             if progress is not None:
                 progress(done, len(pieces))
@@ -153,7 +154,7 @@ class Scorer:
         return sums.tolist()
 
     def _batches(self, pieces: list[_Piece]) -> list[list[_Piece]]:
-        """All pieces, the longest first: if memory does not suffice, it shows at once."""
+        """Batch all pieces, longest first, so that running out of memory shows at once."""
         ordered = sorted(pieces, key=lambda piece: -len(piece.tokens))
         batches, start = [], 0
         while start < len(ordered):
@@ -165,9 +166,9 @@ class Scorer:
 
     @torch.no_grad()
     def _run(self, batch: list[_Piece]) -> Tensor:
-        """[len(batch), 2] in fp64, on the CPU: a row of what `_sums` returns for each piece."""
-        # A group of sequences shares the experts' capacity. Each gets one piece, and rows of
-        # padding, so that no score depends on what else is in the batch.
+        """Return the row of `_sums` for each piece, [len(batch), 2] in fp64 on the CPU."""
+        # A group of sequences shares the experts' capacity. Each group gets one piece and rows of
+        # padding, so that no score depends on the rest of the batch.
         stride = sequences_per_group(self.model.config)
         rows, length = len(batch) * stride, max(len(piece.tokens) for piece in batch) - 1
         tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
@@ -191,6 +192,6 @@ class Scorer:
 
 
 def scorer_of(trained: Trained, micro_batch: int) -> Scorer:
-    """A scorer for a trained model, which sees as many tokens as in its training."""
+    """Create a scorer for a trained model with the context length that it was trained on."""
     length = trained.config.data.sequence_length
     return Scorer(trained.model, trained.tokenizer, length, micro_batch)

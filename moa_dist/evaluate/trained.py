@@ -1,4 +1,4 @@
-"""Finding what a run has trained: a checkpoint or an export, and the tokenizer."""
+"""Finds and loads trained models: checkpoints and exports, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from moa_dist.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Trained:
-    """A whole trained model on one process."""
+    """Holds a whole trained model on one process."""
 
     folder: Path
-    """The folder of the checkpoint or of the export."""
+    """Folder of the checkpoint or export."""
     model: LanguageModel
-    """In fp32 and evaluation mode."""
+    """The model, in fp32 and evaluation mode."""
     device: torch.device
-    """Where the model is: the first GPU if there is one."""
+    """Device of the model: the first GPU if one is available."""
     step: int
-    """Optimizer steps that it was trained for."""
+    """Number of optimizer steps that it was trained for."""
     config: Config
-    """Configuration of its run."""
+    """Configuration of the run."""
     tokenizer: Tokenizer
-    """Tokenizer of its run."""
+    """Tokenizer of the run."""
     tokenizer_file: Path
-    """Where that was found."""
+    """Path of the tokenizer."""
     tokenizer_sha256: str
-    """Checksum of the run's `tokenizer.json`."""
+    """Checksum of `tokenizer_file`."""
 
 
 def load_trained(path: Path) -> Trained:
-    """Load an export or a checkpoint, given by its folder or by that of its run, then the newest.
+    """Load an export, a checkpoint, or the newest checkpoint of a run, given its folder.
 
     Raises:
-        DataError: there is no checkpoint or no tokenizer, or they are damaged.
+        DataError: the checkpoint or the tokenizer is missing or damaged.
     """
     folder = path if is_export(path) else find_checkpoint(path)
     file = folder / TOKENIZER_FILE if is_export(folder) else tokenizer_of(folder)
@@ -67,7 +67,10 @@ def load_trained(path: Path) -> Trained:
 
 
 def config_of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Of what `load_trained` would load, with changes. Raises DataError, and ConfigError."""
+    """Load the configuration of what `load_trained` would load, and apply overrides.
+
+    Raises DataError, and ConfigError.
+    """
     if is_export(path):
         return load_config(path / CONFIG_FILE, overrides)
     config = Reader(find_checkpoint(path)).index.config
@@ -75,20 +78,22 @@ def config_of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def require(trained: Trained, objective: Objective, what: str) -> None:
-    """Raise DataError unless it was trained for what is asked of it."""
+    """Raise DataError unless the model was trained with `objective`, which `what` needs."""
     found = trained.config.model.objective
     if found != objective:
         raise DataError(
             f"{trained.folder}: trained with model.objective {found}, but {what} needs a model "
-            f"trained with {objective}"
+            f"trained with {objective}",
+            path=trained.folder,
+            key="model.objective",
         )
 
 
 def load_model(path: str | Path) -> LanguageModel:
-    """The model of an export, a checkpoint or a run's newest one, on the CPU, in fp32.
+    """Load the model of an export, a checkpoint, or the newest checkpoint of a run.
 
-    In evaluation mode, whole, without a process group. Raises DataError if it is not there or
-    damaged.
+    It is whole, on the CPU, in fp32 and evaluation mode; no process group is needed. Raises
+    DataError if it is missing or damaged.
     """
     path = Path(path)
     return _load(path if is_export(path) else find_checkpoint(path))[0]
@@ -103,13 +108,16 @@ def _load(folder: Path) -> tuple[LanguageModel, Config, int]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of the run at `path`, or `path` itself if it is a checkpoint."""
+    """Return the newest checkpoint of the run at `path`, or `path` if it is a checkpoint.
+
+    Raises DataError if there is none.
+    """
     try:
         path.stat()
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give the folder of a run") from error
+        raise DataError(f"{path}: {error.strerror}; give the folder of a run", path=path) from error
     saved = checkpoints(path)
     if saved:
         return saved[-1]
@@ -117,8 +125,8 @@ def find_checkpoint(path: Path) -> Path:
     if absolute in checkpoints(absolute.parent) or (absolute / INDEX_FILE).exists():
         return absolute
     if not path.is_dir():
-        what = "a file" if path.exists() else "no such folder"
-        raise DataError(f"{path}: {what}; give the folder of a run or of a checkpoint")
+        what = "not a folder" if path.exists() else "no such folder"
+        raise DataError(f"{path}: {what}; give the folder of a run or a checkpoint", path=path)
     runs = sorted(run for run in path.iterdir() if checkpoints(run))
     remedy = (
         f"give one of its runs, such as {runs[0]}"
@@ -126,4 +134,6 @@ def find_checkpoint(path: Path) -> Path:
         else "give the folder of a run that has saved one; a run saves after every "
         "`checkpoint.every` steps and after its last"
     )
-    raise DataError(f"{path}: holds no checkpoint (step-...); {remedy}")
+    raise DataError(
+        f"{path}: holds no checkpoint (step-...); {remedy}", path=path, key="checkpoint.every"
+    )

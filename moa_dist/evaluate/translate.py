@@ -1,10 +1,10 @@
-"""Translating texts: beam search with a length penalty, all hypotheses of a batch at once.
+"""Translates texts by beam search with a length penalty, all hypotheses of a batch at once.
 
-Each token is read once: keys and values of source and hypotheses are kept, and follow the
-hypotheses that go on. The score of a finished hypothesis is its log-probability over its number of
-tokens to the power of the length penalty, ends included in both.
+Each token is read once: keys and values of sources and hypotheses are cached, and reordered along
+with the live hypotheses. The score of a finished hypothesis is its log-probability divided by its
+number of tokens to the power of the length penalty, both including the end token.
 
-Shapes: R hypotheses that go on, of all texts of a batch, V vocabulary.
+Shapes: R live hypotheses of all texts in a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from moa_dist.models.cache import Cache
 from moa_dist.models.language_model import LanguageModel, dropless
 
 Progress = Callable[[int, int], None]
-"""Called with texts done, and all texts."""
+"""Called with (texts done, total texts)."""
 
 _EXTRA_TOKENS = 50
-"""A translation is at most so many tokens longer than its source (Vaswani et al. 2017, 6.1)."""
+"""Maximum tokens by which a translation exceeds its source (Vaswani et al. 2017, 6.1)."""
 
 
 class Search(NamedTuple):
-    """How to search."""
+    """Configures the beam search."""
 
     beam: int = 4
-    """Hypotheses per text that go on (k)."""
+    """Live hypotheses per text (k)."""
     length_penalty: float = 0.6
-    """Above 0 favours longer translations."""
+    """Exponent of the length; above 0 favors longer translations."""
 
 
 class Hypothesis(NamedTuple):
-    """A translation, or the beginning of one."""
+    """Holds a translation, or the start of one."""
 
     tokens: tuple[int, ...]
-    """Without the token that ends it."""
+    """Token ids, without the end token."""
     log_probability: float
-    """Of its tokens, and of its end if it is finished, nats."""
+    """Log-probability of the tokens, and of the end token if finished, in nats."""
 
 
 @dataclass
 class _Beam:
-    """The search for the translation of one text."""
+    """Holds the state of the search for one text."""
 
     max_tokens: int
-    going_on: list[Hypothesis] = field(default_factory=lambda: [Hypothesis((), 0.0)])
+    live: list[Hypothesis] = field(default_factory=lambda: [Hypothesis((), 0.0)])
     best: tuple[float, Hypothesis] | None = None
     num_finished: int = 0
 
@@ -65,25 +65,25 @@ class _Beam:
     def extend(
         self, continuations: list[tuple[float, int, int]], search: Search, end: int
     ) -> list[int]:
-        """Go on with the best of (log-probability, which of `going_on`, token).
+        """Keep the best continuations, given as (log-probability, index in `live`, token).
 
-        Returns which hypotheses, by their index before, the new ones continue; none when the
+        Returns the index in the previous `live` that each new hypothesis extends; empty when the
         search is over.
         """
-        before, self.going_on, parents = self.going_on, [], []
+        before, self.live, parents = self.live, [], []
         ranked = sorted(continuations, reverse=True)
-        for place, (log_probability, parent, token) in enumerate(ranked):
+        for position, (log_probability, parent, token) in enumerate(ranked):
             tokens = before[parent].tokens
             if token == end:
-                if place < search.beam:
+                if position < search.beam:
                     self.finish(Hypothesis(tokens, log_probability), search.length_penalty)
-            elif len(self.going_on) < search.beam:
-                self.going_on.append(Hypothesis((*tokens, token), log_probability))
+            elif len(self.live) < search.beam:
+                self.live.append(Hypothesis((*tokens, token), log_probability))
                 parents.append(parent)
-        too_long = not self.going_on or len(self.going_on[0].tokens) >= self.max_tokens
+        too_long = not self.live or len(self.live[0].tokens) >= self.max_tokens
         if self.num_finished >= search.beam or too_long:
-            if self.best is None:  # none came to an end: cut the likeliest
-                self.finish(self.going_on[0], search.length_penalty)
+            if self.best is None:  # none has finished: truncate the likeliest
+                self.finish(self.live[0], search.length_penalty)
             return []
         return parents
 
@@ -92,14 +92,14 @@ class _Beam:
 def beam_search(
     model: LanguageModel, sources: Sequence[Sequence[int]], search: Search, *, end: int
 ) -> list[Hypothesis]:
-    """The translation found of each source, given as token ids without their end.
+    """Translate each source, given as token ids without the end token.
 
     Args:
-        model: whole, in evaluation mode, trained to translate. Experts drop nothing here: see
-            `dropless`.
-        sources: at least one, none of them empty.
+        model: the whole model, in evaluation mode, trained to translate. Experts drop nothing
+            here: see `dropless`.
+        sources: at least one source, none of them empty.
         search: how to search.
-        end: token that ends texts, and begins targets.
+        end: token that ends texts and starts targets.
     """
     model = dropless(model)
     device = next(model.parameters()).device
@@ -113,13 +113,13 @@ def beam_search(
         log_probability, token, cache = _read(
             model, last, cache, source, source_mask, 2 * search.beam
         )
-        source = source_mask = None  # from here on, they are in the cache
+        source = source_mask = None  # cached from now on
         rows, row, still = [], 0, []
         for beam in searching:
-            size = len(beam.going_on)
+            size = len(beam.live)
             continuations = [
                 (hypothesis.log_probability + more, i, which)
-                for i, hypothesis in enumerate(beam.going_on)
+                for i, hypothesis in enumerate(beam.live)
                 for more, which in zip(log_probability[row + i], token[row + i], strict=True)
             ]
             parents = beam.extend(continuations, search, end)
@@ -128,7 +128,7 @@ def beam_search(
             if parents:
                 still.append(beam)
         searching = still
-        last = [hypothesis.tokens[-1] for beam in searching for hypothesis in beam.going_on]
+        last = [hypothesis.tokens[-1] for beam in searching for hypothesis in beam.live]
         cache = cache.select(torch.tensor(rows, dtype=torch.int64, device=device))
     return [beam.best[1] for beam in beams if beam.best is not None]
 
@@ -141,7 +141,7 @@ def _read(
     source_mask: Tensor | None,
     num_best: int,
 ) -> tuple[list[list[float]], list[list[int]], Cache]:
-    """Of each hypothesis the likeliest next tokens, [R, num_best]: log-probabilities and ids."""
+    """Return log-probabilities and ids of the likeliest tokens, [R, num_best], and the cache."""
     device = next(model.parameters()).device
     tokens = torch.tensor(last, device=device)[:, None]
     output = model(tokens, None, cache, source, source_mask)
@@ -159,15 +159,15 @@ def translate(
     batch: int,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Translate texts, in their order; an empty one stays empty.
+    """Translate texts, in order; an empty text stays empty.
 
-    Texts of similar length share a batch of `batch`. Collective if a process group exists: every
-    rank brings the same texts, takes each W-th batch, and gets all translations.
+    Texts of similar length share a batch of size `batch`. Collective if a process group exists:
+    every rank passes the same texts, translates every W-th batch, and gets all translations.
 
     Raises:
         DataError: the model was not trained to translate, or a text cannot be encoded.
     """
-    require(trained, "translation", "to translate")
+    require(trained, "translation", "translating")
     ranked = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
     sources = trained.tokenizer.encode_batch(texts)

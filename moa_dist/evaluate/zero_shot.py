@@ -1,4 +1,4 @@
-"""The zero-shot tasks by name, as `moa-dist eval --tasks` takes them."""
+"""Lists the zero-shot tasks by the names that `moa-dist eval --tasks` accepts."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Models from elsewhere and to elsewhere: transformers' JetMoE, dense models made sparse."""
+"""Imports and exports transformers' JetMoE, and upcycles dense models to sparse ones."""

@@ -1,8 +1,8 @@
-"""JetMoE (Shen et al. 2024, arXiv 2404.07413) as transformers 5 knows it: settings and tensors.
+"""Maps settings and tensors of JetMoE (Shen et al. 2024, arXiv 2404.07413) in transformers 5.
 
-Its attention is our `moa` with as many heads per expert as it has key heads, its FFN a softmax
-mixture of gated experts; both add a bias to the sum of experts. Pre-norm with RMSNorm, rotary
-positions on whole heads, in halves as ours. Pure translation: `jetmoe_files` reads and writes.
+Its attention is our `moa` with as many heads per expert as it has key heads; its FFN is a softmax
+mixture of gated experts; both add a bias to the sum of experts. It uses pre-norm with RMSNorm and
+rotates whole heads, in halves as we do. This module only maps; `jetmoe_files` reads and writes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig, RouterConfig
 
 BLOCK_NORM_EPS = 1e-6
-"""Of all norms but the last: transformers builds them so, whatever `rms_norm_eps` says."""
+"""Epsilon of all norms but the last: transformers ignores `rms_norm_eps` for them."""
 _ACTIVATIONS = ("relu", "gelu", "silu")
 
 
 class JetMoeSettings(BaseModel):
-    """What of its `config.json` decides the function of the model, and its balance loss.
+    """Holds the fields of JetMoE's `config.json` that determine the function and balance loss.
 
-    Defaults are those of transformers, which leaves out what equals them.
+    The defaults are those of transformers, which omits fields with default values.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -43,39 +43,39 @@ class JetMoeSettings(BaseModel):
     tie_word_embeddings: bool = True
     rope_parameters: dict[str, Any] | None = None
     rope_theta: PositiveFloat = 10000.0
-    """Of files before transformers 5, which have no `rope_parameters`."""
+    """Base in files from before transformers 5, which have no `rope_parameters`."""
     rope_scaling: dict[str, Any] | None = None
     rms_norm_eps: PositiveFloat = 1e-6
     attention_dropout: float = 0.0
 
     @property
     def rope(self) -> dict[str, Any]:
-        """Type and base of the rotary positions."""
+        """Return type and base of the rotary positions."""
         found = self.rope_parameters or self.rope_scaling or {}
         defaults = {"rope_type": found.get("type", "default"), "rope_theta": self.rope_theta}
         return defaults | found
 
 
 def problems_of_settings(settings: JetMoeSettings) -> Iterator[str]:
-    """Why our model would not compute what these settings say, a line each."""
+    """Yield a line for each setting that our model cannot express."""
     if settings.activation_function not in _ACTIVATIONS:
         yield (
-            f"activation_function is {settings.activation_function}; known are "
+            f"activation_function is {settings.activation_function}; supported are "
             f"{', '.join(_ACTIVATIONS)}"
         )
     if settings.rope["rope_type"] != "default":
-        yield f"rope_type is {settings.rope['rope_type']}; only the default is known"
+        yield f"rope_type is {settings.rope['rope_type']}; only default is supported"
     if settings.attention_dropout:
         yield (
-            f"attention_dropout is {settings.attention_dropout:g}, which does not exist here; "
-            "set it to 0 to train without"
+            f"attention_dropout is {settings.attention_dropout:g}, which is not supported; "
+            "set it to 0 to train without dropout"
         )
 
 
 def model_config_of(settings: JetMoeSettings) -> dict[str, Any]:
-    """The `model` section that computes the same; of settings without problems.
+    """Build the `model` section that computes the same as `settings`, which have no problems.
 
-    Balance is JetMoE's: the Switch loss by its coefficient, and a tenth of that for the z-loss.
+    The balance loss is JetMoE's: the Switch loss with its coefficient, the z-loss with a tenth.
     """
     balance = {"switch": settings.aux_loss_coef, "z_loss": settings.aux_loss_coef / 10}
     router = {
@@ -115,7 +115,7 @@ def model_config_of(settings: JetMoeSettings) -> dict[str, Any]:
 
 
 def problems_of_model(config: ModelConfig) -> Iterator[str]:
-    """Why JetMoE would not compute what this model does, a line each."""
+    """Yield a line for each field of our model that JetMoE cannot express."""
     wanted: dict[str, Any] = {
         "objective": "causal",
         "scale_embeddings": False,
@@ -128,27 +128,28 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         wanted["head_bias"] = False
     for name, value in wanted.items():
         if getattr(config, name) != value:
-            yield f"`model.{name}` is {getattr(config, name)}; JetMoE has {value}"
+            yield f"`model.{name}` is {getattr(config, name)}; JetMoE needs {value}"
     if isinstance(config.attention, MoAConfig):
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:
-            yield "`model.attention.rope` leaves dimensions as they are; JetMoE rotates whole heads"
+            yield "`model.attention.rope` does not rotate whole heads; JetMoE needs fraction 1"
         yield from _router_problems("attention", config.attention.router)
     else:
-        yield f"`model.attention.kind` is {config.attention.kind}; JetMoE has moa"
+        yield f"`model.attention.kind` is {config.attention.kind}; JetMoE needs moa"
     if isinstance(config.ffn, MoEFFNConfig):
         if not config.ffn.gated:
-            yield "`model.ffn.gated` is false; JetMoE has gated experts"
+            yield "`model.ffn.gated` is false; JetMoE needs gated experts"
         yield from _router_problems("ffn", config.ffn.router)
     else:
-        yield f"`model.ffn.kind` is {config.ffn.kind}; JetMoE has moe"
+        yield f"`model.ffn.kind` is {config.ffn.kind}; JetMoE needs moe"
     if isinstance(config.attention, MoAConfig) and isinstance(config.ffn, MoEFFNConfig):
         for name in ("num_experts", "top_k"):
-            here, there = (getattr(r, name) for r in (config.attention.router, config.ffn.router))
-            if here != there:
+            routers = config.attention.router, config.ffn.router
+            in_attention, in_ffn = (getattr(router, name) for router in routers)
+            if in_attention != in_ffn:
                 yield (
-                    f"`{name}` is {here} in `model.attention.router` and {there} in "
-                    "`model.ffn.router`; JetMoE has one number for both"
+                    f"`model.attention.router.{name}` is {in_attention}, but "
+                    f"`model.ffn.router.{name}` is {in_ffn}; JetMoE needs one number for both"
                 )
 
 
@@ -156,17 +157,17 @@ def _router_problems(part: str, router: RouterConfig) -> Iterator[str]:
     path = f"model.{part}.router"
     if router.score != "softmax" or router.gate == "raw":
         yield (
-            f"`{path}` weighs experts by {router.score}, {router.gate}; JetMoE by a softmax over "
-            "those chosen: softmax, renormalized"
+            f"`{path}` has score {router.score} and gate {router.gate}; JetMoE needs a softmax "
+            "over the chosen experts: softmax and renormalized"
         )
     if router.capacity is not None:
         yield f"`{path}.capacity` drops tokens; JetMoE drops none"
     if router.balance.bias_rate:
-        yield f"`{path}.balance.bias_rate` has made a bias; JetMoE chooses without one"
+        yield f"`{path}.balance.bias_rate` trained a selection bias; JetMoE has none"
 
 
 def settings_of(config: ModelConfig, *, max_length: int, end_of_document: int) -> dict[str, Any]:
-    """Contents of `config.json`; of a model without problems, trained on `max_length` tokens."""
+    """Build the content of `config.json` for a model without problems and its context length."""
     attention, ffn = config.attention, config.ffn
     assert isinstance(attention, MoAConfig)
     assert isinstance(ffn, MoEFFNConfig)
@@ -194,30 +195,30 @@ def settings_of(config: ModelConfig, *, max_length: int, end_of_document: int) -
 
 
 class Entry(NamedTuple):
-    """A tensor of JetMoE, and those of ours whose values it holds."""
+    """Maps a tensor of JetMoE to our tensors that hold its values."""
 
     theirs: str
     """Name in JetMoE."""
     ours: tuple[str, ...]
-    """Names here, one above the other over its rows; none for zeros."""
-    mirrored: bool = False
-    """Ours are [..., in, out], theirs [..., out, in]."""
+    """Names of our tensors, stacked along its rows; empty for zeros."""
+    transposed: bool = False
+    """Whether ours are [..., in, out] and theirs is [..., out, in]."""
 
     def to_theirs(self, ours: list[Tensor]) -> Tensor:
-        """From the tensors named in `ours`, of which there is at least one."""
-        parts = [part.mT if self.mirrored else part for part in ours]
+        """Combine the tensors named in `ours`, at least one, to JetMoE's tensor."""
+        parts = [part.mT if self.transposed else part for part in ours]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
     def to_ours(self, theirs: Tensor) -> list[Tensor]:
-        """The tensors named in `ours`."""
+        """Split JetMoE's tensor into the tensors named in `ours`."""
         parts = [theirs] if len(self.ours) == 1 else theirs.chunk(len(self.ours), dim=-2)
-        return [part.mT if self.mirrored else part for part in parts]
+        return [part.mT if self.transposed else part for part in parts]
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
-    """Every tensor of the JetMoE that equals a model of this configuration.
+    """Yield every tensor of the JetMoE that is equivalent to a model of this configuration.
 
-    Layers that are shared here are written as often as they are applied.
+    A shared layer appears once for each time it is applied.
     """
     assert isinstance(config.attention, MoAConfig)
     assert isinstance(config.ffn, MoEFFNConfig)
@@ -230,8 +231,8 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
         bias = (f"{attention}.bias.value",) if config.attention.output_bias else ()
         yield Entry(f"{theirs}.input_layernorm.weight", (f"{ours}.attention_norm.weight",))
         yield Entry(f"{experts}.router.layer.weight", (f"{attention}.router.logits.weight",))
-        yield Entry(f"{experts}.input_linear.weight", (f"{attention}.q.weight",), mirrored=True)
-        yield Entry(f"{experts}.output_linear.weight", (f"{attention}.o.weight",), mirrored=True)
+        yield Entry(f"{experts}.input_linear.weight", (f"{attention}.q.weight",), transposed=True)
+        yield Entry(f"{experts}.output_linear.weight", (f"{attention}.o.weight",), transposed=True)
         yield Entry(f"{experts}.bias", bias)
         keys_values = (f"{attention}.k.weight", f"{attention}.v.weight")
         yield Entry(f"{theirs}.self_attention.kv_proj.weight", keys_values)
@@ -239,8 +240,8 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
         up_gate = (f"{ffn}.up.weight", f"{ffn}.gate.weight")
         yield Entry(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.ffn_norm.weight",))
         yield Entry(f"{mlp}.router.layer.weight", (f"{ffn}.router.logits.weight",))
-        yield Entry(f"{mlp}.input_linear.weight", up_gate, mirrored=True)
-        yield Entry(f"{mlp}.output_linear.weight", (f"{ffn}.down.weight",), mirrored=True)
+        yield Entry(f"{mlp}.input_linear.weight", up_gate, transposed=True)
+        yield Entry(f"{mlp}.output_linear.weight", (f"{ffn}.down.weight",), transposed=True)
         yield Entry(f"{mlp}.bias", bias)
     yield Entry("model.norm.weight", ("final_norm.weight",))
     if not config.tie_embeddings:

@@ -1,7 +1,7 @@
-"""Reading and writing folders of JetMoE, as `JetMoeForCausalLM` of transformers does.
+"""Reads and writes JetMoE folders, as `JetMoeForCausalLM` of transformers does.
 
-Needs no transformers: a folder is `config.json`, safetensors files, and perhaps `tokenizer.json`.
-One tensor is in memory at a time.
+A folder has `config.json`, safetensors files, and optionally `tokenizer.json`; transformers is not
+needed. Only one tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ class _Kind(BaseModel):
 
 
 class _Shards(BaseModel):
-    """Content of `model.safetensors.index.json`."""
+    """Holds the content of `model.safetensors.index.json`."""
 
     weight_map: dict[str, FileName]
 
 
 class Imported(NamedTuple):
-    """What became of a folder of JetMoE."""
+    """Describes a run that was imported from a JetMoE folder."""
 
     config: Config
     num_bytes: int
-    """Of the weights."""
+    """Size of the weights in bytes."""
     without_tokenizer: str | None
-    """Why the run has no tokenizer; None if it has."""
+    """Reason why the run has no tokenizer; None if it has one."""
 
 
 def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -> Written:
     """Write the model of a checkpoint as a folder that `JetMoeForCausalLM.from_pretrained` reads.
 
-    Raises ConfigError if JetMoE would not compute the same, and DataError if the checkpoint is
-    damaged, has no tokenizer, or `target` exists.
+    Raises ConfigError if JetMoE cannot express the model, and DataError if the checkpoint is
+    damaged, it has no tokenizer, or `target` exists.
     """
     require_valid(checkpoint)
     reader = Reader(checkpoint)
     model = reader.index.config.model
     if problems := list(problems_of_model(model)):
-        raise ConfigError(problems, f"{checkpoint} is no JetMoE")
+        raise ConfigError(problems, f"{checkpoint} cannot be exported as JetMoE")
     tokenizer = tokenizer_of(checkpoint)
     settings = settings_of(
         model,
@@ -104,15 +104,15 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
 
 
 def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> Imported:
-    """Make a run of ours, at step 0, from a folder that `JetMoeForCausalLM` has saved.
+    """Create a run at step 0 from a folder that `JetMoeForCausalLM` saved.
 
     Args:
-        folder: the folder.
-        target: the run's, to be made.
-        overrides: `key.path=value` for its configuration, all but `model`.
+        folder: the JetMoE folder.
+        target: folder of the run to create.
+        overrides: `key.path=value` for the run's configuration, except for `model`.
 
     Raises:
-        ConfigError: our model would not compute the same, or an override is wrong.
+        ConfigError: our model cannot express this JetMoE, or an override is invalid.
         DataError: a file is missing or damaged, or `target` exists.
     """
     settings = _read_settings(folder)
@@ -128,7 +128,9 @@ def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> 
         str(folder / _SETTINGS_FILE),
     )
     if config.model != ModelConfig.model_validate(model_config_of(settings)):
-        raise ConfigError(["`model` is that of the folder: leave it as it is"], str(folder))
+        raise ConfigError(
+            ["`model` is determined by the folder; remove the overrides of `model`"], str(folder)
+        )
     shapes = _our_shapes(config.model)
     source = _Source(folder)
     table = list(entries(config.model))
@@ -159,12 +161,12 @@ def _read(path: Path) -> bytes:
         return read_regular_file(path)
     except OSError as error:
         raise DataError(
-            f"{path}: {error.strerror}; give a folder that save_pretrained has written"
+            f"{path}: {error.strerror}; give a folder that save_pretrained wrote", path=path
         ) from error
 
 
 class _Source:
-    """Tensors of a folder, in one safetensors file or in several."""
+    """Reads the tensors of a folder from one or several safetensors files."""
 
     def __init__(self, folder: Path) -> None:
         shards = folder / _SHARDS_FILE
@@ -179,26 +181,30 @@ class _Source:
             self._file_of = dict.fromkeys(self._open(path).keys(), path)
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise DataError unless it has these tensors, and no others that would matter."""
-        # The head of a tied model may be stored twice; frequencies follow from the settings.
+        """Raise DataError unless the folder has these tensors, and no others that matter."""
+        # A tied head may be stored twice; rotary frequencies follow from the settings.
         extra = {n for n in self._file_of.keys() - shapes if not n.endswith("rotary_emb.inv_freq")}
         if extra == {"lm_head.weight"}:
             extra = set()
         if different := sorted(extra | (shapes.keys() - self._file_of.keys())):
             raise DataError(
-                f"{self._folder}: {len(different)} tensors are missing, or are not of a JetMoE "
-                f"with this {_SETTINGS_FILE}, such as {different[0]}; copy the folder again"
+                f"{self._folder}: {len(different)} tensors are missing, or do not belong to a "
+                f"JetMoE with this {_SETTINGS_FILE}, such as {different[0]}; copy the folder again",
+                path=self._folder,
+                key=different[0],
             )
         for name, shape in shapes.items():
             found = self._slice(name).get_shape()
             if tuple(found) != shape:
                 raise DataError(
                     f"{self._file_of[name]}: {name} has shape {tuple(found)}, but {_SETTINGS_FILE} "
-                    f"says {shape}; copy the folder again"
+                    f"needs {shape}; copy the folder again",
+                    path=self._file_of[name],
+                    key=name,
                 )
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, in the type that it was saved in."""
+        """Read the tensor `name` in its stored type."""
         values: Tensor = self._slice(name)[:]
         return values
 
@@ -207,7 +213,9 @@ class _Source:
         try:
             return self._open(path).get_slice(name)
         except SafetensorError as error:
-            raise DataError(f"{path}: missing or damaged: {error}") from error
+            raise DataError(
+                f"{path}: missing or damaged: {error}; copy the folder again", path=path, key=name
+            ) from error
 
     def _open(self, path: Path) -> Any:
         try:
@@ -215,7 +223,8 @@ class _Source:
                 self._files[path] = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             raise DataError(
-                f"{path}: missing or damaged: {error}; only safetensors files are read"
+                f"{path}: missing or damaged: {error}; only safetensors files can be read",
+                path=path,
             ) from error
         return self._files[path]
 

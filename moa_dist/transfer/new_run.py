@@ -1,6 +1,6 @@
-"""A run that starts from given weights: its checkpoint of step 0, for any layout to continue.
+"""Creates runs that start from given weights: a checkpoint of step 0 that any layout continues.
 
-There are no moments in it: before the first update they are zero.
+It holds no moments, because they are zero before the first update.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def write_new_run(
     values: Iterable[Tensor],
     tokenizer: Path | None,
 ) -> int:
-    """Make the run's folder `target`, which does not exist yet, with a checkpoint of step 0.
+    """Create the run's folder `target`, which must not exist yet, with a checkpoint of step 0.
 
     Args:
-        target: the folder.
-        config: of the run.
+        target: the run's folder.
+        config: the run's configuration.
         specs: every parameter and buffer of the model, in any order.
-        values: theirs, one at a time, contiguous.
-        tokenizer: to be copied along; None if there is none.
+        values: the values of `specs`, one at a time, contiguous.
+        tokenizer: tokenizer to copy; None to create a run without one.
 
     Returns:
-        Bytes of the weights.
+        Size of the weights in bytes.
 
     Raises:
         DataError: `target` exists.

@@ -1,18 +1,18 @@
-"""Upcycling: a model with experts out of a dense one, which goes on from what that has learned.
+"""Upcycles a dense model to a model with experts, which keeps what the dense one has learned.
 
 Komatsuzaki et al. 2022 (arXiv 2212.05055) copy a dense FFN into every expert; He et al. 2024 (arXiv
-2410.07524, "virtual groups") cut it into m slices and copy those, so that experts stay small. Both
-are one rule here, with m = 1 for whole copies: expert e holds slice e mod m, and the m experts of
+2410.07524, "virtual groups") cut it into m slices and copy those, so that experts stay small. One
+rule covers both, with m = 1 for whole copies: expert e holds slice e mod m, and the m experts of
 a group share one row of the router, so that tokens choose whole groups. Attention is copied whole.
 
     FFN         sum over c chosen groups of w_g (sum of m slices) = (sum of w) / m  FFN(x)
     MoA         sum over chosen of w_e  O attention(Q x, K, V)    = (sum of w)      attention(x)
     SwitchHead  values and outputs, head by head                  = (sum of w)      V x, O r
 
-Dividing by the factor preserves the function: exactly if the chosen weights sum to one whatever
-the token. Else, as with raw sigmoids, the router is drawn ten times smaller, so that the sum hardly
-varies, and the factor is its mean for random inputs of the layer. If `top_k` is no multiple of m,
-a token gets some slices only, and only the mean over tokens is right.
+Dividing by the factor preserves the function, exactly if the chosen weights sum to one for every
+token. Otherwise, as with raw sigmoids, the router is initialized ten times smaller, so that the sum
+hardly varies, and the factor is its mean over random inputs of the layer. If `top_k` is not a
+multiple of m, a token gets only some slices, and only the mean over tokens is right.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.moe.router import Router
 
 _SAMPLE = 4096
-"""Random tokens over which weights are averaged."""
+"""Number of random tokens over which weights are averaged."""
 _EVEN = 0.1
-"""Factor of a router whose weights should hardly vary; which experts it chooses stays the same."""
+"""Scale of a router whose weights should hardly vary; its choice of experts does not change."""
 
 
-_FILLED: dict[type[PartConfig], str | None] = {
+_HEADS_FIELD: dict[type[PartConfig], str | None] = {
     MoAConfig: "heads_per_expert",
     SwitchHeadConfig: "num_heads",
     MoEFFNConfig: None,
 }
-"""Kinds whose experts can be made of a dense part, with the field of an attention's heads."""
+"""Kinds that a dense part can be upcycled to, with the field of the number of heads, if any."""
 
 
-class FilledPart(NamedTuple):
-    """What was done to attention or FFN."""
+class UpcycledPart(NamedTuple):
+    """Describes how attention or FFN was upcycled."""
 
     name: str
     """`attention` or `ffn`."""
     exact: bool
-    """It computes what it did before, as long as no capacity drops tokens."""
+    """Whether it computes the same as before, as long as no tokens are dropped."""
     how: str
-    """In a line."""
+    """One-line description."""
 
 
 def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
-    """Why a model of `config` cannot go on from one of `dense`, a line each."""
+    """Yield a line for each reason why `dense` cannot be upcycled to `config`."""
     for name in ModelConfig.model_fields:
         before, now = getattr(dense, name), getattr(config, name)
         if name not in PARTS and before != now:
@@ -76,23 +76,23 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
             yield f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
     changed = [name for name in PARTS if getattr(dense, name) != getattr(config, name)]
     if not changed:
-        yield "`model.attention` and `model.ffn` are those of the dense model: nothing to do"
+        yield "`model.attention` and `model.ffn` equal those of the dense model: nothing to upcycle"
     for name in changed:
         before, now = getattr(dense, name), getattr(config, name)
         if before.kind != "dense":
             yield (
-                f"`model.{name}` of the run is {before.kind}: experts are made of a dense part "
-                "only; leave its settings as they are"
+                f"`model.{name}` of the run is {before.kind}, but only dense layers can be "
+                "upcycled; keep its settings unchanged"
             )
         elif now.kind == "dense":
             yield (
-                f"`model.{name}` is dense, with other settings than in the run: leave these as "
-                "they are, or let it be made of experts"
+                f"`model.{name}` is dense, but its settings differ from the run's; keep them "
+                "unchanged, or choose a kind with experts"
             )
-        elif type(now) not in _FILLED:
+        elif type(now) not in _HEADS_FIELD:
             yield (
-                f"`model.{name}.kind` is {now.kind}, which cannot be filled from a dense part; use "
-                + ", ".join(str(kind.model_fields["kind"].default) for kind in _FILLED)
+                f"`model.{name}.kind` is {now.kind}, which a dense part cannot be upcycled to; use "
+                + ", ".join(str(kind.model_fields["kind"].default) for kind in _HEADS_FIELD)
             )
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
         yield from _attention_problems(dense.attention, config)
@@ -102,7 +102,7 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
 
 def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Iterator[str]:
     attention = config.attention
-    heads = _FILLED.get(type(attention))
+    heads = _HEADS_FIELD.get(type(attention))
     if heads is None:
         return
     wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope}
@@ -133,18 +133,19 @@ def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[str]:
 @torch.no_grad()
 def upcycle(
     dense: LanguageModel, config: ModelConfig, *, seed: int = 0
-) -> tuple[LanguageModel, list[FilledPart]]:
-    """A model of `config`, without problems, with the weights of `dense`, and what was done.
+) -> tuple[LanguageModel, list[UpcycledPart]]:
+    """Build a model of `config` from the weights of `dense`, and describe what was done.
 
-    In the type of `dense`. What has no counterpart there, routers above all, is drawn by `seed`.
+    `problems_of` must find no problems. The dtype is that of `dense`. Parameters without a
+    counterpart there, mainly routers, are initialized from `seed`.
     """
     dtype = dense.embedding.weight.dtype
     model = build_model(config, seed=seed).to(dtype)
     state, before = model.state_dict(), dense.state_dict()
     for name in state.keys() & before.keys():
-        if state[name].shape == before[name].shape:  # else what is to become experts
+        if state[name].shape == before[name].shape:  # all but what becomes experts
             state[name].copy_(before[name])
-    parts: dict[str, FilledPart] = {}
+    parts: dict[str, UpcycledPart] = {}
     for new, old in zip(_layers(model), _layers(dense), strict=True):
         for part in _fill(new, old, _norm_of_source(model)):
             parts[part.name] = part
@@ -157,18 +158,18 @@ def _layers(model: LanguageModel) -> list[Block]:
 
 
 def _norm_of_source(model: LanguageModel) -> nn.Module | None:
-    """What a decoder's layers see of the source comes from it."""
+    """Return the norm whose output a decoder's cross-attention reads."""
     if model.encoder is None or model.config.norm_placement != "post":
         return model.encoder_norm
     return cast(Block, model.encoder.layers[-1]).ffn_norm
 
 
-def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[FilledPart]:
-    """Make the experts of one layer."""
+def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[UpcycledPart]:
+    """Fill the experts of one layer."""
     norms = [new.attention_norm, new.ffn_norm]
     if new.cross is not None:
         norms.insert(1, new.cross.norm)
-    if new.placement == "post":  # what a part reads was normalised behind the part before it
+    if new.placement == "post":  # the input of a part is normalized after the previous part
         norms = [norms[-1], *norms[:-1]]
     yield from _fill_attention(new.attention, old.attention, norms[0], norms[0])
     if new.cross is not None and old.cross is not None and norm_of_source is not None:
@@ -182,7 +183,7 @@ def _fill(new: Block, old: Block, norm_of_source: nn.Module | None) -> Iterator[
 
 def _fill_attention(
     new: nn.Module, old: nn.Module, norm_of_queries: nn.Module, norm_of_keys: nn.Module
-) -> Iterator[FilledPart]:
+) -> Iterator[UpcycledPart]:
     match new, old:
         case MoAAttention(), DenseAttention():
             yield _fill_moa(new, old, norm_of_queries)
@@ -190,13 +191,13 @@ def _fill_attention(
             yield _fill_switchhead(new, old, norm_of_queries, norm_of_keys)
 
 
-def _fill_moa(new: MoAAttention, old: DenseAttention, norm: nn.Module) -> FilledPart:
+def _fill_moa(new: MoAAttention, old: DenseAttention, norm: nn.Module) -> UpcycledPart:
     for ours, theirs in ((new.k, old.k), (new.v, old.v)):
         ours.weight.copy_(theirs.weight)
     new.q.weight.copy_(old.q.weight.T)
     new.o.weight.copy_(old.o.weight.T / _even_out(new.router, norm))
     exact = _sums_to_one(new.router.config)
-    return FilledPart(
+    return UpcycledPart(
         "attention", exact, _how("queries and outputs copied into every expert", exact)
     )
 
@@ -206,7 +207,7 @@ def _fill_switchhead(
     old: DenseAttention,
     norm_of_queries: nn.Module,
     norm_of_keys: nn.Module,
-) -> FilledPart:
+) -> UpcycledPart:
     new.q.weight.copy_(old.q.weight)
     new.k.weight.copy_(old.k.weight)
     H = new.config.num_heads
@@ -220,10 +221,10 @@ def _fill_switchhead(
         experts.weight.copy_(matrices.repeat_interleave(router.config.num_experts, 0))
     exact = _sums_to_one(new.config.router)
     how = "each head's values and outputs copied into its experts"
-    return FilledPart("attention", exact, _how(how, exact))
+    return UpcycledPart("attention", exact, _how(how, exact))
 
 
-def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> FilledPart:
+def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> UpcycledPart:
     router, d_expert = new.router.config, new.config.d_expert
     num_slices = old.up.out_features // d_expert
     num_groups = router.num_experts // num_slices
@@ -244,7 +245,7 @@ def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> Fi
     if not whole_groups:
         how += f", of which a token takes {router.top_k}"
     exact = whole_groups and _sums_to_one(router)
-    return FilledPart("ffn", exact, _how(how, exact))
+    return UpcycledPart("ffn", exact, _how(how, exact))
 
 
 def _how(how: str, exact: bool) -> str:
@@ -252,15 +253,15 @@ def _how(how: str, exact: bool) -> str:
 
 
 def _sums_to_one(router: RouterConfig) -> bool:
-    """Whether the weights of a token's experts do, whatever the token."""
+    """Return whether the weights of a token's experts sum to one for every token."""
     everything = router.score == "softmax" and router.top_k == router.num_experts
     return router.gate != "raw" or everything
 
 
 def _even_out(router: Router, norm: nn.Module) -> Tensor:
-    """[G]: what a token's weights sum to; its mean over random inputs behind `norm`.
+    """Return the sum of a token's weights, averaged over random inputs after `norm`, [G].
 
-    Where that varies from token to token, make the router smaller first.
+    If the sum varies from token to token, scale the router down first.
     """
     if _sums_to_one(router.config):
         return torch.ones(router.num_groups, dtype=router.logits.weight.dtype)

@@ -1,1 +1,1 @@
-"""Comparing a layout with plain torch on one process, and rehearsing one rank of a large job."""
+"""Compares a layout with plain torch on one process, and rehearses one rank of a large job."""

@@ -1,7 +1,7 @@
-"""What counts as equal: one layout's step beside the same step on one process.
+"""Compares one layout's step with the same step on one process, and defines what counts as equal.
 
-Bounds are relative where sizes vary freely. For parameters after a step they are absolute, as
-weights are of order one.
+Bounds are relative for values of any magnitude. For parameters after a step they are absolute,
+because weights are of order one.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moa_dist.models.stack import RouterCall
 from moa_dist.verify.reference import Outcome
 
 BOUNDS = {"fp64": 1e-9, "fp32": 1e-5}
-"""Largest deviation that counts as equal, by the precision of the layout's step."""
+"""Maximum deviation that counts as equal, by the precision of the layout's step."""
 BF16_BOUND, BF16_GRADIENT_BOUND = 0.03, 0.3
-"""Relative. With 8 bits some tokens choose other experts; a wrong factor would be 0.5 or more."""
+"""Relative bounds. With 8 bits, some tokens choose other experts; a wrong factor gives >= 0.5."""
 
 
 class Check(NamedTuple):
-    """One comparison of the layout with one process."""
+    """Holds one comparison of the layout with one process."""
 
     what: str
-    """What was compared."""
+    """Name of the compared quantity."""
     deviation: float
-    """Of the first parameter that differs, else the largest."""
+    """Deviation of the first parameter that differs, or else the largest."""
     bound: float
-    """The largest that counts as equal."""
+    """Maximum deviation that counts as equal."""
     where: str = ""
-    """Name of that parameter; empty where no parameters are compared."""
+    """Name of that parameter; empty if no parameters are compared."""
 
     @property
     def equal(self) -> bool:
-        """Within the bound, which NaN is not."""
+        """Return whether the deviation is within the bound, which NaN is not."""
         return self.deviation <= self.bound
 
 
 def compare_gradients(ours: Outcome, reference: Outcome, bound: float) -> list[Check]:
-    """All of an unclipped step of plain SGD, whose difference of parameters is the gradient."""
+    """Compare an unclipped step of plain SGD, in which parameters change by the gradient."""
     return [
         _first_or_worst("initial parameters", 0.0, _differences(ours.initial, reference.initial)),
         Check("logits", _relative(ours.logits, reference.logits), bound),
@@ -51,18 +52,18 @@ def compare_gradients(ours: Outcome, reference: Outcome, bound: float) -> list[C
 
 
 def compare_step(what: str, ours: Outcome, reference: Outcome, bound: float) -> Check:
-    """Parameters after a step of which clipping or the optimizer are the point; absolute."""
+    """Compare parameters after a step that tests clipping or the optimizer; absolute."""
     return _first_or_worst(what, bound, _differences(ours.parameters, reference.parameters))
 
 
 def compare_updated_model(ours: Outcome, reference: Outcome, bound: float) -> Check:
-    """Outputs after a step: ranks compute with what the optimizer, elsewhere perhaps, updated."""
+    """Compare outputs after a step, which use parameters that other ranks may have updated."""
     deviation = _relative(ours.logits_after, reference.logits_after)
     return Check("logits after that step", deviation, bound)
 
 
 def compare_bf16(ours: Outcome, reference: Outcome, experts: Set[str]) -> list[Check]:
-    """What 8 bits can show: values, and gradients as two vectors, of experts and of the rest."""
+    """Compare what 8 bits can resolve: values, and the gradients of experts and of the rest."""
     checks = [
         check._replace(what=f"{check.what} in bf16")
         for check in _values(ours, reference, BF16_BOUND)
@@ -86,7 +87,7 @@ def _values(ours: Outcome, reference: Outcome, bound: float) -> list[Check]:
     norm = reference.grad_norms[0]
     checks = [Check("loss", abs(ours.loss - reference.loss) / abs(reference.loss), bound)]
     for name, value in reference.aux_losses.items():
-        # One that is near zero by nature needs no more digits than the loss it is added to.
+        # A value near zero needs no more digits than the loss that it is added to.
         scale = max(abs(value), 1e-4 * abs(reference.loss))
         deviation = abs(ours.aux_losses[name] - value) / scale
         checks.append(Check(f"auxiliary loss {name}", deviation, bound))
@@ -98,8 +99,8 @@ def _relative(ours: Tensor, reference: Tensor) -> float:
     return ((ours.double() - reference).abs().max() / reference.abs().max()).item()
 
 
-def _unequal(ours: dict, reference: dict) -> float:
-    """How many applications of a router differ."""
+def _unequal(ours: dict[RouterCall, Tensor], reference: dict[RouterCall, Tensor]) -> float:
+    """Count the router calls that differ."""
     assert ours.keys() == reference.keys()
     return float(sum(not ours[call].equal(value) for call, value in reference.items()))
 
@@ -112,10 +113,10 @@ def _differences(
 
 
 def _gradient_differences(ours: Outcome, reference: Outcome) -> Iterable[tuple[str, float]]:
-    """Relative to the largest element of the parameter's gradient.
+    """Yield gradient deviations relative to the largest element of the parameter's gradient.
 
-    At least to a thousandth of the largest of all: what cancels to nearly nothing in exact
-    arithmetic is all rounding.
+    The scale is at least a thousandth of the largest gradient of all, because gradients that nearly
+    cancel in exact arithmetic consist of rounding errors.
     """
     steps = {n: reference.parameters[n] - reference.initial[n] for n in reference.initial}
     largest = {name: step.abs().max().item() for name, step in steps.items()}
@@ -126,7 +127,7 @@ def _gradient_differences(ours: Outcome, reference: Outcome) -> Iterable[tuple[s
 
 
 def _first_or_worst(what: str, bound: float, differences: Iterable[tuple[str, float]]) -> Check:
-    """The first parameter, in model order, that differs; else the one that deviates most."""
+    """Return the first parameter in model order that differs, or else the largest deviation."""
     checks = [Check(what, deviation, bound, name) for name, deviation in differences]
     different = [check for check in checks if not check.equal]
     return different[0] if different else max(checks, key=lambda check: check.deviation)

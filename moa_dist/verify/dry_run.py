@@ -1,9 +1,9 @@
-"""One step at full size before a run: what it needs and takes here, beside what was planned.
+"""Takes one step at full size before a run, and measures memory and time to compare with the plan.
 
 Everything is built as for training and nothing is written. With a world size, one process plays
 rank 0 of a larger job: it holds that rank's share of experts and of ZeRO's states and computes its
 micro-batches, while the other ranks are mirror images (`moa_dist.distributed.mirror`). Memory is
-that of the real job; time is too, but for communication, which mirror images do not take.
+that of the real job, and so is time, except for communication, which mirror images do without.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from moa_dist.train.optimizer import learning_rate
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank saw."""
+    """Holds the measurements of one rank."""
 
     world_size: int
-    """Of the job, mirror images included."""
+    """Size of the job, mirror images included."""
     mirrored: bool
-    """The others were mirror images."""
+    """Whether the other ranks were mirror images."""
     device: Device
-    """What it ran on."""
+    """Kind of device that the step ran on."""
     sequences: int
-    """Of this rank in the step."""
+    """Sequences of this rank in the step."""
     tokens: int
-    """Targets of all ranks."""
+    """Targets of all ranks in the step."""
     loss: float
-    """Of the step."""
+    """Loss of the step."""
     seconds: float
-    """That it took, the second one: the first pays for what happens once."""
+    """Duration of the second step; the first includes one-time costs."""
     peak: int
-    """Bytes at most: of tensors on a GPU; on a CPU what the process grew by."""
+    """Peak bytes: of tensors on a GPU; on a CPU, the growth of the process."""
     reserved: int
-    """Bytes that the GPU's allocator took for them; 0 on a CPU."""
+    """Bytes reserved by the GPU's allocator; 0 on a CPU."""
     planned: Budget
-    """What `moa_dist.plan` says."""
+    """Memory budget computed by `moa_dist.plan`."""
     exchange: dict[str, str]
-    """What travels, and why."""
+    """What each expert layer sends, tokens or weights, and why."""
 
 
 def dry_run(config: Config, world_size: int | None) -> DryRun:
-    """Build all of a run and take one step; `config` must fit the ranks.
+    """Build everything of a run and take one step; `config` must fit the ranks.
 
-    Collective over a job's ranks, each of which gets its own result; with `world_size`, to be
-    called by a process that was started alone.
+    Collective over the job's ranks, each of which gets its own result. With `world_size`, it must
+    be called by a single process.
     """
     before = psutil.Process().memory_info().rss
     with _job(world_size) as context:
@@ -84,7 +84,7 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
         mesh = make_mesh(config.parallel.expert_parallel)
         decision = decide_exchange(config, mesh.world_size, min_device_memory(context.device))
         device: Device = "cuda" if context.device.type == "cuda" else "cpu"
-        backend = "nccl" if device == "cuda" else "gloo"  # that of the job that is tried
+        backend = "nccl" if device == "cuda" else "gloo"  # of the job that is simulated
         overlap = should_overlap(config.parallel.overlap, backend)
         engine = build_engine(config, mesh, context.device, decision.exchange, overlap=overlap)
         layout = layout_of(config, mesh.world_size, decision.exchange)
@@ -124,25 +124,25 @@ def _job(world_size: int | None) -> AbstractContextManager[DistContext]:
         raise ConfigError(
             [
                 "--world-size lets one process play a rank of a larger job, but several were "
-                "started: start one with `python`, or leave it out to try the ranks that there are"
+                "started; start one with `python`, or omit it to test the ranks that were started"
             ]
         )
     return mirrored_job(0, world_size)
 
 
 def _all_but_update(engine: Engine, batches: list[Batch], lr: float) -> None:
-    """A step that is refused: parameters stay, for mirror images would return others."""
-    logging.disable(logging.WARNING)  # DeepSpeed's, that the step is refused
+    """Take a step without its update, because mirror images would return wrong parameters."""
+    logging.disable(logging.WARNING)  # DeepSpeed warns that the step is rejected
     try:
         engine.step(batches, lr, loss_limit=-math.inf)
-    except BadStepError:  # a loss that is not finite is found again by the next
+    except BadStepError:  # the next step would also detect a loss that is not finite
         return
     finally:
         logging.disable(logging.NOTSET)
 
 
 def _wait_for(context: DistContext) -> None:
-    """Until all that was asked of the device is done, on every rank."""
+    """Wait until every rank's device has finished all its work."""
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
     dist.barrier()

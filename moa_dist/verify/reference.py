@@ -1,6 +1,6 @@
-"""One optimizer step on one process, in plain torch: what every layout must reproduce.
+"""Takes one optimizer step on one process, in plain torch, which every layout must reproduce.
 
-Shares nothing with the engine but the model: no DeepSpeed, no ranks, no micro-batches, fp64.
+It shares only the model with the engine: no DeepSpeed, no ranks, no micro-batches, and in fp64.
 Shapes: T real tokens of the whole batch, V vocabulary.
 """
 
@@ -22,35 +22,35 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whole-model values of one step, on the CPU."""
+    """Holds the values of the whole model in one step, on the CPU."""
 
     initial: dict[str, Tensor]
     """Parameters, and selection biases if any, before the step, by name in model order."""
     logits: Tensor
-    """[T, V] of the real tokens, before the step."""
+    """Logits of the real tokens before the step, [T, V]."""
     loss: float
     """Mean cross-entropy per target."""
     aux_losses: dict[str, float]
     """Auxiliary losses by name."""
     load: dict[RouterCall, Tensor]
-    """[G, E] int64 by router application: assignments before dropping."""
+    """Assignments before dropping by router call, [G, E] int64."""
     dropped: dict[RouterCall, Tensor]
-    """[G, E] int64: assignments dropped."""
+    """Dropped assignments by router call, [G, E] int64."""
     grad_norms: tuple[float, ...]
-    """Norm before clipping, as each rank has it."""
+    """Gradient norm before clipping, as seen by each rank."""
     parameters: dict[str, Tensor]
-    """After the step."""
+    """Parameters after the step."""
     logits_after: Tensor
-    """[T, V], of the updated model."""
+    """Logits of the updated model, [T, V]."""
 
 
 def initial_model(config: Config) -> LanguageModel:
-    """The whole model with the run's initial weights, in fp64."""
+    """Build the whole model with the run's initial weights, in fp64."""
     return build_model(config.model, seed=config.train.seed).double()
 
 
 def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: float) -> Outcome:
-    """The step over the whole batch at once, by parts only where balance is to be by parts."""
+    """Take a step on the whole batch at once, or by parts if balance losses are per micro-batch."""
     model = initial_model(config)
     initial = _state(model)
     token_mask, labels = input_mask(batch), batch.labels()
@@ -93,14 +93,14 @@ def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: fl
 
 
 def input_mask(batch: Batch) -> Tensor:
-    """[B, S] bool: which tokens that the model reads are real."""
+    """Return the mask of real tokens among those that the model reads, [B, S] bool."""
     tokens, token_mask, *_ = batch.inputs()
     assert tokens is not None
     return torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
 
 
 def _over_parts(outputs: list[LanguageModelOutput], count: str) -> dict[RouterCall, Tensor]:
-    """[G, E] by router application."""
+    """Sum a statistic over parts: [G, E] by router call."""
     by_part = [{s: getattr(v, count).sum(0) for s, v in o.statistics.items()} for o in outputs]
     return {call: torch.stack([part[call] for part in by_part]).sum(0) for call in by_part[0]}
 
@@ -110,7 +110,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _balanced_by_parts(config: Config) -> bool:
-    """Whether some auxiliary loss depends on the micro-batch, as its documentation says."""
+    """Return whether some balance loss is defined per micro-batch."""
     routers = config.model.routers().values()
     return any(router.balance.scope == "micro_batch" for router in routers)
 
@@ -134,10 +134,10 @@ def _plain_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> to
 def is_clear_of_rounding(
     config: Config, batch: Batch, parameters: dict[str, Tensor], seed: int
 ) -> bool:
-    """Whether routing stays the same if `parameters` change by what fp32 cannot tell apart.
+    """Return whether routing is unchanged when `parameters` change by about fp32's precision.
 
-    Choosing experts is discontinuous: with two scores that equal to rounding, each layout may
-    choose differently, and rightly so.
+    The choice of experts is discontinuous: if two scores are equal up to rounding, layouts may
+    legitimately choose differently.
     """
     model = initial_model(config)
     before = _routing(model, parameters, batch)

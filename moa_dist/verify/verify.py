@@ -1,7 +1,7 @@
-"""Does this layout, on these machines, train the model that one process trains?
+"""Verifies that this layout, on these machines, trains the same model as one process.
 
 A small copy of the configuration takes single steps in the job's own layout, and rank 0 compares
-them with plain torch. Values in and out, no printing.
+them with plain torch. Nothing is printed here.
 """
 
 from __future__ import annotations
@@ -46,53 +46,53 @@ from moa_dist.verify.reference import (
 )
 
 _SIZES = ZeroSizes(bucket=300, persistent=0)
-"""Many buckets and no parameter whole at ZeRO 3, as for a large model."""
+"""Small sizes: many buckets, and ZeRO 3 partitions every parameter, as in large models."""
 _GRADIENT_RATE = 1024.0
-"""SGD's rate where the step is to show the gradient: fp32 weights keep more of its digits."""
+"""SGD learning rate of steps that reveal the gradient: fp32 weights keep more of its digits."""
 _EPS = 1e-2
-"""Least of AdamW's eps: with less, the sign of a gradient that is all rounding decides a step."""
+"""Minimum of AdamW's eps: below it, the sign of a pure rounding error decides a step."""
 _OTHER_TEXTS = 1000
-"""Added to the seed of target texts: the seed of their sources."""
+"""Offset from the seed of target texts to that of their sources."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was run and how it compares; the same on every rank."""
+    """Holds what was run and how it compares; the same on every rank."""
 
     config: Config
-    """The small copy."""
+    """The small copy of the configuration."""
     precision: str
-    """What the layout computed in, but for the checks of bf16."""
+    """Precision that the layout computed in, except for the checks of bf16."""
     num_parameters: int
-    """Of the small copy."""
+    """Number of parameters of the small copy."""
     real_share: float
     """Share of tokens that are not padding."""
     dropped: int
-    """Assignments dropped for lack of capacity."""
+    """Number of assignments dropped for lack of capacity."""
     idle_experts: int
-    """Experts that got no token, over all applications of routers."""
+    """Number of experts that got no token, over all router calls."""
     checks: tuple[Check, ...]
     """All comparisons."""
 
     @property
     def equal(self) -> bool:
-        """All of them."""
+        """Return whether all checks passed."""
         return all(check.equal for check in self.checks)
 
 
 class _Steps(NamedTuple):
-    """What rank 0 tells the others."""
+    """Holds the choices that rank 0 broadcasts."""
 
     seed: int
-    """Of the data."""
+    """Seed of the data."""
     clip_norm: float
-    """Half of the gradient norm."""
+    """Clipping threshold, half of the gradient norm."""
 
 
 def verify(config: Config, mesh: Mesh, device: torch.device) -> Report:
     """Compare single steps of a small copy of `config` with one process. Collective.
 
-    `config` must fit the mesh. Raises TrainingError if some step cannot be taken.
+    `config` must fit the mesh. Raises TrainingError if a step cannot be taken.
     """
     decided = decide_exchange(config, mesh.world_size, min_device_memory(device)).exchange
     parallel = config.parallel.model_copy(update={"expert_exchange": decided})
@@ -146,7 +146,7 @@ def _with(config: Config, precision: str, optimizer: OptimizerConfig) -> Config:
 
 
 def _choose(config: Config, precision: str) -> _Steps:
-    """Data whose routing no rounding changes, before and after the clipped step."""
+    """Choose data whose routing rounding does not change, before and after the clipped step."""
     for seed in range(100):
         batch = make_batch(config, seed)
         norm = one_process(config, batch, _sgd(config), 1.0).grad_norms[0]
@@ -159,9 +159,9 @@ def _choose(config: Config, precision: str) -> _Steps:
         ):
             return _Steps(seed, norm / 2)
     raise TrainingError(
-        "in a small copy of this model, for all data tried, experts are chosen by rounding: no "
-        "two layouts need agree on it, so it cannot be verified in fp32; parallel.zero_stage=0 "
-        "is verified in fp64"
+        "in a small copy of this model, rounding decides the choice of experts for all data that "
+        "was tried, so layouts need not agree and fp32 cannot be verified; to verify in fp64, set "
+        "parallel.zero_stage=0"
     )
 
 
@@ -185,7 +185,7 @@ def _report(
 
 
 def make_batch(config: Config, seed: int) -> Batch:
-    """The global batch, rank by rank: other tokens in every sequence, some of them short."""
+    """Build the global batch, ordered by rank: distinct sequences, some of them short."""
     tokens, token_mask = _texts(config, seed)
     match config.model.objective:
         case "causal":
@@ -199,11 +199,11 @@ def make_batch(config: Config, seed: int) -> Batch:
 
 
 def _texts(config: Config, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens, and which of them are real, [N, sequence length + 1] both.
+    """Draw tokens and their mask, both [N, sequence length + 1].
 
-    Frequencies fall as in language. No token comes twice in a group of sequences, or in a sequence
-    if the vocabulary is too small for that: two could tie, and rounding decide which of them
-    capacity drops.
+    Frequencies decrease as in language. No token occurs twice in a group of sequences, or in a
+    sequence if the vocabulary is too small for that: two equal tokens could tie, and rounding would
+    decide which of them is dropped for lack of capacity.
     """
     generator = torch.Generator().manual_seed(seed)
     N, length = config.train.global_batch, config.data.sequence_length + 1
@@ -221,14 +221,14 @@ def _texts(config: Config, seed: int) -> tuple[Tensor, Tensor]:
     lengths = torch.randint(1, 2 * length, (N,), generator=generator).clamp(max=length)
     lengths[0] = length
     if N > 1:
-        lengths[-1] = 0  # a sequence that is padding alone
+        lengths[-1] = 0  # a sequence of padding only
     return tokens, torch.arange(length) < lengths[:, None]
 
 
 def _in_this_layout(
     config: Config, batch: Batch, lr: float, mesh: Mesh, device: torch.device
 ) -> Outcome | None:
-    """One engine step over all ranks, gathered on rank 0."""
+    """Take one engine step over all ranks and gather the outcome on rank 0."""
     exchange = config.parallel.expert_exchange
     overlap = should_overlap(config.parallel.overlap, dist.get_backend())
     engine = build_engine(config, mesh, device, exchange, overlap=overlap, zero_sizes=_SIZES)
@@ -254,14 +254,14 @@ def _in_this_layout(
 
 
 def _micro_batches(batch: Batch, mesh: Mesh, size: int) -> list[Batch]:
-    """This rank's: neighbours in the global batch, so that groups of sequences stay together."""
+    """Split off this rank's contiguous share, so that groups of sequences stay together."""
     share = batch.num_sequences // mesh.world_size
     begin = mesh.rank * share
     return [batch.rows(slice(first, first + size)) for first in range(begin, begin + share, size)]
 
 
 def _logits(engine: Engine, batches: Iterable[Batch]) -> Tensor:
-    """[T, V] of this rank's real tokens."""
+    """Compute the logits of this rank's real tokens, [T, V]."""
     engine.deepspeed.eval()
     results = []
     with torch.no_grad():
@@ -280,7 +280,7 @@ def _owned(engine: Engine) -> list[tuple[str, int, Tensor]]:
 
 
 def _joined(config: Config, everyone: list[dict[str, Any]]) -> Outcome:
-    """What all ranks hold, as if one held it. Losses are equal on every rank by construction."""
+    """Join the outcomes of all ranks; losses are equal on every rank by construction."""
 
     def over_sites(key: str) -> dict[Any, Tensor]:
         return {call: sum(rank[key][call] for rank in everyone) for call in everyone[0][key]}

@@ -1,4 +1,4 @@
-"""What is counted is what the model did: planted routers, sums, heads by expert."""
+"""Counts agree with what the model did: planted routers, sums, heads by expert."""
 
 from collections import Counter
 from math import log
@@ -113,7 +113,7 @@ def test_dropped_choices_are_counted():
 
 @pytest.mark.parametrize("attention", ["moa", "switchhead"])
 def test_a_translating_model_has_two_texts(attention):
-    """Its encoder's routers choose by the source, and so do the values that a decoder reads."""
+    """The encoder's routers read the source, and so does that of cross-attention's values."""
     fields = {"position": "sinusoidal", "objective": "translation", "num_distinct_layers": 1}
     model = small_model(attention=attention, **fields).eval()
     real = torch.arange(LENGTH) < torch.tensor([LENGTH, 4])[:, None]

@@ -1,4 +1,4 @@
-"""What the pictures and the first numbers say of counts made by hand."""
+"""Plots and headline numbers of counts made by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ from moa_dist.analyze.results import (
     load_analysis,
     save_analysis,
 )
-from moa_dist.analyze.summary import summary
+from moa_dist.analyze.summary import router_lines, summary
 from moa_dist.report.analysis import analysis_page
 
 # 10 tokens choose 2 of 4 experts in each of 2 repeats: repeat 0 takes 0 and 1 always; repeat 1
@@ -129,10 +129,14 @@ def test_page_and_text():
     assert "<b>\n" not in page, "text of a token became markup"
     assert "␣&lt;b&gt;⏎" in page
     text = summary(analysis(ROUTER))
-    assert "expert 0: ␣<b>⏎" in text
-    assert "50.0% of a token's experts come again in another repeat (50.0% by chance)" in text
-    assert "the token alone tells 25.0% of what could be told of its experts, by 3" in text
-    assert "nearest L0 R0 head 0: 2.0 tokens" in text
+    assert "␣<b>⏎" in text
+    (nearest,) = [line for line in text.splitlines() if "L0 R0 head 0" in line and "2.0" in line]
+    assert "tokens" in nearest
+    load, explained, overlap, single = router_lines(ROUTER)
+    assert all(number in load for number in ("4", "2.00", "1", "10.0%"))
+    assert all(number in explained for number in ("25.0%", "3"))
+    assert overlap.count("50.0%") == 2
+    assert all(number in single for number in ("66.7%", "3.0", "4"))
 
 
 def test_file(tmp_path):

@@ -36,7 +36,7 @@ CONFIG = Config.model_validate(
 
 
 def values(step: int) -> torch.Tensor:
-    """The one tensor of the checkpoint of `step`."""
+    """Return the only tensor of the checkpoint of `step`."""
     return torch.randn(NUMEL, generator=torch.Generator().manual_seed(step))
 
 
@@ -56,7 +56,7 @@ def make_index(step: int, files, tensors) -> Index:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """As rank 0 does before any rank writes."""
+    """Prepare the folder, as rank 0 does before any rank writes."""
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     target = checkpoint_folder(folder, step)
@@ -72,13 +72,13 @@ def write_rank(target: Path, step: int, rank: int) -> None:
 
 
 def finish(target: Path, step: int, keep_last: int = 2, keep_every: int | None = None) -> None:
-    """As rank 0's second thread does."""
+    """Publish and prune, as rank 0's second thread does."""
     publish(target, WORLD_SIZE, partial(make_index, step), Event(), patience_s=30)
     prune(target.parent, step, keep_last, keep_every)
 
 
 def save(folder: Path, step: int, **policy) -> Path:
-    """Both ranks at once, as in training."""
+    """Save from both ranks at once, as in training."""
     target = begin(folder, step)
     ranks = [Thread(target=write_rank, args=(target, step, r)) for r in range(WORLD_SIZE)]
     for rank in ranks:

@@ -78,7 +78,7 @@ def remove_later(folder: Path, step: int) -> None:
 
 @pytest.mark.parametrize("new", [2, 1], ids=["next step", "same step"])
 def test_killed_at_every_instant_of_a_save(tmp_path, new):
-    """With but one checkpoint kept; also while another of the same step takes its place."""
+    """Keep only one checkpoint; also kill while another of the same step replaces it."""
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with context.Pool(1) as clean:  # children are forked there, where no other threads run

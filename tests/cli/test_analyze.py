@@ -41,8 +41,8 @@ def no_matplotlib(monkeypatch):
 
 def test_one_command_writes_everything(made, analyzed):
     run, out = analyzed
-    assert "L0 attention.value\n  6 experts, 4 of them per token" in out
-    assert "L1 ffn\n  3 experts, 2 of them per token" in out
+    assert "L0 attention.value\n  6 experts, 4 per token" in out
+    assert "L1 ffn\n  3 experts, 2 per token" in out
     written = {path.name for path in (run / "analysis").iterdir()}
     assert written == {"analysis.json", "analysis.html", *PICTURES}
     for name in PICTURES:

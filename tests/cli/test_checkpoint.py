@@ -151,7 +151,7 @@ def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, comm
     (tmp_path / "file").touch()
     for place in (tmp_path / "file/new", Path("/proc/new")):
         assert main([*command, str(run), str(place)]) == 2
-        assert f"{place}: cannot be made" in capsys.readouterr().err
+        assert f"{place}: cannot be created" in capsys.readouterr().err
     alter(run / "step-00000002")
     assert main([*command, str(run), str(tmp_path / "new")]) == 2
     assert "step-00000002 is damaged" in capsys.readouterr().err
@@ -195,7 +195,7 @@ def test_a_folder_of_transformers_says_so(run, tmp_path, capsys):
     printed(capsys, "export", run, target)
     (target / "config.yaml").rename(target / "config.json")
     assert main(["generate", str(target), "--prompt", "a"]) == 2
-    assert "of a JetMoE, `moa-dist import jetmoe` makes a run" in capsys.readouterr().err
+    assert "moa-dist import jetmoe" in capsys.readouterr().err
 
 
 def test_no_pickle_can_be_read():

@@ -37,7 +37,7 @@ def config(folder: Path, micro_batch: int = 2, **router: int) -> Config:
 
 
 def rows_of(batches: list[Batch]) -> list[list[int]]:
-    """Of each sequence what is shown, then what is to be predicted."""
+    """Return for each sequence the tokens shown, then the labels."""
     return [
         torch.cat(pair).tolist()
         for batch in batches
@@ -48,7 +48,7 @@ def rows_of(batches: list[Batch]) -> list[list[int]]:
 def training_rows(
     folder: Path, manifest: Manifest, steps: int, *, world_size: int = 1, micro: int = 2, done=0
 ) -> list[list[list[int]]]:
-    """By step, the rows of the global batch in order of samples."""
+    """Return by step the rows of the global batch in the order of samples."""
     ranks = []
     for rank in range(world_size):
         batches = training_batches(
@@ -132,7 +132,7 @@ def test_held_out_masks_are_fixed_and_fillers_have_none(
 def test_held_out_micro_batches_hold_whole_groups(
     make_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
-    """Of sequences that share the experts' capacity."""
+    """A group consists of sequences that share the experts' capacity."""
     manifest = make_shards(tmp_path, block_length=LENGTH)
     grouped = config(tmp_path, group_sequences=2)
     asked, rounded = (

@@ -23,7 +23,7 @@ def locations(order: SampleOrder, start: int, stop: int) -> list[tuple[int, int]
 
 
 def shards_taken(order: SampleOrder, start: int, stop: int) -> Counter[int]:
-    """How many samples each shard gives."""
+    """Count the samples taken from each shard."""
     return Counter(shard for shard, _ in locations(order, start, stop))
 
 

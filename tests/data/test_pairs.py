@@ -24,6 +24,7 @@ from moa_dist.errors import DataError
 from moa_dist.models.objective import Batch
 from moa_dist.train.corruption import find_corrupt_shards
 from tests.parallel_text import LENGTH, lines, write_lines, write_pairs
+from tests.raises import raises_data_error
 
 BUCKET_TOKENS, GLOBAL_BATCH = 100, 4
 
@@ -106,11 +107,11 @@ def test_empty_and_long_texts_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_files_of_unequal_length_are_refused(tmp_path: Path) -> None:
     files = write_lines(tmp_path, lines(5))
     files.target.write_text("one\ntwo\n")
-    with pytest.raises(DataError, match=r"text\.target has 2 lines, and .*text\.source has more"):
+    with raises_data_error(2, files.source, path=files.target, line=3):
         prepare_pairs([files], tmp_path / "data", block_length=LENGTH, pairs_per_shard=3)
     assert not (tmp_path / "data").exists()
     missing = PairFiles(files.source, tmp_path / "nowhere")
-    with pytest.raises(DataError, match="nowhere: no such file"):
+    with raises_data_error(path=missing.target):
         prepare_pairs([missing], tmp_path / "data", block_length=LENGTH, pairs_per_shard=3)
 
 
@@ -121,8 +122,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = f"--pairs {files.source} {files.target} --output {tmp_path}/out --vocab-size 300"
     arguments += f" --sequence-length {LENGTH}"
     assert command.run(parser.parse_args(arguments.split())) == 0
-    assert "30 pairs of" in capsys.readouterr().out
-    with pytest.raises(DataError, match="--valid-share does not go with --pairs"):
+    assert "30 pairs" in capsys.readouterr().out
+    with raises_data_error("--valid-share", "--pairs"):
         command.run(parser.parse_args([*arguments.split(), "--valid-share", "0.1", "--force"]))
 
 
@@ -208,17 +209,17 @@ def test_damage_is_named(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[600] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard-000002\.tar: altered or damaged"):
+    with raises_data_error(path=file, key="sha256"):
         read_pairs(tmp_path / "data", manifest)
     file.unlink()
-    with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):
+    with raises_data_error(path=file, key="file"):
         read_pairs(tmp_path / "data", manifest)
-    with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):  # not in the first step
+    with raises_data_error(path=file, key="file"):  # not in the first step
         training_batches(config(tmp_path / "data", 1), manifest, rank=0, world_size=1, consumed=0)
     held_out = DataConfig(
         train="other", valid=str(tmp_path / "data"), sequence_length=9, verify="checksums"
     )
-    with pytest.raises(DataError, match=r"shard-000002\.tar: missing"):
+    with raises_data_error(path=file, key="file"):
         find_corrupt_shards(held_out, manifest, manifest)
 
 
@@ -229,7 +230,7 @@ def test_nothing_but_texts_of_pairs_in_order_is_accepted(tmp_path: Path) -> None
     with tarfile.open(file) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]  # type: ignore[union-attr]
 
-    def rewritten(changed: list[tuple[str, bytes]]) -> str:
+    def refused(changed: list[tuple[str, bytes]], *values: object, key: str) -> None:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for name, data in changed:
@@ -241,25 +242,24 @@ def test_nothing_but_texts_of_pairs_in_order_is_accepted(tmp_path: Path) -> None
             file=file.name, sha256=sha256_of(buffer.getvalue()), bytes=len(buffer.getvalue())
         )
         bad = manifest.model_copy(update={"shards": (entry, *manifest.shards[1:])})
-        with pytest.raises(DataError) as error:
+        with raises_data_error(*values, path=file, key=key):
             read_pairs(tmp_path / "data", bad)
-        return str(error.value)
 
     name, data = members[0]
-    assert "where the end should be" in rewritten([*members, ("000000016.source", data)])
-    assert "31 texts instead of 32" in rewritten(members[:-1])
-    assert "where 000000000.source should be" in rewritten([("x.pyd", data), *members[1:]])
-    assert "no text of 1 to 39 tokens" in rewritten([(name, data + b"\0"), *members[1:]])
-    assert "no text of 1 to 39 tokens" in rewritten([(name, b"\0" * 80), *members[1:]])
-    assert "outside the vocabulary" in rewritten([(name, b"\xff\xff"), *members[1:]])
+    refused([*members, ("000000016.source", data)], key="000000016.source")
+    refused(members[:-1], 31, 32, key="pairs_per_shard")
+    refused([("x.pyd", data), *members[1:]], "000000000.source", key="x.pyd")
+    refused([(name, data + b"\0"), *members[1:]], len(data) + 1, 39, key=name)
+    refused([(name, b"\0" * 80), *members[1:]], 80, 39, key=name)
+    refused([(name, b"\xff\xff"), *members[1:]], 65535, key="vocab_size")
 
 
 def test_text_and_pairs_are_not_taken_for_each_other(tmp_path: Path, make_shards) -> None:
     write_pairs(tmp_path / "pairs")
     make_shards(tmp_path / "text")
-    with pytest.raises(DataError, match=r"holds pairs.*prepare --input"):
+    with raises_data_error("--input", path=tmp_path / "pairs/manifest.json", key="kind"):
         load_manifest(tmp_path / "pairs")
-    with pytest.raises(DataError, match=r"holds one text.*prepare --pairs"):
+    with raises_data_error("--pairs", path=tmp_path / "text/manifest.json", key="kind"):
         load_pair_manifest(tmp_path / "text")
     data = DataConfig(train=str(tmp_path / "pairs"), sequence_length=LENGTH, readers=4)
     train, valid = check_data(data, vocab_size=300, world_size=3, objective="translation")
@@ -271,5 +271,8 @@ def test_a_masked_model_needs_an_id_for_the_mask(tmp_path: Path, make_shards) ->
     make_shards(tmp_path / "text")
     data = DataConfig(train=str(tmp_path / "text"), sequence_length=3)
     check_data(data, vocab_size=49, world_size=1, objective="masked")
-    with pytest.raises(DataError, match="to at least 49, the last being the mask"):
+    with pytest.raises(DataError) as caught:
         check_data(data, vocab_size=48, world_size=1, objective="masked")
+    (cause,) = caught.value.causes
+    assert (cause.path, cause.key) == (tmp_path / "text", "model.vocab_size")
+    assert "at least 49" in str(cause)

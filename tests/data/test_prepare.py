@@ -15,6 +15,7 @@ from moa_dist.data.shards import read_shard
 from moa_dist.data.text import TextOptions
 from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.errors import DataError
+from tests.raises import raises_data_error
 
 BLANK_LINE = TextOptions("blank-line")
 
@@ -151,7 +152,7 @@ def _only(prepared: Prepared) -> Manifest:
 def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("ab")
-    with pytest.raises(DataError, match=r"too little text: 3 tokens in 1 documents.* takes 17"):
+    with raises_data_error("3 tokens", "1 documents", "17", key="--sequence-length"):
         run(text, tmp_path / "out", vocab_size=257)
     assert nothing_but("text.txt", folder=tmp_path)
 
@@ -194,7 +195,7 @@ def test_existing_data_is_replaced_only_with_force(text_file: Path, tmp_path: Pa
     output = tmp_path / "out"
     output.mkdir()
     run(text_file, output)  # an empty folder is no obstacle
-    with pytest.raises(DataError, match="already holds prepared data; use --force"):
+    with raises_data_error(path=output, key="--force"):
         run(text_file, output)
     run(text_file, output, valid_share=0.2, force=True)
     assert nothing_but("train", "valid", folder=output)
@@ -205,25 +206,25 @@ def test_existing_data_is_replaced_only_with_force(text_file: Path, tmp_path: Pa
 def test_not_even_force_deletes_files_of_others(text_file: Path, tmp_path: Path, name: str) -> None:
     run(text_file, tmp_path / "out", valid_share=0.2)
     (tmp_path / "out" / name).touch()
-    with pytest.raises(DataError, match="holds files that moa-dist prepare did not write"):
+    with raises_data_error(path=tmp_path / "out", key="--output"):
         run(text_file, tmp_path / "out", force=True)
     assert (tmp_path / "out" / name).exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key", "value"),
     [
-        ({"block_length": 0}, "--sequence-length 0"),
-        ({"samples_per_shard": 0}, "--samples-per-shard 0"),
-        ({"valid_share": 1.0}, "--valid-share 1.0"),
-        ({"seed": -1}, "--seed -1"),
-        ({"text": TextOptions(max_bytes=0)}, "--max-bytes 0"),
-        ({"vocab_size": 10}, "--vocab-size 257"),
+        ({"block_length": 0}, "--sequence-length", 0),
+        ({"samples_per_shard": 0}, "--samples-per-shard", 0),
+        ({"valid_share": 1.0}, "--valid-share", 1.0),
+        ({"seed": -1}, "--seed", -1),
+        ({"text": TextOptions(max_bytes=0)}, "--max-bytes", 0),
+        ({"vocab_size": 10}, "--vocab-size", 257),
     ],
 )
 def test_impossible_options(
-    text_file: Path, tmp_path: Path, options: dict[str, object], message: str
+    text_file: Path, tmp_path: Path, options: dict[str, object], key: str, value: float
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with raises_data_error(f"{key} {value}", key=key):
         run(text_file, tmp_path / "out", **options)
     assert nothing_but(folder=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert train.samples_per_shard <= 20
     assert 19_997 <= train.text_bytes + valid.text_bytes <= 20_000
     printed = capsys.readouterr()
-    assert f"{train.documents + valid.documents:,} documents" in printed.out
-    assert f"{valid.tokens:,} tokens ({valid.bytes_per_token:.2f} bytes per token" in printed.out
-    for stage in ("training the tokenizer", "tokenizing", "writing valid shards"):
-        assert printed.err.count(f"{stage}: 100.0 %") == 1
+    for value in (train.documents + valid.documents, train.tokens, valid.tokens):
+        assert f"{value:,}" in printed.out
+    assert f"{valid.bytes_per_token:.2f}" in printed.out
+    stages = re.findall(r"([a-z ]+): 100\.0 %", printed.err)
+    assert len(stages) == len(set(stages)) == 5, "each stage ends once"

@@ -10,7 +10,7 @@ import pytest
 
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.shards import read_shard
-from moa_dist.errors import DataError
+from tests.raises import raises_data_error
 
 
 def test_round_trip_and_webdataset_reads_it(
@@ -34,5 +34,5 @@ def test_one_altered_byte(make_shards: Callable[..., Manifest], tmp_path: Path, 
     content = bytearray(file.read_bytes())
     content[at] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard-000001\.tar: .*checksum.*prepare again"):
+    with raises_data_error("moa-dist prepare", path=file, key="sha256"):
         read_shard(tmp_path, manifest, 1)

@@ -18,7 +18,7 @@ from moa_dist.data import stream as stream_module
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.order import SampleOrder
 from moa_dist.data.stream import SampleStream, build_loader
-from moa_dist.errors import DataError
+from tests.raises import raises_data_error
 
 READERS, SEED = 4, 5
 
@@ -48,7 +48,7 @@ def make_stream(
 
 
 def samples(batches: list[Tensor]) -> list[int]:
-    """Which sample each row of the batches is."""
+    """Return the sample that each row of the batches is."""
     rows = torch.cat(batches)
     assert (rows == rows[:, :1]).all()
     return rows[:, 0].tolist()
@@ -130,7 +130,7 @@ def test_damage_is_a_data_error_at_its_sample_and_nowhere_else(
     os.truncate(file, 100)
     loader = build_loader(stream, workers=workers, timeout_s=60)
     assert samples(list(islice(loader, 6))) == expected(0, 24)
-    with pytest.raises(DataError, match=f"^{file}: 100 bytes instead of"):
+    with raises_data_error(100, path=file, key="bytes"):
         next(loader)
 
 
@@ -140,7 +140,7 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(
 ) -> None:
     stream = make_stream()
     monkeypatch.setattr(stream, "_micro_batch", _Deadly())
-    with pytest.raises(DataError, match=r"reading ahead failed: .*exited unexpectedly"):
+    with raises_data_error("exited unexpectedly", key="data.workers"):  # torch's words
         next(build_loader(stream, workers=1, timeout_s=60))
 
 
@@ -155,7 +155,7 @@ def test_a_worker_that_hangs_is_an_error(
     make_stream: Callable[..., SampleStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "_POLL_S", 1e-3)
-    with pytest.raises(DataError, match=r"reading ahead failed: nothing came for 0.001 s"):
+    with raises_data_error("0.001 s", key="data.workers"):
         next(build_loader(make_stream(), workers=1, timeout_s=1e-3))
 
 
@@ -218,10 +218,10 @@ def test_uneven_readers_are_refused_with_a_number_that_fits(
     make_stream: Callable[..., SampleStream], world_size: int
 ) -> None:
     fitting = {3: 6, 8: 8}[world_size]
-    with pytest.raises(DataError, match=rf"data\.readers 4 .* set data\.readers to {fitting}"):
+    with raises_data_error(world_size, f"data.readers to {fitting}", key="data.readers"):
         make_stream(world_size=world_size)
 
 
 def test_resuming_between_ranks_is_refused(make_stream: Callable[..., SampleStream]) -> None:
-    with pytest.raises(DataError, match="cannot resume at sample 5 with 2 ranks"):
+    with raises_data_error(5, 2, key="consumed"):
         make_stream(world_size=2, consumed=5)

@@ -21,7 +21,7 @@ ROUTER = {"num_experts": 3, "top_k": 2, "score": "sigmoid"}
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For models so small that threads only wait for each other."""
+    """Use one thread, for models so small that threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

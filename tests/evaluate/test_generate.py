@@ -43,7 +43,7 @@ def model():
 
 
 class Fixed(nn.Module):
-    """Says the same probabilities for every next token, and remembers what it was shown."""
+    """Predicts the same probabilities for every next token, and records its inputs."""
 
     def __init__(self, probabilities: list[float]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_the_seed_alone_decides(model):
 
 @pytest.mark.parametrize("max_length", [1, 5, 6, 100])
 def test_greedy_takes_the_most_probable_token_after_all_that_it_sees(model, max_length):
-    """By forwards without a cache; a text that outgrows the limit goes on from its last half."""
+    """Compare with forwards without a cache; a text over the limit continues from its last half."""
     expected = []
     for prompt in PROMPTS:
         text, new = prompt[-max_length:] or [END], []

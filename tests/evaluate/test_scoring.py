@@ -126,5 +126,5 @@ def test_no_requests_and_no_continuation():
 
 
 def test_text_that_cannot_be_encoded():
-    with pytest.raises(DataError, match="cannot encode"):
+    with pytest.raises(DataError):
         make_scorer().score([Request("", "\ud800")])

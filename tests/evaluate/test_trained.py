@@ -2,8 +2,8 @@
 
 import pytest
 
-from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
+from tests.raises import raises_data_error
 
 
 @pytest.fixture
@@ -28,21 +28,21 @@ def test_a_checkpoint_itself(run, monkeypatch):
 
 
 def test_folder_of_runs_names_one(run):
-    with pytest.raises(DataError, match=r"holds no checkpoint.*such as .*runs/one$"):
+    with raises_data_error(run, path=run.parent, key="checkpoint.every"):
         find_checkpoint(run.parent)
 
 
 def test_run_without_checkpoint_says_when_it_saves(run):
-    with pytest.raises(DataError, match=r"empty: holds no checkpoint.*`checkpoint\.every`"):
+    with raises_data_error("`checkpoint.every`", path=run.parent / "empty"):
         find_checkpoint(run.parent / "empty")
 
 
 def test_missing_folder(run):
-    with pytest.raises(DataError, match="two: no such folder"):
+    with raises_data_error(path=run.parent / "two", key=None):
         find_checkpoint(run.parent / "two")
 
 
 def test_a_file_instead_of_a_folder(tmp_path):
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(DataError, match=r"config\.yaml: a file; give the folder of a run"):
+    with raises_data_error(path=tmp_path / "config.yaml", key=None):
         find_checkpoint(tmp_path / "config.yaml")

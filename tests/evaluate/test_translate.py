@@ -7,12 +7,12 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import train_tokenizer
-from moa_dist.errors import DataError
 from moa_dist.evaluate.bleu import bleu
 from moa_dist.evaluate.trained import Trained
 from moa_dist.evaluate.translate import Hypothesis, Search, beam_search, translate
 from moa_dist.models.language_model import build_model
 from tests.models.small import ATTENTION, FFN, router
+from tests.raises import raises_data_error
 
 END, VOCABULARY = 0, 11
 SOURCES = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6], [9, 9]]
@@ -148,7 +148,7 @@ def test_texts_in_their_order_whatever_the_batch(tmp_path):
 
 
 def test_other_models_do_not_translate(tmp_path):
-    with pytest.raises(DataError, match=r"trained with model\.objective causal"):
+    with raises_data_error("causal", path=tmp_path, key="model.objective"):
         translate(trained(tmp_path, "causal"), TEXTS, Search(), batch=2)
 
 
@@ -161,7 +161,7 @@ def test_bleu_says_how_it_was_measured(tmp_path, monkeypatch):
     assert "tok:13a" in perfect.signature
     worse = bleu(model, sources, [found[0], "a ship sails over the sea"], Search(), batch=2)
     assert 10 < worse.score < 90
-    with pytest.raises(DataError, match="2 texts to translate, but 1 references"):
+    with raises_data_error(2, 1, key="references"):
         bleu(model, sources, found[1:], Search(), batch=2)
-    with pytest.raises(DataError, match="no text to translate: the files are empty"):
+    with raises_data_error(key="sources"):
         bleu(model, [], [], Search(), batch=2)

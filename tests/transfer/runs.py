@@ -20,7 +20,7 @@ def save_tokenizer(folder: Path) -> None:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Nothing is zero or one: neither biases nor norms."""
+    """Draw every parameter at random, so that no bias is zero and no norm is one."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

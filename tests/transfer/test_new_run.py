@@ -26,13 +26,13 @@ def test_the_order_of_samples_is_free_until_one_was_read(tmp_path):
     check_run(config, world_size=1)
     index = run / "step-00000000/checkpoint.json"
     index.write_text(index.read_text().replace('"samples": 0', '"samples": 8'))
-    with pytest.raises(ConfigError, match=r"data.seed was 0 before[\s\S]*data.readers was 8"):
+    with pytest.raises(ConfigError, match=r"data\.seed.* 0 [\s\S]*data\.readers.* 8 "):
         check_run(config, world_size=1)
     index.write_text(index.read_text().replace('"samples": 8', '"samples": 9'))
     train = config.train.model_copy(update={"global_batch": 4, "micro_batch": 2})
-    with pytest.raises(ConfigError, match="9 samples, which 2 ranks cannot share alike"):
+    with pytest.raises(ConfigError, match=r"\b9 samples.*\b2 ranks"):
         check_run(config.model_copy(update={"train": train}), world_size=2)
     dense = index.read_text().replace('"objective": "causal"', '"objective": "masked"')
     index.write_text(dense)
-    with pytest.raises(ConfigError, match=r"model\.objective was masked before: set it back"):
+    with pytest.raises(ConfigError, match=r"model\.objective.* masked "):
         check_run(config, world_size=1)

@@ -58,7 +58,7 @@ APPROXIMATE = {
     "switchhead": ({"attention": switchhead(4, 2, "sigmoid", "raw")}, 0.04),
     "moa": ({"attention": moa(5, 2, "softmax", "raw")}, 0.02),
 }
-"""With the relative deviation of logits that is still fine."""
+"""Changes, and the relative deviation of logits that is acceptable."""
 
 
 def make_dense(**more) -> LanguageModel:
@@ -111,7 +111,6 @@ def test_where_weights_vary_it_comes_close(changes, bound, objective):
     config = ModelConfig.model_validate(DENSE | same | changes)
     model, (part,) = upcycle(dense, config)
     assert not part.exact
-    assert "compare the losses" in part.how
     expected = logits(dense)
     deviation = (logits(model) - expected).norm() / expected.norm()
     stacks = 1 if model.encoder is None else 2  # each adds its own
@@ -130,29 +129,33 @@ def test_routers_are_drawn_and_experts_of_a_group_share_a_row():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({}, "nothing to do"),
-        ({"ffn": moe(24, 4, 2, "softmax"), "d_model": 32}, "`model.d_model` is 32, but 16"),
-        ({"ffn": moe(10, 4, 2, "softmax")}, "4 experts of width 10 are not whole copies"),
-        ({"ffn": moe(8, 4, 2, "softmax")}, "choose `d_expert` so that 24 = m x"),
-        ({"ffn": moe(24, 4, 2, "softmax", activation="silu")}, "`model.ffn.activation` is silu"),
-        ({"attention": moa(4, 2, "softmax", heads_per_expert=1)}, "heads_per_expert` is 1"),
-        ({"attention": moa(4, 2, "softmax", rope=None)}, "rope` is None"),
-        ({"ffn": {"kind": "dense", "d_ff": 48}}, "`model.ffn` is dense, with other settings"),
+        ({}, ["`model.attention`", "`model.ffn`"]),
+        ({"ffn": moe(24, 4, 2, "softmax"), "d_model": 32}, ["`model.d_model`", "32", "16"]),
+        ({"ffn": moe(10, 4, 2, "softmax")}, ["`model.ffn`", "4", "10", "`d_expert`", "24"]),
+        ({"ffn": moe(8, 4, 2, "softmax")}, ["`model.ffn`", "4", "8", "`d_expert`", "24"]),
+        ({"ffn": moe(24, 4, 2, "softmax", activation="silu")}, ["`model.ffn.activation`", "silu"]),
+        (
+            {"attention": moa(4, 2, "softmax", heads_per_expert=1)},
+            ["`model.attention.heads_per_expert`", "1", "3"],
+        ),
+        ({"attention": moa(4, 2, "softmax", rope=None)}, ["`model.attention.rope`", "None"]),
+        ({"ffn": {"kind": "dense", "d_ff": 48}}, ["`model.ffn`", "dense"]),
     ],
 )
-def test_what_cannot_be_made_is_refused(changes, message):
+def test_what_cannot_be_made_is_refused(changes, names):
     config = ModelConfig.model_validate(DENSE | changes)
     (problem,) = problems_of(ModelConfig.model_validate(DENSE), config)
-    assert message in problem
+    assert all(name in problem for name in names), problem
 
 
 def test_experts_are_not_made_of_experts():
     sparse = ModelConfig.model_validate(DENSE | {"ffn": moe(24, 4, 2, "softmax")})
     config = ModelConfig.model_validate(DENSE | {"ffn": moe(24, 8, 2, "softmax")})
     (problem,) = problems_of(sparse, config)
-    assert "`model.ffn` of the run is moe: experts are made of a dense part only" in problem
+    assert "`model.ffn`" in problem
+    assert "moe" in problem
 
 
 def test_the_shipped_pair_fits():
@@ -170,15 +173,17 @@ def test_command(tmp_path, capsys):
     file.write_text(to_yaml(config.model_copy(update=changes)))
     command = ["upcycle", str(tmp_path / "dense"), str(file)]
     assert main([*command, "train.seed=5"]) == 0
-    out = capsys.readouterr().out
-    assert "attention: queries and outputs copied into every expert; exact" in out
-    assert "ffn: cut into 6 slices, 2 experts of each; exact" in out
+    lines = capsys.readouterr().out.splitlines()
+    (attention,) = [line for line in lines if line.strip().startswith("attention:")]
+    (ffn,) = [line for line in lines if line.strip().startswith("ffn:")]
+    assert "exact" in attention
+    assert all(value in ffn for value in ("6 slices", "2 experts", "exact"))
     trained = load_trained(tmp_path / "sparse")
     assert trained.step == 0
     assert trained.config == load_config(file, ["train.seed=5"])
     expected = logits(dense)
     assert (logits(trained.model) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert main(command) == 2
-    assert "sparse exists already" in capsys.readouterr().err
+    assert str(tmp_path / "sparse") in capsys.readouterr().err
     assert main([*command, "name=other", "model.d_model=32"]) == 2
-    assert "make them equal" in capsys.readouterr().err
+    assert "`model.d_model`" in capsys.readouterr().err

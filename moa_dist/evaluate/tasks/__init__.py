@@ -1,1 +1,1 @@
-"""Zero-shot tasks, one file each: reading its examples, what to score, and what the scores mean."""
+"""Defines zero-shot tasks, one per file: how to read examples, what to score, and the metrics."""

@@ -1,8 +1,8 @@
 """BLiMP (Warstadt et al. 2020): does the model prefer the grammatical one of two sentences?
 
-JSON Lines with `sentence_good`, `sentence_bad`, `UID` (the paradigm) and `linguistics_term` (the
-phenomenon), as published, or with the short names `good`, `bad`, `uid` and `phenomenon`. Both
-sentences are scored whole, from the beginning of a document; the higher sum wins.
+Files are JSON Lines with `sentence_good`, `sentence_bad`, `UID` (the paradigm) and
+`linguistics_term` (the phenomenon), as published, or the short names `good`, `bad`, `uid` and
+`phenomenon`. Both sentences are scored in full, as the start of a document; the higher sum wins.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from moa_dist.evaluate.tasks.task import Result, Task, is_highest, mean, mean_by
 
 
 class Pair(NamedTuple):
-    """Two sentences that differ in little more than their grammar."""
+    """Holds two sentences that differ in little more than their grammar."""
 
     good: str
-    """Grammatical."""
+    """The grammatical sentence."""
     bad: str
-    """Not so."""
+    """The ungrammatical sentence."""
     paradigm: str
-    """One of 67."""
+    """One of 67 paradigms."""
     phenomenon: str
-    """One of 12 (in the published files 13), which paradigms belong to."""
+    """One of 12 phenomena (13 in the published files), each with several paradigms."""
 
 
 def _read(file: Path) -> list[Pair]:
     return [
         Pair(
-            good=text_field(place, record, "sentence_good", "good"),
-            bad=text_field(place, record, "sentence_bad", "bad"),
-            paradigm=text_field(place, record, "UID", "uid"),
-            phenomenon=text_field(place, record, "linguistics_term", "phenomenon"),
+            good=text_field(location, record, "sentence_good", "good"),
+            bad=text_field(location, record, "sentence_bad", "bad"),
+            paradigm=text_field(location, record, "UID", "uid"),
+            phenomenon=text_field(location, record, "linguistics_term", "phenomenon"),
         )
-        for place, record in read_records(file)
+        for location, record in read_records(file)
     ]
 
 

@@ -1,9 +1,10 @@
-"""Cloze in the form of the Children's Book Test (Hill et al. 2016): which word is left out?
+"""Cloze in the form of the Children's Book Test (Hill et al. 2016): which word is missing?
 
-Plain text: 20 numbered sentences, then `21 SENTENCE<TAB>ANSWER<TAB><TAB>CANDIDATE|CANDIDATE|...`
-with XXXXX in the sentence, then a blank line. The tokens of these files stand apart from each
-other (`do n't`, `said ,`); they are joined again, since models are trained on text as it is
-written. Each candidate is scored together with the rest of the sentence, after all that precedes.
+Files are plain text: 20 numbered sentences, then a line
+`21 SENTENCE<TAB>ANSWER<TAB><TAB>CANDIDATE|CANDIDATE|...` with XXXXX in the sentence, then a blank
+line. Tokens are separated by spaces in these files (`do n't`, `said ,`); they are joined again,
+because models are trained on ordinary text. Each candidate is scored together with the rest of the
+sentence, given everything before the gap.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moa_dist.errors import DataError
 from moa_dist.evaluate.scoring import Request, Score
-from moa_dist.evaluate.tasks.files import read_lines
+from moa_dist.evaluate.tasks.files import Location, read_lines
 from moa_dist.evaluate.tasks.task import Result, Task, is_highest, mean
 
 SENTENCES = 20
@@ -30,20 +30,20 @@ _JOINED = (
 
 
 class Question(NamedTuple):
-    """A sentence with a gap."""
+    """Holds a sentence with a gap and the candidates to fill it."""
 
     before: str
-    """All text up to the gap."""
+    """All text before the gap."""
     after: str
     """The rest of the sentence."""
     candidates: list[str]
-    """Each different from the others."""
+    """Distinct candidates."""
     answer: int
-    """Which of them was left out."""
+    """Index of the right candidate."""
 
 
 def join_tokens(text: str) -> str:
-    """Undo the tokenisation of the Penn Treebank, as far as these files need it."""
+    """Undo Penn Treebank tokenization, as far as these files need it."""
     for pattern, joined in _JOINED:
         text = pattern.sub(joined, text)
     return text
@@ -54,38 +54,40 @@ def _read(file: Path) -> list[Question]:
 
 
 def _questions(file: Path) -> Iterator[Question]:
-    place, story = str(file), list[str]()
-    for place, line in read_lines(file):
+    location, story = Location(file, 0), list[str]()
+    for location, line in read_lines(file):
         if not line.strip():
             continue
         number, _, text = line.strip().partition(" ")
         if number != str(len(story) + 1) or not text:
-            raise DataError(
-                f"{place}: expected sentence {len(story) + 1} of a question, as "
-                f"'{len(story) + 1} TEXT'; mend the line, or is this the file of another task?"
+            raise location.error(
+                f"expected sentence {len(story) + 1} of a question, as '{len(story) + 1} TEXT'; "
+                "fix the line, or is this another task's file?"
             )
         if len(story) < SENTENCES:
             story.append(text)
         else:
-            yield _question(place, join_tokens(" ".join(story)), text)
+            yield _question(location, join_tokens(" ".join(story)), text)
             story = []
     if story:
-        raise DataError(f"{place}: the file ends within a question; copy it again")
+        raise location.error("the file ends within a question; copy it again")
 
 
-def _question(place: str, story: str, line: str) -> Question:
+def _question(location: Location, story: str, line: str) -> Question:
     sentence, *rest = (part for part in line.split("\t") if part)
     if len(rest) != 2 or BLANK not in sentence:
-        raise DataError(
-            f"{place}: expected a sentence with {BLANK}, the answer and the candidates, "
-            "separated by tabs; mend the line"
+        raise location.error(
+            f"expected a sentence with {BLANK}, the answer and the candidates, separated by tabs; "
+            "fix the line",
+            key="sentence",
         )
     answer = rest[0]
     candidates = list(dict.fromkeys(word for word in rest[1].split("|") if word.strip()))
     if answer not in candidates or len(candidates) < 2:
-        raise DataError(
-            f"{place}: the answer {answer!a} must be one of at least two candidates, but they "
-            f"are {', '.join(map(ascii, candidates))}; mend the line"
+        raise location.error(
+            f"the answer {answer!a} must be one of at least two candidates, but they are "
+            f"{', '.join(map(ascii, candidates))}; fix the line",
+            key="candidates",
         )
     before, _, after = join_tokens(sentence).partition(BLANK)
     return Question(f"{story} {before}", after, candidates, candidates.index(answer))

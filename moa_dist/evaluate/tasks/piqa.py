@@ -1,7 +1,8 @@
 """PIQA (Bisk et al. 2020): which of two solutions reaches a goal in the physical world?
 
-JSON Lines with `goal`, `sol1`, `sol2` and `label` (0 or 1, the right one). The solutions are
-continuations of "Question: GOAL\\nAnswer:", as in lm-evaluation-harness and in MoEUT's evaluation.
+Files are JSON Lines with `goal`, `sol1`, `sol2` and `label` (0 or 1, the correct solution). The
+solutions are scored as continuations of "Question: GOAL\\nAnswer:", as in lm-evaluation-harness and
+in MoEUT's evaluation.
 """
 
 from __future__ import annotations
@@ -10,21 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moa_dist.errors import DataError
 from moa_dist.evaluate.scoring import Request, Score
 from moa_dist.evaluate.tasks.files import read_records, text_field
 from moa_dist.evaluate.tasks.task import Result, Task, is_highest, mean
 
 
 class Question(NamedTuple):
-    """A goal and two ways to it."""
+    """Holds a goal and two solutions."""
 
     goal: str
-    """What is wanted."""
+    """The goal."""
     solutions: tuple[str, str]
-    """One of them works."""
+    """Two solutions, one of which works."""
     label: int
-    """Which."""
+    """Index of the solution that works."""
 
 
 def _read(file: Path) -> list[Question]:
@@ -32,13 +32,14 @@ def _read(file: Path) -> list[Question]:
 
 
 def _questions(file: Path) -> Iterator[Question]:
-    for place, record in read_records(file):
-        goal, first, second = (text_field(place, record, n) for n in ("goal", "sol1", "sol2"))
+    for location, record in read_records(file):
+        goal, first, second = (text_field(location, record, n) for n in ("goal", "sol1", "sol2"))
         label = record.get("label")
         if label not in (0, 1):
-            raise DataError(
-                f"{place}: 'label' must be 0 or 1, which solution is right, but is {label!r}; "
-                "where labels are in a file of their own, write them into the lines"
+            raise location.error(
+                f"'label' must be 0 or 1, the correct solution, but is {label!r}; if the labels "
+                "are in a separate file, write them into the lines",
+                key="label",
             )
         yield Question(goal, (first, second), int(label))
 

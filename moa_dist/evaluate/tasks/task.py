@@ -1,4 +1,4 @@
-"""What a zero-shot task is, and its way from files to metrics."""
+"""Defines what a zero-shot task is, and runs it from files to metrics."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Example = TypeVar("Example")
 
 
 class Mean(NamedTuple):
-    """A metric, a mean over examples."""
+    """Holds a metric that is a mean over examples."""
 
     value: float
     """The mean."""
     standard_error: float
-    """Of the mean, over examples drawn independently; 0 for a single example."""
+    """Standard error of the mean for independent examples; 0 for a single example."""
 
 
 def mean(values: Iterable[float]) -> Mean:
-    """Mean of at least one value, and sqrt(sample variance / number)."""
+    """Compute the mean of at least one value, and its error sqrt(sample variance / count)."""
     values = list(values)
     count = len(values)
     value = sum(values) / count
@@ -35,7 +35,7 @@ def mean(values: Iterable[float]) -> Mean:
 
 
 def mean_by(groups: Iterable[str], values: Iterable[float]) -> dict[str, Mean]:
-    """The mean of each group, in the order of their names."""
+    """Compute the mean of each group, in the order of their names."""
     members: dict[str, list[float]] = {}
     for group, value in zip(groups, values, strict=True):
         members.setdefault(group, []).append(value)
@@ -43,50 +43,53 @@ def mean_by(groups: Iterable[str], values: Iterable[float]) -> dict[str, Mean]:
 
 
 def is_highest(scores: Sequence[float], correct: int) -> float:
-    """1.0 if the correct choice scores higher than every other, 0.0 if not: a tie is a mistake."""
+    """Return 1.0 if the correct choice scores strictly highest, else 0.0: a tie is wrong."""
     others = (score for index, score in enumerate(scores) if index != correct)
     return float(scores[correct] > max(others))
 
 
 class Result(NamedTuple):
-    """What a model reached on a task."""
+    """Holds a model's results on a task."""
 
     num_examples: int
-    """Examples scored."""
+    """Number of examples scored."""
     metrics: dict[str, Mean]
-    """Over all examples."""
+    """Metrics over all examples."""
     groups: dict[str, dict[str, Mean]]
-    """Accuracy of parts of the examples: kind of group -> its name -> accuracy."""
+    """Accuracy on subsets of the examples: kind of group -> its name -> accuracy."""
     num_cut: int = 0
-    """Examples longer than the model sees, whose beginning was cut off."""
+    """Examples longer than the model's context, which were truncated from the left."""
 
 
 @dataclass(frozen=True)
 class Task(Generic[Example]):
-    """How examples are read, scored and summed up."""
+    """Defines how examples are read, scored and aggregated."""
 
     suffixes: tuple[str, ...]
-    """Of the files to read from a folder; each may be compressed."""
+    """Suffixes of the files to read from a folder; each may be compressed."""
     read: Callable[[Path], list[Example]]
-    """Examples of a file; raises DataError that names file and line."""
+    """Reads the examples of a file; raises DataError that names file and line."""
     requests: Callable[[Example], list[Request]]
-    """What to score for an example."""
+    """Builds the requests to score for an example."""
     result: Callable[[list[Example], list[list[Score]]], Result]
-    """Examples and their scores, of at least one example -> metrics."""
+    """Computes metrics from at least one example and the scores of each."""
 
     def examples(self, paths: Sequence[Path]) -> dict[Path, list[Example]]:
-        """Those of these files, and of the files in these folders: at least one of each.
+        """Read the examples of these files, and of the files in these folders.
 
         Raises:
-            DataError: a file is missing or damaged, holds no example, or comes twice.
+            DataError: a file is missing or damaged, holds no example, or is given twice.
         """
         examples: dict[Path, list[Example]] = {}
         for file in (file for path in paths for file in find_files(path, self.suffixes)):
             if any(file.samefile(other) for other in examples):
-                raise DataError(f"{file}: given twice; give it once: no example counts double")
+                raise DataError(
+                    f"{file}: given twice; give it once, so that no example counts double",
+                    path=file,
+                )
             examples[file] = self.read(file)
             if not examples[file]:
-                raise DataError(f"{file}: no example in it; give another file")
+                raise DataError(f"{file}: no example in it; give another file", path=file)
         return examples
 
     def run(
@@ -94,14 +97,14 @@ class Task(Generic[Example]):
         examples: Mapping[Path, list[Example]],
         score: Callable[[list[Request]], list[Score]],
     ) -> Result:
-        """Score the examples of all files, in one call of `score`."""
+        """Score the examples of all files in one call of `score`."""
         every = [example for several in examples.values() for example in several]
         requests = [self.requests(example) for example in every]
         scores = iter(score([request for several in requests for request in several]))
         scored = [[next(scores) for _ in several] for several in requests]
         result = self.result(every, scored)
         return result._replace(
-            # Files of a task that names parts of its own are these.
+            # A task that defines no groups of its own is grouped by file.
             groups=result.groups or {"file": self._by_file(examples, scored)},
             num_cut=sum(any(score.cut for score in several) for several in scored),
         )
