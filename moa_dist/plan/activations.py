@@ -8,7 +8,7 @@ once for each micro-batch, and once more for each number of ranks that tokens ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 
 import torch
@@ -17,9 +17,9 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
 from moa_dist.kernels.routed_experts import Hardware
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.routed_module import RoutedModule
+from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
-from moa_dist.plan.measure import INPUT, Forward, Saved, measure
+from moa_dist.plan.measure import INPUT, Saved, measure_choices, measure_saved
 from moa_dist.plan.terms import Factor, Term, term, total
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -38,7 +38,10 @@ class Activations:
         self.length, self._num_layers = sequence_length, config.num_layers
         self._element_bytes, self._vocabulary = dtype.itemsize, config.vocab_size
         self._model = _one_layer(config).to(dtype)
-        self._measured = cache(self._measure)
+        self._weighted_rows = list(_weighted_rows(self._model))
+        # Many layouts have these in common.
+        self._saved, self._choices = cache(self._measure_saved), cache(self._measure_choices)
+        self._kept = cache(self._lines_kept)
         # By the prefix of its layer's modules, what their lines are called.
         self._stacks = {"stack.layers.0.": ""}
         if self._model.encoder is not None:
@@ -58,24 +61,8 @@ class Activations:
         those parts of a layer that are `exchanged`, such as `ffn`. A model that translates has as
         many tokens of each text; its decoder's layer is the one that is recomputed.
         """
-        here, away = self._measured(sequences, 1), self._measured(sequences, num_ranks)
-        found = [
-            *(saved for saved in here.saved if not _is_part_of(saved, exchanged)),
-            *(saved for saved in away.saved if _is_part_of(saved, exchanged)),
-        ]
-        layers = ("layers", self._num_layers)
-        lines, again = [], []
-        for stack, title in self._stacks.items():
-            kept = _cut(found, stack)
-            if recompute:
-                again = [saved for saved in kept if saved.where != INPUT]
-                kept = [saved for saved in kept if saved.where == INPUT]
-                kept += _cut(here.choices, stack)
-            of_stack = self._lines(title, kept, sequences)
-            lines += [line.times(*layers) for line in of_stack]
-        outside = [s for s in found if not s.where.startswith(tuple(self._stacks))]
-        lines += self._lines("recomputed: ", again, sequences)
-        return [*lines, *self._lines("", outside, sequences)]
+        ranks = num_ranks if exchanged else 1
+        return list(self._kept(sequences, recompute, ranks, frozenset(exchanged)))
 
     def working(self, sequences: int) -> list[Term]:
         """Passing memory, beyond what is kept, of the hungriest operation: one line.
@@ -84,49 +71,72 @@ class Activations:
         and in the type of an activation.
         """
         tokens, wide = ("tokens", sequences * self.length), max(self._element_bytes, 4)
+        row_element = ("B", 2 * wide + self._element_bytes)
         lines = [term("logits", tokens, ("vocabulary", self._vocabulary), ("B", 2 * wide))]
-        for name, module in self._model.named_modules():
-            for use in module.routed_projections() if isinstance(module, RoutedModule) else ():
-                router = module.get_submodule(use.router)
-                assert isinstance(router, Router)
-                chosen = ("chosen", router.num_groups * router.config.top_k)
-                rows_bytes = ("B", 2 * wide + self._element_bytes)
-                name_of_line = f"{name.partition('.0.')[2]}: weighted rows"
-                if use.weighted:
-                    lines.append(
-                        term(name_of_line, tokens, chosen, ("d_out", use.d_out), rows_bytes)
-                    )
+        for name, chosen, d_out in self._weighted_rows:
+            factors = (tokens, ("chosen", chosen), ("d_out", d_out), row_element)
+            lines.append(term(f"{name}: weighted rows", *factors))
         return [max(lines, key=lambda line: line.value)]
 
-    def _lines(self, title: str, found: Iterable[Saved], sequences: int) -> list[Term]:
-        """A line for equal tensors of a module; small ones make one together."""
-        counted = Counter(
-            Term(title + saved.where, _factors(saved, sequences, self.length)) for saved in found
-        )
-        lines = [
-            line if count == 1 else line.times("tensors", count) for line, count in counted.items()
-        ]
-        least = _SMALL * total(lines)
-        small = sum(line.value for line in lines if line.value < least)
-        rest = [term(f"{title}small tensors", ("B", small))] if small else []
-        return [*(line for line in lines if line.value >= least), *rest]
+    def _lines_kept(
+        self, sequences: int, recompute: bool, num_ranks: int, exchanged: frozenset[str]
+    ) -> list[Term]:
+        found = [line for line in self._saved(sequences, 1) if self._part_of(line) not in exchanged]
+        if exchanged:
+            away = self._saved(sequences, num_ranks)
+            found += [line for line in away if self._part_of(line) in exchanged]
+        lines, again = [], []
+        for stack, title in self._stacks.items():
+            of_layer = _cut(found, stack)
+            if recompute:
+                again = [line for line in of_layer if line.name != INPUT]
+                of_layer = [line for line in of_layer if line.name == INPUT]
+                of_layer += _cut(self._choices(sequences), stack)
+            lines += [
+                Term(title + line.name, line.factors).times("layers", self._num_layers)
+                for line in _without_small(of_layer)
+            ]
+        lines += [Term(f"recomputed: {line.name}", line.factors) for line in _without_small(again)]
+        outside = [line for line in found if not line.name.startswith(tuple(self._stacks))]
+        return [*lines, *_without_small(outside)]
 
-    def _measure(self, sequences: int, num_ranks: int) -> Forward:
-        return measure(self._model, sequences, self.length, self.hardware, num_ranks)
+    def _part_of(self, line: Term) -> str | None:
+        """The part of a layer with experts that keeps it, if one does."""
+        for name, module in routed_modules(self._model):
+            if f"{line.name}.".startswith(f"{name}."):
+                return module.part
+        return None
+
+    def _measure_saved(self, sequences: int, num_ranks: int) -> list[Term]:
+        saved = measure_saved(self._model, sequences, self.length, self.hardware, num_ranks)
+        return _lines(saved, sequences, self.length)
+
+    def _measure_choices(self, sequences: int) -> list[Term]:
+        saved = measure_choices(self._model, sequences, self.length)
+        return _lines(saved, sequences, self.length)
 
 
-def _is_part_of(saved: Saved, parts: Collection[str]) -> bool:
-    """Whether one of the modules around it is called so."""
-    return not set(parts).isdisjoint(saved.where.split("."))
-
-
-def _cut(found: Iterable[Saved], prefix: str) -> list[Saved]:
+def _cut(lines: Iterable[Term], prefix: str) -> list[Term]:
     """Those whose name begins so, without that beginning."""
     return [
-        saved._replace(where=saved.where.removeprefix(prefix))
-        for saved in found
-        if saved.where.startswith(prefix)
+        Term(line.name.removeprefix(prefix), line.factors)
+        for line in lines
+        if line.name.startswith(prefix)
     ]
+
+
+def _without_small(lines: list[Term]) -> list[Term]:
+    """The same sum, small lines added up."""
+    least = _SMALL * total(lines)
+    small = sum(line.value for line in lines if line.value < least)
+    rest = [term("small tensors", ("B", small))] if small else []
+    return [*(line for line in lines if line.value >= least), *rest]
+
+
+def _lines(found: Iterable[Saved], sequences: int, length: int) -> list[Term]:
+    """A line for equal tensors of a module."""
+    counted = Counter(Term(saved.where, _factors(saved, sequences, length)) for saved in found)
+    return [line if n == 1 else line.times("tensors", n) for line, n in counted.items()]
 
 
 def _factors(saved: Saved, sequences: int, length: int) -> tuple[Factor, ...]:
@@ -159,3 +169,13 @@ def _one_layer(config: ModelConfig) -> LanguageModel:
             # A micro-batch's sequences, as packed, need not divide into the routers' groups.
             module.config = module.config.model_copy(update={"group_sequences": 1})
     return model
+
+
+def _weighted_rows(model: LanguageModel) -> Iterator[tuple[str, int, int]]:
+    """Module, rows of a token and their width, of each projection that a router weighs."""
+    for name, module in routed_modules(model):
+        for projection in module.routed_projections():
+            router = module.router_of(projection)
+            if projection.weighted:
+                chosen = router.num_groups * router.config.top_k
+                yield name.partition(".0.")[2], chosen, projection.d_out

@@ -26,8 +26,8 @@ from moa_dist.models.block import Block
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput
 from moa_dist.models.objective import Batch, objective
 from moa_dist.models.recompute import KeepChoices
-from moa_dist.moe.dispatch import LocalTokenDispatcher
-from moa_dist.moe.routed_module import RoutedModule
+from moa_dist.moe.dispatch import Dispatcher, LocalTokenDispatcher
+from moa_dist.moe.routed_module import routed_modules
 from moa_dist.plan.even_dispatch import EvenDispatcher
 
 INPUT, SHARED, LOGITS, LOSS = "input", "shared by layers", "logits", "loss"
@@ -45,22 +45,14 @@ class Saved(NamedTuple):
     """Bytes of an element."""
 
 
-class Forward(NamedTuple):
-    """What one forward keeps."""
-
-    saved: list[Saved]
-    """Without parameters and buffers. With the logits, which autograd does not save, but which
-    exist while the loss is computed."""
-    choices: list[Saved]
-    """What recomputed layers keep of their routers."""
-
-
-def measure(
+def measure_saved(
     model: LanguageModel, sequences: int, length: int, hardware: Hardware, num_ranks: int = 1
-) -> Forward:
-    """Run `model`, which is on the meta device, forward on [sequences, length] tokens.
+) -> list[Saved]:
+    """What a forward on [sequences, length] tokens keeps besides parameters and buffers.
 
-    `hardware` is the planned one. Rows go to experts on `num_ranks` ranks.
+    With the logits, which autograd does not save, but which exist while the loss is computed.
+    `model` is on the meta device, `hardware` is the planned one. Rows go to experts on `num_ranks`
+    ranks.
     """
     recorder = _Recorder(model)
 
@@ -68,23 +60,35 @@ def measure(
         with recorder.inside("experts"):
             return kernel_for(experts, x, hardware).run(experts, x, row_map)
 
-    for module in model.modules():
-        if isinstance(module, RoutedModule):
-            module.dispatcher = (
-                LocalTokenDispatcher(kernel)
-                if num_ranks == 1
-                else EvenDispatcher(num_ranks, kernel)
-            )
-    tokens = torch.zeros(sequences, length, dtype=torch.int64, device="meta")
-    source = tokens.clone() if model.encoder is not None else None
+    here = num_ranks == 1
+    _dispatch_by(model, LocalTokenDispatcher(kernel) if here else EvenDispatcher(num_ranks, kernel))
     with (
         recorder.following(model),
         saved_tensors_hooks(recorder.save, lambda tensor: tensor),
-        KeepChoices(recorder.choose),
         _FusedAttention(hardware),
     ):
-        objective(model, Batch(tokens, targets=tokens, source=source))
-    return Forward(list(recorder.saved.values()), recorder.choices)
+        _forward(model, sequences, length)
+    return list(recorder.saved.values())
+
+
+def measure_choices(model: LanguageModel, sequences: int, length: int) -> list[Saved]:
+    """What layers that are recomputed keep of their routers, on any hardware."""
+    recorder = _Recorder(model)
+    _dispatch_by(model, LocalTokenDispatcher())
+    with recorder.following(model), KeepChoices(recorder.choose), torch.no_grad():
+        _forward(model, sequences, length)
+    return recorder.choices
+
+
+def _dispatch_by(model: LanguageModel, dispatcher: Dispatcher) -> None:
+    for _, module in routed_modules(model):
+        module.dispatcher = dispatcher
+
+
+def _forward(model: LanguageModel, sequences: int, length: int) -> None:
+    tokens = torch.zeros(sequences, length, dtype=torch.int64, device="meta")
+    source = tokens.clone() if model.encoder is not None else None
+    objective(model, Batch(tokens, targets=tokens, source=source))
 
 
 class _Recorder:

@@ -1,7 +1,7 @@
 """Activations measured without memory are those that real tensors on a CPU keep, to 3 %.
 
-What is measured comes from one layer on the meta device; what it is compared with from all layers of
-a real model, under autograd's hooks and with every tensor that Python can see.
+What is measured comes from one layer on the meta device; what it is compared with, from all layers
+of a real model, from autograd's hooks and every tensor that Python can see.
 """
 
 import gc
@@ -15,13 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_dist.config.model import RouterConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.kernels.routed_experts import Hardware, Kernel, grouped_experts
+from moa_dist.kernels.row_map import ExpertWeights
+from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.linear import Linear
 from moa_dist.models.objective import Batch as Data
 from moa_dist.models.objective import objective
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.activations import Activations
 from moa_dist.plan.exchange_choice import PARTS
@@ -163,3 +171,76 @@ def test_rows_that_travel_are_kept_too(attention, at_once):
         found = saved(model, at_once=at_once)
     lines = predicted(config, torch.float32, at_once=at_once, num_ranks=4, exchanged=PARTS)
     assert total(lines) == pytest.approx(found, rel=TOLERANCE)
+
+
+class RunningMixtures(RoutedModule, Attention):
+    """Attention of a kind that only this test knows: experts mix running sums of tokens."""
+
+    def __init__(self, _config: Any, d_model: int, _init_scale: float) -> None:
+        super().__init__()
+        init = Normal(0.1)
+        chosen = RouterConfig(num_experts=5, top_k=2, score="sigmoid")
+        self.choice = Router(chosen, d_model, num_groups=3, init=init)
+        self.widen = GroupedLinear(15, d_model, 96, init)
+        self.narrow = Linear(3 * 96, d_model, init)
+
+    def routers(self) -> dict[str, Router]:
+        return {}
+
+    def routed_projections(self) -> list[RoutedProjection]:
+        return [
+            RoutedProjection(
+                "choice", ("widen",), "token", self.widen.d_in, "head", 96, weighted=True
+            )
+        ]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
+        cache: Any = None,
+        trace: bool = False,
+    ) -> AttentionOutput:
+        plan = self.dispatcher.plan(self.choice(query), self.choice.num_experts)
+        sent = plan.dispatch(value.cumsum(1).flatten(0, 1), "token")
+        experts = ExpertWeights(self.expert_weights("widen", gathered))
+        mixed = plan.run_and_combine(experts, sent, "token", "head", weighted=True).wait()
+        return AttentionOutput(self.narrow(mixed.tanh().view(*key.shape[:2], -1).exp()), {})
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["as on GPUs", "as on CPUs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kinds_that_plan_has_never_heard_of(dtype, at_once):
+    config = case(MOA, MOE, "pre")
+    with patch("moa_dist.models.block.make_attention", RunningMixtures):
+        found = saved(build_model(config).to(dtype), at_once=at_once)
+        lines = predicted(config, dtype, at_once=at_once)
+    assert total(lines) == pytest.approx(found, rel=TOLERANCE)
+    # The results of tanh and of exp.
+    of_token = {line.factors for line in lines if line.name == "attention"}
+    layers, tokens, element = (
+        ("layers", 4), ("tokens", SEQUENCES * LENGTH), ("B", dtype.itemsize)
+    )  # fmt: skip
+    assert (layers, tokens, ("rows", 3), ("width", 96), element) in of_token
+    assert (layers, tokens, ("width", 3 * 96), element) in of_token
+
+
+def test_planned_hardware_chooses_the_kernel():
+    """On an A100, as on CPUs, experts take rows where they are, and keep no gathered ones."""
+    config = case(SWITCHHEAD, MOE, "peri")
+    h100, a100, cpu = (
+        total(Activations(config, LENGTH, torch.bfloat16, hardware).kept(SEQUENCES))
+        for hardware in (Hardware("cuda", (9, 0)), Hardware("cuda", (8, 0)), Hardware("cpu"))
+    )
+    assert a100 == cpu < h100 / 2
+
+
+def test_large_models_are_measured_without_memory():
+    """Logits alone would take 16 TB."""
+    config = case(SWITCHHEAD, MOE, "peri", vocab_size=10**6)
+    lines = Activations(config, 10**6, torch.bfloat16, Hardware("cuda", (9, 0))).kept(8)
+    logits = next(line for line in lines if line.name == "logits")
+    assert logits.formula == "tokens 8,000,000 x width 1,000,000 x 2 B"
