@@ -38,6 +38,7 @@ class Activations:
         self.length, self._num_layers = sequence_length, config.num_layers
         self._element_bytes, self._vocabulary = dtype.itemsize, config.vocab_size
         self._model = _one_layer(config).to(dtype)
+        self._parts = {f"{name}.": module.part for name, module in routed_modules(self._model)}
         self._weighted_rows = list(_weighted_rows(self._model))
         # Many layouts have these in common.
         self._saved, self._choices = cache(self._measure_saved), cache(self._measure_choices)
@@ -102,10 +103,8 @@ class Activations:
 
     def _part_of(self, line: Term) -> str | None:
         """The part of a layer with experts that keeps it, if one does."""
-        for name, module in routed_modules(self._model):
-            if f"{line.name}.".startswith(f"{name}."):
-                return module.part
-        return None
+        within = (part for name, part in self._parts.items() if f"{line.name}.".startswith(name))
+        return next(within, None)
 
     def _measure_saved(self, sequences: int, num_ranks: int) -> list[Term]:
         saved = measure_saved(self._model, sequences, self.length, self.hardware, num_ranks)

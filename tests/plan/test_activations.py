@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.model import MoAConfig, RouterConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.kernels.routed_experts import Hardware, Kernel, grouped_experts
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
+from moa_dist.models.kinds import ATTENTION
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.linear import Linear
 from moa_dist.models.objective import Batch as Data
@@ -184,8 +185,15 @@ class RunningMixtures(RoutedModule, Attention):
         self.widen = GroupedLinear(15, d_model, 96, init)
         self.narrow = Linear(3 * 96, d_model, init)
 
+    @property
+    def num_heads(self) -> int:
+        return 3
+
     def routers(self) -> dict[str, Router]:
         return {}
+
+    def macs(self, length: int) -> dict[str, int]:
+        return {"experts": length * 3 * 2 * self.widen.macs_per_row()}
 
     def routed_projections(self) -> list[RoutedProjection]:
         return [
@@ -215,7 +223,7 @@ class RunningMixtures(RoutedModule, Attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_kinds_that_plan_has_never_heard_of(dtype, at_once):
     config = case(MOA, MOE, "pre")
-    with patch("moa_dist.models.block.make_attention", RunningMixtures):
+    with patch.dict(ATTENTION, {MoAConfig: RunningMixtures}):
         found = saved(build_model(config).to(dtype), at_once=at_once)
         lines = predicted(config, dtype, at_once=at_once)
     assert total(lines) == pytest.approx(found, rel=TOLERANCE)
