@@ -20,7 +20,7 @@ from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.profiling import annotated
 
 RoutedExperts = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
-"""As `routed_experts`."""
+"""A function with the signature and the meaning of `routed_experts`."""
 
 _HAS_TRITON = find_spec("triton") is not None
 

@@ -48,11 +48,11 @@ class Saved(NamedTuple):
 def measure_saved(
     model: LanguageModel, sequences: int, length: int, hardware: Hardware, num_ranks: int = 1
 ) -> list[Saved]:
-    """What a forward on [sequences, length] tokens keeps besides parameters and buffers.
+    """List what a forward on [sequences, length] tokens keeps besides parameters and buffers.
 
-    With the logits, which autograd does not save, but which exist while the loss is computed.
-    `model` is on the meta device, `hardware` is the planned one. Rows go to experts on `num_ranks`
-    ranks.
+    Includes the logits, which autograd does not save, but which exist while the loss is computed.
+    `model` must be on the meta device; `hardware` is the planned one. Rows go to experts on
+    `num_ranks` ranks.
     """
     recorder = _Recorder(model)
 
@@ -72,7 +72,7 @@ def measure_saved(
 
 
 def measure_choices(model: LanguageModel, sequences: int, length: int) -> list[Saved]:
-    """What layers that are recomputed keep of their routers, on any hardware."""
+    """List what layers that are recomputed keep of their routers, on any hardware."""
     recorder = _Recorder(model)
     _dispatch_by(model, LocalTokenDispatcher())
     with recorder.following(model), KeepChoices(recorder.choose), torch.no_grad():
