@@ -10,7 +10,7 @@ from moa_dist.verify.dry_run import DryRun
 def as_text(result: DryRun) -> str:
     """For people: measured beside planned."""
     planned = result.planned
-    tensors = planned.of_states + planned.computing
+    tensors = planned.states.total + planned.computing
     others = result.world_size - 1
     who = f"rank 0 of {result.world_size:,}"
     if result.mirrored:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
-from moa_dist.models.counts import Counts, States, count, states
+from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
+from moa_dist.models.language_model import LanguageModel
 from moa_dist.observe.traffic_names import traffic_name
 from moa_dist.observe.units import short
 from moa_dist.plan.exchange_choice import (
@@ -13,18 +14,24 @@ from moa_dist.plan.exchange_choice import (
     Decision,
     decide_exchange,
     expected_state_traffic,
+    expected_states,
     expected_traffic,
     gathered_bytes,
     meta_model,
 )
+from moa_dist.plan.memory import States
+from moa_dist.plan.terms import total
 
 
 def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[str, Any]:
     """Everything by name; `memory` is that of a rank, for `expert_exchange` auto."""
     problems = [str(problem) for problem in find_layout_problems(config, world_size)]
     counts = count(config.model, config.data.sequence_length)
-    plan = _as_json(config, world_size, counts, states(counts, config, world_size), problems)
-    return plan | _traffic(config, world_size, decide_exchange(config, world_size, memory))
+    model = meta_model(config)
+    plan = _as_json(
+        config, world_size, counts, expected_states(config, world_size, model), problems
+    )
+    return plan | _traffic(config, world_size, decide_exchange(config, world_size, memory), model)
 
 
 def _as_json(
@@ -38,7 +45,7 @@ def _as_json(
             "active": counts.active,
             "experts": counts.experts,
             "dense": counts.dense,
-            "per_rank": held.num_parameters,
+            "per_rank": total(held.parameters) // ELEMENT_BYTES[config.train.precision],
         },
         "sequence_length": counts.sequence_length,
         "macs": {
@@ -57,18 +64,19 @@ def _as_json(
             "problems": problems,
         },
         "bytes_per_rank": {
-            "parameters": held.parameters,
-            "gradients": held.gradients,
-            "optimizer": held.optimizer,
-            "master": held.master,
+            "parameters": total(held.parameters),
+            "gradients": total(held.gradients),
+            "optimizer": total(held.moments),
+            "master": total(held.masters),
             "total": held.total,
         },
     }
 
 
-def _traffic(config: Config, world_size: int, decision: Decision) -> dict[str, Any]:
+def _traffic(
+    config: Config, world_size: int, decision: Decision, model: LanguageModel
+) -> dict[str, Any]:
     """What a rank sends in a step, on average, and what it holds for that."""
-    model = meta_model(config)
     traffic = expected_traffic(config, world_size, decision.exchange, model)
     state = expected_state_traffic(config, world_size, model)
     gathered = sum(

@@ -19,16 +19,41 @@ from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.profiling import annotated
 
+RoutedExperts = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
+"""A function with the signature and the meaning of `routed_experts`."""
+
 _HAS_TRITON = find_spec("triton") is not None
 
 
 class Kernel(NamedTuple):
     """A way to compute routed experts, and when it is the right one."""
 
-    run: Callable[[ExpertWeights, Tensor, RowMap], Tensor]
-    """Has the signature and the meaning of `routed_experts`."""
+    run: RoutedExperts
     because: str
     """Its name and the reason for choosing it, as shown to a user."""
+
+
+class Hardware(NamedTuple):
+    """What the choice of a kernel depends on; it need not be that of this machine."""
+
+    device_type: str
+    """As in `torch.device.type`."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of a CUDA device."""
+    has_triton: bool = True
+    """Triton is installed there."""
+    deterministic: bool = False
+    """Sums must be taken in a fixed order."""
+
+    @classmethod
+    def of(cls, device: torch.device) -> Hardware:
+        """Describe a device of this machine, under torch's present settings."""
+        return cls(
+            device_type=device.type,
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            has_triton=_HAS_TRITON,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
 
 
 _CPU_BLOCKED = Kernel(
@@ -62,17 +87,14 @@ def routed_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor
     return kernel_for(experts, x).run(experts, x, row_map)
 
 
-def kernel_for(experts: ExpertWeights, x: Tensor) -> Kernel:
-    """Return the kernel that `routed_experts` runs for these experts and rows."""
-    if x.device.type == "cpu":
+def kernel_for(experts: ExpertWeights, x: Tensor, hardware: Hardware | None = None) -> Kernel:
+    """Choose the kernel for these experts and rows, by default on the device of the rows."""
+    hardware = hardware or Hardware.of(x.device)
+    if hardware.device_type == "cpu":
         return _CPU_BLOCKED
-    if grouped_matmul_fits(x, *experts.tensors()) and _has_fast_grouped_product(x.device):
+    has_fast_grouped_product = hardware.device_type != "cuda" or hardware.capability == (9, 0)
+    if grouped_matmul_fits(x, *experts.tensors()) and has_fast_grouped_product:
         return _GROUPED
-    ordered = torch.are_deterministic_algorithms_enabled()
-    if ordered or x.dtype == torch.float64 or not _HAS_TRITON:
+    if hardware.deterministic or x.dtype == torch.float64 or not hardware.has_triton:
         return _LOOP
     return _TRITON
-
-
-def _has_fast_grouped_product(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)

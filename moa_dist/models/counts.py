@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import NamedTuple
 
 import torch
 
 from moa_dist.config.model import ModelConfig
-from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
 """Bytes of an element of weights and activations, by `train.precision`."""
-_MASTER_BYTES = 4
 
 
 class ExpertTensor(NamedTuple):
@@ -99,59 +96,3 @@ def count(config: ModelConfig, sequence_length: int) -> Counts:
         expert_tensors=tuple(experts),
         macs=model.macs(sequence_length),
     )
-
-
-@dataclass(frozen=True)
-class States:
-    """Bytes that each rank holds from step to step.
-
-    Without activations, communication buffers, and the few elements with which partitions
-    are padded.
-    """
-
-    num_parameters: int
-    """Elements of `parameters`."""
-    parameters: int
-    """What forward and backward compute with."""
-    gradients: int
-    """Of the parameters, before the optimizer step."""
-    optimizer: int
-    """AdamW's two moments, SGD's momentum if it has any."""
-    master: int
-    """ZeRO's fp32 copy of the parameters, which it updates."""
-
-    @property
-    def total(self) -> int:
-        """All together."""
-        return self.parameters + self.gradients + self.optimizer + self.master
-
-
-def states(counts: Counts, config: Config, world_size: int) -> States:
-    """States under `config.parallel`, `train.precision` and `optimizer` on `world_size` ranks.
-
-    `parallel.expert_parallel` must divide `world_size`.
-    """
-    ep, stage = config.parallel.expert_parallel, config.parallel.zero_stage
-    # Dense state is partitioned over all ranks, expert state over those with the same experts.
-    shard = sum(ceil(tensor.num_experts / ep) * tensor.size for tensor in counts.expert_tensors)
-    whole = counts.dense + shard
-    partition = ceil(counts.dense / world_size) + ceil(shard / (world_size // ep))
-    element = ELEMENT_BYTES[config.train.precision]
-    # At stages 1 to 3 gradients are summed in fp32, and DeepSpeed 0.19 keeps master and moments
-    # in fp32, a master copy even of fp32 parameters. Stage 0 updates parameters in place.
-    updated = _MASTER_BYTES if stage else element
-    held = partition if stage == 3 else whole
-    return States(
-        num_parameters=held,
-        parameters=held * element,
-        gradients=(partition if stage >= 2 else whole) * updated,
-        optimizer=(partition if stage else whole) * updated * _num_moments(config.optimizer),
-        master=partition * _MASTER_BYTES if stage else 0,
-    )
-
-
-def _num_moments(optimizer: OptimizerConfig) -> int:
-    """Values that the optimizer keeps per parameter."""
-    if optimizer.kind == "adamw":
-        return 2
-    return 1 if optimizer.momentum else 0

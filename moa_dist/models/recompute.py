@@ -28,17 +28,17 @@ def _chooses(op: Any, args: tuple[Any, ...]) -> bool:
     return op in choices and bool(args[0].is_floating_point())
 
 
-class _Keep(TorchDispatchMode):
-    """Appends the results of choices to a list."""
+class KeepChoices(TorchDispatchMode):
+    """Passes the results of choices, which are not made again, to `keep`."""
 
-    def __init__(self, kept: list[tuple[Tensor, ...]]) -> None:
+    def __init__(self, keep: Callable[[tuple[Tensor, ...]], None]) -> None:
         super().__init__()
-        self._kept = kept
+        self._keep = keep
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
         if _chooses(op, args):
-            self._kept.append(tuple(part.detach() for part in result))
+            self._keep(tuple(part.detach() for part in result))
         return result
 
 
@@ -63,9 +63,9 @@ class _Repeat(TorchDispatchMode):
         return tuple(part.detach() for part in result)
 
 
-def _contexts() -> tuple[_Keep, _Repeat]:
+def _contexts() -> tuple[KeepChoices, _Repeat]:
     kept: list[tuple[Tensor, ...]] = []
-    return _Keep(kept), _Repeat(kept)
+    return KeepChoices(kept.append), _Repeat(kept)
 
 
 def recomputed(function: Callable[..., Output], *args: Any) -> Output:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_dist.distributed.pending import Pending, ready
-from moa_dist.kernels.routed_experts import routed_experts
+from moa_dist.kernels.routed_experts import RoutedExperts, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import occurrences
@@ -115,10 +115,14 @@ class LocalPlan:
     """[A] row of each assignment, by level, in the same order."""
     num_rows: dict[Level, int]
     """Number of rows of each level."""
+    kernel: RoutedExperts = routed_experts
+    """Runs the experts."""
 
     @classmethod
     @annotated("dispatch")
-    def of(cls, assignments: Assignments, num_experts: int) -> LocalPlan:
+    def of(
+        cls, assignments: Assignments, num_experts: int, kernel: RoutedExperts = routed_experts
+    ) -> LocalPlan:
         """Sort assignments by expert, keeping the order of tokens within each."""
         expert = assignments.expert
         order = expert.argsort(stable=True)
@@ -128,6 +132,7 @@ class LocalPlan:
             weight=assignments.weight[order],
             rows={level: rows[order] for level, rows in assignments.rows.items()},
             num_rows=assignments.num_rows,
+            kernel=kernel,
         )
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
@@ -139,7 +144,7 @@ class LocalPlan:
     ) -> Pending:
         """Implement `DispatchPlan.run_and_combine`."""
         row_map = self.row_map(read, write, len(experts.down), weighted)
-        return ready(routed_experts(experts, sent.wait(), row_map))
+        return ready(self.kernel(experts, sent.wait(), row_map))
 
     def row_map(self, read: Level, write: Level, num_experts: int, weighted: bool) -> RowMap:
         """Map rows of one level to another through `num_experts` matrices.
@@ -166,6 +171,9 @@ def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
 class LocalTokenDispatcher:
     """Dispatcher for experts that are all on this rank."""
 
+    kernel: RoutedExperts = routed_experts
+    """Runs the experts."""
+
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:
         """Implement `Dispatcher.plan`."""
-        return LocalPlan.of(assignments_of(routing, num_experts), num_experts)
+        return LocalPlan.of(assignments_of(routing, num_experts), num_experts, self.kernel)

@@ -17,6 +17,8 @@ class Gpu:
 
     name: str
     """As NVIDIA calls it."""
+    capability: tuple[int, int]
+    """Compute capability."""
     memory: int
     """Bytes; a data sheet's GB are 10^9."""
     memory_bandwidth: float
@@ -34,10 +36,10 @@ class Gpu:
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu("A100", int(80e9), 2.039e12, 300e9, 25e9),
-        Gpu("H100", int(80e9), 3.35e12, 450e9, 50e9),
-        Gpu("H200", int(141e9), 4.8e12, 450e9, 50e9),
-        Gpu("B200", int(180e9), 7.7e12, 900e9, 50e9),
+        Gpu("A100", (8, 0), int(80e9), 2.039e12, 300e9, 25e9),
+        Gpu("H100", (9, 0), int(80e9), 3.35e12, 450e9, 50e9),
+        Gpu("H200", (9, 0), int(141e9), 4.8e12, 450e9, 50e9),
+        Gpu("B200", (10, 0), int(180e9), 7.7e12, 900e9, 50e9),
     )
 }
 """SXM modules by the name that a command takes; adapters of 200 Gb/s beside A100, else 400."""

@@ -20,12 +20,12 @@ from moa_dist.config.run import (
     tokens_per_sample,
 )
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.counts import ELEMENT_BYTES, count, states
+from moa_dist.models.counts import ELEMENT_BYTES
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import EXCHANGES
-from moa_dist.plan.memory import sizes_of
+from moa_dist.plan.memory import States, sizes_of, states
 from moa_dist.plan.predicted_traffic import (
     Layout,
     Rows,
@@ -110,6 +110,13 @@ def expected_traffic(
     return expert_traffic(model, layout, rows_of)
 
 
+def expected_states(config: Config, world_size: int, model: nn.Module) -> States:
+    """What the fullest rank holds from step to step."""
+    sizes = sizes_of(model, config.parallel.expert_parallel)
+    layout = layout_of(config, world_size, config.parallel.expert_exchange)
+    return states(sizes, layout, config.parallel.zero_stage, config.optimizer)
+
+
 def expected_state_traffic(config: Config, world_size: int, model: nn.Module) -> StateTraffic:
     """What ZeRO moves in one step, all ranks together."""
     sizes = sizes_of(model, config.parallel.expert_parallel)
@@ -160,7 +167,7 @@ def decide_exchange(config: Config, world_size: int, memory: int | None) -> Deci
     costs = exchange_costs(config, world_size)
     budget = None
     if memory is not None and costs:
-        held = states(count(config.model, config.data.sequence_length), config, world_size).total
+        held = expected_states(config, world_size, meta_model(config)).total
         budget = max(0, int(MEMORY_SHARE * (memory - held)))
     chosen: dict[str, str] = dict.fromkeys(PARTS, "tokens")
     because: dict[str, str] = {}

@@ -14,9 +14,11 @@ from itertools import product
 from moa_dist.config.checks import check_fields
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.kernels.routed_experts import Hardware
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.sharding import EXCHANGES
+from moa_dist.plan.activations import Activations, activations_of
 from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import PARTS, expected_traffic, layout_of, meta_model
 from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
@@ -96,6 +98,13 @@ class Planner:
     def _rows_moved(self) -> RowBytes:
         return row_bytes(self.model, ELEMENT_BYTES[self.config.train.precision])
 
+    @cached_property
+    def _activations(self) -> Activations:
+        hardware = Hardware(
+            "cuda", self.cluster.gpu.capability, deterministic=self.config.train.deterministic
+        )
+        return activations_of(self.config, hardware)
+
     def plan(self, config: Config) -> Planned:
         """Of a layout whose exchange is decided, and that fits the cluster's number of GPUs."""
         layout = layout_of(config, self.cluster.num_gpus, config.parallel.expert_exchange)
@@ -103,7 +112,7 @@ class Planner:
         if ep not in self._sizes:
             self._sizes[ep] = sizes_of(self.model, ep)
         sizes = self._sizes[ep]
-        memory = budget(self.model, sizes, config, layout)
+        memory = budget(self.model, sizes, config, layout, self._activations)
         time = step_time(
             config,
             self.counts,

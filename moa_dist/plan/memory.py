@@ -1,8 +1,8 @@
 """Memory of one rank, part by part, before it is needed.
 
 States are exact: `tests/distributed/test_memory.py` compares them with DeepSpeed's tensors. What
-the forward keeps is predicted to a few percent (`moa_dist.plan.activations`), and the rest is said
-for what it is, an allowance.
+the forward keeps is measured without memory (`moa_dist.plan.activations`), and the rest is said for
+what it is, an allowance.
 
 Shapes: W ranks, P that share experts, N that hold the same parameter: W for dense ones, W / P for
 experts.
@@ -14,15 +14,16 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
+from moa_dist.config.model import PARTS
 from moa_dist.config.run import Config, OptimizerConfig, tokens_per_sample
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
-from moa_dist.moe.routed_module import RoutedModule
-from moa_dist.plan.activations import Batch, exchange_terms, kept, working_terms
+from moa_dist.moe.routed_module import routed_modules
+from moa_dist.plan.activations import Activations
 from moa_dist.plan.predicted_traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
 from moa_dist.plan.terms import Term, term, total
 from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
@@ -82,6 +83,11 @@ class States:
     def parts(self) -> dict[str, list[Term]]:
         """By name."""
         return dict(vars(self))
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(total(lines) for lines in self.parts().values())
 
 
 def states(
@@ -181,14 +187,9 @@ class Budget:
         return round(FRAGMENTED * self.computing)
 
     @property
-    def of_states(self) -> int:
-        """All states."""
-        return sum(total(lines) for lines in self.states.parts().values())
-
-    @property
     def total(self) -> int:
         """The peak."""
-        return self.of_states + self.computing + self.margin + total(self.context)
+        return self.states.total + self.computing + self.margin + total(self.context)
 
     def parts(self) -> dict[str, list[Term]]:
         """By name; their sum is the total but for what passes at another time, and the margin."""
@@ -197,20 +198,19 @@ class Budget:
 
 
 def budget(
-    model: LanguageModel, sizes: Sizes, config: Config, layout: Layout, device: Device = "cuda"
+    model: LanguageModel,
+    sizes: Sizes,
+    config: Config,
+    layout: Layout,
+    activations: Activations,
 ) -> Budget:
     """The fullest rank's memory.
 
     `model`: the whole one, on any device; `sizes` of it; `config` has the layout of `layout`.
     """
     stage = config.parallel.zero_stage
-    length = config.data.sequence_length
-    batch = Batch(
-        -(-config.train.micro_batch * tokens_per_sample(config) // length),
-        length,
-        layout.element_bytes,
-        cpu_blocked=device == "cpu",
-    )
+    sequences = -(-config.train.micro_batch * tokens_per_sample(config) // activations.length)
+    device: Device = "cpu" if activations.hardware.device_type == "cpu" else "cuda"
     held = states(sizes, layout, stage, config.optimizer)
     masters = total(held.masters) or total(held.parameters)
     return Budget(
@@ -220,13 +220,13 @@ def budget(
             *_whole_parameters(sizes, layout, stage),
             *_waiting_gradients(sizes, layout, stage),
         ],
-        kept=kept(
-            config.model,
-            batch,
+        kept=activations.kept(
+            sequences,
             recompute=layout.recompute,
-            of_exchange=_of_exchange(model, layout, batch),
+            num_ranks=layout.expert_parallel,
+            exchanged=[part for part in PARTS if _travelling(layout, part) == "tokens"],
         ),
-        working=working_terms(config.model, batch),
+        working=activations.working(sequences),
         buffers=_buffers(sizes, layout, stage, device),
         updating=[term("optimizer's temporaries", ("kept", 2), ("B", masters))],
         context=[CONTEXT] if device == "cuda" else [],
@@ -237,24 +237,15 @@ def _travelling(layout: Layout, part: str) -> str:
     return str(getattr(layout.exchange, part)) if layout.expert_parallel > 1 else "nothing"
 
 
-def _of_exchange(model: LanguageModel, layout: Layout, batch: Batch) -> dict[str, list[Term]]:
-    block: Any = model.stack.layers[0]
-    parts = {part: getattr(block, part) for part in ("attention", "ffn")}
-    return {
-        part: exchange_terms(module, part, layout.expert_parallel, batch)
-        for part, module in parts.items()
-        if isinstance(module, RoutedModule) and _travelling(layout, part) == "tokens"
-    }
-
-
 def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
     """Experts of a part that travel, and their gradients, until its backward pass is over."""
-    for part in ("attention", "ffn"):
+    for part in PARTS:
         if _travelling(layout, part) == "weights":
             elements = sum(
                 layer.num_experts * layer.macs_per_row()
-                for name, layer in expert_layers(model)
-                if name.split(".")[-2] == part
+                for _, module in routed_modules(model)
+                if module.part == part
+                for layer in module.expert_layers().values()
             )
             both = ("weights and gradients", 2)
             element = ("B", layout.element_bytes)

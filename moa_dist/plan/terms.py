@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 Factor = tuple[str, float]
@@ -18,7 +19,7 @@ class Term:
     factors: tuple[Factor, ...]
     """The last is a number of bytes, named `B`."""
 
-    @property
+    @cached_property
     def value(self) -> int:
         """The product, rounded."""
         return round(prod(number for _, number in self.factors))

@@ -29,7 +29,9 @@ from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.errors import BadStepError, ConfigError
+from moa_dist.kernels.routed_experts import Hardware
 from moa_dist.models.objective import Batch
+from moa_dist.plan.activations import activations_of
 from moa_dist.plan.exchange_choice import decide_exchange, layout_of, meta_model
 from moa_dist.plan.memory import Budget, Device, budget, sizes_of
 from moa_dist.train.build import build_engine
@@ -112,7 +114,13 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
             seconds=seconds,
             peak=peak,
             reserved=torch.cuda.max_memory_reserved() if on_gpu else 0,
-            planned=budget(whole, sizes_of(whole, mesh.expert_parallel), config, layout, device),
+            planned=budget(
+                whole,
+                sizes_of(whole, mesh.expert_parallel),
+                config,
+                layout,
+                activations_of(config, Hardware.of(context.device)),
+            ),
             exchange=decision.because,
         )
 

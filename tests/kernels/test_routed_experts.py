@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from moa_dist.kernels import cpu_blocked
 from moa_dist.kernels.custom_op import custom_op_experts
 from moa_dist.kernels.grouped import grouped_experts
-from moa_dist.kernels.routed_experts import routed_experts
+from moa_dist.kernels.routed_experts import Hardware, kernel_for, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from tests.kernels.uses import USES, gradients, inputs, one_at_a_time
 
@@ -100,3 +100,21 @@ def test_counts_that_do_not_fit_raise(counts):
     experts, x, row_map, _ = inputs(USES["sigma-MoE"], [2, 3])
     with pytest.raises(ValueError, match=r"7 rows and 2 experts, but counts"):
         routed_experts(experts, x, row_map._replace(counts=torch.tensor(counts)))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype", "kernel"),
+    [
+        (Hardware("cpu"), torch.bfloat16, custom_op_experts),
+        (Hardware("cuda", (9, 0)), torch.bfloat16, grouped_experts),
+        (Hardware("cuda", (9, 0)), torch.float32, custom_op_experts),
+        (Hardware("cuda", (9, 0)), torch.float64, grouped_experts),
+        (Hardware("cuda", (8, 0)), torch.bfloat16, custom_op_experts),
+        (Hardware("cuda", (8, 0), deterministic=True), torch.bfloat16, grouped_experts),
+        (Hardware("cuda", (8, 0), has_triton=False), torch.bfloat16, grouped_experts),
+    ],
+)
+def test_a_kernel_can_be_chosen_for_hardware_that_is_not_here(hardware, dtype, kernel):
+    x = torch.empty(10, 16, dtype=dtype, device="meta")
+    experts = ExpertWeights(torch.empty(3, 16, 8, dtype=dtype, device="meta"))
+    assert kernel_for(experts, x, hardware).run is kernel

@@ -1,7 +1,12 @@
-"""Predicted activations are those that autograd saves, to 3 %."""
+"""Activations measured without memory are those that real tensors on a CPU keep, to 3 %.
+
+What is measured comes from one layer on the meta device; what it is compared with, from all layers
+of a real model, from autograd's hooks and every tensor that Python can see.
+"""
 
 import gc
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -10,17 +15,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_dist.config.model import MoAConfig, RouterConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
-from moa_dist.kernels.routed_experts import grouped_experts
+from moa_dist.kernels.routed_experts import Hardware, Kernel, grouped_experts
+from moa_dist.kernels.row_map import ExpertWeights
+from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
+from moa_dist.models.kinds import ATTENTION
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.linear import Linear
 from moa_dist.models.objective import Batch as Data
 from moa_dist.models.objective import objective
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.activations import Batch, exchange_terms, kept
+from moa_dist.plan.activations import Activations
 from moa_dist.plan.exchange_choice import PARTS
-from moa_dist.plan.terms import total
+from moa_dist.plan.terms import Term, total
 from tests.distributed.layouts import Case, router
 
 TOLERANCE = 0.03
@@ -55,9 +69,8 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
             storages[storage.data_ptr()] = storage  # kept, so that no other takes its place
         return tensor
 
-    as_on_gpus = patch("moa_dist.moe.dispatch.routed_experts", grouped_experts)
     with (
-        as_on_gpus if at_once else nullcontext(),
+        experts(at_once=at_once),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1))
@@ -77,9 +90,24 @@ def all_tensors() -> list[Tensor]:
     return [tensor for tensor in found if tensor.dtype != torch.uint8]  # a state of random numbers
 
 
-def predicted(config: Any, dtype: torch.dtype, *, at_once: bool, **of_exchange: Any) -> int:
-    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize, cpu_blocked=not at_once)
-    return total(kept(config, batch, recompute=False, **of_exchange))
+@contextmanager
+def experts(*, at_once: bool) -> Iterator[None]:
+    """All kernels are the one that gathers all rows at once, or those of this CPU."""
+    kernel = Kernel(grouped_experts, "a test asks for it")
+    if not at_once:
+        yield
+        return
+    with (
+        patch("moa_dist.kernels.routed_experts.kernel_for", lambda *_: kernel),
+        patch("moa_dist.plan.measure.kernel_for", lambda *_: kernel),
+    ):
+        yield
+
+
+def predicted(config: Any, dtype: torch.dtype, *, at_once: bool, **layout: Any) -> list[Term]:
+    hardware = Hardware("cuda", (9, 0)) if at_once else Hardware("cpu")
+    with experts(at_once=at_once):
+        return Activations(config, LENGTH, dtype, hardware).kept(SEQUENCES, **layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -87,8 +115,7 @@ def predicted(config: Any, dtype: torch.dtype, *, at_once: bool, **of_exchange: 
 def test_recomputed_layers_keep_their_input_and_choices(attention, dtype):
     config = case(attention, MOE, "pre")
     found = saved(build_model(config, recompute=True).to(dtype), at_once=True)
-    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize)
-    lines = kept(config, batch, recompute=True)
+    lines = predicted(config, dtype, at_once=True, recompute=True)
     between = [line for line in lines if not line.name.startswith("recomputed")]
     assert total(between) == pytest.approx(found, rel=TOLERANCE)
 
@@ -109,7 +136,8 @@ def test_recomputed_layers_keep_their_input_and_choices(attention, dtype):
 def test_activations_are_those_that_autograd_saves(attention, ffn, norm, dtype, at_once):
     config = case(attention, ffn, norm)
     found = saved(build_model(config).to(dtype), at_once=at_once)
-    assert predicted(config, dtype, at_once=at_once) == pytest.approx(found, rel=TOLERANCE)
+    lines = predicted(config, dtype, at_once=at_once)
+    assert total(lines) == pytest.approx(found, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -122,8 +150,7 @@ def test_activations_are_those_that_autograd_saves(attention, ffn, norm, dtype, 
 def test_two_texts_and_attention_between_them(attention, norm, dtype, recompute):
     config = case(attention, MOE, norm, objective="translation")
     found = saved(build_model(config, recompute=recompute).to(dtype), at_once=True)
-    batch = Batch(SEQUENCES, LENGTH, dtype.itemsize)
-    lines = kept(config, batch, recompute=recompute)
+    lines = predicted(config, dtype, at_once=True, recompute=recompute)
     between = [line for line in lines if "recomputed" not in line.name]
     # Dense attention's result may be the heads' own memory, but is counted: 3.4 % in bf16.
     assert total(between) == pytest.approx(found, rel=0.04)
@@ -143,8 +170,85 @@ def test_rows_that_travel_are_kept_too(attention, at_once):
             parallelize=partial(shard_experts, mesh=mesh, exchange=ExpertExchangeConfig()),
         )
         found = saved(model, at_once=at_once)
-    batch = Batch(SEQUENCES, LENGTH, 4, cpu_blocked=not at_once)
-    block = build_model(config).stack.layers[0]
-    more = {part: exchange_terms(getattr(block, part), part, 4, batch) for part in PARTS}
-    whole = predicted(config, torch.float32, at_once=at_once, of_exchange=more)
-    assert whole == pytest.approx(found, rel=TOLERANCE)
+    lines = predicted(config, torch.float32, at_once=at_once, num_ranks=4, exchanged=PARTS)
+    assert total(lines) == pytest.approx(found, rel=TOLERANCE)
+
+
+class RunningMixtures(RoutedModule, Attention):
+    """Attention of a kind that only this test knows: experts mix running sums of tokens."""
+
+    def __init__(self, _config: Any, d_model: int, _init_scale: float) -> None:
+        super().__init__()
+        init = Normal(0.1)
+        chosen = RouterConfig(num_experts=5, top_k=2, score="sigmoid")
+        self.choice = Router(chosen, d_model, num_groups=3, init=init)
+        self.widen = GroupedLinear(15, d_model, 96, init)
+        self.narrow = Linear(3 * 96, d_model, init)
+
+    @property
+    def num_heads(self) -> int:
+        return 3
+
+    def routers(self) -> dict[str, Router]:
+        return {}
+
+    def macs(self, length: int) -> dict[str, int]:
+        return {"experts": length * 3 * 2 * self.widen.macs_per_row()}
+
+    def routed_projections(self) -> list[RoutedProjection]:
+        return [
+            RoutedProjection(
+                "choice", ("widen",), "token", self.widen.d_in, "head", 96, weighted=True
+            )
+        ]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
+        cache: Any = None,
+        trace: bool = False,
+    ) -> AttentionOutput:
+        plan = self.dispatcher.plan(self.choice(query), self.choice.num_experts)
+        sent = plan.dispatch(value.cumsum(1).flatten(0, 1), "token")
+        experts = ExpertWeights(self.expert_weights("widen", gathered))
+        mixed = plan.run_and_combine(experts, sent, "token", "head", weighted=True).wait()
+        return AttentionOutput(self.narrow(mixed.tanh().view(*key.shape[:2], -1).exp()), {})
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["as on GPUs", "as on CPUs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_kinds_that_plan_has_never_heard_of(dtype, at_once):
+    config = case(MOA, MOE, "pre")
+    with patch.dict(ATTENTION, {MoAConfig: RunningMixtures}):
+        found = saved(build_model(config).to(dtype), at_once=at_once)
+        lines = predicted(config, dtype, at_once=at_once)
+    assert total(lines) == pytest.approx(found, rel=TOLERANCE)
+    # The results of tanh and of exp.
+    of_token = {line.factors for line in lines if line.name == "attention"}
+    layers, tokens, element = (
+        ("layers", 4), ("tokens", SEQUENCES * LENGTH), ("B", dtype.itemsize)
+    )  # fmt: skip
+    assert (layers, tokens, ("rows", 3), ("width", 96), element) in of_token
+    assert (layers, tokens, ("width", 3 * 96), element) in of_token
+
+
+def test_planned_hardware_chooses_the_kernel():
+    """On an A100, as on CPUs, experts take rows where they are, and keep no gathered ones."""
+    config = case(SWITCHHEAD, MOE, "peri")
+    h100, a100, cpu = (
+        total(Activations(config, LENGTH, torch.bfloat16, hardware).kept(SEQUENCES))
+        for hardware in (Hardware("cuda", (9, 0)), Hardware("cuda", (8, 0)), Hardware("cpu"))
+    )
+    assert a100 == cpu < h100 / 2
+
+
+def test_large_models_are_measured_without_memory():
+    """Logits alone would take 16 TB."""
+    config = case(SWITCHHEAD, MOE, "peri", vocab_size=10**6)
+    lines = Activations(config, 10**6, torch.bfloat16, Hardware("cuda", (9, 0))).kept(8)
+    logits = next(line for line in lines if line.name == "logits")
+    assert logits.formula == "tokens 8,000,000 x width 1,000,000 x 2 B"

@@ -6,9 +6,15 @@ import pytest
 
 from moa_dist.config import Config
 from moa_dist.config.run import ExpertExchangeConfig
-from moa_dist.models.counts import count, states
 from moa_dist.moe.sharding import EXCHANGES
-from moa_dist.plan.exchange_choice import MEMORY_SHARE, Decision, decide_exchange, exchange_costs
+from moa_dist.plan.exchange_choice import (
+    MEMORY_SHARE,
+    Decision,
+    decide_exchange,
+    exchange_costs,
+    expected_states,
+    meta_model,
+)
 from moa_dist.plan.predicted_traffic import TRAFFIC
 
 AUTO = {"attention": "auto", "ffn": "auto"}
@@ -76,7 +82,7 @@ def test_latency_decides_where_bytes_are_few():
 
 def test_weights_travel_only_as_far_as_memory_goes():
     wanted = config(AUTO)
-    held = states(count(wanted.model, 512), wanted, WORLD_SIZE).total
+    held = expected_states(wanted, WORLD_SIZE, meta_model(wanted)).total
     costs = exchange_costs(wanted, WORLD_SIZE)
     attention, ffn = (costs[part]["weights"].memory for part in ("attention", "ffn"))
     assert decide(wanted, held + int((attention + ffn) / MEMORY_SHARE) + 4)[:2] == (

@@ -1,0 +1,179 @@
+"""What one forward keeps for the backward pass, as autograd tells it, tensor by tensor.
+
+Runs on the meta device, where tensors have shapes and no memory. Knows no kind of attention, FFN or
+router. Taken are the fused attention and the kernel of experts that the planned device would take,
+no padding, and routers that choose evenly.
+
+Shapes: B sequences of S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from moa_dist.kernels.routed_experts import Hardware, kernel_for
+from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.models.block import Block
+from moa_dist.models.language_model import LanguageModel, LanguageModelOutput
+from moa_dist.models.objective import Batch, objective
+from moa_dist.models.recompute import KeepChoices
+from moa_dist.moe.dispatch import Dispatcher, LocalTokenDispatcher
+from moa_dist.moe.routed_module import routed_modules
+from moa_dist.plan.even_dispatch import EvenDispatcher
+
+INPUT, SHARED, LOGITS, LOSS = "input", "shared by layers", "logits", "loss"
+"""Names of what no module inside the model keeps for itself."""
+
+
+class Saved(NamedTuple):
+    """A tensor that is kept."""
+
+    where: str
+    """Name of the module that was running when it was first saved, or of what it is."""
+    shape: torch.Size
+    """All that its memory holds."""
+    element_bytes: int
+    """Bytes of an element."""
+
+
+def measure_saved(
+    model: LanguageModel, sequences: int, length: int, hardware: Hardware, num_ranks: int = 1
+) -> list[Saved]:
+    """List what a forward on [sequences, length] tokens keeps besides parameters and buffers.
+
+    Includes the logits, which autograd does not save, but which exist while the loss is computed.
+    `model` must be on the meta device; `hardware` is the planned one. Rows go to experts on
+    `num_ranks` ranks.
+    """
+    recorder = _Recorder(model)
+
+    def kernel(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
+        with recorder.inside("experts"):
+            return kernel_for(experts, x, hardware).run(experts, x, row_map)
+
+    here = num_ranks == 1
+    _dispatch_by(model, LocalTokenDispatcher(kernel) if here else EvenDispatcher(num_ranks, kernel))
+    with (
+        recorder.following(model),
+        saved_tensors_hooks(recorder.save, lambda tensor: tensor),
+        _FusedAttention(hardware),
+    ):
+        _forward(model, sequences, length)
+    return list(recorder.saved.values())
+
+
+def measure_choices(model: LanguageModel, sequences: int, length: int) -> list[Saved]:
+    """List what layers that are recomputed keep of their routers, on any hardware."""
+    recorder = _Recorder(model)
+    _dispatch_by(model, LocalTokenDispatcher())
+    with recorder.following(model), KeepChoices(recorder.choose), torch.no_grad():
+        _forward(model, sequences, length)
+    return recorder.choices
+
+
+def _dispatch_by(model: LanguageModel, dispatcher: Dispatcher) -> None:
+    for _, module in routed_modules(model):
+        module.dispatcher = dispatcher
+
+
+def _forward(model: LanguageModel, sequences: int, length: int) -> None:
+    tokens = torch.zeros(sequences, length, dtype=torch.int64, device="meta")
+    source = tokens.clone() if model.encoder is not None else None
+    objective(model, Batch(tokens, targets=tokens, source=source))
+
+
+class _Recorder:
+    """Notes tensors by the module that is running."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.saved: dict[UntypedStorage, Saved] = {}
+        self.choices: list[Saved] = []
+        self._running = [LOSS]
+        kept_anyway = (*model.parameters(), *model.buffers())
+        self._kept_anyway = {tensor.untyped_storage() for tensor in kept_anyway}
+
+    def save(self, tensor: Tensor) -> Tensor:
+        """Note a tensor, unless another one with the same memory has been."""
+        self._note(tensor, self._running[-1])
+        return tensor
+
+    def choose(self, result: tuple[Tensor, ...]) -> None:
+        """Note what a router chose."""
+        where = f"{self._running[-1]}: choices"
+        self.choices += [Saved(where, part.shape, part.element_size()) for part in result]
+
+    def _note(self, tensor: Tensor, where: str) -> None:
+        storage, size = tensor.untyped_storage(), tensor.element_size()
+        if storage in self._kept_anyway or storage in self.saved or not storage.nbytes():
+            return
+        whole = tensor.numel() * size == storage.nbytes()
+        shape = tensor.shape if whole else torch.Size([storage.nbytes() // size])
+        self.saved[storage] = Saved(where, shape, size)
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """What runs meanwhile is a part of the running module."""
+        self._running.append(f"{self._running[-1]}.{name}")
+        yield
+        self._running.pop()
+
+    @contextmanager
+    def following(self, model: LanguageModel) -> Iterator[None]:
+        """Learn which module is running."""
+
+        def enter(name: str, module: Any, inputs: tuple[Any, ...]) -> None:
+            self._running.append(name or LOSS)
+            if isinstance(module, Block):
+                x, *others = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+                self._note(x, f"{name}.{INPUT}")
+                for other in others:  # such as a decoder's source
+                    self._note(other, SHARED)
+
+        def leave(output: Any) -> None:
+            self._running.pop()
+            if isinstance(output, LanguageModelOutput):
+                self._note(output.logits, LOGITS)
+
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                entering = module.register_forward_pre_hook(
+                    lambda module, inputs, name=name: enter(name, module, inputs)
+                )
+                leaving = module.register_forward_hook(lambda _m, _inputs, output: leave(output))
+                hooks.enter_context(entering)
+                hooks.enter_context(leaving)
+            yield
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Takes the kernel that saves queries, keys, values and result, but no scores.
+
+    CUDA's fused kernels save the same; they do not take fp64.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        super().__init__()
+        self._takes_fp64 = hardware.device_type == "cpu"
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention and (
+            self._takes_fp64 or args[0].dtype != torch.float64
+        ):
+            func = _fused_attention
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
+    return result
