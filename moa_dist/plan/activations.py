@@ -1,4 +1,4 @@
-"""Bytes of what the forward pass keeps for the backward pass, on one rank, line by line.
+"""Memory that the forward pass of one rank keeps for the backward pass, line by line.
 
 One layer of the model, with embedding and head around it, is measured (`moa_dist.plan.measure`):
 once for each micro-batch, and once more for each number of ranks that tokens are sent to.
@@ -24,16 +24,16 @@ from moa_dist.plan.terms import Factor, Term, term, total
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 _SMALL = 1e-3
-"""Lines with a smaller share of all bytes are added up to one."""
+"""Lines below this share of all bytes are merged into one."""
 
 
 class Activations:
-    """Activations of a model in one type on one kind of hardware; remembers what was measured."""
+    """Activations of a model in one type on one kind of hardware; caches measurements."""
 
     def __init__(
         self, config: ModelConfig, sequence_length: int, dtype: torch.dtype, hardware: Hardware
     ) -> None:
-        """`hardware` is the planned one, which need not be in this machine."""
+        """Plan for `hardware`, which this machine need not have."""
         self.hardware = hardware
         self.length, self._num_layers = sequence_length, config.num_layers
         self._element_bytes, self._vocabulary = dtype.itemsize, config.vocab_size
@@ -56,20 +56,20 @@ class Activations:
         num_ranks: int = 1,
         exchanged: Collection[str] = (),
     ) -> list[Term]:
-        """All that a forward keeps; with `recompute` also the one layer that is recomputed.
+        """List all that a forward keeps; with `recompute` also the layer being recomputed.
 
-        `sequences` are those of a micro-batch. Tokens are sent to experts on `num_ranks` ranks in
-        those parts of a layer that are `exchanged`, such as `ffn`. A model that translates has as
-        many tokens of each text; its decoder's layer is the one that is recomputed.
+        `sequences` is the size of a micro-batch. Tokens are sent to experts on `num_ranks` ranks in
+        the parts of a layer that are `exchanged`, such as `ffn`. For translation, both texts have
+        the same number of tokens, and the layer being recomputed is one of the decoder.
         """
         ranks = num_ranks if exchanged else 1
         return list(self._kept(sequences, recompute, ranks, frozenset(exchanged)))
 
     def working(self, sequences: int) -> list[Term]:
-        """Passing memory, beyond what is kept, of the hungriest operation: one line.
+        """Estimate temporary memory of the largest operation, beyond what is kept, as one line.
 
-        Of logits a copy in fp32 and its gradient; of a routed projection, its rows wide, weighted,
-        and in the type of an activation.
+        The loss needs a copy of the logits in fp32 and its gradient; a routed projection needs its
+        rows in fp32, weighted, and in the type of activations.
         """
         tokens, wide = ("tokens", sequences * self.length), max(self._element_bytes, 4)
         row_element = ("B", 2 * wide + self._element_bytes)
@@ -102,7 +102,7 @@ class Activations:
         return [*lines, *_without_small(outside)]
 
     def _part_of(self, line: Term) -> str | None:
-        """The part of a layer with experts that keeps it, if one does."""
+        """Return the part of a layer with experts that keeps a tensor, if any."""
         within = (part for name, part in self._parts.items() if f"{line.name}.".startswith(name))
         return next(within, None)
 
@@ -116,7 +116,7 @@ class Activations:
 
 
 def _cut(lines: Iterable[Term], prefix: str) -> list[Term]:
-    """Those whose name begins so, without that beginning."""
+    """Select the tensors whose name has a prefix, and remove the prefix."""
     return [
         Term(line.name.removeprefix(prefix), line.factors)
         for line in lines
@@ -125,7 +125,7 @@ def _cut(lines: Iterable[Term], prefix: str) -> list[Term]:
 
 
 def _without_small(lines: list[Term]) -> list[Term]:
-    """The same sum, small lines added up."""
+    """Merge small lines into one, keeping the sum."""
     least = _SMALL * total(lines)
     small = sum(line.value for line in lines if line.value < least)
     rest = [term("small tensors", ("B", small))] if small else []
@@ -133,13 +133,13 @@ def _without_small(lines: list[Term]) -> list[Term]:
 
 
 def _lines(found: Iterable[Saved], sequences: int, length: int) -> list[Term]:
-    """A line for equal tensors of a module."""
+    """Describe equal tensors of a module in one line."""
     counted = Counter(Term(saved.where, _factors(saved, sequences, length)) for saved in found)
     return [line if n == 1 else line.times("tensors", n) for line, n in counted.items()]
 
 
 def _factors(saved: Saved, sequences: int, length: int) -> tuple[Factor, ...]:
-    """Its bytes as a product, by tokens if it has a row, or several, for each."""
+    """Write the bytes of a tensor as a product, per token if it has rows for each token."""
     shape, numel, tokens = saved.shape, saved.shape.numel(), sequences * length
     width = shape[-1] if shape else 1
     factors: list[Factor] = [("rows", numel // width), ("width", width)]
@@ -159,7 +159,7 @@ def activations_of(config: Config, hardware: Hardware) -> Activations:
 
 
 def _one_layer(config: ModelConfig) -> LanguageModel:
-    """The model with one layer, without memory for its parameters."""
+    """Build the model with one layer on the meta device."""
     with torch.device("meta"):
         one = {"num_layers": 1, "num_distinct_layers": None}
         model = LanguageModel(config.model_copy(update=one))
@@ -171,7 +171,7 @@ def _one_layer(config: ModelConfig) -> LanguageModel:
 
 
 def _weighted_rows(model: LanguageModel) -> Iterator[tuple[str, int, int]]:
-    """Module, rows of a token and their width, of each projection that a router weighs."""
+    """Yield module, rows per token and width of each projection that a router weights."""
     for name, module in routed_modules(model):
         for projection in module.routed_projections():
             router = module.router_of(projection)

@@ -1,7 +1,7 @@
 """GPUs and the links between them, as far as a plan needs them.
 
-Figures are those of vendors' data sheets, dense, never with sparsity; links count one direction.
-What a job reaches of them is assumed apart, in `moa_dist.plan.time`.
+Figures come from vendors' data sheets, without sparsity; links count one direction. The share of
+them that a job reaches is assumed in `moa_dist.plan.time`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ class Gpu:
     """One kind of GPU."""
 
     name: str
-    """As NVIDIA calls it."""
+    """NVIDIA's name."""
     capability: tuple[int, int]
     """Compute capability."""
     memory: int
-    """Bytes; a data sheet's GB are 10^9."""
+    """Memory in bytes; a data sheet's GB are 10^9."""
     memory_bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     link_bandwidth: float
-    """Bytes a second that a GPU sends to others of its node: NVLink, half of both directions."""
+    """Bytes per second that a GPU sends to others of its node by NVLink."""
     network_bandwidth: float
-    """Bytes a second that a GPU sends to other nodes, with the usual one adapter per GPU."""
+    """Bytes per second that a GPU sends to other nodes, with one adapter per GPU."""
 
     def flops(self, precision: str) -> float | None:
-        """Peak FLOPs a second, None if the type is not for training on it."""
+        """Return peak FLOPs per second, None for a type that it does not train in."""
         return peak_flops(f"cuda (NVIDIA {self.name})", precision)
 
 
@@ -42,43 +42,43 @@ GPUS = {
         Gpu("B200", (10, 0), int(180e9), 7.7e12, 900e9, 50e9),
     )
 }
-"""SXM modules by the name that a command takes; adapters of 200 Gb/s beside A100, else 400."""
+"""SXM modules by their name in commands; adapters of 200 Gb/s with A100, else of 400."""
 
 
 @dataclass(frozen=True)
 class NetworkLink:
-    """What a collective of some ranks runs over."""
+    """The effective link of a collective among some ranks."""
 
     bandwidth: float
-    """Bytes a second and rank."""
+    """Bytes per second and rank."""
     latency: float
-    """Seconds that it takes however little it carries."""
+    """Seconds per collective, whatever its size."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal GPUs in equal nodes; neighbouring ranks fill a node."""
+    """Equal GPUs in equal nodes; consecutive ranks fill a node."""
 
     num_gpus: int
-    """W."""
+    """Number of ranks (W)."""
     gpus_per_node: int
-    """As many ranks are neighbours by fast links."""
+    """Number of consecutive ranks that fast links connect."""
     gpu: Gpu
-    """What each rank has."""
+    """The GPU of each rank."""
     link_latency: float = 10e-6
     """Seconds per collective inside a node."""
     network_latency: float = 25e-6
     """Seconds per collective between nodes."""
 
     def members_per_node(self, size: int, stride: int) -> int:
-        """Ranks of one node in a group of `size` ranks, each `stride` after the one before."""
+        """Count the ranks of one node in a group of `size` ranks that are `stride` apart."""
         return min(size, max(1, self.gpus_per_node // stride))
 
     def ring(self, size: int, stride: int) -> NetworkLink:
-        """Link of an all-reduce, a gather or a scatter: rings that use all adapters of the group.
+        """Return the link of an all-reduce, a gather or a scatter.
 
-        Across nodes a group's ring is cut into as many as it has ranks in a node, each with its
-        own adapter, and each carries its part of the data.
+        Across nodes a group runs one ring per rank that it has in a node, each with an adapter of
+        its own and a share of the data.
         """
         members = self.members_per_node(size, stride)
         if members == size:
@@ -87,9 +87,9 @@ class Cluster:
         return NetworkLink(min(self.gpu.link_bandwidth, across), self.network_latency)
 
     def all_to_all(self, size: int) -> NetworkLink:
-        """Link of an all-to-all among `size` neighbours, which send each other equally much.
+        """Return the link of an all-to-all among `size` consecutive ranks with equal shares.
 
-        What goes to the own node and what goes to others leave side by side.
+        Traffic inside the node and traffic to other nodes overlap.
         """
         members = self.members_per_node(size, stride=1)
         if members == size:
@@ -100,6 +100,6 @@ class Cluster:
 
 
 def with_figures(gpu: Gpu, **figures: float | None) -> Gpu:
-    """The same with some figures replaced; None keeps one."""
+    """Replace some figures of a GPU; None keeps the original."""
     own = {field.name: getattr(gpu, field.name) for field in fields(gpu)}
     return Gpu(**own | {name: value for name, value in figures.items() if value is not None})

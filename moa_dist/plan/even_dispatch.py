@@ -1,8 +1,8 @@
-"""A dispatcher whose rows have the shapes of an exchange in which routers choose evenly.
+"""A dispatcher with the shapes of an exchange in which routers choose evenly.
 
-For measuring without other ranks, on tensors without data: see `moa_dist.plan.activations`. Nothing
-is sent, so the rows that a rank would send stand in for those that it would receive, of which there
-are as many.
+It serves measurements without other ranks, on tensors without data (`moa_dist.plan.activations`).
+Nothing is sent: the rows that a rank would send stand in for those that it would receive, of which
+there are equally many.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from moa_dist.plan.predicted_traffic import expected_rows
 
 @dataclass(frozen=True)
 class EvenPlan:
-    """Does what `moa_dist.moe.all_to_all.AllToAllPlan` does between its collectives."""
+    """Computes what `moa_dist.moe.all_to_all.AllToAllPlan` computes between its collectives."""
 
     routes: dict[Level, Tensor]
-    """int64 rows of each level that leave, one for each rank that they go to."""
+    """int64 rows to send, by level; a row occurs once per destination rank."""
     num_rows: dict[Level, int]
-    """Rows that each level has on this rank."""
+    """Number of rows of each level on this rank."""
     local: LocalPlan
     """Plan over the received rows."""
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
-        """See `DispatchPlan.dispatch`."""
+        """Implement `DispatchPlan.dispatch`."""
         return ready(x.index_select(0, self.routes[read]))
 
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
-        """See `DispatchPlan.run_and_combine`."""
+        """Implement `DispatchPlan.run_and_combine`."""
         sums = self.local.run_and_combine(experts, sent, read, write, weighted=weighted).wait()
         wide = sums.to(self.local.weight.dtype)
         return ready(sum_rows(wide, self.routes[write], self.num_rows[write]).to(sums.dtype))
@@ -46,14 +46,14 @@ class EvenPlan:
 
 @dataclass(frozen=True)
 class EvenDispatcher:
-    """Experts are spread over `num_ranks` ranks, each of which receives what it sends."""
+    """Dispatcher over `num_ranks` ranks, each of which receives as much as it sends."""
 
     num_ranks: int
     kernel: RoutedExperts
-    """Runs the experts."""
+    """Kernel that runs the experts."""
 
     def plan(self, routing: Routing, num_experts: int) -> EvenPlan:
-        """See `Dispatcher.plan`; takes nothing to be dropped."""
+        """Implement `Dispatcher.plan`; assumes that nothing is dropped."""
         T, G, K = routing.topk_ids.shape
         home = assignments_of(routing, num_experts)
         order = home.expert.argsort(stable=True)

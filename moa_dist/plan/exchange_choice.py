@@ -1,7 +1,7 @@
-"""Whether tokens or expert weights should travel: decided by what each would cost.
+"""Decides whether ranks exchange tokens or expert weights, by what each would cost.
 
-The time of either is taken as bytes / bandwidth + messages * latency on one rank, from the counts
-of `moa_dist.plan.predicted_traffic`; weights also need memory until the backward pass is over.
+The time of either is bytes / bandwidth + messages * latency on one rank, from the counts of
+`moa_dist.plan.predicted_traffic`; weights also need memory until the backward pass ends.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from moa_dist.plan.predicted_traffic import (
 )
 
 MEMORY_SHARE = 0.25
-"""Of what states leave of a rank's memory, the most that travelling weights may take: the rest is
-for activations."""
+"""Largest share of a rank's memory, states subtracted, that gathered weights may take; the rest is
+left for activations."""
 
 
 class Cost(NamedTuple):
-    """Of one step on one rank, averaged over ranks."""
+    """Cost of one step on one rank, averaged over ranks."""
 
     num_bytes: int
-    """Sent to other ranks."""
+    """Bytes sent to other ranks."""
     messages: int
-    """Collectives entered."""
+    """Number of collectives."""
     memory: int
     """Bytes held until the backward pass is over, beyond what the rank holds anyway."""
 
     def seconds(self, network: NetworkConfig) -> float:
-        """If nothing else happened meanwhile."""
+        """Return the time of the exchange without overlap."""
         return (
             self.num_bytes / (network.bandwidth_gb * 1e9)
             + self.messages * network.latency_us * 1e-6
@@ -60,22 +60,22 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """What travels, and why."""
+    """What ranks exchange, and why."""
 
     exchange: ExpertExchangeConfig
-    """Without `auto`."""
+    """The choice for each part, without `auto`."""
     because: dict[str, str]
     """A sentence for each part that has experts on other ranks."""
 
 
 def meta_model(config: Config) -> LanguageModel:
-    """The whole model without memory for its parameters."""
+    """Build the whole model on the meta device."""
     with torch.device("meta"):
         return LanguageModel(config.model)
 
 
 def layout_of(config: Config, world_size: int, exchange: ExpertExchangeConfig) -> Layout:
-    """The layout that `config` has on `world_size` ranks."""
+    """Return the layout that `config` has on `world_size` ranks."""
     model, train = config.model, config.train
     return Layout(
         world_size=world_size,
@@ -91,7 +91,7 @@ def layout_of(config: Config, world_size: int, exchange: ExpertExchangeConfig) -
 def expected_traffic(
     config: Config, world_size: int, exchange: ExpertExchangeConfig, model: nn.Module
 ) -> dict[TrafficKey, TrafficVolume]:
-    """Of one step, all ranks together, for routers that choose evenly; nothing dropped."""
+    """Predict the traffic of one step over all ranks, with even routing and no drops."""
     layout = layout_of(config, world_size, exchange)
     samples = layout.num_micro_batches * world_size * config.train.micro_batch
     tokens = samples * tokens_per_sample(config) * layout.num_repeats
@@ -111,21 +111,21 @@ def expected_traffic(
 
 
 def expected_states(config: Config, world_size: int, model: nn.Module) -> States:
-    """What the fullest rank holds from step to step."""
+    """Predict the states of the fullest rank."""
     sizes = sizes_of(model, config.parallel.expert_parallel)
     layout = layout_of(config, world_size, config.parallel.expert_exchange)
     return states(sizes, layout, config.parallel.zero_stage, config.optimizer)
 
 
 def expected_state_traffic(config: Config, world_size: int, model: nn.Module) -> StateTraffic:
-    """What ZeRO moves in one step, all ranks together."""
+    """Predict what ZeRO moves in one step over all ranks."""
     sizes = sizes_of(model, config.parallel.expert_parallel)
     layout = layout_of(config, world_size, config.parallel.expert_exchange)
     return state_traffic(sizes.dense, sizes.experts, layout, config.parallel.zero_stage)
 
 
 def exchange_costs(config: Config, world_size: int) -> dict[str, dict[str, Cost]]:
-    """Cost of tokens and of weights for each part whose experts other ranks hold."""
+    """Estimate what each exchange costs, for each part with sharded experts."""
     ep = config.parallel.expert_parallel
     parts = config.model.routed_parts()
     if ep == 1 or not parts:
@@ -147,7 +147,7 @@ def exchange_costs(config: Config, world_size: int) -> dict[str, dict[str, Cost]
 
 
 def gathered_bytes(config: Config, model: nn.Module, part: str) -> int:
-    """All experts of a part and their gradients: they wait for the backward pass of their layer."""
+    """Return bytes of all experts of a part and their gradients, which live until the backward."""
     elements = sum(
         layer.num_experts * layer.macs_per_row()
         for _, module in routed_modules(model)
@@ -160,8 +160,8 @@ def gathered_bytes(config: Config, model: nn.Module, part: str) -> int:
 def decide_exchange(config: Config, world_size: int, memory: int | None) -> Decision:
     """Replace `auto` in `parallel.expert_exchange`.
 
-    `memory`: bytes that the poorest rank can hold, None if not known. Depends on nothing else that
-    ranks could see differently, so all decide alike.
+    `memory` is the least memory of any rank in bytes, None if unknown. All other inputs are the
+    same on every rank, so all ranks decide alike.
     """
     wanted = config.parallel.expert_exchange
     costs = exchange_costs(config, world_size)

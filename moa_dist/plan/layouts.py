@@ -1,7 +1,7 @@
-"""Every layout of a run on a cluster: what each needs, how long a step takes, which is best.
+"""Ranks all layouts of a run on a cluster by predicted memory and step time.
 
-Varied are expert parallelism, ZeRO's stage, the micro-batch, recomputation and what travels. The
-model, the global batch and the precision stay: all layouts train the same.
+Layouts differ in expert parallelism, ZeRO stage, micro-batch, recomputation and exchange. Model,
+global batch and precision stay, so all layouts train the same model.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _STATES = {"masters": "fp32 masters", "moments": "optimizer moments"}
 
 @dataclass(frozen=True)
 class Planned:
-    """One layout."""
+    """A layout with its predictions."""
 
     config: Config
-    """With the layout in it."""
+    """The configuration in this layout."""
     memory: Budget
-    """Of a rank."""
+    """Predicted memory of a rank."""
     time: StepTime
-    """Of a step."""
+    """Predicted time of a step."""
 
     @property
     def name(self) -> str:
-        """In a line."""
+        """The layout in one line."""
         parallel, train = self.config.parallel, self.config.train
         exchange = parallel.expert_exchange
-        travels = "" if parallel.expert_parallel == 1 else _travels(self.config, exchange)
+        exchanged = "" if parallel.expert_parallel == 1 else _exchange_name(self.config, exchange)
         again = ", recompute" if train.recompute else ""
         return (
             f"ep {parallel.expert_parallel}, ZeRO {parallel.zero_stage}, "
-            f"micro-batch {train.micro_batch}{again}{travels}"
+            f"micro-batch {train.micro_batch}{again}{exchanged}"
         )
 
     @property
     def overrides(self) -> list[str]:
-        """That make the configuration so."""
+        """Overrides that select this layout."""
         parallel, train = self.config.parallel, self.config.train
         found = [
             f"parallel.expert_parallel={parallel.expert_parallel}",
@@ -69,15 +69,15 @@ class Planned:
         return found
 
 
-def _travels(config: Config, exchange: ExpertExchangeConfig) -> str:
+def _exchange_name(config: Config, exchange: ExpertExchangeConfig) -> str:
     kinds = {part: getattr(exchange, part) for part in config.model.routed_parts()}
     if len(set(kinds.values())) == 1:
-        return f", {next(iter(kinds.values()))} travel"
+        return f", {next(iter(kinds.values()))} exchanged"
     return "".join(f", {part} {kind}" for part, kind in kinds.items())
 
 
 class Planner:
-    """Plans layouts of one run; remembers what layouts have in common."""
+    """Plans layouts of one run; caches what layouts have in common."""
 
     def __init__(self, config: Config, cluster: Cluster, assumed: Assumptions) -> None:
         self.config, self.cluster, self.assumed = config, cluster, assumed
@@ -86,12 +86,12 @@ class Planner:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The whole one, without memory."""
+        """The whole model, on the meta device."""
         return meta_model(self.config)
 
     @cached_property
     def counts(self) -> Counts:
-        """Of the model."""
+        """Counts of the model."""
         return count(self.config.model, self.config.data.sequence_length)
 
     @cached_property
@@ -106,7 +106,7 @@ class Planner:
         return activations_of(self.config, hardware)
 
     def plan(self, config: Config) -> Planned:
-        """Of a layout whose exchange is decided, and that fits the cluster's number of GPUs."""
+        """Predict a layout that fits the number of GPUs and whose exchange is decided."""
         layout = layout_of(config, self.cluster.num_gpus, config.parallel.expert_exchange)
         ep = layout.expert_parallel
         if ep not in self._sizes:
@@ -126,7 +126,7 @@ class Planner:
         return Planned(config, memory, time)
 
     def _traffic(self, config: Config) -> dict[TrafficKey, TrafficVolume]:
-        """What travels for experts: it does not depend on ZeRO."""
+        """Predict expert traffic, which does not depend on ZeRO."""
         parallel, train = config.parallel, config.train
         exchange = parallel.expert_exchange
         key = (parallel.expert_parallel, train.micro_batch, train.recompute, repr(exchange))
@@ -135,7 +135,7 @@ class Planner:
         return self._flows[key]
 
     def candidates(self) -> Iterator[Config]:
-        """Every layout that means something."""
+        """Yield every layout that can run."""
         world_size, train = self.cluster.num_gpus, self.config.train
         per_rank = train.global_batch // world_size
         routed = self.config.model.routed_parts()
@@ -149,7 +149,7 @@ class Planner:
                         yield config
 
     def ranked(self) -> tuple[list[Planned], list[str]]:
-        """Layouts that fit, fastest first; and for each (ep, ZeRO) of which none fits, why."""
+        """Return layouts that fit, fastest first, and why no layout of an (ep, ZeRO) fits."""
         fitting: list[Planned] = []
         smallest: dict[tuple[int, int], Planned] = {}
         for config in self.candidates():
@@ -179,7 +179,7 @@ def with_layout(
     recompute: bool,
     exchange: dict[str, str],
 ) -> Config:
-    """The same run laid out so; unchecked."""
+    """Return the run in another layout, without checking it."""
     parallel = config.parallel.model_copy(
         update={
             "expert_parallel": expert_parallel,
@@ -192,14 +192,14 @@ def with_layout(
 
 
 def _accumulates_in_vain(config: Config, per_rank: int) -> bool:
-    """`global_batch` balance needs all tokens of a step in one forward."""
+    """Return whether it accumulates although `global_batch` balance needs one forward per step."""
     routers = config.model.routers().values()
     whole = any(router.balance.scope == "global_batch" for router in routers)
     return whole and config.train.micro_batch != per_rank
 
 
 def why_too_much(memory: Budget, available: int) -> str:
-    """The largest part of what does not fit, in a sentence."""
+    """Explain in a sentence what takes the most memory."""
     parts = {name: total(lines) for name, lines in memory.parts().items()}
     name, largest = max(parts.items(), key=lambda part: part[1])
     names = _STATES | {"kept": "activations", "working": "passing activations"}

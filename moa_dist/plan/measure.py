@@ -1,8 +1,8 @@
-"""What one forward keeps for the backward pass, as autograd tells it, tensor by tensor.
+"""Measures what a forward keeps for the backward pass, tensor by tensor, through autograd's hooks.
 
-Runs on the meta device, where tensors have shapes and no memory. Knows no kind of attention, FFN or
-router. Taken are the fused attention and the kernel of experts that the planned device would take,
-no padding, and routers that choose evenly.
+It runs on the meta device, where tensors have shapes but no memory, and knows no kind of attention,
+FFN or router. It assumes fused attention, the expert kernel of the planned device, no padding, and
+routers that choose evenly.
 
 Shapes: B sequences of S tokens.
 """
@@ -31,18 +31,18 @@ from moa_dist.moe.routed_module import routed_modules
 from moa_dist.plan.even_dispatch import EvenDispatcher
 
 INPUT, SHARED, LOGITS, LOSS = "input", "shared by layers", "logits", "loss"
-"""Names of what no module inside the model keeps for itself."""
+"""Names of tensors that belong to no module of a layer."""
 
 
 class Saved(NamedTuple):
-    """A tensor that is kept."""
+    """A tensor that is kept for the backward pass."""
 
     where: str
-    """Name of the module that was running when it was first saved, or of what it is."""
+    """Name of the module that first saved it, or one of the names above."""
     shape: torch.Size
-    """All that its memory holds."""
+    """Shape of its whole storage."""
     element_bytes: int
-    """Bytes of an element."""
+    """Bytes per element."""
 
 
 def measure_saved(
@@ -92,7 +92,7 @@ def _forward(model: LanguageModel, sequences: int, length: int) -> None:
 
 
 class _Recorder:
-    """Notes tensors by the module that is running."""
+    """Records saved tensors by the module that is running."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.saved: dict[UntypedStorage, Saved] = {}
@@ -102,12 +102,12 @@ class _Recorder:
         self._kept_anyway = {tensor.untyped_storage() for tensor in kept_anyway}
 
     def save(self, tensor: Tensor) -> Tensor:
-        """Note a tensor, unless another one with the same memory has been."""
+        """Record a tensor, unless its storage has been recorded."""
         self._note(tensor, self._running[-1])
         return tensor
 
     def choose(self, result: tuple[Tensor, ...]) -> None:
-        """Note what a router chose."""
+        """Record the choices of a router."""
         where = f"{self._running[-1]}: choices"
         self.choices += [Saved(where, part.shape, part.element_size()) for part in result]
 
@@ -121,14 +121,14 @@ class _Recorder:
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """What runs meanwhile is a part of the running module."""
+        """Attribute what runs meanwhile to a part of the running module."""
         self._running.append(f"{self._running[-1]}.{name}")
         yield
         self._running.pop()
 
     @contextmanager
     def following(self, model: LanguageModel) -> Iterator[None]:
-        """Learn which module is running."""
+        """Track which module is running."""
 
         def enter(name: str, module: Any, inputs: tuple[Any, ...]) -> None:
             self._running.append(name or LOSS)
@@ -155,9 +155,9 @@ class _Recorder:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Takes the kernel that saves queries, keys, values and result, but no scores.
+    """Replaces attention by the fused kernel, which saves no scores.
 
-    CUDA's fused kernels save the same; they do not take fp64.
+    It saves the same as CUDA's fused kernels, which do not support fp64.
     """
 
     def __init__(self, hardware: Hardware) -> None:

@@ -1,8 +1,8 @@
-"""Memory of one rank, part by part, before it is needed.
+"""Predicts the memory of one rank, part by part.
 
-States are exact: `tests/distributed/test_memory.py` compares them with DeepSpeed's tensors. What
-the forward keeps is measured without memory (`moa_dist.plan.activations`), and the rest is said for
-what it is, an allowance.
+States are exact: `tests/distributed/test_memory.py` compares them with DeepSpeed's tensors.
+Activations are measured without memory (`moa_dist.plan.activations`). The rest are allowances, and
+called so.
 
 Shapes: W ranks, P that share experts, N that hold the same parameter: W for dense ones, W / P for
 experts.
@@ -29,11 +29,11 @@ from moa_dist.plan.terms import Term, term, total
 from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 
 _REDUCED_AT_ONCE = 500_000_000
-"""Elements that DeepSpeed's bf16 optimizer, its choice at stage 1, copies for an all-reduce."""
+"""Elements that DeepSpeed's bf16 optimizer, used at stage 1, copies per all-reduce."""
 CONTEXT = term("CUDA context, NCCL, libraries", ("GiB", 2), ("B", 2**30))
-"""An allowance."""
+"""Allowance for the CUDA context and libraries."""
 FRAGMENTED = 0.1
-"""Of everything but states, what the allocator loses: an allowance."""
+"""Allowance for fragmentation: share of everything but states that the allocator loses."""
 
 Device = Literal["cuda", "cpu"]
 
@@ -42,18 +42,18 @@ class Sizes(NamedTuple):
     """Elements of each parameter that one rank holds, in the model's order."""
 
     dense: tuple[int, ...]
-    """The same on all ranks."""
+    """Parameters that all ranks hold."""
     experts: tuple[int, ...]
-    """Shards of expert tensors; the fullest, as they are padded to it."""
+    """Shards of expert tensors, which are padded to the largest."""
 
     @property
     def whole(self) -> int:
-        """All elements."""
+        """Elements of all parameters."""
         return sum(self.dense) + sum(self.experts)
 
 
 def sizes_of(model: nn.Module, expert_parallel: int) -> Sizes:
-    """Of `model`, whole and on any device, when its experts are sharded."""
+    """Return the sizes of a whole `model`, on any device, once its experts are sharded."""
     experts = dict(expert_layers(model))
     dense = tuple(
         parameter.numel()
@@ -69,24 +69,24 @@ def sizes_of(model: nn.Module, expert_parallel: int) -> Sizes:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes from step to step, each as lines for dense and for expert parameters."""
+    """Bytes that persist from step to step, as lines for dense and for expert parameters."""
 
     parameters: list[Term]
-    """What forward and backward compute with."""
+    """Parameters in the type that forward and backward compute in."""
     gradients: list[Term]
-    """The most there are of them in a step."""
+    """Gradients at their peak within a step."""
     masters: list[Term]
-    """ZeRO's fp32 copy, which it updates."""
+    """ZeRO's fp32 copy of the parameters, which it updates."""
     moments: list[Term]
-    """What the optimizer keeps."""
+    """The optimizer's moments."""
 
     def parts(self) -> dict[str, list[Term]]:
-        """By name."""
+        """Lines by name."""
         return dict(vars(self))
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Sum of all parts."""
         return sum(total(lines) for lines in self.parts().values())
 
 
@@ -97,7 +97,7 @@ def states(
     optimizer: OptimizerConfig,
     zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> States:
-    """Exact bytes of a rank (the fullest), as deepspeed 0.19 keeps them."""
+    """Return the exact bytes of the fullest rank, as deepspeed 0.19 keeps them."""
     result = States([], [], [], [])
     element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
     moments = ("moments", num_moments(optimizer))
@@ -140,14 +140,14 @@ def states(
 
 
 def num_moments(optimizer: OptimizerConfig) -> int:
-    """Values that the optimizer keeps per parameter."""
+    """Count the values that the optimizer keeps per parameter."""
     if optimizer.kind == "adamw":
         return 2
     return 1 if optimizer.momentum else 0
 
 
 def _touched(numels: Sequence[int], part: int, num_ranks: int) -> int:
-    """Elements of the parameters of which a rank has some of the flat partition; the most."""
+    """Count elements of all parameters that overlap a rank's partition, on the fullest rank."""
     ends = list(accumulate(numels))
     most = 0
     for rank in range(min(num_ranks, -(-ends[-1] // part))):
@@ -161,38 +161,38 @@ class Budget:
     """All memory of a rank at its peak."""
 
     states: States
-    """From step to step."""
+    """States that persist from step to step."""
     gathered: list[Term]
-    """Parameters of other ranks while they are computed with, gradients before they are sent."""
+    """Parameters of other ranks while in use, and gradients before they are reduced."""
     kept: list[Term]
-    """Activations between forward and backward."""
+    """Activations kept from forward to backward."""
     working: list[Term]
-    """Passing memory of the hungriest operation."""
+    """Temporary memory of the largest operation."""
     buffers: list[Term]
-    """Of communication."""
+    """Communication buffers."""
     updating: list[Term]
-    """Passing memory of the optimizer, when activations are gone."""
+    """Temporary memory of the optimizer, after activations are freed."""
     context: list[Term]
-    """Before the first tensor."""
+    """Memory in use before the first tensor."""
 
     @property
     def computing(self) -> int:
-        """The most beside states: while computing, or while updating."""
+        """Peak on top of states, either while computing or while updating."""
         computing = total([*self.gathered, *self.kept, *self.working, *self.buffers])
         return max(computing, total(self.updating))
 
     @property
     def margin(self) -> int:
-        """Lost to fragmentation."""
+        """Bytes lost to fragmentation."""
         return round(FRAGMENTED * self.computing)
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Bytes at the peak."""
         return self.states.total + self.computing + self.margin + total(self.context)
 
     def parts(self) -> dict[str, list[Term]]:
-        """By name; their sum is the total but for what passes at another time, and the margin."""
+        """Lines by part. Not all exist at the same time, so they may exceed the total."""
         own = {name: lines for name, lines in vars(self).items() if name != "states"}
         return self.states.parts() | own
 
@@ -204,7 +204,7 @@ def budget(
     layout: Layout,
     activations: Activations,
 ) -> Budget:
-    """The fullest rank's memory.
+    """Predict the memory of the fullest rank.
 
     `model`: the whole one, on any device; `sizes` of it; `config` has the layout of `layout`.
     """
@@ -224,7 +224,7 @@ def budget(
             sequences,
             recompute=layout.recompute,
             num_ranks=layout.expert_parallel,
-            exchanged=[part for part in PARTS if _travelling(layout, part) == "tokens"],
+            exchanged=[part for part in PARTS if _exchanged(layout, part) == "tokens"],
         ),
         working=activations.working(sequences),
         buffers=_buffers(sizes, layout, stage, device),
@@ -233,14 +233,14 @@ def budget(
     )
 
 
-def _travelling(layout: Layout, part: str) -> str:
+def _exchanged(layout: Layout, part: str) -> str:
     return str(getattr(layout.exchange, part)) if layout.expert_parallel > 1 else "nothing"
 
 
 def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
-    """Experts of a part that travel, and their gradients, until its backward pass is over."""
+    """Yield gathered experts and their gradients, which live until their backward pass ends."""
     for part in PARTS:
-        if _travelling(layout, part) == "weights":
+        if _exchanged(layout, part) == "weights":
             elements = sum(
                 layer.num_experts * layer.macs_per_row()
                 for _, module in routed_modules(model)
@@ -253,7 +253,7 @@ def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
 
 
 def _whole_parameters(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
-    """What ZeRO 3 keeps gathered from forward to backward, or the two largest: an FFN's."""
+    """List what ZeRO 3 keeps gathered, at least the two largest parameters."""
     if zero_stage < 3:
         return []
     of_a_layer = sum(sorted((*sizes.dense, *sizes.experts))[-2:])
@@ -262,10 +262,10 @@ def _whole_parameters(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Ter
 
 
 def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
-    """Gradients that are there before ZeRO may take them.
+    """List gradients that exist before ZeRO reduces them.
 
-    Those of a shared layer are summed over its repeats, the first of which comes last: none is
-    complete before the backward pass nears its end. Else they come layer by layer.
+    Gradients of a shared layer are summed over its repeats, so none is complete before the backward
+    pass nears its end. Otherwise they arrive layer by layer.
     """
     element = ("B", layout.element_bytes)
     if layout.num_repeats > 1:

@@ -1,9 +1,9 @@
-"""Bytes that the ranks of a job send each other in one optimizer step.
+"""Predicts the bytes that ranks send each other in one optimizer step.
 
-Two parts: what travels for experts, flow by flow as `moa_dist.distributed.traffic` counts it, and
-what ZeRO moves. Both are sums over all ranks of what leaves a rank. What tokens send depends
-on where the router sends them: `expected_rows` says it for a router that chooses evenly and at
-random, padding and drops left out; given the rows that really travelled, bytes are exact.
+There are two parts: expert traffic, by the keys under which `moa_dist.distributed.traffic` counts
+it, and what ZeRO moves. Both are sums over all ranks of what leaves a rank. Token traffic depends
+on the routing: `expected_rows` assumes a router that chooses evenly and at random, without padding or
+drops; given the rows that were really sent, predictions are exact.
 
 Shapes: W ranks, P of them in an expert-parallel group, G router groups, E experts in each, K
 chosen.
@@ -29,9 +29,9 @@ from moa_dist.moe.routed_module import RoutedModule, routed_modules
 from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 
 _COUNT_BYTES, _INDEX_BYTES = 8, 4
-"""Of one number in a plan's counts (int64) and in its indices (int32)."""
+"""Bytes of one number in a plan's counts (int64) and in its indices (int32)."""
 MASTER_BYTES = 4
-"""Of an element of ZeRO's masters, and of what optimizers keep for it."""
+"""Bytes of an element of ZeRO's masters and of optimizer moments."""
 ALIGNMENT = 2
 """Elements to which DeepSpeed's stages 1 and 2 pad a partition."""
 STAGE3_KEPT = 10**9
@@ -39,24 +39,24 @@ STAGE3_KEPT = 10**9
 
 
 class Rows(NamedTuple):
-    """Rows that travel to another rank for one router, one way, by level."""
+    """Rows sent to other ranks for one router, in one direction, by level."""
 
     token: float
-    """Tokens."""
+    """Number of tokens."""
     head: float
-    """(token, router group) pairs."""
+    """Number of (token, router group) pairs."""
     slot: float
-    """Assignments."""
+    """Number of assignments."""
 
     def of(self, level: Level) -> float:
-        """Rows of a level."""
+        """Return the rows of a level."""
         return float(getattr(self, level))
 
 
 def expected_rows(
     num_tokens: int, *, num_groups: int, num_experts: int, top_k: int, num_ranks: int
 ) -> Rows:
-    """Rows of `num_tokens` tokens, spread evenly over `num_ranks` (P) that share the experts.
+    """Predict rows of `num_tokens` tokens over `num_ranks` (P) ranks that share the experts.
 
     A token's K of E experts are random without repetition, so it misses m experts of a rank with
     probability C(E - m, K) / C(E, K). A row goes once to each rank that it does not miss.
@@ -68,7 +68,7 @@ def expected_rows(
 
 @cache
 def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: int) -> Rows:
-    """Rows for all ranks, the token's own included."""
+    """Return rows of a token to all ranks, its own included."""
     token = head = slot = 0.0
     shards = pairwise(shard_starts(num_groups * num_experts, num_ranks))
     # Ranks differ only by how many experts of each router group they hold.
@@ -82,44 +82,44 @@ def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: i
 
 
 def _held_by_group(first: int, stop: int, num_experts: int) -> tuple[int, ...]:
-    """How many of the flat experts [first, stop) each router group has that has any."""
+    """Count the flat experts [first, stop) of each router group that has any."""
     groups = range(first // num_experts, -(-stop // num_experts))
     return tuple(min(stop, (g + 1) * num_experts) - max(first, g * num_experts) for g in groups)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What bytes depend on besides the model."""
+    """What traffic depends on besides the model."""
 
     world_size: int
-    """W."""
+    """Number of ranks (W)."""
     expert_parallel: int
-    """P, which divides W."""
+    """Ranks that share the experts (P), which divides W."""
     num_micro_batches: int
-    """Per rank and step."""
+    """Micro-batches per rank and step."""
     num_repeats: int
-    """Applications of every layer in a forward."""
+    """Applications of each layer in a forward."""
     recompute: bool
-    """Forwards run twice."""
+    """Whether forwards run twice."""
     element_bytes: int
-    """Of activations and weights: 4, 2 in bf16, 8 in fp64."""
+    """Bytes of an element of activations and weights: 4, 2 in bf16, 8 in fp64."""
     exchange: ExpertExchangeConfig
-    """What travels; `auto` has been decided."""
+    """What ranks exchange; `auto` must have been decided."""
 
     @property
     def router_weight_bytes(self) -> int:
-        """Of one router weight, which is fp32 or wider."""
+        """Bytes of one router weight, which is fp32 or wider."""
         return max(self.element_bytes, 4)
 
 
 RowsOfRouter = Callable[[str, str], Rows]
-"""(layer, router within it) -> rows of one step: all ranks, micro-batches and repeats, forward."""
+"""(layer, router within it) -> rows of one step, forward: all ranks, micro-batches, repeats."""
 
 
 def expert_traffic(
     model: nn.Module, layout: Layout, rows_of: RowsOfRouter
 ) -> dict[TrafficKey, TrafficVolume]:
-    """What travels for the experts of `model` (on any device, unsharded), forward and backward."""
+    """Predict expert traffic of `model` (on any device, unsharded), forward and backward."""
     if layout.expert_parallel == 1:
         return {}
     traffic: dict[TrafficKey, TrafficVolume] = {}
@@ -158,7 +158,7 @@ def _tokens(
     projections = module.routed_projections()
     for name, router in {p.router: module.router_of(p) for p in projections}.items():
         rows = rows_of(layer, name)
-        # Per assignment the expert and its row at each level that travels; see moe/exchange.py.
+        # Per assignment the expert and its row at each level that is sent; see moe/all_to_all.py.
         num_numbers = 3 if router.num_groups > 1 else 2
         forward, backward = (TrafficKey(layer, "plan", direction) for direction in (False, True))
         add(forward, forwards, calls * (layout.expert_parallel - 1) * num_numbers * _COUNT_BYTES)
@@ -185,12 +185,12 @@ TRAFFIC: dict[
 
 
 class StateTraffic(NamedTuple):
-    """Bytes that gradients and parameters cost in a step, all ranks together."""
+    """Bytes of gradients and parameters that ZeRO moves in a step, over all ranks."""
 
     gradients: int
-    """Reduced over the ranks that hold the same parameter."""
+    """Gradients, reduced over the ranks that hold the same parameter."""
     parameters: int
-    """Updated parts given to the ranks that compute with them."""
+    """Updated parameters, gathered by the ranks that compute with them."""
 
 
 def state_traffic(
@@ -200,10 +200,10 @@ def state_traffic(
     zero_stage: int,
     sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> StateTraffic:
-    """What ZeRO moves, as deepspeed 0.19 does it.
+    """Predict what ZeRO moves, as deepspeed 0.19 does it.
 
-    `dense` and `experts`: elements of each parameter on one rank, experts sharded. Stages 1 and 2
-    all-reduce gradients and gather parameters, stage 1 once a step, stage 2 once per micro-batch.
+    `dense` and `experts` are elements of each parameter on one rank, experts sharded. Stages 1 and
+    2 all-reduce gradients and gather parameters, stage 1 once a step, stage 2 once per micro-batch.
     Stage 3 scatters gradients per micro-batch. It gathers small parameters once a step, others
     once per micro-batch as long as all of them fit in what it keeps, else at each use, forward
     and backward, all repeats; its first step, in which it learns the order of modules, costs more.
@@ -234,5 +234,5 @@ def state_traffic(
 
 
 def round_up(number: int, step: int) -> int:
-    """The multiple of `step` that is not below `number`."""
+    """Round `number` up to a multiple of `step`."""
     return -(-number // step) * step

@@ -1,4 +1,4 @@
-"""Numbers that a reader can check: products of named factors."""
+"""Lines of a budget that a reader can check: products of named factors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 
 Factor = tuple[str, float]
-"""What it is, such as `tokens`, and how many."""
+"""A name, such as `tokens`, and a number."""
 
 
 @dataclass(frozen=True)
@@ -15,22 +15,22 @@ class Term:
     """One line of a budget: `value` is the product of the factors."""
 
     name: str
-    """What needs it."""
+    """What needs the memory."""
     factors: tuple[Factor, ...]
-    """The last is a number of bytes, named `B`."""
+    """Factors; the last is a number of bytes, named `B`."""
 
     @cached_property
     def value(self) -> int:
-        """The product, rounded."""
+        """Product of all factors, rounded."""
         return round(prod(number for _, number in self.factors))
 
     def times(self, name: str, number: float) -> Term:
-        """The same so many times."""
+        """Multiply by one more named factor."""
         return Term(self.name, ((name, number), *self.factors))
 
     @property
     def formula(self) -> str:
-        """Such as `tokens 8,192 x top_k 24 x d_model 1,536 x 2 B`."""
+        """Text such as `tokens 8,192 x top_k 24 x d_model 1,536 x 2 B`."""
         return " x ".join(
             f"{_number(number)} B" if name == "B" else f"{name} {_number(number)}"
             for name, number in self.factors
@@ -38,12 +38,12 @@ class Term:
 
 
 def term(name: str, *factors: Factor) -> Term:
-    """A line of a budget."""
+    """Build a line from its factors."""
     return Term(name, factors)
 
 
 def total(terms: list[Term]) -> int:
-    """Sum of all lines."""
+    """Add up all lines."""
     return sum(line.value for line in terms)
 
 

@@ -1,10 +1,10 @@
-"""How long a step would take: an estimate, with every assumption in it said.
+"""Estimates how long a step takes, with every assumption stated.
 
-    step = products + rows + update + communication that nothing hides
+    step = products + rows + update + exposed communication
 
 Products run at a share of the GPU's peak. Rows are what routed experts move through memory around
-their products, gathered, weighted and added up: where experts are small that takes longer than the
-products. Communication is bytes over a link plus a latency per collective.
+their products to gather, weight and sum up; with small experts that takes longer than the products.
+Communication is bytes over a link plus a latency per collective.
 
 Shapes: W ranks, P that share experts.
 """
@@ -27,18 +27,18 @@ from moa_dist.plan.predicted_traffic import Layout, state_traffic
 from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES
 
 _BYTES_PER_UPDATE = 32
-"""Of memory per master: AdamW reads and writes it and two moments and reads a gradient, all fp32,
-and writes a parameter."""
+"""Bytes of memory traffic per master: AdamW reads and writes it and two moments and reads a
+gradient, all in fp32, and writes a parameter."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What cannot be counted."""
+    """Efficiencies, which cannot be counted."""
 
     matmul_efficiency: float = 0.5
     """Share of the peak FLOPs that products reach."""
     memory_efficiency: float = 0.7
-    """Share of the memory's bandwidth that rows and updates reach."""
+    """Share of memory bandwidth that rows and updates reach."""
     network_efficiency: float = 0.8
     """Share of a link's bandwidth that collectives reach."""
 
@@ -47,13 +47,13 @@ class Span(NamedTuple):
     """One part of a step."""
 
     name: str
-    """What takes time."""
+    """Name of the part."""
     formula: str
-    """How much of what over which rate."""
+    """Amount over rate, as text."""
     seconds: float
-    """If it ran alone."""
+    """Seconds if it ran alone."""
     exposed: float
-    """Seconds of it during which nothing else runs."""
+    """Seconds of it that no other part hides."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,27 @@ class StepTime:
     """A predicted optimizer step."""
 
     spans: tuple[Span, ...]
-    """Its parts."""
+    """Parts of the step."""
     model_flops: float
     """FLOPs per rank that the model needs, recomputation left out."""
     peak_flops: float
-    """Of a GPU."""
+    """Peak FLOPs per second of a GPU."""
     tokens: int
-    """Of all ranks."""
+    """Tokens of all ranks."""
 
     @property
     def seconds(self) -> float:
-        """Of the step."""
+        """Seconds of the step."""
         return sum(span.exposed for span in self.spans)
 
     @property
     def mfu(self) -> float:
-        """Share of the peak that the model's FLOPs come to."""
+        """Model FLOPs utilization: share of the peak that the model's FLOPs reach."""
         return self.model_flops / (self.seconds * self.peak_flops)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks."""
+        """Tokens of all ranks."""
         return self.tokens / self.seconds
 
 
@@ -95,7 +95,7 @@ def step_time(
     cluster: Cluster,
     assumed: Assumptions,
 ) -> StepTime:
-    """Predict a step; `traffic` is what travels for experts, all ranks together."""
+    """Predict a step; `traffic` is expert traffic of all ranks."""
     peak = cluster.gpu.flops(config.train.precision)
     assert peak is not None, "checked when the cluster was described"
     sequences = layout.num_micro_batches * config.train.micro_batch
@@ -130,16 +130,16 @@ def _span(name: str, amount: float, unit: str, efficiency: float, rate: float) -
 
 
 class RowBytes(NamedTuple):
-    """Bytes of memory that routed rows of one token move, all layers."""
+    """Bytes that routed rows of one token move through memory in all layers."""
 
     forward: float
-    """In a forward."""
+    """Bytes in a forward."""
     backward: float
-    """In a backward pass."""
+    """Bytes in a backward pass."""
 
 
 def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
-    """By the steps of `moa_dist.kernels.routed_experts.grouped_experts` and their gradients.
+    """Count the steps of `moa_dist.kernels.grouped.grouped_experts` and their gradients.
 
     Shared layers count once per repeat.
     """
@@ -169,10 +169,10 @@ def _expert_spans(
     cluster: Cluster,
     assumed: Assumptions,
 ) -> list[Span]:
-    """Rows and weights that travel: nothing hides them for sure."""
+    """Time the exchange of rows and weights, taken as fully exposed."""
     kinds = {
-        "rows that travel": (cluster.all_to_all(layout.expert_parallel), False),
-        "weights that travel": (cluster.ring(layout.expert_parallel, 1), True),
+        "tokens exchanged": (cluster.all_to_all(layout.expert_parallel), False),
+        "weights gathered": (cluster.ring(layout.expert_parallel, 1), True),
     }
     spans = []
     for name, (link, of_weights) in kinds.items():
@@ -192,10 +192,10 @@ def _state_spans(
     assumed: Assumptions,
     computing: float,
 ) -> list[Span]:
-    """Gradients and parameters. Those that ZeRO sends while it computes hide behind that.
+    """Time gradients and parameters, of which ZeRO sends some while it computes.
 
-    These are gradients at stages 2 and 3, behind the backward pass of their micro-batch, and
-    parameters at stage 3; half of the computing time is taken to hide each.
+    Gradients at stages 2 and 3 overlap with the backward pass of their micro-batch, and parameters
+    at stage 3 with computation; half of the computing time is assumed to hide each.
     """
     copies = layout.world_size // layout.expert_parallel
     gradients_beside = computing / 2 if zero_stage >= 2 else 0.0

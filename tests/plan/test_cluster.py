@@ -56,7 +56,7 @@ def test_time_by_hand():
     sent = planned.counts.experts / 2 * 2 * 2
     messages = 4 * 4 * 2
     expected = sent / (0.8 * LINK) + messages * 10e-6
-    assert spans["weights that travel"].seconds == pytest.approx(expected, rel=5e-3)
+    assert spans["weights gathered"].seconds == pytest.approx(expected, rel=5e-3)
     # Ranks two apart: 4 of each node among 32, fp32, out and back.
     sent = 2 * 31 / 32 * planned.counts.experts / 2 * 4
     expected = sent / (0.8 * 4 * NETWORK)
