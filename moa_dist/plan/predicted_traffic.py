@@ -1,9 +1,9 @@
 """Predicts the bytes that ranks send each other in one optimizer step.
 
 There are two parts: expert traffic, by the keys under which `moa_dist.distributed.traffic` counts
-it, and what ZeRO moves. Both are sums over all ranks of what leaves a rank. Token traffic depends
-on the routing: `expected_rows` assumes a router that chooses evenly and at random, without padding or
-drops; given the rows that were really sent, predictions are exact.
+it, and what ZeRO moves. Both are sums over all ranks of what leaves a rank. Token traffic follows
+from the routing: `expected_rows` assumes a router that chooses evenly and at random, without
+padding or drops; given the rows that were really sent, predictions are exact.
 
 Shapes: W ranks, P of them in an expert-parallel group, G router groups, E experts in each, K
 chosen.
