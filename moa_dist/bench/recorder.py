@@ -1,4 +1,4 @@
-"""What a layer asks its plans to do, recorded to be measured by itself."""
+"""Records what a layer asks its dispatcher to do, so that each part can be measured alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
     row_map: RowMap
 
     def sources(self) -> list[Tensor]:
-        """All that gets a gradient."""
+        """Return all tensors that get a gradient."""
         weight = [] if self.row_map.weight is None else [self.row_map.weight]
         return [self.x, *self.experts.tensors(), *weight]
 
@@ -53,15 +53,15 @@ def _leaf(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RecordingDispatcher:
-    """A local dispatcher that remembers."""
+    """A local dispatcher that records its calls."""
 
     planned: list[tuple[Routing, int]] = field(default_factory=list)
-    """What was planned, and over how many experts."""
+    """Routings that were planned, with the number of experts."""
     applied: list[Recorded] = field(default_factory=list)
-    """What experts were applied to."""
+    """Applications of experts, in order."""
 
     def fullest(self) -> str:
-        """How uneven the loads were."""
+        """Describe how uneven the loads were."""
         counts = [applied.row_map.counts.double() for applied in self.applied]
         worst = max(float(each.max() / each.mean()) for each in counts)
         return f"fullest expert: {worst:.2f} x the mean load"

@@ -142,7 +142,7 @@ def _over_experts(when: str, load: Load) -> Iterator[str]:
         yield heatmap_figure(
             title,
             caption,
-            _load_grid(relative_RC, rows, num_groups, factor),
+            load_grid(relative_RC, rows, num_groups, factor),
             Shades(0.0, 2.0, has_middle=True),
             about=f"{title}, {caption}; the table has the fullest and the emptiest",
             numbers=numbers,
@@ -151,7 +151,7 @@ def _over_experts(when: str, load: Load) -> Iterator[str]:
         )
 
 
-def _load_grid(
+def load_grid(
     load_RC: NDArray[np.float64], rows: Sequence[str], num_groups: int, factor: int
 ) -> Grid:
     """Join `factor` neighboring experts of a group into each cell."""
