@@ -73,7 +73,7 @@ def as_text(config: Config, context: DistContext, report: Report) -> str:
         named = next((check for check in different if check.where), different[0])
         what = f"{named.what} of {named.where}" if named.where else named.what
         verdict = (
-            f"DIFFERENT: on {layout}, {what} deviates by {named.deviation:.1e}, "
+            f"DIFFERENT: on {layout}, {what} is off by {named.deviation:.1e}, "
             f"more than {named.bound:.0e}"
         )
     return "\n".join(
