@@ -105,10 +105,10 @@ def curves(
 def bars_figure(
     title: str, about: str, bars: Sequence[Bar], colors: dict[str, int], unit: str, numbers: str
 ) -> str:
-    """Return one figure of bars as wide as the page, with a legend of several colors."""
+    """Return one figure of bars as wide as the page, with a legend of their colors."""
     drawn = bar_chart(title, bars, colors, unit)
     key = legend((part, color, "", False) for part, color in colors.items())
-    return figure(title, about, key * (len(colors) > 1) + drawn, numbers, css="wide")
+    return figure(title, about, key + drawn, numbers, css="wide")
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
