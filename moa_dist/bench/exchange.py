@@ -26,11 +26,11 @@ from moa_dist.train.engine import Engine, StepResult
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 REPLICATED = "experts on every rank"
-EXCHANGES = {
+EXCHANGE_CONFIGS = {
     kind: ExpertExchangeConfig.model_validate({"attention": kind, "ffn": kind})
     for kind in EXCHANGES
 }
-"""What ranks exchange, for attention and FFN alike."""
+"""Configuration of each kind of exchange, the same for attention and FFN."""
 
 
 def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
@@ -49,7 +49,7 @@ def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
             "dense, equal work": make(dense.attention),
             REPLICATED: make(model.attention),
         }
-        modules |= {_name(kind): make(model.attention) for kind in EXCHANGES}
+        modules |= {_name(kind): make(model.attention) for kind in EXCHANGE_CONFIGS}
         rows = _compare(setting, mesh, "attention", modules, _attend)
         tables.append(_table("attention, forward and backward", rows, setting))
     if isinstance(model.ffn, MoEFFNConfig):
@@ -70,7 +70,7 @@ def _table(title: str, rows: list[Row], setting: Setting) -> Table:
 def _feed_forward(setting: Setting, mesh: Mesh, ffn: MoEFFNConfig, dense: FFNConfig) -> Table:
     make = partial(make_feed_forward, d_model=setting.config.model.d_model, init_scale=1.0)
     modules: dict[str, nn.Module] = {"dense, equal work": make(dense), REPLICATED: make(ffn)}
-    modules |= {_name(kind): make(ffn) for kind in EXCHANGES}
+    modules |= {_name(kind): make(ffn) for kind in EXCHANGE_CONFIGS}
     with deepspeed_moe(ffn, setting.config.model.d_model, mesh.expert_parallel) as theirs:
         peers = {"DeepSpeed MoE": (theirs, setting.peer(theirs))}
         rows = _compare(setting, mesh, "ffn", modules, _transform, peers)
@@ -86,7 +86,7 @@ def _compare(
     peers: dict[str, tuple[nn.Module, Work]] | None = None,
 ) -> list[Row]:
     """Compare all implementations of `part`, which is attention or ffn."""
-    for kind, exchanged in EXCHANGES.items():
+    for kind, exchanged in EXCHANGE_CONFIGS.items():
         shard_experts(nn.ModuleDict({part: modules[_name(kind)]}), mesh, exchanged)
     work = {
         name: setting.both_passes(setting.ready(module), partial(forward, module))
@@ -126,8 +126,8 @@ def _step(setting: Setting, mesh: Mesh) -> Table:
     def build(mesh: Mesh, exchanged: ExpertExchangeConfig) -> Engine:
         return build_engine(setting.on(mesh), mesh, setting.device, exchanged, overlap=overlap)
 
-    engines = {REPLICATED: build(make_mesh(1), EXCHANGES["tokens"])}
-    engines |= {_name(kind): build(mesh, exchanged) for kind, exchanged in EXCHANGES.items()}
+    engines = {REPLICATED: build(make_mesh(1), EXCHANGE_CONFIGS["tokens"])}
+    engines |= {_name(kind): build(mesh, exchanged) for kind, exchanged in EXCHANGE_CONFIGS.items()}
     work = {name: partial(engine.step, [setting.batch()], 1e-4) for name, engine in engines.items()}
     sent = {name: _sent_bytes(once()) for name, once in work.items()}
     rows = compare(

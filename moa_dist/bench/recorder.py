@@ -33,13 +33,13 @@ class _RecordingPlan:
     applied: list[Recorded]
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
-        """See `DispatchPlan.dispatch`."""
+        """Dispatch as the local plan does."""
         return self.plan.dispatch(x, read)
 
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
-        """See `DispatchPlan.run_and_combine`."""
+        """Record inputs and weights as new leaves, then apply the experts."""
         x = sent.wait()
         row_map = self.plan.row_map(read, write, len(experts.down), weighted)
         leaves = row_map._replace(weight=None if row_map.weight is None else _leaf(row_map.weight))
@@ -67,7 +67,7 @@ class RecordingDispatcher:
         return f"fullest expert: {worst:.2f} x the mean load"
 
     def plan(self, routing: Routing, num_experts: int) -> _RecordingPlan:
-        """See `Dispatcher.plan`."""
+        """Record the routing, then plan as the local dispatcher does."""
         detached = routing._replace(topk_weights=routing.topk_weights.detach())
         self.planned.append((detached, num_experts))
         return _RecordingPlan(LocalTokenDispatcher().plan(routing, num_experts), self.applied)

@@ -14,24 +14,7 @@ from moa_dist.errors import DataError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    texts = parser.add_mutually_exclusive_group(required=True)
-    texts.add_argument(
-        "--input",
-        nargs="+",
-        metavar="PATH",
-        help="text or JSON Lines files (also .gz, .bz2, .xz), folders of them, or - for stdin",
-    )
-    texts.add_argument(
-        "--pairs",
-        nargs=2,
-        type=Path,
-        action="append",
-        metavar=("SOURCE", "TARGET"),
-        help="for translation, instead of --input: files (also .gz, .bz2, .xz) whose lines are "
-        "translations of each other; may be repeated. Pairs with an empty text, or one of more "
-        "than --sequence-length tokens, are skipped. Prepare validation files separately, with "
-        "--tokenizer",
-    )
+    _add_text_arguments(parser)
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder to create"
     )
@@ -55,6 +38,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use this tokenizer.json instead of training one",
     )
     parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=DEFAULT_SAMPLES_PER_SHARD,
+        metavar="N",
+        help=f"samples per shard, at most ({DEFAULT_SAMPLES_PER_SHARD})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    parser.add_argument("--force", action="store_true", help="replace existing data in DIR")
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what to read, and how to split it into documents."""
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="text or JSON Lines files (also .gz, .bz2, .xz), folders of them, or - for stdin",
+    )
+    texts.add_argument(
+        "--pairs",
+        nargs=2,
+        type=Path,
+        action="append",
+        metavar=("SOURCE", "TARGET"),
+        help="for translation, instead of --input: files (also .gz, .bz2, .xz) whose lines are "
+        "translations of each other; may be repeated. Pairs with an empty text, or one of more "
+        "than --sequence-length tokens, are skipped. Prepare validation files separately, with "
+        "--tokenizer",
+    )
+    parser.add_argument(
         "--documents",
         choices=["file", "blank-line"],
         default="file",
@@ -72,15 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bytes", type=int, metavar="N", help="use only the first N bytes of text"
     )
-    parser.add_argument(
-        "--samples-per-shard",
-        type=int,
-        default=DEFAULT_SAMPLES_PER_SHARD,
-        metavar="N",
-        help=f"samples per shard, at most ({DEFAULT_SAMPLES_PER_SHARD})",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
-    parser.add_argument("--force", action="store_true", help="replace existing data in DIR")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,9 +7,9 @@
     python -m tests.benchmarks.claims [MODEL ...] [--table]
 
 Trains every model of configs/comparison/ in one process: four learning rates for a tenth of the
-budget (half of that is the full run's warm-up) with seed 0; then the best rate for the whole budget,
-with the number of seeds in `SEEDS`. Takes hours, and resumes after an interruption. `--table` only
-prints finished results.
+budget (half of that is the full run's warm-up) with seed 0; then the best rate for the whole
+budget, with the number of seeds in `SEEDS`. Takes hours, and resumes after an interruption.
+`--table` only prints finished results.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Training:
         return RUNS / self.name / "diverged"
 
     def loss(self) -> float | None:
-        """Return the validation loss after the last step: infinite if diverged, None if unfinished."""
+        """Return the last validation loss: infinite if diverged, None if unfinished."""
         if self.diverged.exists():
             return math.inf
         total = self.steps or load_config(self.config_file).train.steps
