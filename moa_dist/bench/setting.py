@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -130,34 +130,21 @@ def gradients(
     return once
 
 
-class BalancedRouter(nn.Module):
-    """A router that replaces its choices by perfectly balanced ones at the same cost.
-
-    The result is optimistic: with a real router, experts have uneven loads.
-    """
-
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts, as in `Router.num_experts`."""
-        return self.router.num_experts
-
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
-        """Route as `Router.forward` does, but to balanced experts."""
-        routing = self.router(x, token_mask)
-        T, G, K = routing.topk_ids.shape
-        E, device = self.num_experts // G, routing.topk_ids.device
-        ids = torch.arange(T * K, device=device).view(T, 1, K) % E
-        return routing._replace(topk_ids=ids + torch.arange(G, device=device)[:, None] * E)
-
-
 def balance(module: Module) -> Module:
-    """Replace all routers in `module` by balanced ones, in place; returns the module."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Router) and not isinstance(parent, BalancedRouter):
-                setattr(parent, name, BalancedRouter(child))
+    """Make all routers in `module` choose perfectly balanced experts; returns the module.
+
+    A router still does its own work, so only the loads differ. The result is optimistic: with a
+    real router, experts have uneven loads.
+    """
+    for router in module.modules():
+        if isinstance(router, Router):
+            router.register_forward_hook(_balanced)
     return module
+
+
+def _balanced(router: Router, inputs: tuple[Any, ...], routing: Routing) -> Routing:
+    """Replace a router's choices: a forward hook."""
+    T, G, K = routing.topk_ids.shape
+    E, device = router.num_experts // G, routing.topk_ids.device
+    ids = torch.arange(T * K, device=device).view(T, 1, K) % E
+    return routing._replace(topk_ids=ids + torch.arange(G, device=device)[:, None] * E)

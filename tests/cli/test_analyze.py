@@ -128,7 +128,7 @@ def test_a_damaged_analysis_is_a_problem_of_the_report(run, change, message):
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         load_analysis(run / "analysis")
-    (problem,) = read_run(run).problems
+    (problem,) = (each for each in read_run(run).problems if ANALYSIS_FILE in each)
     assert message in problem
     assert main(["report", str(run)]) == 0
     assert escape(problem) in (run / "report.html").read_text()

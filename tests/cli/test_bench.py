@@ -114,7 +114,7 @@ def test_a_learned_layer_gets_what_it_got_in_its_run(made):
     statistics = run.model(tokens[:, :-1]).statistics
     call = RouterCall(1, run.model.stack.num_repeats - 1, "ffn")
     ffn = learned["ffn"]
-    assert torch.equal(ffn.layer(*ffn.inputs).statistics.load, statistics[call].load)
+    assert torch.equal(ffn.layer(*ffn.inputs).statistics[""].load, statistics[call].load)
     query, key = learned["attention"].inputs[:2]
     assert query is key  # one leaf, as in the model
     assert not ffn.layer._forward_pre_hooks

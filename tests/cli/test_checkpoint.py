@@ -57,7 +57,8 @@ def test_show(run, capsys):
     report = json.loads(printed(capsys, "checkpoint", "show", run, "--json"))
     assert [row["state"] for row in report["checkpoints"]] == ["damaged", "damaged"]
     assert report["continue_from"] is None
-    assert len(printed(capsys, "checkpoint", "show", run).splitlines()) == 4
+    text = printed(capsys, "checkpoint", "show", run)
+    assert all(row["problem"] in text for row in report["checkpoints"])
 
 
 def test_average(run, tmp_path, capsys):
