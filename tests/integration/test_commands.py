@@ -89,7 +89,7 @@ def trained(tmp_path_factory) -> Path:
     run(
         "moa-dist", "prepare", "--input", str(ROOT / "moa_dist"), "--output", "text",
         "--valid-share", "0.1", "--vocab-size", "300", "--sequence-length", "32",
-        "--max-bytes", "100000",
+        "--max-bytes", "100000", "--documents", "blank-line",
         cwd=folder,
     )  # fmt: skip
     output = train(cwd=folder)
