@@ -1,4 +1,4 @@
-"""Section `checkpoint`: how long a save holds up training, and a resume takes."""
+"""Section `checkpoint`: how long a save blocks training, and how long a resume takes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from moa_dist.train.build import build_engine
 from moa_dist.train.checkpoint import Checkpointer, broadcast_from_rank0
 from moa_dist.train.engine import Engine
 
-HELD_UP = "save, written beside training"
-WAITING = "save, waited for"
-RESUME = "resume, checksums included"
+BLOCKED = "asynchronous save, time that training is blocked"
+WAITING = "synchronous save"
+RESUME = "resume, including checksums"
 
 
 def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
-    """Of the whole model with its optimizer: three on disk at most, deleted at the end."""
+    """Save and resume the model and its optimizer; at most three are on disk at once."""
     config = setting.on(mesh)
     exchange = decide_exchange(config, mesh.world_size, None).exchange
     engine = build_engine(config, mesh, setting.device, exchange, overlap=False)
@@ -47,16 +47,16 @@ def _new_folder(config: Config) -> str:
 
 
 def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> Table:
-    beside, waiting = (
+    overlapping, waiting = (
         Checkpointer(engine, _policy(config, asynchronous=asynchronous), folder / name)
-        for name, asynchronous in (("beside", True), ("waiting", False))
+        for name, asynchronous in (("overlapping", True), ("waiting", False))
     )
     step = partial(engine.step, [setting.batch()], 1e-4)
-    step()  # the optimizer has a state to save from then on
+    step()  # creates the optimizer state to save
     numbers = count(1)
     work: dict[str, Work] = {
         "step": step,
-        HELD_UP: lambda: beside.save(next(numbers), 1),
+        BLOCKED: lambda: overlapping.save(next(numbers), 1),
         WAITING: lambda: waiting.save(next(numbers), 1),
         RESUME: waiting.resume,
     }
@@ -64,7 +64,7 @@ def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> 
         {name: together(once) for name, once in work.items()},
         setting.device,
         repetitions=setting.repetitions,
-        after={HELD_UP: beside.finish},
+        after={BLOCKED: overlapping.finish},
         memory=False,
     )
     num_bytes = broadcast_from_rank0(partial(_bytes_of_newest, folder / "waiting"))
@@ -75,7 +75,7 @@ def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> 
         else row
         for row in rows
     ]
-    notes = ["ratio: to a step on one micro-batch", "resumed from what the host may still cache"]
+    notes = ["ratio: to a step on one micro-batch", "a resume may read from the page cache"]
     return Table(f"checkpoint of {num_bytes / 1e6:,.1f} MB", rows, notes=notes)
 
 

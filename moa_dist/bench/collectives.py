@@ -1,4 +1,4 @@
-"""Section `collectives`: what the links carry, at the sizes in which this model sends."""
+"""Section `collectives`: bandwidth between ranks, at the message sizes of this model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from moa_dist.config.model import MoEFFNConfig
 from moa_dist.distributed.mesh import Mesh
 
 _SMALL = 16 * 2**10
-"""Elements of a message that costs little but its latency."""
+"""Elements of a message small enough to measure latency."""
 
 
 def collectives(setting: Setting, mesh: Mesh) -> list[Table]:
-    """Over all ranks, a table per size; nothing on one. Rates are of what each rank sends."""
+    """Time collectives over all ranks, in a table per size; rates count bytes sent per rank.
+
+    Returns no table on a single rank.
+    """
     if mesh.world_size == 1:
         return []
     return [
@@ -32,7 +35,7 @@ def collectives(setting: Setting, mesh: Mesh) -> list[Table]:
 
 
 def _sizes(setting: Setting) -> dict[str, int]:
-    """Elements that a rank has, by what they are."""
+    """Return elements per rank, by the meaning of the message."""
     model = setting.config.model
     sizes = {
         "latency": _SMALL,
@@ -48,7 +51,7 @@ def _of_size(title: str, elements: int, setting: Setting, mesh: Mesh) -> Table:
     W = mesh.world_size
     whole = torch.ones(-(-elements // W) * W, device=setting.device, dtype=setting.dtype)
     part = whole[: len(whole) // W].clone()
-    # What a rank must send: its parts of the others; an all-reduce is two such rounds.
+    # Bytes that a rank must send: the parts of others; an all-reduce takes two such rounds.
     sent = (W - 1) * part.nbytes
     work: dict[str, tuple[Work, int]] = {
         "all-to-all": (_into(dist.all_to_all_single, torch.empty_like(whole), whole), sent),
@@ -72,4 +75,6 @@ def _into(collective: Callable[[Tensor, Tensor], object], out: Tensor, x: Tensor
 
 
 def _rate(row: Row, sent: int) -> str:
-    return f"{sent / median(row.seconds) / 1e9:.2f} GB/s" if sent else "two barriers, as in all"
+    return (
+        f"{sent / median(row.seconds) / 1e9:.2f} GB/s" if sent else "two barriers, as in every row"
+    )

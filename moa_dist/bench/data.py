@@ -1,4 +1,4 @@
-"""Section `data`: tokens that one reading process delivers, against what training takes."""
+"""Section `data`: tokens that one reader process delivers, against those that training takes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from moa_dist.data.stream import SampleStream, build_loader
 
 _SHARDS, _SAMPLES_PER_SHARD = 8, 256
 _MICRO_BATCHES = 64
-"""Per measurement: so many that starting to read a shard is spread over them."""
+"""Micro-batches per measurement, enough to amortize opening a shard."""
 
 
 def data(setting: Setting) -> list[Table]:
-    """Random tokens as shards in a temporary folder, read from start to micro-batch."""
+    """Read shards of random tokens from a temporary folder, up to the micro-batch."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = _write(setting, folder)
@@ -47,7 +47,7 @@ def data(setting: Setting) -> list[Table]:
         )
         loader = cast(Generator[Tensor, None, None], build_loader(stream, workers=1))
         with contextlib.closing(loader):
-            next(loader)  # the process starts
+            next(loader)  # starts the process
             work: dict[str, Work] = {
                 "training takes": training_step(setting, setting.config.model),
                 "one worker delivers": lambda: list(islice(loader, _MICRO_BATCHES)),

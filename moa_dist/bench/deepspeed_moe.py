@@ -1,4 +1,4 @@
-"""DeepSpeed's own MoE layer, as a peer."""
+"""DeepSpeed's own MoE layer, to compare with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moa_dist.config.model import MoEFFNConfig
 from moa_dist.train.deepspeed_hooks import disable_shm_comm_jit
 
 CAPACITY = 1.25
-"""Its dropless mode pads all experts to the fullest one."""
+"""Capacity factor of the layer; its dropless mode would pad all experts to the fullest one."""
 
 
 @contextlib.contextmanager
 def deepspeed_moe(ffn: MoEFFNConfig, d_model: int, expert_parallel: int = 1) -> Iterator[nn.Module]:
-    """One with as many experts as `ffn`, or what `expert_parallel` divides next above.
+    """Build a layer with the experts of `ffn`, rounded up to a multiple of `expert_parallel`.
 
-    Collective over all ranks. DeepSpeed keeps its process groups by name until the end.
+    Collective over all ranks. DeepSpeed keeps process groups by name until the end.
     """
     num_experts = -(-ffn.router.num_experts // expert_parallel) * expert_parallel
     with contextlib.redirect_stdout(io.StringIO()):
@@ -51,6 +51,6 @@ class _Expert(nn.Module):
         self.down = nn.Linear(d_expert, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Apply the expert: [..., D] -> [..., D]."""
         down: Tensor = self.down(self.up(x).relu())
         return down

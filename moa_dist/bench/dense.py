@@ -1,6 +1,6 @@
-"""Dense models to compare with: of equal work, and of equal parameters.
+"""Dense models to compare with: of equal work, or of equal parameters.
 
-Equal work leaves routers out, so that what they cost shows.
+Equal work excludes routers, so that their cost becomes visible.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _D_HEAD = 64
 
 
 def equal_work(model: ModelConfig, length: int) -> ModelConfig:
-    """Dense attention and FFN with the multiply-accumulates that `model`'s have per layer."""
+    """Return dense attention and FFN with as many multiply-accumulates per layer as `model`'s."""
     return model.model_copy(
         update={
             "attention": _attention_of_equal_work(model, length),
@@ -54,10 +54,10 @@ def _ffn_of_equal_work(model: ModelConfig) -> FFNConfig:
 
 
 def equal_parameters(model: ModelConfig, length: int) -> ModelConfig:
-    """A pre-norm model without experts or sharing, of the same depth, width and parameters.
+    """Return a pre-norm model without experts or sharing, of the same depth, width and parameters.
 
-    This is how the papers match their baselines: heads as wide as the model together, and an FFN
-    that takes what is left.
+    This is how the papers match their baselines: all heads together are as wide as the model, and
+    the FFN takes the remaining parameters.
     """
     num_heads = max(1, round(model.d_model / _D_HEAD))
     attention = DenseAttentionConfig(

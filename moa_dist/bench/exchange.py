@@ -1,4 +1,4 @@
-"""Section `exchange`: what it costs to spread experts over ranks, in a layer and in a step."""
+"""Section `exchange`: the cost of expert parallelism, in a layer and in a step."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ from moa_dist.train.build import build_engine
 from moa_dist.train.engine import Engine, StepResult
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
-HERE = "experts on every rank"
-TRAVELS = {
+REPLICATED = "experts on every rank"
+EXCHANGE_CONFIGS = {
     kind: ExpertExchangeConfig.model_validate({"attention": kind, "ffn": kind})
     for kind in EXCHANGES
 }
-"""What may travel, for attention and FFN alike."""
+"""Configuration of each kind of exchange, the same for attention and FFN."""
 
 
 def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
-    """Each rank has tokens of its own. Nothing on one rank, or for a model without experts."""
+    """Compare tokens and weights as what ranks exchange; each rank has tokens of its own.
+
+    Returns no table on a single rank, or for a model without experts.
+    """
     model = setting.config.model
     if mesh.expert_parallel == 1:
         return []
@@ -44,9 +47,9 @@ def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
         make = partial(make_attention, d_model=model.d_model, init_scale=1.0)
         modules: dict[str, nn.Module] = {
             "dense, equal work": make(dense.attention),
-            HERE: make(model.attention),
+            REPLICATED: make(model.attention),
         }
-        modules |= {_name(kind): make(model.attention) for kind in TRAVELS}
+        modules |= {_name(kind): make(model.attention) for kind in EXCHANGE_CONFIGS}
         rows = _compare(setting, mesh, "attention", modules, _attend)
         tables.append(_table("attention, forward and backward", rows, setting))
     if isinstance(model.ffn, MoEFFNConfig):
@@ -57,17 +60,17 @@ def exchange(setting: Setting, mesh: Mesh) -> list[Table]:
 
 
 def _name(kind: str) -> str:
-    return f"{kind} travel"
+    return f"{kind} exchanged"
 
 
 def _table(title: str, rows: list[Row], setting: Setting) -> Table:
-    return Table(f"{title}, spread", rows, setting.tokens, ["tokens and memory: those of rank 0"])
+    return Table(f"{title}, expert parallel", rows, setting.tokens, ["tokens and memory of rank 0"])
 
 
 def _feed_forward(setting: Setting, mesh: Mesh, ffn: MoEFFNConfig, dense: FFNConfig) -> Table:
     make = partial(make_feed_forward, d_model=setting.config.model.d_model, init_scale=1.0)
-    modules: dict[str, nn.Module] = {"dense, equal work": make(dense), HERE: make(ffn)}
-    modules |= {_name(kind): make(ffn) for kind in TRAVELS}
+    modules: dict[str, nn.Module] = {"dense, equal work": make(dense), REPLICATED: make(ffn)}
+    modules |= {_name(kind): make(ffn) for kind in EXCHANGE_CONFIGS}
     with deepspeed_moe(ffn, setting.config.model.d_model, mesh.expert_parallel) as theirs:
         peers = {"DeepSpeed MoE": (theirs, setting.peer(theirs))}
         rows = _compare(setting, mesh, "ffn", modules, _transform, peers)
@@ -82,9 +85,9 @@ def _compare(
     forward: Forward,
     peers: dict[str, tuple[nn.Module, Work]] | None = None,
 ) -> list[Row]:
-    """All ways of one part, named as the exchange calls it."""
-    for kind, travels in TRAVELS.items():
-        shard_experts(nn.ModuleDict({part: modules[_name(kind)]}), mesh, travels)
+    """Compare all implementations of `part`, which is attention or ffn."""
+    for kind, exchanged in EXCHANGE_CONFIGS.items():
+        shard_experts(nn.ModuleDict({part: modules[_name(kind)]}), mesh, exchanged)
     work = {
         name: setting.both_passes(setting.ready(module), partial(forward, module))
         for name, module in modules.items()
@@ -101,9 +104,9 @@ def _compare(
 
 
 def _gathered(module: nn.Module) -> dict[str, Tensor]:
-    """Weights that travel, arrived."""
-    arriving = module.gather_experts() if isinstance(module, RoutedModule) else {}
-    return {name: arrives.wait() for name, arrives in arriving.items()}
+    """Gather the experts of other ranks, if the module's weights are exchanged."""
+    pending = module.gather_experts() if isinstance(module, RoutedModule) else {}
+    return {name: weights.wait() for name, weights in pending.items()}
 
 
 def _attend(module: nn.Module, x: Tensor) -> Tensor:
@@ -117,21 +120,21 @@ def _transform(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _step(setting: Setting, mesh: Mesh) -> Table:
-    """Optimizer included: experts that are on every rank are reduced and updated there."""
+    """Compare whole steps: replicated experts are reduced and updated on every rank."""
     overlap = should_overlap(setting.config.parallel.overlap, dist.get_backend())
 
-    def build(mesh: Mesh, travels: ExpertExchangeConfig) -> Engine:
-        return build_engine(setting.on(mesh), mesh, setting.device, travels, overlap=overlap)
+    def build(mesh: Mesh, exchanged: ExpertExchangeConfig) -> Engine:
+        return build_engine(setting.on(mesh), mesh, setting.device, exchanged, overlap=overlap)
 
-    engines = {HERE: build(make_mesh(1), TRAVELS["tokens"])}
-    engines |= {_name(kind): build(mesh, travels) for kind, travels in TRAVELS.items()}
+    engines = {REPLICATED: build(make_mesh(1), EXCHANGE_CONFIGS["tokens"])}
+    engines |= {_name(kind): build(mesh, exchanged) for kind, exchanged in EXCHANGE_CONFIGS.items()}
     work = {name: partial(engine.step, [setting.batch()], 1e-4) for name, engine in engines.items()}
-    sent = {name: _travelled(once()) for name, once in work.items()}
+    sent = {name: _sent_bytes(once()) for name, once in work.items()}
     rows = compare(
         {name: together(once) for name, once in work.items()},
         setting.device,
         repetitions=setting.repetitions,
-        notes={name: f"{size / 2**20:,.1f} MiB travel" for name, size in sent.items()},
+        notes={name: f"{size / 2**20:,.1f} MiB sent" for name, size in sent.items()},
         memory=False,
     )
     for engine in engines.values():
@@ -139,6 +142,6 @@ def _step(setting: Setting, mesh: Mesh) -> Table:
     return _table(f"step, ZeRO {setting.config.parallel.zero_stage}", rows, setting)
 
 
-def _travelled(result: StepResult) -> int:
-    """Bytes of rows and weights; gradients of what is on several ranks are reduced in any case."""
+def _sent_bytes(result: StepResult) -> int:
+    """Return bytes of rows and weights; gradients of replicated parameters are always reduced."""
     return sum(v.num_bytes for key, v in result.traffic.items() if key.purpose != "reduce")

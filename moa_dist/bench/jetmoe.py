@@ -1,4 +1,4 @@
-"""Section `jetmoe`: a whole JetMoE of ours beside transformers' own, and a dense model."""
+"""Section `jetmoe`: our JetMoE against transformers' own and a dense model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from moa_dist.transfer.jetmoe import problems_of_model, settings_of
 
 
 def jetmoe(setting: Setting) -> list[Table]:
-    """Forward, loss without balance, backward; nothing if the configuration is no JetMoE."""
+    """Compare forward, cross-entropy and backward passes of whole models.
+
+    Returns no table if the configuration is not a JetMoE.
+    """
     model, length = setting.config.model, setting.config.data.sequence_length
     if next(problems_of_model(model), None) is not None:
         return []

@@ -1,4 +1,4 @@
-"""Sections `layers`, `block`: experts against dense parts, and where a layer's time goes."""
+"""Sections `layers` and `block`: experts against dense parts, and where a layer's time goes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from moa_dist.moe.router import Router
 if TYPE_CHECKING:
     from moa_dist.bench.learned import Learned
 
-Way = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
+Kernel = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
 
 
 def layers(setting: Setting) -> list[Table]:
-    """The attention and the FFN of the configuration, those that have experts."""
+    """Measure the attention and the FFN of the configuration, as far as they have experts."""
     model = setting.config.model
     dense = equal_work(model, setting.config.data.sequence_length)
     learned = {} if setting.run is None else _learned(setting, setting.run)
@@ -58,7 +58,7 @@ def layers(setting: Setting) -> list[Table]:
 
 
 def _learned(setting: Setting, run: Path) -> dict[str, Learned]:
-    # Here: the rest needs neither a tokenizer nor DeepSpeed.
+    # Imported here, because the rest needs neither a tokenizer nor DeepSpeed.
     from moa_dist.bench.learned import learned_layers
 
     return learned_layers(setting, run)
@@ -94,7 +94,7 @@ def _layer(
 
 
 def block(setting: Setting) -> list[Table]:
-    """A whole block: norms, attention and FFN."""
+    """Measure a whole block: norms, attention and FFN."""
     model = setting.config.model
     dense = equal_work(model, setting.config.data.sequence_length)
     modules = {
@@ -110,7 +110,7 @@ def block(setting: Setting) -> list[Table]:
 def _parts(
     title: str, setting: Setting, layer: RoutedModule, work_of: Callable[[nn.Module], Work]
 ) -> Table:
-    """Each part of a layer by itself, on the inputs that it has there."""
+    """Measure each part of a layer alone, on the inputs that it gets in the layer."""
     recorder = RecordingDispatcher()
     layer.dispatcher = recorder
     work_of(layer)()
@@ -122,11 +122,11 @@ def _parts(
         "plan": _all(
             partial(LocalTokenDispatcher().plan, *planned) for planned in recorder.planned
         ),
-        "dispatch, experts, combine": _all(_whole_trip(a, routed_experts) for a in applied),
-        "  at once: all three": _all(_whole_trip(a, grouped_experts) for a in applied),
-        "  at once: dispatch": _all(map(_dispatch, applied)),
-        "  at once: experts": _all(map(_multiply, applied)),
-        "  at once: combine": _all(map(_combine, applied)),
+        "dispatch, experts, combine": _all(_round_trip(a, routed_experts) for a in applied),
+        "  grouped: all three": _all(_round_trip(a, grouped_experts) for a in applied),
+        "  grouped: dispatch": _all(map(_dispatch, applied)),
+        "  grouped: experts": _all(map(_multiply, applied)),
+        "  grouped: combine": _all(map(_combine, applied)),
     }
     rows = compare(work, setting.device, repetitions=setting.repetitions, memory=False)
     title = f"{title} part by part; ratio: share of the layer"
@@ -134,7 +134,7 @@ def _parts(
 
 
 def _all(parts: Iterable[Work | None]) -> Work:
-    """One after the other."""
+    """Return work that does all parts, one after the other."""
     present = [part for part in parts if part is not None]
 
     def once() -> None:
@@ -145,7 +145,7 @@ def _all(parts: Iterable[Work | None]) -> Work:
 
 
 def _route(router: nn.Module, setting: Setting) -> Work | None:
-    """Both passes of a router, as far as weights and probabilities depend on it."""
+    """Return both passes of a router, with gradients of its weights and probabilities."""
     if not isinstance(router, Router):
         return None
     x = setting.vectors().requires_grad_()
@@ -157,9 +157,9 @@ def _route(router: nn.Module, setting: Setting) -> Work | None:
     return gradients(forward, [x, *router.parameters()])
 
 
-def _whole_trip(recorded: Recorded, way: Way) -> Work:
+def _round_trip(recorded: Recorded, kernel: Kernel) -> Work:
     experts, x, row_map = recorded
-    return gradients(lambda: way(experts, x, row_map), recorded.sources())
+    return gradients(lambda: kernel(experts, x, row_map), recorded.sources())
 
 
 def _dispatch(recorded: Recorded) -> Work:
@@ -180,6 +180,6 @@ def _combine(recorded: Recorded) -> Work:
 
 
 def _kernels(recorder: RecordingDispatcher) -> list[str]:
-    """Which are taken, and why."""
-    taken = {kernel_for(applied.experts, applied.x).because for applied in recorder.applied}
-    return [f"kernel: {because}" for because in sorted(taken)]
+    """Return which kernels were chosen, and why."""
+    chosen = {kernel_for(applied.experts, applied.x).because for applied in recorder.applied}
+    return [f"kernel: {because}" for because in sorted(chosen)]

@@ -1,4 +1,4 @@
-"""Layers of a trained run, on what they are given there: loads as uneven as they became."""
+"""Layers of a trained run with the inputs that they get there, hence with realistic loads."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from moa_dist.moe.routed_module import RoutedModule
 
 
 class Learned(NamedTuple):
-    """A trained layer and what to call it with."""
+    """A trained layer and inputs to call it with."""
 
     layer: RoutedModule
-    """In the setting's place and type."""
+    """The layer, on the device and in the type of the setting."""
     inputs: tuple[Any, ...]
-    """Of its last application to held-out text."""
+    """Inputs of its last application to held-out text."""
 
     def work(self) -> Work:
-        """Both passes."""
+        """Return both passes of the layer."""
         inputs = {id(x): x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad}
         forward = cast(Callable[..., Any], self.layer)
         sources = [*inputs.values(), *self.layer.parameters()]
         return gradients(lambda: forward(*self.inputs).y, sources)
 
     def loads(self) -> str:
-        """How uneven they are."""
+        """Describe how uneven the expert loads are."""
         recorder = RecordingDispatcher()
         self.layer.dispatcher = recorder
         self.work()()
@@ -45,13 +45,13 @@ class Learned(NamedTuple):
 
 
 def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
-    """The parts with experts of the middle layer, by `attention` and `ffn`.
+    """Return the parts of the middle layer that have experts, by `attention` and `ffn`.
 
-    Raises DataError if the run, or the held-out text that it names, is not there.
+    Raises DataError if the run or its held-out text does not exist.
     """
     trained = load_trained(run)
     if trained.config.data.valid is None or trained.config.model.objective == "translation":
-        raise DataError(f"{run}: learned routers are measured on data.valid of one text")
+        raise DataError(f"{run}: learned routers need data.valid, and no translation model")
     folder = Path(trained.config.data.valid)
     batch = next(
         held_out_batches(
@@ -81,11 +81,11 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
 
 
 def _remember(given: dict[str, tuple[Any, ...]], name: str) -> Callable[..., None]:
-    """A hook that keeps what a module is called with; its last call counts."""
+    """Return a hook that stores a module's inputs; the last call wins."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         floats = {id(x): x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
-        # One leaf for what is one tensor, such as queries and keys.
+        # A tensor passed twice, such as queries and keys, stays one leaf.
         leaves = {key: x.detach().clone().requires_grad_() for key, x in floats.items()}
         given[name] = tuple(leaves.get(id(x), x) for x in inputs)
 

@@ -1,7 +1,7 @@
-"""Time and memory of alternatives, measured side by side.
+"""Times alternatives in turns, and measures their memory.
 
-A machine's speed drifts, so the alternatives take turns and are compared round by round: a ratio
-is the median over rounds of two times measured within seconds of each other.
+A machine's speed drifts, so alternatives take turns and are compared round by round: a ratio is the
+median over rounds of two times measured within seconds of each other.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ class Row:
 
     name: str
     seconds: tuple[float, ...]
-    """One per round; empty where time was not measured."""
+    """Times, one per round."""
     ratios: tuple[float, ...]
-    """Its time over the reference's, round by round."""
+    """Time relative to the reference, one per round."""
     peak_bytes: int | None = None
-    """Memory at the fullest moment above what was held before; None where not measured."""
+    """Peak memory above what was held before the call; None if not measured."""
     note: str = ""
-    """What a reader should know."""
+    """Remark printed at the end of the row."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Alternatives that were measured together."""
+    """Rows that were measured together."""
 
     title: str
     rows: list[Row]
     tokens: int | None = None
-    """Tokens per call, for rates; None where there are none."""
+    """Tokens per call, for rates; None if calls process no tokens."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -58,11 +58,11 @@ def compare(
     memory: bool = True,
     after: Mapping[str, Work] | None = None,
 ) -> list[Row]:
-    """Time all `work`, taking turns; the first is the reference of all ratios.
+    """Time all `work` in turns; the first is the reference of all ratios.
 
-    The gradients of `modules`, one per work, are not counted as memory: there is one per parameter,
-    however many tokens come, and they stay after the call. What is to be done `after` a work, by
-    its name, is not timed.
+    The gradients of `modules`, one module per work, do not count as memory: their size does not
+    depend on tokens, and they remain after the call. `after` names work to do, untimed, after each
+    call.
     """
     after = after or {}
 
@@ -71,7 +71,7 @@ def compare(
             after[name]()
 
     for name, once in work.items():
-        for _ in range(2):  # lazy initialisation, and the allocator's first blocks
+        for _ in range(2):  # lazy initialization, and the allocator's first blocks
             once()
             tidy(name)
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -111,7 +111,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(once: Work, device: torch.device) -> int:
-    """Most bytes held at a time during one call, above what was held before it."""
+    """Return the peak of bytes held during one call, above what was held before it."""
     if device.type == "cuda":
         _synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -119,8 +119,8 @@ def peak_bytes(once: Work, device: torch.device) -> int:
         once()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # torch counts a CPU's allocations only while it profiles, and tells only in the trace.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print when it begins and ends
+    # torch counts CPU allocations only while profiling, and reports them only in the trace.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints at start and end
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         once()
     with tempfile.TemporaryDirectory() as folder:
@@ -138,12 +138,12 @@ def peak_bytes(once: Work, device: torch.device) -> int:
 
 
 def bytes_per_token(row: Row, tokens: int) -> float | None:
-    """Of the peak, None where it was not measured."""
+    """Return peak bytes per token, or None if the peak was not measured."""
     return None if row.peak_bytes is None else row.peak_bytes / tokens
 
 
 def as_text(table: Table) -> str:
-    """For people: medians, and the range of the ratios over the rounds."""
+    """Format a table for people: medians, and the range of ratios over rounds."""
     width = max(len(row.name) for row in table.rows)
     lines = [
         table.title,
@@ -165,7 +165,7 @@ def as_text(table: Table) -> str:
 
 
 def as_json(table: Table) -> dict[str, object]:
-    """For programs: every round."""
+    """Return a table as JSON types, with every round."""
     return {
         "title": table.title,
         "tokens": table.tokens,

@@ -1,7 +1,7 @@
-"""Section `peers`: other MoE layers that are installed, in the shape of the configuration's FFN.
+"""Section `peers`: MoE layers of installed packages, in the shape of the configuration's FFN.
 
-Peers are taken as they come, with softmax routers and, where a peer has no dropless mode that one
-rank can afford, a capacity.
+Peers run as shipped, with softmax routers, and with a capacity if their dropless mode does not fit
+on one rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moa_dist.models.kinds import make_feed_forward
 
 
 def peers(setting: Setting) -> list[Table]:
-    """DeepSpeed's `MoE`, transformers' Mixtral block, and torch's grouped_mm put together."""
+    """Compare with DeepSpeed's `MoE`, transformers' Mixtral block and plain torch grouped_mm."""
     model = setting.config.model
     if not isinstance(model.ffn, MoEFFNConfig):
         return []
@@ -53,19 +53,19 @@ def peers(setting: Setting) -> list[Table]:
 
 
 class _GroupedMM(nn.Module):
-    """What one would write first with torch's grouped matrix product."""
+    """A straightforward MoE layer on torch's grouped matrix product."""
 
     def __init__(self, ffn: MoEFFNConfig, d_model: int) -> None:
         super().__init__()
         E, self.top_k = ffn.router.num_experts, ffn.router.top_k
         self.router = nn.Linear(d_model, E, bias=False)
-        # Rows of a multiple of 16 bytes, or grouped_mm refuses.
+        # grouped_mm needs rows of a multiple of 16 bytes.
         self.width = -(-d_model // 8) * 8
         self.up = nn.Parameter(torch.randn(E, self.width, ffn.d_expert) / self.width**0.5)
         self.down = nn.Parameter(torch.randn(E, ffn.d_expert, self.width) / ffn.d_expert**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
+        """Apply the layer: [B, S, D] -> [B, S, D]."""
         rows = F.pad(x.flatten(0, 1), (0, self.width - x.shape[-1]))
         weight, expert = self.router(x.flatten(0, 1)).sigmoid().topk(self.top_k)
         order = expert.flatten().argsort(stable=True)

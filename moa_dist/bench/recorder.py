@@ -1,4 +1,4 @@
-"""What a layer asks its plans to do, recorded to be measured by itself."""
+"""Records what a layer asks its dispatcher to do, so that each part can be measured alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Recorded(NamedTuple):
     row_map: RowMap
 
     def sources(self) -> list[Tensor]:
-        """All that gets a gradient."""
+        """Return all tensors that get a gradient."""
         weight = [] if self.row_map.weight is None else [self.row_map.weight]
         return [self.x, *self.experts.tensors(), *weight]
 
@@ -33,13 +33,13 @@ class _RecordingPlan:
     applied: list[Recorded]
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
-        """See `DispatchPlan.dispatch`."""
+        """Dispatch as the local plan does."""
         return self.plan.dispatch(x, read)
 
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
-        """See `DispatchPlan.run_and_combine`."""
+        """Record inputs and weights as new leaves, then apply the experts."""
         x = sent.wait()
         row_map = self.plan.row_map(read, write, len(experts.down), weighted)
         leaves = row_map._replace(weight=None if row_map.weight is None else _leaf(row_map.weight))
@@ -53,21 +53,21 @@ def _leaf(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RecordingDispatcher:
-    """A local dispatcher that remembers."""
+    """A local dispatcher that records its calls."""
 
     planned: list[tuple[Routing, int]] = field(default_factory=list)
-    """What was planned, and over how many experts."""
+    """Routings that were planned, with the number of experts."""
     applied: list[Recorded] = field(default_factory=list)
-    """What experts were applied to."""
+    """Applications of experts, in order."""
 
     def fullest(self) -> str:
-        """How uneven the loads were."""
+        """Describe how uneven the loads were."""
         counts = [applied.row_map.counts.double() for applied in self.applied]
         worst = max(float(each.max() / each.mean()) for each in counts)
         return f"fullest expert: {worst:.2f} x the mean load"
 
     def plan(self, routing: Routing, num_experts: int) -> _RecordingPlan:
-        """See `Dispatcher.plan`."""
+        """Record the routing, then plan as the local dispatcher does."""
         detached = routing._replace(topk_weights=routing.topk_weights.detach())
         self.planned.append((detached, num_experts))
         return _RecordingPlan(LocalTokenDispatcher().plan(routing, num_experts), self.applied)

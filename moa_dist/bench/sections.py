@@ -1,4 +1,4 @@
-"""The sections of `moa-dist bench`: a new one is a function and a line here."""
+"""The sections of `moa-dist bench`; a new one takes a function and a line here."""
 
 from __future__ import annotations
 
@@ -17,37 +17,40 @@ SECTIONS = {
     "layers": ("moa_dist.bench.layers", "attention and FFN with experts, part by part"),
     "block": ("moa_dist.bench.layers", "a whole block"),
     "step": ("moa_dist.bench.step", "a training step of the whole model"),
-    "data": ("moa_dist.bench.data", "reading, against what training takes"),
-    "jetmoe": ("moa_dist.bench.jetmoe", "a whole JetMoE, where the model is one, and theirs"),
-    "peers": ("moa_dist.bench.peers", "MoE layers of other packages that are installed"),
+    "data": ("moa_dist.bench.data", "reading data, against what training takes"),
+    "jetmoe": (
+        "moa_dist.bench.jetmoe",
+        "a whole JetMoE, if the model is one, against theirs",
+    ),
+    "peers": ("moa_dist.bench.peers", "MoE layers of other installed packages"),
 }
-"""Name -> module with a `Section` of that name, and its line in the help."""
+"""Module, with a `Section` of that name, and help line of each section of one process."""
 
 SHARED_SECTIONS = {
-    "exchange": ("moa_dist.bench.exchange", "layers and steps whose experts are spread over ranks"),
-    "collectives": ("moa_dist.bench.collectives", "what the links between ranks carry"),
-    "checkpoint": ("moa_dist.bench.checkpoint", "saving and loading in `output`, against a step"),
+    "exchange": ("moa_dist.bench.exchange", "layers and steps with expert parallelism"),
+    "collectives": ("moa_dist.bench.collectives", "bandwidth between ranks"),
+    "checkpoint": ("moa_dist.bench.checkpoint", "saving and resuming in `output`, against a step"),
 }
-"""The same of those that several ranks measure together, as `SharedSection`s."""
+"""Module, with a `SharedSection` of that name, and help line of each section of several ranks."""
 
 
 WHEN_EMPTY = {
     "layers": "the model has no experts",
-    "jetmoe": "the model is no JetMoE",
+    "jetmoe": "the model is not a JetMoE",
     "peers": "the model's FFN has no experts",
-    "exchange": "the model has no experts, or there is one rank alone (--ranks)",
-    "collectives": "there is one rank alone (--ranks)",
+    "exchange": "the model has no experts, or only one rank runs (--ranks)",
+    "collectives": "only one rank runs (--ranks)",
 }
-"""Why a section has no table, where that can be."""
+"""Reasons why a section may have no table."""
 
 
 def load_section(name: str) -> Section:
-    """Import a section only when it is asked for: some load large packages."""
+    """Import a section on demand, because some load large packages."""
     return cast(Section, _load(SECTIONS, name))
 
 
 def load_shared_section(name: str) -> SharedSection:
-    """The same."""
+    """Import a section of several ranks on demand."""
     return cast(SharedSection, _load(SHARED_SECTIONS, name))
 
 

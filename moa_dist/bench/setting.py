@@ -1,4 +1,4 @@
-"""What all sections of the benchmark share: what to measure, where, and modules ready to run."""
+"""The setting that all sections share: what to measure, where, and modules ready to run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-"""By `train.precision`."""
+"""torch types by `train.precision`."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -30,72 +30,72 @@ class Setting:
     """What to measure, and where."""
 
     config: Config
-    """Of the model, and of how it would be trained."""
+    """Configuration of the model and its training."""
     device: torch.device
-    """That of this process."""
+    """Device of this process."""
     sequences: int
-    """Per call."""
+    """Sequences per call."""
     repetitions: int
-    """Rounds in which the alternatives take turns."""
+    """Rounds, in which alternatives take turns."""
     seed: int = 0
-    """Of all that is random, the weights apart."""
+    """Seed of everything random except weights."""
     run: Path | None = None
-    """A trained run of this configuration, whose layers are measured beside new ones."""
+    """A trained run of this configuration, whose layers are measured next to new ones."""
 
     @property
     def tokens(self) -> int:
-        """Per call."""
+        """Tokens per call."""
         return self.sequences * self.config.data.sequence_length
 
     @property
     def device_name(self) -> str:
-        """Of its maker."""
+        """The device's model name."""
         is_cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if is_cuda else platform.processor()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and activations."""
+        """Type of parameters and activations."""
         return DTYPES[self.config.train.precision]
 
     def on(self, mesh: Mesh) -> Config:
-        """For an engine whose step takes, of every rank, as many sequences as are measured."""
+        """Return the configuration for an engine whose micro-batch is what a call measures."""
         sizes = {"micro_batch": self.sequences, "global_batch": self.sequences * mesh.world_size}
         parallel = self.config.parallel.model_copy(update={"expert_parallel": mesh.expert_parallel})
         train = self.config.train.model_copy(update=sizes)
         return self.config.model_copy(update={"parallel": parallel, "train": train})
 
     def ready(self, module: Module) -> Module:
-        """The module with initial weights, where it is to run."""
+        """Initialize a module and move it to the device in the setting's type."""
         initialize(module, seed=0)
         return module.to(self.device, self.dtype).train()
 
     def vectors(self) -> Tensor:
-        """[B, S, D], standard normal."""
+        """Draw inputs [B, S, D] from a standard normal distribution."""
         shape = (self.sequences, self.config.data.sequence_length, self.config.model.d_model)
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
     def both_passes(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Work:
-        """Forward, [B, S, D] to [B, S, D], and backward to the input and all parameters."""
+        """Return work: forward [B, S, D] -> [B, S, D], backward to the input and all parameters."""
         x, upstream = self.vectors().requires_grad_(), self.vectors()
         return gradients(lambda: forward(x), [x, *module.parameters()], upstream)
 
     def attention(self, module: nn.Module) -> Work:
-        """Both passes of causal self-attention."""
+        """Return both passes of causal self-attention."""
         mask = AttentionMask(causal=True)
         return self.both_passes(module, lambda x: module(x, x, x, mask).y)
 
     def feed_forward(self, module: nn.Module) -> Work:
-        """Both passes of a feed-forward part."""
+        """Return both passes of a feed-forward part."""
         return self.both_passes(module, lambda x: module(x, x, None).y)
 
     def block(self, module: nn.Module) -> Work:
-        """Both passes of a block."""
+        """Return both passes of a block."""
         return self.both_passes(module, lambda x: module(x, AttentionMask(causal=True)).x)
 
     def peer(self, module: nn.Module) -> Work:
-        """Both passes of another package's feed-forward part, with the weights it has."""
+        """Return both passes of another package's feed-forward part, with its own weights."""
         module.to(self.device, self.dtype).train()
 
         def forward(x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Setting:
         return self.both_passes(module, forward)
 
     def batch(self) -> Batch:
-        """Random tokens for a training step."""
+        """Draw random tokens for a training step."""
         model = self.config.model
         shape = (self.sequences, self.config.data.sequence_length + 1)
         generator = torch.Generator().manual_seed(self.seed)
@@ -118,7 +118,10 @@ class Setting:
 def gradients(
     forward: Callable[[], Tensor], sources: list[Tensor], upstream: Tensor | None = None
 ) -> Work:
-    """Work that computes `forward()` and the gradients of all sources (upstream ones if None)."""
+    """Return work that computes `forward()` and the gradients of all sources.
+
+    The gradient of the output is `upstream`, or ones if it is None.
+    """
 
     def once() -> None:
         y = forward()
@@ -127,34 +130,21 @@ def gradients(
     return once
 
 
-class BalancedRouter(nn.Module):
-    """A router whose choices are replaced by perfectly even ones; all else costs the same.
-
-    Flatters: a real router's experts get uneven loads.
-    """
-
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        self.router = router
-
-    @property
-    def num_experts(self) -> int:
-        """See `Router.num_experts`."""
-        return self.router.num_experts
-
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Routing:
-        """See `Router.forward`."""
-        routing = self.router(x, token_mask)
-        T, G, K = routing.topk_ids.shape
-        E, device = self.num_experts // G, routing.topk_ids.device
-        ids = torch.arange(T * K, device=device).view(T, 1, K) % E
-        return routing._replace(topk_ids=ids + torch.arange(G, device=device)[:, None] * E)
-
-
 def balance(module: Module) -> Module:
-    """Replace all routers in `module` by balanced ones."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Router) and not isinstance(parent, BalancedRouter):
-                setattr(parent, name, BalancedRouter(child))
+    """Make all routers in `module` choose perfectly balanced experts; returns the module.
+
+    A router still does its own work, so only the loads differ. The result is optimistic: with a
+    real router, experts have uneven loads.
+    """
+    for router in module.modules():
+        if isinstance(router, Router):
+            router.register_forward_hook(_balanced)
     return module
+
+
+def _balanced(router: Router, inputs: tuple[Any, ...], routing: Routing) -> Routing:
+    """Replace a router's choices: a forward hook."""
+    T, G, K = routing.topk_ids.shape
+    E, device = router.num_experts // G, routing.topk_ids.device
+    ids = torch.arange(T * K, device=device).view(T, 1, K) % E
+    return routing._replace(topk_ids=ids + torch.arange(G, device=device)[:, None] * E)

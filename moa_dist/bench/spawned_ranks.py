@@ -1,4 +1,4 @@
-"""Sections that several ranks measure together: in their job, or in one that is started here."""
+"""Runs sections that need several ranks, in an existing job or in one that is started here."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from moa_dist.distributed.start import DistContext, init_distributed, patched_en
 from moa_dist.errors import ClusterError, ConfigError, MoaDistError
 
 Found = tuple[str, Table]
-"""A section and what it measured."""
+"""A section's name and a table that it measured."""
 LOOPBACK = "127.0.0.1"
 _LOOK_S = 1.0
 
 
 def in_this_job(names: Sequence[str], setting: Setting) -> Iterator[Found]:
-    """Measure, once every rank of this process's job does; section and table, on rank 0 alone."""
-    # DeepSpeed 0.19 calls collectives by names that torch is renaming; nothing a user can mend.
+    """Measure together with all ranks of this process's job; yields tables on rank 0 only."""
+    # DeepSpeed 0.19 calls collectives that torch is renaming; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with init_distributed() as context:
         yield from _measure(names, setting, context)
 
 
 def in_a_job(names: Sequence[str], setting: Setting, ranks: int, threads: int) -> Iterator[Found]:
-    """Start that many ranks on this machine and measure; section and table.
+    """Start `ranks` processes on this machine and measure; yields their tables.
 
-    Raises ClusterError, with what they said, if one of them cannot go on; that ends the others.
+    Raises ClusterError with a rank's message if that rank fails; the others are then terminated.
     """
     receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-    ours = (ranks, free_port(LOOPBACK), threads, list(names), setting, sender)
+    arguments = (ranks, free_port(LOOPBACK), threads, list(names), setting, sender)
     with patched_environ({"CUDA_VISIBLE_DEVICES": ""} if setting.device.type == "cpu" else {}):
         started = multiprocessing.start_processes(
-            _rank_main, ours, nprocs=ranks, join=False, start_method="spawn"
+            _rank_main, arguments, nprocs=ranks, join=False, start_method="spawn"
         )
     assert started is not None
-    sender.close()  # the ranks hold it: it ends with the last of them
+    sender.close()  # the ranks hold copies: it closes with the last of them
     try:
         while (received := _received(receiver, started)) is not None:
             if isinstance(received, str):
@@ -66,9 +66,9 @@ def in_a_job(names: Sequence[str], setting: Setting, ranks: int, threads: int) -
 
 
 def _received(receiver: Connection, started: ProcessContext) -> Found | str | None:
-    """What a rank has found, or why it cannot go on; None after the last of them has ended."""
+    """Return a table, or a rank's error message; None after the last rank has exited."""
     while not receiver.poll(_LOOK_S):
-        started.join(0)  # raises if one has failed
+        started.join(0)  # raises if a rank has failed
     try:
         received: Found | str = receiver.recv()
     except EOFError:
@@ -118,14 +118,14 @@ def _measure(names: Sequence[str], setting: Setting, context: DistContext) -> It
 
 
 def _expert_parallel(config: Config, world_size: int) -> int:
-    """As configured as far as the ranks allow; all ranks where experts are not to be spread."""
+    """Return the part of the configured expert parallelism that divides the ranks, or all ranks."""
     has_experts = bool(config.model.routed_parts())
-    spread = gcd(config.parallel.expert_parallel, world_size)
-    return world_size if spread == 1 and has_experts else spread
+    common = gcd(config.parallel.expert_parallel, world_size)
+    return world_size if common == 1 and has_experts else common
 
 
 def together(once: Work) -> Work:
-    """Work that ends when it has ended on all ranks, and begins so."""
+    """Return work with a barrier before and after it, which starts and ends on all ranks alike."""
 
     def on_all() -> None:
         dist.barrier()

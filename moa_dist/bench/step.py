@@ -1,6 +1,6 @@
-"""Section `step`: forward, loss, backward and optimizer step of whole models on one process.
+"""Section `step`: forward, loss, backward and optimizer step of whole models in one process.
 
-By plain torch: what DeepSpeed adds is the same for all.
+Uses plain torch, because DeepSpeed would add the same to every model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moa_dist.train.optimizer import make_optimizer
 
 
 def step(setting: Setting) -> list[Table]:
-    """The model of the configuration against dense ones."""
+    """Compare the configuration's model with dense ones."""
     model, length = setting.config.model, setting.config.data.sequence_length
     configs = {
         "dense, equal parameters": equal_parameters(model, length),
@@ -33,11 +33,11 @@ def step(setting: Setting) -> list[Table]:
     rows = compare(work, setting.device, repetitions=setting.repetitions)
     counts = {name: count(config, length) for name, config in configs.items()}
     rows = [replace(row, note=_note(row, counts.get(row.name), setting)) for row in rows]
-    return [Table("step, optimizer included", rows, setting.tokens)]
+    return [Table("step, including the optimizer", rows, setting.tokens)]
 
 
 def _note(row: Row, counts: Counts | None, setting: Setting) -> str:
-    """Sizes, and how much of the device's arithmetic is used where its peak is known."""
+    """Describe sizes, and the share of peak FLOPs if the device's peak is known."""
     if counts is None:
         return ""
     macs = counts.total_macs / counts.sequence_length
@@ -49,7 +49,7 @@ def _note(row: Row, counts: Counts | None, setting: Setting) -> str:
 
 
 def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) -> Work:
-    """One step on random tokens."""
+    """Return one training step on random tokens; `even` balances the routers."""
     recompute = setting.config.train.recompute
     model: LanguageModel = build_model(config, recompute=recompute)
     model.to(setting.device, setting.dtype).train()

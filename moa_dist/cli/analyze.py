@@ -1,4 +1,4 @@
-"""`moa-dist analyze`: what experts and heads do. Arguments and writing; see `moa_dist.analyze`."""
+"""`moa-dist analyze`: shows what experts and heads do; `moa_dist.analyze` does the work."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from moa_dist.analyze.plots import can_plot, write_plots
 from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, save_analysis
 from moa_dist.analyze.summary import summary
 from moa_dist.checkpoint.format import checkpoints
-from moa_dist.cli.arguments import between
-from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
+from moa_dist.cli.arguments import add_model_path, between
+from moa_dist.cli.held_out import (
+    add_held_out_arguments,
+    held_out_data,
+    num_sequences,
+    with_progress,
+)
+from moa_dist.cli.output import not_written
 from moa_dist.config.model import whole_groups
 from moa_dist.data.batches import held_out_batches
 from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches
-from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.models.objective import Batch
 from moa_dist.report.analysis import analysis_page
@@ -27,50 +32,36 @@ PAGE_FILE = "analysis.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, for its newest checkpoint, of one checkpoint, or of an export",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="shards to read (the run's data.valid)"
-    )
+    add_model_path(parser)
+    add_held_out_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where to write (`analysis` in the folder of the run, average or export); "
-        "moa-dist report shows that of a run",
-    )
-    parser.add_argument(
-        "--sequences", type=between(int, 1), metavar="N", help="read only the first N (all)"
-    )
-    parser.add_argument(
-        "--micro-batch", type=between(int, 1), default=8, metavar="B", help="sequences at once (8)"
+        help="where to write (`analysis` in the folder of the run, average or export); moa-dist "
+        "report includes the analysis in a run's folder",
     )
     parser.add_argument(
         "--min-count",
         type=between(int, 1),
         default=20,
         metavar="N",
-        help="name only tokens that occur so often in the text, as PMI favours rare ones (20)",
+        help="list only tokens that occur at least N times, because PMI favors rare ones (20)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write numbers, pictures and page, and say what they show; returns the exit status."""
+    """Write numbers, pictures and page, and print a summary; returns the exit status."""
     trained = load_trained(args.path)
     output: Path = args.output or _whole_run(trained.folder) / ANALYSIS_FOLDER
     _make(output)
     analysis = _analyze(args, trained)
     pictures = _write(analysis, output)
     print(summary(analysis))
-    print(f"\n{output}: {PAGE_FILE}, to open in a browser, {ANALYSIS_FILE}, ", end="")
-    if pictures:
-        print(", ".join(picture.name for picture in pictures))
-    else:
-        print("no pictures as PNG: pip install 'moa-dist[plots]' for these")
+    names = [PAGE_FILE, ANALYSIS_FILE, *(picture.name for picture in pictures)]
+    print(f"\nwrote to {output}: {', '.join(names)}")
+    if not pictures:
+        print("no PNG pictures without matplotlib: pip install 'moa-dist[plots]'")
     return 0
 
 
@@ -107,7 +98,7 @@ def _batches(
             sequences=args.sequences,
         )
         return
-    # A masked model reads its text as it is: what is hidden would choose experts of its own.
+    # A masked model reads unmasked text: mask tokens would choose experts of their own.
     for tokens, counts in validation_batches(
         folder,
         manifest,
@@ -125,7 +116,7 @@ def _size(batch: Batch) -> int:
 
 
 def _whole_run(folder: Path) -> Path:
-    """The run that a checkpoint is one of; an average and an export stand for themselves."""
+    """Return the run folder of a checkpoint; an average or an export is its own folder."""
     return folder.parent if folder in checkpoints(folder.parent) else folder
 
 
@@ -133,11 +124,7 @@ def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _not_written(output, error) from error
-
-
-def _not_written(output: Path, error: OSError) -> DataError:
-    return DataError(f"{output}: not written: {error.strerror}; choose another place with --output")
+        raise not_written(output, error) from error
 
 
 def _write(analysis: Analysis, output: Path) -> list[Path]:
@@ -147,4 +134,4 @@ def _write(analysis: Analysis, output: Path) -> list[Path]:
         (output / PAGE_FILE).write_bytes(page)
         return write_plots(analysis, output) if can_plot() else []
     except OSError as error:
-        raise _not_written(output, error) from error
+        raise not_written(output, error) from error

@@ -1,10 +1,11 @@
-"""Types of command-line arguments that argparse lacks."""
+"""Types of command-line arguments that argparse lacks, and arguments that commands share."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -13,7 +14,7 @@ Number = TypeVar("Number", int, float)
 def between(
     kind: Callable[[str], Number], low: float, high: float = math.inf
 ) -> Callable[[str], Number]:
-    """Argument type: a number from `low` to `high`, both included, but never infinite."""
+    """Return an argument type: a finite number from `low` to `high`, both included."""
 
     def number(text: str) -> Number:
         value = kind(text)
@@ -26,9 +27,33 @@ def between(
 
 
 def utf8(text: str) -> str:
-    """Argument type: text that was valid UTF-8 when it was typed."""
+    """Argument type: text that is valid UTF-8.
+
+    Raises ArgumentTypeError for bytes that the shell passed on although they are not.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError("is not valid UTF-8") from error
     return text
+
+
+def add_json(parser: argparse.ArgumentParser, help_line: str = "print JSON") -> None:
+    """Declare `--json`."""
+    parser.add_argument("--json", action="store_true", help=help_line)
+
+
+def add_overrides(parser: argparse.ArgumentParser, help_line: str = "settings to change") -> None:
+    """Declare `overrides`, any number of `key=value`, which may also follow options."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=help_line)
+
+
+def add_model_path(parser: argparse.ArgumentParser, *, with_exports: bool = True) -> None:
+    """Declare `path`, the trained model that a command works on."""
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="run folder (its newest checkpoint is used), checkpoint"
+        + (", average, or export" if with_exports else ""),
+    )

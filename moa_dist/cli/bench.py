@@ -1,4 +1,4 @@
-"""`moa-dist bench`: ratios in one run. Arguments and printing only; see `moa_dist.bench`."""
+"""`moa-dist bench`: measures ratios within one run; `moa_dist.bench` does the work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moa_dist.bench.measure import Table, as_json, as_text
 from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS, WHEN_EMPTY, load_section
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import in_a_job, in_this_job
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_json, between
 from moa_dist.config import load_config
 from moa_dist.errors import ConfigError
 from moa_dist.evaluate.trained import config_of_run
@@ -30,39 +30,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sections",
         nargs="*",
         metavar="SECTION | key=value",
-        help=f"all sections if none is named ({sections}); changes to the configuration",
+        help=f"sections to measure, all by default ({sections}), and settings to change",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", nargs="+", metavar=("FILE", "WORD"), help="YAML file; more words")
+    what.add_argument(
+        "--config",
+        nargs="+",
+        metavar=("FILE", "WORD"),
+        help="YAML configuration; sections and settings may follow",
+    )
     what.add_argument(
         "--run",
         type=Path,
-        help="folder of a run or an export, for its configuration, and to measure layers also with "
-        "what their routers have learned, on the run's held-out text",
+        help="folder of a run or an export: use its configuration, and measure its layers with "
+        "learned routers too, on the run's held-out text",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda if there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument(
         "--threads",
         type=between(int, 1),
-        help="of a process on a CPU; if absent all, shared among ranks",
+        help="CPU threads of a process (all, shared among ranks)",
     )
     parser.add_argument(
-        "--sequences", type=between(int, 1), help="per call, instead of train.micro_batch"
+        "--sequences", type=between(int, 1), help="sequences per call (train.micro_batch)"
     )
     parser.add_argument(
-        "--repetitions", type=between(int, 1), default=7, help="rounds in which all take turns"
+        "--repetitions",
+        type=between(int, 1),
+        default=7,
+        help="rounds, in which alternatives take turns",
     )
     parser.add_argument(
         "--ranks",
         type=between(int, 1),
-        help=f"for {', '.join(SHARED_SECTIONS)}: started on this machine, one per GPU or 2 if "
-        "absent; the ranks of a job of `deepspeed` or `torchrun` measure these sections alone",
+        help=f"ranks to start on this machine for {', '.join(SHARED_SECTIONS)} (one per GPU, or "
+        "2); the ranks of a `deepspeed` or `torchrun` job measure only these sections",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, with every round")
+    add_json(parser, "print JSON, with every round")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print, table by table."""
+    """Measure and print, table by table; returns the exit status."""
     file, *more = args.config or [None]
     words = [*args.sections, *more]  # sections may follow as well as precede the file
     names = [word for word in words if "=" not in word]
@@ -103,25 +111,29 @@ def _check(
 ) -> None:
     listed = ", ".join([*SECTIONS, *SHARED_SECTIONS])
     problems = [
-        f"no section `{name}`; there are {listed}"
+        f"unknown section `{name}`; available: {listed}"
         for name in names
         if name not in SECTIONS | SHARED_SECTIONS
     ]
     if in_job:
         problems += [
-            f"`{name}` is measured by one process: start `moa-dist bench {name}` by itself"
+            f"`{name}` runs in one process: start `moa-dist bench {name}` without a launcher"
             for name in names
             if name in SECTIONS
         ]
         if args.ranks:
-            problems.append("--ranks starts ranks, but this process is one of a job: leave it out")
+            problems.append(
+                "--ranks starts ranks, but this process already belongs to a job: omit it"
+            )
         if args.device == "cpu" and torch.cuda.is_available():
-            problems.append("--device cpu, but ranks of a job take the GPUs that they see")
+            problems.append("--device cpu, but ranks of a job use the GPUs that are visible")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            problems.append("--device cuda, but torch sees no GPU; use --device cpu")
+            problems.append("--device cuda, but torch finds no GPU; use --device cpu")
         elif ranks > torch.cuda.device_count():
-            problems.append(f"--ranks {ranks}, but there are {torch.cuda.device_count()} GPUs")
+            problems.append(
+                f"--ranks {ranks}, but only {torch.cuda.device_count()} GPUs are available"
+            )
     if problems:
         raise ConfigError(problems, "bench")
 

@@ -1,9 +1,8 @@
-"""`moa-dist checkpoint`: show, verify and rewrite checkpoints. Arguments and printing only."""
+"""`moa-dist checkpoint`: shows, verifies, converts and averages checkpoints."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,52 +11,57 @@ from moa_dist.checkpoint.average import average
 from moa_dist.checkpoint.check import damage, incomplete
 from moa_dist.checkpoint.convert import convert
 from moa_dist.checkpoint.format import Reader, checkpoints, step_of
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_json, between
+from moa_dist.cli.output import print_result
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.units import short
 from moa_dist.provenance import Provenance
 
-_PATH_HELP = "folder of a run, for all its checkpoints, or of one checkpoint"
+_PATH_HELP = "run folder, for all its checkpoints, or one checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `show`, `verify`, `convert` and `average`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="print what is there, and what would be continued")
+    show = actions.add_parser(
+        "show", help="list checkpoints, and which one training would resume from"
+    )
     show.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help=_PATH_HELP)
-    show.add_argument("--json", action="store_true", help="print JSON")
-    verify = actions.add_parser("verify", help="read every byte; exit 1 if something is damaged")
+    add_json(show)
+    verify = actions.add_parser(
+        "verify", help="read every byte; exit with 1 if anything is damaged"
+    )
     verify.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help=_PATH_HELP)
     rewrite = actions.add_parser(
         "convert",
-        help="write a checkpoint again, in few files or without optimizer state (every layout "
-        "reads every checkpoint as it is)",
+        help="rewrite a checkpoint in few files or without optimizer state (not needed to change "
+        "the layout: every layout reads every checkpoint)",
     )
     rewrite.add_argument(
-        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run stands for its newest"
+        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="checkpoint, or a run for its newest"
     )
-    rewrite.add_argument("output", type=Path, metavar="OUT", help="folder to be made")
+    rewrite.add_argument("output", type=Path, metavar="OUT", help="folder to create")
     rewrite.add_argument(
-        "--files", type=between(int, 1), default=1, metavar="N", help="the most to write (1)"
+        "--files", type=between(int, 1), default=1, metavar="N", help="at most N files (1)"
     )
     rewrite.add_argument(
         "--weights-only",
         action="store_true",
-        help="leave out the optimizer's moments: a third of the size, to evaluate but not continue",
+        help="omit optimizer moments: a third of the size, for evaluation but not for resuming",
     )
     mean = actions.add_parser(
-        "average", help="write the mean of a run's last checkpoints, to evaluate or translate with"
+        "average", help="average the weights of a run's last checkpoints, to evaluate or translate"
     )
     mean.add_argument("path", type=Path, metavar="RUN", help="folder of a run")
-    mean.add_argument("output", type=Path, metavar="OUT", help="folder to be made")
+    mean.add_argument("output", type=Path, metavar="OUT", help="folder to create")
     mean.add_argument(
-        "--last", type=between(int, 1), default=10, metavar="N", help="the most to average (10)"
+        "--last", type=between(int, 1), default=10, metavar="N", help="at most N checkpoints (10)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the result; returns the exit status, 1 if `verify` finds damage."""
+    """Run the chosen action; returns the exit status, 1 if `verify` finds damage."""
     if args.action == "convert":
         index = convert(
             find_checkpoint(args.path),
@@ -71,16 +75,15 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "average":
         chosen = checkpoints(args.path)[-args.last :]
         if not chosen:
-            raise DataError(f"{args.path}: holds no checkpoint; give the folder of a run")
+            raise DataError(f"{args.path}: no checkpoint found; pass the folder of a run")
         average(chosen, args.output)
         steps = ", ".join(f"{step_of(checkpoint):,}" for checkpoint in chosen)
-        print(f"{args.output}: mean of the checkpoints of steps {steps}")
+        print(f"{args.output}: average of the checkpoints of steps {steps}")
         return 0
     folders = checkpoints(args.path) or [find_checkpoint(args.path)]
     if args.action == "verify":
         return _verify(folders)
-    report = _report(folders)
-    print(json.dumps(report, indent=2) if args.json else _as_text(report))
+    print_result(_report(folders), _as_text, as_json=args.json)
     return 0
 
 
@@ -94,7 +97,7 @@ def _verify(folders: list[Path]) -> int:
 
 
 def _report(folders: list[Path]) -> dict[str, Any]:
-    """Reads what `resume: auto` would read: checkpoints from the newest to the first valid one."""
+    """Describe checkpoints, reading them as `resume: auto` does: from the newest to a valid one."""
     rows, chosen = [], None
     for folder in reversed(folders):
         row: dict[str, Any] = {"checkpoint": str(folder), "problem": None}
@@ -128,7 +131,7 @@ def _report(folders: list[Path]) -> dict[str, Any]:
 
 
 def _as_text(report: dict[str, Any]) -> str:
-    lines = [f"{'step':>10}  {'samples':>12}  {'size':>7}  {'saved in':<18}  state"]
+    lines = [f"{'step':>10}  {'samples':>12}  {'size':>7}  {'layout':<18}  state"]
     written_by = None
     for row in report["checkpoints"]:
         if "step" in row:
@@ -146,8 +149,8 @@ def _as_text(report: dict[str, Any]) -> str:
             lines.append(f"{'':>10}  by {Provenance(**written_by)}")
     chosen = report["continue_from"]
     lines.append(
-        f"checkpoint.resume auto continues from {chosen}"
+        f"checkpoint.resume=auto resumes from {chosen}"
         if chosen
-        else "checkpoint.resume auto stops with an error: none is valid"
+        else "checkpoint.resume=auto stops with an error: no checkpoint is valid"
     )
     return "\n".join(lines)

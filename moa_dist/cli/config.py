@@ -1,4 +1,4 @@
-"""`moa-dist config`: show what a configuration resolves to, check it, explain its fields."""
+"""`moa-dist config`: shows what a configuration resolves to, checks it, explains its fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import json
 import textwrap
 
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_overrides, between
 from moa_dist.config import find_layout_problems, load_config, to_yaml
 from moa_dist.config.schema import SchemaField, describe, section_types, walk
 from moa_dist.errors import ConfigError
@@ -16,19 +16,22 @@ from moa_dist.errors import ConfigError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `show`, `check` and `fields`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="print the whole configuration, defaults included")
+    show = actions.add_parser("show", help="print the whole configuration, including defaults")
     check = actions.add_parser("check", help="print ok, or every problem")
     actions.add_parser("fields", help="print every field with its type, default and meaning")
     for action in (show, check):
-        action.add_argument("path", help="YAML file")
-        action.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+        action.add_argument("path", metavar="CONFIG", help="YAML configuration")
+        add_overrides(action)
     check.add_argument(
         "--world-size", type=between(int, 1), metavar="W", help="also check that it fits W ranks"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was asked for; a wrong configuration raises `ConfigError`."""
+    """Run the chosen action; returns the exit status.
+
+    Raises ConfigError if the configuration is invalid.
+    """
     if args.action == "fields":
         print("\n".join(_field_lines(field) for field in walk()))
         return 0
@@ -55,5 +58,5 @@ def _default(field: SchemaField) -> str:
         return "required"
     default = field.info.get_default()
     if section_types(field.info) and default is not None:
-        return "may be left out"
+        return "optional"
     return f"default {default if isinstance(default, str) else json.dumps(default)}"

@@ -1,7 +1,7 @@
-"""`moa-dist doctor`: is this machine, or are the ranks of this job, fit to train? Printing only.
+"""`moa-dist doctor`: diagnoses this machine, the hosts of a job, or its ranks.
 
-Alone it reports on this machine, with `--hostfile` on all hosts of a job beside each other. Started
-like training, once per rank, it compares and times the ranks. See `moa_dist.doctor`.
+Alone it reports on this machine; with `--hostfile` it compares all hosts of a job. Started like
+training, once per rank, it compares and times the ranks. `moa_dist.doctor` has the checks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_json, add_overrides, between
 from moa_dist.cli.rank_output import let_rank_0_speak
 from moa_dist.doctor.finding import Finding, failed
 from moa_dist.errors import ConfigError, PeerError
@@ -23,36 +23,40 @@ from moa_dist.errors import ConfigError, PeerError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--config", metavar="FILE", help="also check what this YAML configuration needs"
+        "--config", metavar="FILE", help="also check the requirements of this YAML configuration"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    add_overrides(parser)
     parser.add_argument(
         "--world-size",
         type=between(int, 1),
         metavar="W",
-        help="number of ranks to check it for (under a launcher, its own; else expert_parallel)",
+        help="number of ranks to check it for (the launcher's, or else expert_parallel)",
     )
     parser.add_argument(
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="compare the hosts that it lists (NAME slots=RANKS), as the launcher does by ssh",
+        help="compare the hosts listed in FILE (NAME slots=RANKS) by ssh, as the launcher does",
     )
     parser.add_argument(
         "--ssh-args",
         metavar="ARGS",
-        help='for ssh to them, such as "-p 2222"; default: PDSH_SSH_ARGS_APPEND',
+        help='ssh options for these hosts, such as "-p 2222" (PDSH_SSH_ARGS_APPEND)',
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check and print; status 1 if anything is at fault."""
+    """Run the checks and print findings; returns the exit status, 1 if any is a fault."""
     if args.overrides and not args.config:
-        raise ConfigError([f"`{word}` changes no --config" for word in args.overrides], "doctor")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # else ranks on CPUs would slow each other
+        raise ConfigError(
+            [f"`{word}` needs a --config to change" for word in args.overrides], "doctor"
+        )
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # otherwise ranks on CPUs would slow each other down
     is_rank, rank = "RANK" in os.environ, os.environ.get("RANK", "0")
-    report = _Report(speaks=rank == "0", as_json=args.json)
+    report = _Report(prints=rank == "0", as_json=args.json)
     if args.hostfile is not None:
         for finding in _hosts(args):
             report.add(finding)
@@ -67,12 +71,12 @@ def run(args: argparse.Namespace) -> int:
             report.add(finding)
     except Exception as error:
         report.add(failed("ranks", error))
-        if rank != "0":  # which may be the one that is gone
+        if rank != "0":  # rank 0 may be the one that is gone
             print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
             let_rank_0_speak()
         status = report.finish()
         if isinstance(error, PeerError):
-            # Not by way of the interpreter's end, where NCCL may wait for the lost rank.
+            # Skip the interpreter's shutdown, where NCCL may wait for the lost rank.
             sys.stdout.flush()
             os._exit(status)
         return status
@@ -81,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _own_findings(args: argparse.Namespace, is_rank: bool) -> list[Finding]:
-    """What this process can know without others."""
+    """Return what this process can check without other ranks."""
     from moa_dist.doctor.environment import DEFAULT_PORT, check_environment, check_port
     from moa_dist.doctor.finding import guarded
 
     findings = check_environment()
-    if not is_rank:  # a job holds its own port, and looks at its GPUs after they have worked
+    if not is_rank:  # a job holds its own port, and checks its GPUs after timing them
         findings += guarded("gpu", _all_gpus)
         port = os.environ.get("MASTER_PORT", str(DEFAULT_PORT))
         findings += guarded("port", lambda: check_port(int(port)))
@@ -96,7 +100,7 @@ def _own_findings(args: argparse.Namespace, is_rank: bool) -> list[Finding]:
 
 
 def _hosts(args: argparse.Namespace) -> list[Finding]:
-    """What the launcher would find before it starts a job on them."""
+    """Return what the launcher would find on the hosts before it starts a job."""
     from moa_dist.config import load_config
     from moa_dist.doctor.environment import DEFAULT_PORT
     from moa_dist.launch.hostfile import read_hostfile
@@ -145,23 +149,23 @@ def _ranks(own: list[Finding]) -> Iterator[Finding]:
 
 
 class _Report:
-    """Prints each finding when it is known, so that a job that hangs has said what it knew."""
+    """Prints each finding at once, so that a job that hangs has reported what it found."""
 
-    def __init__(self, speaks: bool, as_json: bool) -> None:
-        self._speaks, self._as_json = speaks, as_json
+    def __init__(self, prints: bool, as_json: bool) -> None:
+        self._prints, self._as_json = prints, as_json
         self._findings: list[Finding] = []
 
     def add(self, finding: Finding) -> None:
         self._findings.append(finding)
-        if self._speaks and not self._as_json:
+        if self._prints and not self._as_json:
             print(finding, flush=True)
 
     def finish(self) -> int:
-        """Print what comes last; returns the exit status."""
+        """Print the number of faults, or all findings as JSON; returns the exit status."""
         faults = sum(finding.is_fault for finding in self._findings)
-        if self._speaks and self._as_json:
+        if self._prints and self._as_json:
             findings = [asdict(finding) for finding in self._findings]
             print(json.dumps({"faults": faults, "findings": findings}, indent=2), flush=True)
-        elif self._speaks:
+        elif self._prints:
             print(f"{faults} faults" if faults != 1 else "1 fault", flush=True)
         return 1 if faults else 0

@@ -1,4 +1,4 @@
-"""What a dry run says."""
+"""Formats the result of a dry run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from moa_dist.verify.dry_run import DryRun
 
 
 def as_text(result: DryRun) -> str:
-    """For people: measured beside planned."""
+    """Return measured next to planned numbers, for people."""
     planned = result.planned
     tensors = planned.states.total + planned.computing
     others = result.world_size - 1
     who = f"rank 0 of {result.world_size:,}"
     if result.mirrored:
-        who += f", the other {others:,} its mirror images: communication took no time"
-    memory = "tensors of the GPU" if result.device == "cuda" else "growth of the process"
+        who += f", with {others:,} mirrored ranks: communication took no time"
+    memory = "GPU tensors" if result.device == "cuda" else "growth of the process"
     lines = [
         f"dry run   {who}; nothing was written",
-        f"step      {result.seconds:.3f} s for {result.sequences} sequences of this rank, "
-        f"{short(result.tokens)} tokens of all; loss {result.loss:.3f}",
-        f"memory    {_gib(result.peak)} at the peak ({memory}); planned {_gib(tensors)}",
+        f"step      {result.seconds:.3f} s for {result.sequences} sequences on this rank, "
+        f"{short(result.tokens)} tokens on all ranks; loss {result.loss:.3f}",
+        f"memory    peak {_gib(result.peak)} ({memory}); planned {_gib(tensors)}",
     ]
     if result.reserved:
         lines.append(
             f"          {_gib(result.reserved)} reserved by the allocator; planned "
-            f"{_gib(tensors + planned.margin)}, and {_gib(total(planned.context))} for the context"
+            f"{_gib(tensors + planned.margin)}, plus {_gib(total(planned.context))} for the context"
         )
     parts = {name: total(lines_of) for name, lines_of in planned.parts().items()}
     lines += [f"          {name:<12}{_gib(size):>14}" for name, size in parts.items() if size]

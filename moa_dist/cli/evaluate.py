@@ -1,27 +1,30 @@
-"""`moa-dist eval`: perplexity on held-out text, zero-shot tasks. Arguments and printing only.
+"""`moa-dist eval`: measures perplexity on held-out text, zero-shot tasks and BLEU.
 
-Also started like training, once per rank, which then share the work.
+It may also be started like training, once per rank; the ranks then share the work.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from moa_dist.cli.arguments import between
-from moa_dist.cli.held_out import held_out_data, num_sequences, with_progress
+from moa_dist.cli.arguments import add_json, add_model_path
+from moa_dist.cli.held_out import (
+    add_held_out_arguments,
+    held_out_data,
+    num_sequences,
+    with_progress,
+)
+from moa_dist.cli.output import print_result
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.cli.rank_output import say_once
+from moa_dist.cli.rank_output import run_on_ranks
 from moa_dist.cli.translate import add_search_arguments, warn_of_long_texts
 from moa_dist.data.batches import held_out_batches
 from moa_dist.data.text import read_lines
-from moa_dist.distributed.start import init_distributed
-from moa_dist.errors import DataError, MoaDistError
+from moa_dist.errors import DataError
 from moa_dist.evaluate.bleu import bleu, require_sacrebleu
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
@@ -33,73 +36,51 @@ from moa_dist.evaluate.zero_shot import TASKS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, for its newest checkpoint, of one checkpoint, or of an export",
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="shards to use (the run's data.valid)"
-    )
-    parser.add_argument(
-        "--sequences", type=between(int, 1), metavar="N", help="use only the first N (all)"
-    )
-    parser.add_argument(
-        "--micro-batch", type=between(int, 1), default=8, metavar="B", help="sequences at once (8)"
-    )
+    add_model_path(parser)
+    add_held_out_arguments(parser)
     parser.add_argument(
         "--tasks",
         nargs="+",
         type=_task,
         default=[],
         metavar="NAME=PATH",
-        help=f"zero-shot tasks, of {', '.join(TASKS)}, and the file or folder that holds each; a "
-        "name may come again for more files. Instead of perplexity, or besides it with --data",
+        help=f"zero-shot tasks ({', '.join(TASKS)}) with the file or folder of each; a name may be "
+        "repeated for more files. Replaces perplexity, unless --data is given too",
     )
     parser.add_argument(
         "--bleu",
         nargs=2,
         type=Path,
         metavar=("SOURCE", "REFERENCE"),
-        help="files with a text per line: translate the one and compare with the other by "
-        "sacrebleu, instead of perplexity, or besides it with --data",
+        help="files with one text per line: translate SOURCE and score it against REFERENCE with "
+        "sacrebleu. Replaces perplexity, unless --data is given too",
     )
     add_search_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
 
 
 def _task(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not path:
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be NAME=PATH, such as blimp=blimp.jsonl; name the run before --tasks"
+            f"{text!r} must be NAME=PATH, such as blimp=blimp.jsonl; put the run before --tasks"
         )
     if name not in TASKS:
-        raise argparse.ArgumentTypeError(f"{name!r} is not a task; known are {', '.join(TASKS)}")
+        raise argparse.ArgumentTypeError(f"unknown task {name!r}; available: {', '.join(TASKS)}")
     return name, Path(path)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the result; returns the exit status."""
-    if "RANK" not in os.environ:
-        _evaluate(args, rank=0, world_size=1)
-        return 0
-    try:
-        with init_distributed() as context:
-            _evaluate(args, context.rank, context.world_size)
-    except MoaDistError as error:
-        say_once(int(os.environ["RANK"]), str(error))
-        return 2
-    return 0
+    """Evaluate and print the results; returns the exit status."""
+    return run_on_ranks(partial(_evaluate, args))
 
 
 def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     with_text = args.data is not None or not (args.tasks or args.bleu)
     if args.sequences is not None and not with_text:
         raise DataError(
-            "--sequences counts sequences of held-out text, and --tasks and --bleu use all of "
-            "their files: leave it out, or add --data"
+            "--sequences counts sequences of held-out text, but --tasks and --bleu use whole "
+            "files: omit it, or add --data"
         )
     examples = _read_tasks(args.tasks)
     trained = load_trained(args.path)
@@ -115,9 +96,9 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
         report |= _perplexity(args, trained, rank, world_size)
     results = _run_tasks(examples, scorer_of(trained, args.micro_batch), rank)
     if rank == 0:
-        tasks = {"tasks": {name: _as_json(result) for name, result in results.items()}}
-        as_json = json.dumps(report | (tasks if results else {}), indent=2)
-        print(as_json if args.json else _as_text(report, results), flush=True)
+        if results:
+            report["tasks"] = {name: _as_json(result) for name, result in results.items()}
+        print_result(report, _as_text, as_json=args.json)
 
 
 def _bleu(args: argparse.Namespace, trained: Trained, rank: int) -> dict[str, Any]:
@@ -163,7 +144,7 @@ def _perplexity(
 
 
 def _read_tasks(tasks: list[tuple[str, Path]]) -> dict[str, dict[Path, list[Any]]]:
-    """Examples by task and file; what is wrong with a file shows before the work."""
+    """Read examples by task and file, so that a wrong file is reported before the work."""
     paths: dict[str, list[Path]] = {}
     for name, path in tasks:
         paths.setdefault(name, []).append(path)
@@ -195,7 +176,7 @@ def _as_json(result: Result) -> dict[str, Any]:
     }
 
 
-def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
+def _as_text(report: dict[str, Any]) -> str:
     lines = [f"{report['checkpoint']} (step {report['step']:,})"]
     if "loss" in report:
         lines += [
@@ -213,21 +194,28 @@ def _as_text(report: dict[str, Any], results: dict[str, Result]) -> str:
             f"  BLEU           {found['score']:.2f}",
             f"  signature      {found['signature']}",
         ]
-    for task, result in results.items():
-        lines.append(f"{task}, {result.num_examples:,} examples")
-        if result.num_cut:
-            lines[-1] += f"; {result.num_cut:,} longer than the model sees, their beginning cut off"
-        lines += _table("", result.metrics)
-        for kind, members in result.groups.items():
-            if len(members) > 1:
-                lines.append(f"  accuracy by {kind}")
-                lines += _table("  ", members)
+    for task, result in report.get("tasks", {}).items():
+        lines += _task_lines(task, result)
     return "\n".join(lines)
 
 
-def _table(indent: str, means: dict[str, Mean]) -> list[str]:
+def _task_lines(task: str, result: dict[str, Any]) -> list[str]:
+    lines = [f"{task}, {result['examples']:,} examples"]
+    if result["cut"]:
+        lines[0] += f"; {result['cut']:,} exceed the model's sequence length and lost their start"
+    metrics = {name: each for name, each in result.items() if isinstance(each, dict)}
+    groups = metrics.pop("groups")
+    lines += _table("", metrics)
+    for kind, members in groups.items():
+        if len(members) > 1:
+            lines.append(f"  accuracy by {kind}")
+            lines += _table("  ", members)
+    return lines
+
+
+def _table(indent: str, means: dict[str, dict[str, float]]) -> list[str]:
     width = max(map(len, means))
     return [
-        f"  {indent}{name:<{width}}  {value:.4f} ± {error:.4f}"
-        for name, (value, error) in means.items()
+        f"  {indent}{name:<{width}}  {mean['value']:.4f} ± {mean['standard_error']:.4f}"
+        for name, mean in means.items()
     ]

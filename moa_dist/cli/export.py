@@ -1,4 +1,4 @@
-"""`moa-dist export`: a trained model as a folder for us, or for transformers' own JetMoE."""
+"""`moa-dist export`: writes a trained model in our format, or as a transformers JetMoE."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moa_dist.cli.arguments import add_model_path
 from moa_dist.evaluate.export import MODEL_FILE, export
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.units import short
@@ -21,32 +22,26 @@ _FORMATS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, for its newest checkpoint, or of one checkpoint",
-    )
+    add_model_path(parser, with_exports=False)
     parser.add_argument(
         "output",
         type=Path,
         metavar="OUT",
-        help=f"folder to be made, with {MODEL_FILE}, a configuration and tokenizer.json",
+        help=f"folder to create, with {MODEL_FILE}, a configuration and tokenizer.json",
     )
     parser.add_argument(
         "--format",
         choices=_FORMATS,
         default="moa-dist",
-        help="whose files to write: ours (moa-dist), or, for a model that is one, those of "
-        "transformers' JetMoE",
+        help="our files (moa-dist), or those of transformers' JetMoE, if the model is one",
     )
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="fp32", help="of the weights in the file (fp32)"
+        "--dtype", choices=_DTYPES, default="fp32", help="type of the weights in the file (fp32)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write it and say where; returns the exit status."""
+    """Write the files and print how to load them; returns the exit status."""
     write, how_to_load = _FORMATS[args.format]
     checkpoint = find_checkpoint(args.path)
     written = write(checkpoint, args.output, _DTYPES[args.dtype])

@@ -1,4 +1,4 @@
-"""`moa-dist hang`: ask a job that trains which of its ranks waits for what."""
+"""`moa-dist hang`: asks a running job which of its ranks waits for what."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ _POLL_S = 0.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run that is training")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a running job")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, wait, print; returns the exit status."""
+    """Request a report from the job, wait for it and print it; returns the exit status."""
     if not args.run.is_dir():
-        raise DataError(f"{args.run}: no run: name the folder that training writes, runs/NAME")
+        raise DataError(
+            f"{args.run}: not a run; pass the folder that training writes, such as runs/NAME"
+        )
     folder = args.run / FOLDER
     folder.mkdir(exist_ok=True)
     before = set(folder.glob(f"*/{SUMMARY}"))
@@ -32,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
     if not _within(_TAKEN_S, lambda: not request.exists()):
         request.unlink(missing_ok=True)
         raise ClusterError(
-            f"{args.run}: nobody answers: no job trains in this folder, or its rank 0 is stopped"
+            f"{args.run}: no answer: no job is training in this folder, or its rank 0 is stopped"
         )
     if not _within(_ANSWER_S, lambda: set(folder.glob(f"*/{SUMMARY}")) > before):
-        raise ClusterError(f"{args.run}: rank 0 was asked, but ended before it answered")
+        raise ClusterError(
+            f"{args.run}: rank 0 accepted the request, but exited before it answered"
+        )
     (answer,) = set(folder.glob(f"*/{SUMMARY}")) - before
     print(answer.read_text(encoding="utf-8"), end="")
     return 0

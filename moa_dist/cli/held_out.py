@@ -1,11 +1,13 @@
-"""Held-out text for commands that let a trained model read it."""
+"""Held-out data for commands that run a trained model on it."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.data.manifest import AnyManifest, PairManifest, load_manifest, load_pair_manifest
 from moa_dist.errors import DataError
@@ -14,29 +16,42 @@ from moa_dist.evaluate.trained import Trained
 Item = TypeVar("Item")
 
 
-def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
-    """The folder of shards to read, by default the run's, and its manifest.
+def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which held-out data to read, how much of it, and how much at once."""
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="shards to read (the run's data.valid)"
+    )
+    parser.add_argument(
+        "--sequences", type=between(int, 1), metavar="N", help="read only the first N (all)"
+    )
+    parser.add_argument(
+        "--micro-batch", type=between(int, 1), default=8, metavar="B", help="sequences at once (8)"
+    )
 
-    Raises DataError if it is not there or does not fit the model.
+
+def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
+    """Return the folder of shards to read, by default the run's, and its manifest.
+
+    Raises DataError if it does not exist or does not match the model.
     """
     data = trained.config.data
     if chosen is None and data.valid is None:
         raise DataError(
-            f"{trained.folder}: the run has no validation data (data.valid); name a folder of "
+            f"{trained.folder}: the run has no validation data (data.valid); pass a folder of "
             "shards with --data"
         )
     folder = Path(data.valid or "") if chosen is None else chosen
     if chosen is None and not folder.is_dir():
         raise DataError(
-            f"{folder}: the run's validation data (data.valid) is not here; start from the folder "
-            "that the run was started in, or name a folder of shards with --data"
+            f"{folder}: the run's validation data (data.valid) was not found; start in the folder "
+            "where the run was started, or pass a folder of shards with --data"
         )
     pairs = trained.config.model.objective == "translation"
     manifest: AnyManifest = load_pair_manifest(folder) if pairs else load_manifest(folder)
     problems = []
     if manifest.tokenizer_sha256 != trained.tokenizer_sha256:
         problems.append(
-            f"{folder}: prepared with another tokenizer than the run's; prepare it again with "
+            f"{folder}: prepared with a different tokenizer than the run's; prepare it again with "
             f"--tokenizer {trained.tokenizer_file.parent}"
         )
     if manifest.block_length != data.sequence_length:
@@ -51,7 +66,7 @@ def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManif
 
 
 def num_sequences(manifest: AnyManifest, wanted: int | None) -> int:
-    """Samples or pairs to read: the wanted ones, but no more than there are; None means all."""
+    """Return how many samples or pairs to read: `wanted`, or all if fewer exist or it is None."""
     held_out = manifest.pairs if isinstance(manifest, PairManifest) else manifest.num_samples
     return min(wanted or held_out, held_out)
 
@@ -63,9 +78,9 @@ def with_progress(
     size: Callable[[Item], int],
     world_size: int = 1,
 ) -> Iterator[Item]:
-    """The batches of rank 0, of `total` sequences on all ranks; the others are about as far.
+    """Yield the batches of rank 0 and print progress, as if all ranks were equally far.
 
-    `size` tells the sequences of a batch.
+    `total` counts the sequences of all ranks, `size` those of one batch.
     """
     progress, done = ProgressLine(), 0
     progress(doing, done, total)

@@ -1,10 +1,11 @@
-"""`moa-dist import`: a run that starts from a model of transformers; see `moa_dist.transfer`."""
+"""`moa-dist import`: starts a run from a transformers model; see `moa_dist.transfer`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from moa_dist.cli.arguments import add_overrides
 from moa_dist.evaluate.export import CONFIG_FILE
 from moa_dist.observe.units import short
 from moa_dist.transfer.jetmoe_files import import_jetmoe
@@ -12,25 +13,23 @@ from moa_dist.transfer.jetmoe_files import import_jetmoe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("format", choices=["jetmoe"], help="what the folder holds")
+    parser.add_argument("format", choices=["jetmoe"], help="kind of model in the folder")
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="that save_pretrained has written"
+        "folder", type=Path, metavar="FOLDER", help="folder that save_pretrained wrote"
     )
-    parser.add_argument("output", type=Path, metavar="RUN", help="the run's folder, to be made")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help=f"settings of its {CONFIG_FILE}, such as data.train=FOLDER; training takes them too",
+    parser.add_argument("output", type=Path, metavar="RUN", help="run folder to create")
+    add_overrides(
+        parser,
+        f"settings of the new {CONFIG_FILE}, such as data.train=FOLDER; training takes them too",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the run and say how to go on; returns the exit status."""
+    """Create the run and print how to train it; returns the exit status."""
     imported = import_jetmoe(args.folder, args.output, args.overrides)
     print(f"{args.output}: {short(imported.num_bytes)}B of weights, at step 0")
     if imported.without_tokenizer is not None:
-        print(f"without a tokenizer, by which to evaluate: {imported.without_tokenizer}")
+        print(f"no tokenizer, which evaluation needs: {imported.without_tokenizer}")
     print(f"to train it: python launcher/train.py --config {args.output / CONFIG_FILE}", end="")
     given = any(override.startswith("data.train=") for override in args.overrides)
     print("" if given else " data.train=FOLDER")

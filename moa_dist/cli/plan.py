@@ -1,11 +1,11 @@
-"""`moa-dist plan`: what a run costs. Arguments and choices; the rest is in `moa_dist.plan`."""
+"""`moa-dist plan`: counts what a run costs before it starts; `moa_dist.plan` does the work."""
 
 from __future__ import annotations
 
 import argparse
-import json
 
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_json, add_overrides, between
+from moa_dist.cli.output import print_result
 from moa_dist.cli.plan_cluster import cluster_as_json, cluster_as_text
 from moa_dist.cli.plan_counts import counts_as_json, counts_as_text
 from moa_dist.config import Config, find_layout_problems, load_config
@@ -18,9 +18,14 @@ _MOST_GPUS = 65536
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("path", metavar="CONFIG", help="YAML configuration")
+    add_overrides(parser)
+    add_json(parser)
+    _add_layout_arguments(parser)
+    _add_cluster_arguments(parser)
+
+
+def _add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout")
     layout.add_argument(
         "--world-size", type=between(int, 1), metavar="W", help="number of ranks (expert_parallel)"
@@ -29,49 +34,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-parallel",
         type=between(int, 1),
         metavar="EP",
-        help="instead of the configuration's parallel.expert_parallel",
+        help="overrides parallel.expert_parallel",
     )
     layout.add_argument(
         "--zero-stage",
         type=int,
         choices=range(4),
-        help="instead of the configuration's parallel.zero_stage",
+        help="overrides parallel.zero_stage",
     )
     layout.add_argument(
         "--memory-gib",
         type=between(float, 0),
         metavar="GIB",
-        help="memory of a rank, for expert_exchange auto (without it memory is no object), and "
-        "with --gpus instead of the data sheet's",
+        help="memory per rank, for expert_exchange auto (default: unlimited, or with --gpus the "
+        "data sheet's)",
     )
+
+
+def _add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group(
-        "cluster", "memory, time and the best layouts on GPUs, in place of counts"
+        "cluster", "print memory, time and the best layouts on GPUs instead of counts"
     )
     cluster.add_argument(
-        "--gpus", type=between(int, 1, _MOST_GPUS), metavar="N", help="how many there are"
+        "--gpus", type=between(int, 1, _MOST_GPUS), metavar="N", help="number of GPUs"
     )
-    cluster.add_argument("--gpu", choices=GPUS, default="h100", help="which (default %(default)s)")
+    cluster.add_argument(
+        "--gpu", choices=GPUS, default="h100", help="GPU model (default %(default)s)"
+    )
     cluster.add_argument(
         "--gpus-per-node",
         type=between(int, 1, _MOST_GPUS),
         default=8,
         metavar="N",
-        help="joined by fast links (default %(default)s)",
+        help="GPUs joined by fast links (default %(default)s)",
     )
     for option, meaning in (
-        ("--link-gb", "GB/s that a GPU sends to others of its node"),
+        ("--link-gb", "GB/s that a GPU sends within its node"),
         ("--network-gb", "GB/s that a GPU sends to other nodes"),
     ):
         cluster.add_argument(
             option,
             type=between(float, 1e-3),
             metavar="GB",
-            help=f"{meaning}, instead of the data sheet's",
+            help=f"{meaning} (default: data sheet)",
         )
     for name, meaning in (
-        ("matmul", "the peak FLOPs that products reach"),
-        ("memory", "the memory's bandwidth that rows of experts reach"),
-        ("network", "a link's bandwidth that collectives reach"),
+        ("matmul", "the peak FLOPs that matrix products reach"),
+        ("memory", "memory bandwidth that expert rows reach"),
+        ("network", "link bandwidth that collectives reach"),
     ):
         cluster.add_argument(
             f"--{name}-efficiency",
@@ -85,12 +95,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=between(int, 1),
         default=8,
         metavar="N",
-        help="how many of the best to show (default %(default)s)",
+        help="number of best layouts to show (default %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan; a layout without meaning raises `ConfigError`."""
+    """Print the plan; returns the exit status.
+
+    Raises ConfigError for a layout that cannot exist.
+    """
     overrides = list(args.overrides)
     if args.expert_parallel is not None:
         overrides.append(f"parallel.expert_parallel={args.expert_parallel}")
@@ -103,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             args.matmul_efficiency, args.memory_efficiency, args.network_efficiency
         )
         plan = cluster_as_json(config, cluster, assumed, args.layouts)
-        print(json.dumps(plan, indent=2) if args.json else cluster_as_text(plan))
+        print_result(plan, cluster_as_text, as_json=args.json)
         return 0
     ep = config.parallel.expert_parallel
     world_size = args.world_size or ep
@@ -111,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         problems = find_layout_problems(config, world_size)
         raise ConfigError(problems, f"{args.path} on {world_size} ranks")
     plan = counts_as_json(config, world_size, _bytes(args.memory_gib))
-    print(json.dumps(plan, indent=2) if args.json else counts_as_text(plan))
+    print_result(plan, counts_as_text, as_json=args.json)
     return 0
 
 
@@ -121,10 +134,10 @@ def _bytes(gib: float | None) -> int | None:
 
 def _cluster(args: argparse.Namespace, config: Config) -> Cluster:
     if args.world_size not in (None, args.gpus):
-        raise ConfigError(["--gpus is the number of ranks already: leave out --world-size"])
+        raise ConfigError(["--gpus already gives the number of ranks: omit --world-size"])
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise ConfigError(
-            [f"{args.gpus} GPUs do not fill nodes of {args.gpus_per_node}: see --gpus-per-node"]
+            [f"--gpus {args.gpus} is not a multiple of --gpus-per-node {args.gpus_per_node}"]
         )
     gpu = with_figures(
         GPUS[args.gpu],
@@ -135,8 +148,8 @@ def _cluster(args: argparse.Namespace, config: Config) -> Cluster:
     if gpu.flops(config.train.precision) is None:
         raise ConfigError(
             [
-                f"`train.precision` is {config.train.precision}, for which no GPU's speed is "
-                "known; add train.precision=bf16"
+                f"`train.precision` is {config.train.precision}, for which GPU speeds are unknown; "
+                "add train.precision=bf16"
             ]
         )
     return Cluster(args.gpus, min(args.gpus_per_node, args.gpus), gpu)

@@ -1,4 +1,4 @@
-"""What `moa-dist plan --gpus` says of a run on a cluster: memory, time, the best layouts."""
+"""Results of `moa-dist plan --gpus`: a run's memory and time on a cluster, and its best layouts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from moa_dist.plan.time import Assumptions
 _TITLES = {
     "masters": "fp32 masters",
     "moments": "optimizer moments",
-    "gathered": "gathered, waiting",
+    "gathered": "gathered experts, in flight",
     "kept": "activations",
-    "working": "passing activations",
+    "working": "temporary activations",
     "buffers": "communication buffers",
-    "updating": "while updating, when activations are gone",
+    "updating": "optimizer step, after activations are freed",
     "context": "context",
 }
 
@@ -29,7 +29,7 @@ _TITLES = {
 def cluster_as_json(
     config: Config, cluster: Cluster, assumed: Assumptions, num_layouts: int
 ) -> dict[str, Any]:
-    """Everything by name. Raises `ConfigError` if the cluster has no layout at all."""
+    """Return the plan as JSON types. Raises ConfigError if the cluster allows no layout at all."""
     planner = Planner(config, cluster, assumed)
     problems = find_layout_problems(config, cluster.num_gpus)
     fitting, reasons = planner.ranked()
@@ -65,7 +65,7 @@ def cluster_as_json(
 
 
 def _configured(planner: Planner) -> dict[str, Any] | None:
-    """The configuration's own layout, None if it has no meaning on the cluster."""
+    """Return the configuration's own layout in detail; None if it does not divide the cluster."""
     config, num_gpus = planner.config, planner.cluster.num_gpus
     parallel, train = config.parallel, config.train
     if num_gpus % parallel.expert_parallel or train.global_batch % (num_gpus * train.micro_batch):
@@ -80,7 +80,7 @@ def _configured(planner: Planner) -> dict[str, Any] | None:
 
 
 def _in_detail(planned: Planned, available: int) -> dict[str, Any]:
-    """Line by line."""
+    """Return a layout with every line of its memory and time."""
     memory = planned.memory
     return _in_short(planned) | {
         "memory": {
@@ -111,19 +111,18 @@ def _in_short(planned: Planned) -> dict[str, Any]:
 
 
 def cluster_as_text(plan: dict[str, Any]) -> str:
-    """The same for people."""
+    """Format the result of `cluster_as_json` for people."""
     cluster, parameters = plan["cluster"], plan["parameters"]
     lines = [
-        f"{plan['name']}, {parameters['total']:,} parameters, {parameters['active']:,} of them "
-        f"for a token, on {cluster['gpus']:,} {cluster['gpu']} in nodes of "
-        f"{cluster['gpus_per_node']}",
+        f"{plan['name']}, {parameters['total']:,} parameters, {parameters['active']:,} active per "
+        f"token, on {cluster['gpus']:,} {cluster['gpu']} in nodes of {cluster['gpus_per_node']}",
     ]
     if plan["detailed"]:
         lines += ["", f"{plan['detailed']['title']}: {plan['detailed']['layout']}"]
         lines += _memory_lines(plan["detailed"], cluster["memory_bytes"])
         lines += _time_lines(plan["detailed"])
     if plan["problems"]:
-        lines += ["", "to start as configured on these GPUs, first:"]
+        lines += ["", "fix these to start as configured on these GPUs:"]
         lines += [f"  - {problem}" for problem in plan["problems"]]
     lines += _layout_lines(plan)
     lines += ["", "assumed", *(f"  {line}" for line in _assumptions(plan))]
@@ -140,10 +139,10 @@ def _memory_lines(detailed: dict[str, Any], available: int) -> list[str]:
     rows += [
         ("  margin", detailed["margin_bytes"]),
         ("  total", detailed["bytes"]),
-        ("  there is", available),
+        ("  available", available),
     ]
     width = max(len(text) for text, _ in rows)
-    lines = ["", "MiB of a GPU at the peak"]
+    lines = ["", "peak MiB per GPU"]
     lines += [f"{text:<{width}}{num_bytes / 2**20:>12,.1f}" for text, num_bytes in rows]
     if detailed["too_much"]:
         lines.append(f"  does not fit: {detailed['too_much']}")
@@ -156,7 +155,7 @@ def _time_lines(detailed: dict[str, Any]) -> list[str]:
         for span in detailed["time"]
     ]
     width = max(len(text) for text, *_ in rows)
-    lines = ["", f"{'ms of a step':<{width}}{'alone':>10}{'exposed':>10}"]
+    lines = ["", f"{'ms per step':<{width}}{'alone':>10}{'exposed':>10}"]
     for text, alone, exposed in rows:
         lines.append(f"{text:<{width}}{alone * 1e3:>10,.1f}{exposed * 1e3:>10,.1f}")
     lines.append(f"{'  step':<{width + 10}}{detailed['seconds'] * 1e3:>10,.1f}")
@@ -171,7 +170,7 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
     shown, num_fitting = plan["layouts"], plan["num_fitting"]
     lines = [""]
     if shown:
-        lines.append(f"the best {len(shown)} of {num_fitting:,} layouts that fit")
+        lines.append(f"best {len(shown)} of {num_fitting:,} layouts that fit")
         lines.append(
             f"  {'':<74}{'GiB':>8}{'s/step':>9}{'MFU':>7}{'tokens/s':>10}{'all steps':>11}"
         )
@@ -182,9 +181,9 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
             f"{duration(entry['days'] * 86400):>11}"
         )
     if shown:
-        lines.append(f"  the first by: {' '.join(shown[0]['overrides'])}")
+        lines.append(f"  overrides of the first: {' '.join(shown[0]['overrides'])}")
     if plan["do_not_fit"]:
-        lines += ["", "do not fit, with what each needs at least"]
+        lines += ["", "do not fit, with the least memory that each needs"]
         lines += [f"  {reason}" for reason in plan["do_not_fit"]]
     return lines
 
@@ -192,18 +191,18 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
 def _assumptions(plan: dict[str, Any]) -> list[str]:
     cluster, assumed = plan["cluster"], plan["assumed"]
     return [
-        f"{cluster['gpu']} by its data sheet, dense: {short(cluster['flops'])} FLOPs/s in "
-        f"{cluster['precision']}, {short(cluster['memory_bytes'])} B of memory at "
-        f"{short(cluster['memory_bandwidth'])} B/s",
-        f"a GPU sends {short(cluster['link_bandwidth'])} B/s inside a node and "
-        f"{short(cluster['network_bandwidth'])} B/s to others; a collective takes "
-        f"{cluster['link_latency'] * 1e6:g} or {cluster['network_latency'] * 1e6:g} us more",
-        f"reached: {assumed['matmul_efficiency']:.0%} of FLOPs by products, "
-        f"{assumed['memory_efficiency']:.0%} of the memory's bandwidth by rows, "
-        f"{assumed['network_efficiency']:.0%} of links by collectives",
-        "routers choose evenly, nothing is dropped or padded; norms, routers' scores and the "
-        "softmax take no time of their own",
-        "hidden behind computation: gradients at ZeRO 2 and 3 and parameters at ZeRO 3, each "
-        "behind half of it; nothing else",
-        f"the allocator loses {assumed['fragmented']:.0%} of all but states",
+        f"{cluster['gpu']} data sheet, dense: {short(cluster['flops'])} FLOPs/s in "
+        f"{cluster['precision']}, {short(cluster['memory_bytes'])}B of memory at "
+        f"{short(cluster['memory_bandwidth'])}B/s",
+        f"a GPU sends {short(cluster['link_bandwidth'])}B/s within its node and "
+        f"{short(cluster['network_bandwidth'])}B/s to other nodes; latency of a collective: "
+        f"{cluster['link_latency'] * 1e6:g} or {cluster['network_latency'] * 1e6:g} us",
+        f"efficiency: matrix products reach {assumed['matmul_efficiency']:.0%} of peak FLOPs, "
+        f"expert rows {assumed['memory_efficiency']:.0%} of memory bandwidth, collectives "
+        f"{assumed['network_efficiency']:.0%} of link bandwidth",
+        "routing is balanced, without drops or padding; norms, router scores and softmax take no "
+        "time",
+        "overlapped with computation: gradients at ZeRO 2 and 3 and parameters at ZeRO 3, each "
+        "with half of it; nothing else",
+        f"fragmentation: {assumed['fragmented']:.0%} of everything except states",
     ]

@@ -1,4 +1,4 @@
-"""What `moa-dist plan` says of a model and of one layout of it: counts, states, traffic."""
+"""Results of `moa-dist plan` for a model and one layout: counts, states, traffic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moa_dist.plan.terms import total
 
 
 def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[str, Any]:
-    """Everything by name; `memory` is that of a rank, for `expert_exchange` auto."""
+    """Return the plan as JSON types; `memory` is bytes per rank, for `expert_exchange` auto."""
     problems = [str(problem) for problem in find_layout_problems(config, world_size)]
     counts = count(config.model, config.data.sequence_length)
     model = meta_model(config)
@@ -76,7 +76,7 @@ def _as_json(
 def _traffic(
     config: Config, world_size: int, decision: Decision, model: LanguageModel
 ) -> dict[str, Any]:
-    """What a rank sends in a step, on average, and what it holds for that."""
+    """Return what a rank sends per step on average, and the memory of gathered weights."""
     traffic = expected_traffic(config, world_size, decision.exchange, model)
     state = expected_state_traffic(config, world_size, model)
     gathered = sum(
@@ -101,7 +101,7 @@ def _traffic(
 
 
 def _traffic_lines(plan: dict[str, Any]) -> list[str]:
-    """By part of a layer and purpose, layers added up."""
+    """Format traffic by part of a layer and purpose, summed over layers."""
     sums: dict[str, list[int]] = {}
     for name, volume in plan["traffic_per_rank_and_step"].items():
         layer, _, purpose = name.partition("/")
@@ -114,14 +114,14 @@ def _traffic_lines(plan: dict[str, Any]) -> list[str]:
         for name, (forward, backward, messages) in sums.items()
     ]
     if lines:
-        lines.insert(0, f"  {'for experts':<20}{'forward':>12}{'backward':>12}{'messages':>12}")
+        lines.insert(0, f"  {'experts':<20}{'forward':>12}{'backward':>12}{'messages':>12}")
     for name, num_bytes in plan["state_bytes_per_rank_and_step"].items():
         lines.append(f"  {name:<20}{num_bytes / 2**20:>12,.1f}")
     return lines
 
 
 def counts_as_text(plan: dict[str, Any]) -> str:
-    """The same for people."""
+    """Format the result of `counts_as_json` for people."""
     parameters, macs, layout = plan["parameters"], plan["macs"], plan["layout"]
     lines = [
         f"{plan['name']} on W {layout['world_size']} = ep {layout['expert_parallel']} x edp "
@@ -130,7 +130,7 @@ def counts_as_text(plan: dict[str, Any]) -> str:
         "parameters",
         *(f"  {name.replace('_', ' '):<12}{n:>16,}" for name, n in parameters.items()),
         "",
-        f"multiply-accumulates, forward over one sequence of {plan['sequence_length']} tokens",
+        f"multiply-accumulates, forward pass over one sequence of {plan['sequence_length']} tokens",
         *(
             f"  {name:<12}{short(n):>16}"
             for name, n in (
@@ -144,11 +144,11 @@ def counts_as_text(plan: dict[str, Any]) -> str:
     ]
     if plan["travelling_weights_bytes"]:
         held = plan["travelling_weights_bytes"] / 2**20
-        lines.append(f"  experts of other ranks, until the backward pass is over: {held:,.1f} more")
-    lines += ["", "MiB that a rank sends to others in a step, if routers choose evenly"]
+        lines.append(f"  plus {held:,.1f} for gathered experts, until the backward pass ends")
+    lines += ["", "MiB that a rank sends to others per step, if routing is balanced"]
     lines += _traffic_lines(plan)
     lines += [f"  {part}: {why}" for part, why in plan["expert_exchange"].items()]
     if layout["problems"]:
-        lines += ["", "to start on these ranks, first:"]
+        lines += ["", "fix these to start on these ranks:"]
         lines += [f"  - {problem}" for problem in layout["problems"]]
     return "\n".join(lines)

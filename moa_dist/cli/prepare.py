@@ -1,4 +1,4 @@
-"""`moa-dist prepare`: text to shards. Arguments and printing only; see `moa_dist.data.prepare`."""
+"""`moa-dist prepare`: turns text into token shards; `moa_dist.data.prepare` does the work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,42 @@ from moa_dist.errors import DataError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    _add_text_arguments(parser)
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder to create"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=1024, metavar="L", help="tokens per sequence (1024)"
+    )
+    parser.add_argument(
+        "--valid-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="hold out this share of documents: writes DIR/train and DIR/valid (0: all in DIR)",
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=8000, help="size of the tokenizer to train (8000)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="use this tokenizer.json instead of training one",
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=DEFAULT_SAMPLES_PER_SHARD,
+        metavar="N",
+        help=f"samples per shard, at most ({DEFAULT_SAMPLES_PER_SHARD})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    parser.add_argument("--force", action="store_true", help="replace existing data in DIR")
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what to read, and how to split it into documents."""
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument(
         "--input",
@@ -27,58 +63,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar=("SOURCE", "TARGET"),
-        help="instead, for translation: files (also .gz, .bz2, .xz) whose lines are translations "
-        "of each other; may come again for more. Pairs with an empty text, or one of more than "
-        "--sequence-length tokens, are left out. Hold-out options are not for these: prepare "
-        "validation files by themselves, with --tokenizer",
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
-    parser.add_argument(
-        "--sequence-length", type=int, default=1024, metavar="L", help="tokens per sequence (1024)"
-    )
-    parser.add_argument(
-        "--valid-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="hold out this share of the documents; writes DIR/train and DIR/valid (0: all in DIR)",
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=8000, help="size of the tokenizer to train (8000)"
-    )
-    parser.add_argument(
+        help="for translation, instead of --input: files (also .gz, .bz2, .xz) whose lines are "
+        "translations of each other; may be repeated. Pairs with an empty text, or one of more "
+        "than --sequence-length tokens, are skipped. Prepare validation files separately, with "
         "--tokenizer",
-        type=Path,
-        metavar="FILE",
-        help="use this tokenizer.json instead of training one",
     )
     parser.add_argument(
         "--documents",
         choices=["file", "blank-line"],
         default="file",
-        help="what a document of plain text is: a whole file, or lines up to a blank one (file)",
+        help="how plain text splits into documents: by file, or at blank lines (file)",
     )
     parser.add_argument(
-        "--json-field", default="text", metavar="NAME", help="field of JSON Lines to read (text)"
+        "--json-field", default="text", metavar="NAME", help="JSON Lines field to read (text)"
     )
     parser.add_argument(
         "--errors",
         choices=["strict", "replace"],
         default="strict",
-        help="text that is not UTF-8: stop, or replace and count (strict)",
+        help="if text is not UTF-8: stop, or replace and count it (strict)",
     )
     parser.add_argument(
         "--max-bytes", type=int, metavar="N", help="use only the first N bytes of text"
     )
-    parser.add_argument(
-        "--samples-per-shard",
-        type=int,
-        default=DEFAULT_SAMPLES_PER_SHARD,
-        metavar="N",
-        help=f"the most samples in a shard ({DEFAULT_SAMPLES_PER_SHARD})",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (0)")
-    parser.add_argument("--force", action="store_true", help="replace data prepared earlier")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +113,9 @@ def _prepare_pairs(args: argparse.Namespace) -> int:
     for name, default in (("valid_share", 0.0), ("max_bytes", None)):
         if getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
-            raise DataError(f"{option} does not go with --pairs; prepare other files by themselves")
+            raise DataError(
+                f"{option} cannot be combined with --pairs; prepare separate files instead"
+            )
     made = prepare_pairs(
         [PairFiles(*pair) for pair in args.pairs],
         args.output,
@@ -121,7 +130,7 @@ def _prepare_pairs(args: argparse.Namespace) -> int:
     print(
         f"{args.output}: {made.pairs:,} pairs of {made.source_tokens:,} and "
         f"{made.target_tokens:,} tokens (vocabulary {made.vocab_size:,}) in {len(made.shards):,} "
-        f"shards; left out {made.skipped:,} with an empty text or one of more than "
+        f"shards; skipped {made.skipped:,} with an empty text or one of more than "
         f"{made.block_length:,} tokens"
     )
     return 0

@@ -7,7 +7,7 @@ import time
 
 
 class ProgressLine:
-    """One line per stage: rewritten on a terminal, printed now and then elsewhere."""
+    """Prints one line per stage, rewritten on a terminal and repeated now and then elsewhere."""
 
     def __init__(self) -> None:
         self._what = ""
@@ -16,7 +16,7 @@ class ProgressLine:
         self._finished = False
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` units of `what` are finished."""
+        """Report that `done` of `total` units of the stage `what` are finished."""
         now = time.monotonic()
         if what != self._what:
             self._what, self._started, self._next, self._finished = what, now, now, False

@@ -1,17 +1,18 @@
-"""`moa-dist recipes`: the configurations that come with the package, and what they cost.
+"""`moa-dist recipes`: lists the configurations in the package, with the sizes of their models.
 
-Printing only; see `moa_dist.config.recipe`. Every number is counted, none is written down.
+All numbers are counted from the configurations; `moa_dist.config.recipe` reads the rest.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from moa_dist.cli.arguments import add_json
+from moa_dist.cli.output import print_result
 from moa_dist.config import Config, load_config
 from moa_dist.config.recipe import Recipe, read_recipe, shipped_recipes
 from moa_dist.config.run import tokens_per_sample
@@ -23,23 +24,27 @@ from moa_dist.observe.units import short
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one of them, such as moeut/244m")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="show one in full, such as moeut/244m"
+    )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print all recipes as a table, or one in full; an unknown name raises `ConfigError`."""
+    """Print all recipes as a table, or one in full; returns the exit status.
+
+    Raises ConfigError for an unknown name.
+    """
     paths = shipped_recipes()
     if args.name is None:
         described = [_describe(name, path) for name, path in paths.items()]
-        print(json.dumps(described, indent=2) if args.json else _table(described))
+        print_result(described, _table, as_json=args.json)
         return 0
     if args.name not in paths:
         meant = closest(args.name, paths)
-        hint = f"; did you mean `{meant}`?" if meant else "; moa-dist recipes lists all"
-        raise ConfigError([f"there is no recipe `{args.name}`{hint}"], "moa-dist recipes")
-    described_one = _describe(args.name, paths[args.name])
-    print(json.dumps(described_one, indent=2) if args.json else _in_full(described_one))
+        hint = f"; did you mean `{meant}`?" if meant else "; `moa-dist recipes` lists all"
+        raise ConfigError([f"unknown recipe `{args.name}`{hint}"], "moa-dist recipes")
+    print_result(_describe(args.name, paths[args.name]), _in_full, as_json=args.json)
     return 0
 
 
@@ -52,7 +57,7 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
         **recipe.model_dump(),
         "parameters": counts.total,
         "active_parameters": counts.active,
-        # Of a forward over a whole sequence, as the papers count, without the output head.
+        # For a forward pass over a whole sequence, without the output head, as papers count.
         "macs_per_token": counts.block_macs / counts.sequence_length,
         "tokens": config.train.steps * config.train.global_batch * tokens_per_sample(config),
         "file": str(_near(path)),
@@ -61,7 +66,7 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
 
 
 def _near(path: Path) -> str:
-    """From the working directory if the file lies below it."""
+    """Return the path relative to the working directory if the file lies below it."""
     resolved = path.resolve()
     here = Path.cwd()
     return os.path.relpath(resolved) if resolved.is_relative_to(here) else str(resolved)
@@ -92,17 +97,17 @@ def _table(described: list[dict[str, Any]]) -> str:
         f"{macs:>{widths[3]}}  {row}"
         for name, total, active, macs, row in [head, *rows]
     ]
-    about = "MACs: forward, output head apart. One in full: moa-dist recipes NAME"
+    about = "MACs: forward pass without the output head. Details: moa-dist recipes NAME"
     return "\n".join([*lines, "", about])
 
 
 def _in_full(each: dict[str, Any]) -> str:
     numbers = (
         f"{short(each['parameters'])} parameters, {short(each['active_parameters'])} active per "
-        f"token; {short(each['macs_per_token'])} multiply-accumulates per token, forward, output "
-        f"head apart; trained on {short(each['tokens'])} tokens"
+        f"token; {short(each['macs_per_token'])} multiply-accumulates per token in the forward "
+        f"pass without the output head; trained on {short(each['tokens'])} tokens"
     )
-    told = {
+    fields = {
         "paper": each["paper"],
         "row": each["row"],
         "size": numbers,
@@ -110,10 +115,10 @@ def _in_full(each: dict[str, Any]) -> str:
         "file": each["file"],
     }
     lines = [each["name"]]
-    for label, text in told.items():
+    for label, text in fields.items():
         lines += textwrap.wrap(
             text, 98, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10,
             break_on_hyphens=False, break_long_words=False,
         )  # fmt: skip
-    # In one line, to be copied.
+    # On one line, so that it can be copied.
     return "\n".join([*lines, f"  start   {each['command']}"])

@@ -1,11 +1,11 @@
-"""`moa-dist report`: runs as one HTML page. Arguments and writing only; see `moa_dist.report`."""
+"""`moa-dist report`: writes one HTML page about runs; `moa_dist.report` makes it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from moa_dist.errors import DataError
+from moa_dist.cli.output import not_written
 from moa_dist.observe.units import short
 from moa_dist.report.page import page
 from moa_dist.report.read import read_run
@@ -20,22 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="page to write (report.html in RUN; of several, comparison.html in the first)",
+        help="page to write (report.html in RUN, or comparison.html in the first of several)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and say where; returns the exit status."""
+    """Write the page and print where; returns the exit status."""
     runs = [read_run(folder) for folder in args.runs]
     name = "report.html" if len(runs) == 1 else "comparison.html"
     output: Path = args.output or args.runs[0] / name
-    # Names of files may hold what is no text.
+    # File names may contain bytes that are not text.
     content = page(runs).encode("utf-8", errors="replace")
     try:
         output.write_bytes(content)
     except OSError as error:
-        raise DataError(
-            f"{output}: not written: {error.strerror}; choose another place with --output"
-        ) from error
-    print(f"{output}: {short(len(content))}B, open it in a browser")
+        raise not_written(output, error) from error
+    print(f"{output}: {short(len(content))}B; open it in a browser")
     return 0

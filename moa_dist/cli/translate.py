@@ -1,44 +1,35 @@
-"""`moa-dist translate`: translate a file; see `moa_dist.evaluate.translate`."""
+"""`moa-dist translate`: translates a file; `moa_dist.evaluate.translate` does the work."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_model_path, between
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.cli.rank_output import say_once
+from moa_dist.cli.rank_output import run_on_ranks
 from moa_dist.data.text import read_lines
-from moa_dist.distributed.start import init_distributed
-from moa_dist.errors import MoaDistError
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.evaluate.translate import Search, translate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "path",
-        type=Path,
-        metavar="RUN_OR_CHECKPOINT",
-        help="folder of a run, for its newest checkpoint, of one checkpoint, of an average, or of "
-        "an export",
-    )
+    add_model_path(parser)
     parser.add_argument(
         "--input",
         type=Path,
         required=True,
         metavar="FILE",
-        help="a text per line (also .gz, .bz2, .xz); translations are printed, a line for each",
+        help="file with one text per line (also .gz, .bz2, .xz); prints one translation per line",
     )
     add_search_arguments(parser)
 
 
 def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how translations are searched."""
+    """Declare the options of beam search."""
     default = Search()
     parser.add_argument(
         "--beam",
@@ -55,37 +46,32 @@ def add_search_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"log-probabilities are divided by length ** A ({default.length_penalty})",
     )
     parser.add_argument(
-        "--texts", type=between(int, 1), default=32, metavar="N", help="translated at once (32)"
+        "--texts",
+        type=between(int, 1),
+        default=32,
+        metavar="N",
+        help="texts to translate at once (32)",
     )
 
 
 def warn_of_long_texts(trained: Trained, texts: list[str]) -> None:
-    """Say how many are longer than any that the model has seen."""
+    """Print a warning if texts are longer than those that the model was trained on."""
     longest = trained.config.data.sequence_length
     num_longer = sum(len(text) > longest for text in trained.tokenizer.encode_batch(texts))
     if num_longer:
         print(
-            f"{num_longer:,} of {len(texts):,} texts are longer than the {longest} tokens that the "
-            "model was trained on: expect little of their translations, or split them",
+            f"warning: {num_longer:,} of {len(texts):,} texts exceed the {longest} tokens that the "
+            "model was trained on: expect poor translations, or split them",
             file=sys.stderr,
         )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the translations; returns the exit status."""
-    if "RANK" not in os.environ:
-        _translate(args, rank=0)
-        return 0
-    try:
-        with init_distributed() as context:
-            _translate(args, context.rank)
-    except MoaDistError as error:
-        say_once(int(os.environ["RANK"]), str(error))
-        return 2
-    return 0
+    """Translate and print; returns the exit status."""
+    return run_on_ranks(partial(_translate, args))
 
 
-def _translate(args: argparse.Namespace, rank: int) -> None:
+def _translate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     texts = list(read_lines(args.input))
     trained = load_trained(args.path)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""`moa-dist upcycle`: a run with experts that starts from a dense one; see `transfer.upcycle`."""
+"""`moa-dist upcycle`: starts a run with experts from a dense run; see `transfer.upcycle`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from moa_dist.checkpoint.check import require_valid
 from moa_dist.checkpoint.format import read_model, tokenizer_of
 from moa_dist.checkpoint.tensor_file import TensorSpec
+from moa_dist.cli.arguments import add_overrides
 from moa_dist.config import load_config
 from moa_dist.config.run import run_folder
 from moa_dist.errors import ConfigError
@@ -24,19 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dense",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="folder of a dense run, for its newest checkpoint, or of one checkpoint",
+        help="dense run (its newest checkpoint is used) or checkpoint",
     )
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="YAML configuration of the new run, whose folder is made; training with the same "
-        "configuration goes on from there",
+        help="YAML configuration of the run to create; training with the same configuration "
+        "continues from it",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the run and say what was done; returns the exit status."""
+    """Create the run and print where each part came from; returns the exit status."""
     config = load_config(args.config, args.overrides)
     checkpoint = find_checkpoint(args.dense)
     require_valid(checkpoint)
@@ -55,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
     )
     for part in parts:
         print(f"{part.name}: {part.how}")
-    print(f"{target}: at step 0, from {checkpoint}; train it with the same configuration")
+    print(f"{target}: created at step 0 from {checkpoint}; train it with the same configuration")
     return 0

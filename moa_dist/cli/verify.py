@@ -1,6 +1,6 @@
-"""`moa-dist verify`: is this layout, on these machines, one process? Arguments and printing only.
+"""`moa-dist verify`: checks that a parallel layout takes the same steps as one process.
 
-Started like training, once per rank; see `moa_dist.verify.verify`.
+Started like training, once per rank; `moa_dist.verify.verify` does the work.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+from moa_dist.cli.arguments import add_overrides
 from moa_dist.cli.rank_output import say_once
 from moa_dist.config import Config, find_layout_problems, load_config
 from moa_dist.errors import ConfigError, TrainingError
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify on all ranks; status 0 if equal, 1 if not, 2 if the configuration cannot run."""
+    """Verify on all ranks; returns 0 if equal, 1 if not, 2 if the configuration cannot run."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         config = load_config(args.config, args.overrides)
@@ -37,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         say_once(rank, str(error))
         return 2
-    os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: threads would only wait for each other
-    # DeepSpeed 0.19 calls collectives by names that torch is renaming; nothing a user can mend.
+    os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: threads would only add overhead
+    # DeepSpeed 0.19 calls collectives that torch is renaming; users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         return _verify(config)
@@ -64,10 +65,10 @@ def _verify(config: Config) -> int:
 
 
 def as_text(config: Config, context: DistContext, report: Report) -> str:
-    """What was run, a line per comparison, and the verdict."""
+    """Format what was run, a line per comparison, and the verdict."""
     layout = _layout(report.config, context)
     different = [check for check in report.checks if not check.equal]
-    verdict = f"equal: {layout} takes the steps of one process"
+    verdict = f"equal: {layout} takes the same steps as one process"
     if different:
         named = next((check for check in different if check.where), different[0])
         what = f"{named.what} of {named.where}" if named.where else named.what
@@ -77,8 +78,8 @@ def as_text(config: Config, context: DistContext, report: Report) -> str:
         )
     return "\n".join(
         [
-            f"{config.name} in small: {_sizes(report)}",
-            f"{layout}, in {report.precision}, beside one process in fp64",
+            f"{config.name}, shrunk: {_sizes(report)}",
+            f"{layout}, in {report.precision}, against one process in fp64",
             "",
             *(_line(check) for check in report.checks),
             "",
@@ -109,7 +110,7 @@ def _sizes(report: Report) -> str:
         f"{model.num_layers} layers ({model.num_distinct_layers or model.num_layers} distinct)",
         f"{train.global_batch} sequences of {report.config.data.sequence_length}",
         f"{1 - report.real_share:.0%} padding",
-        f"{report.idle_experts} times an expert without a token",
+        f"{report.idle_experts} idle experts",
         f"{report.dropped} assignments dropped",
     ]
     return ", ".join(words)
@@ -123,14 +124,14 @@ def _line(check: Check) -> str:
 
 
 def _limits(config: Config) -> list[str]:
-    """What the comparison did not see, in words."""
+    """Return lines about what the comparison does not cover."""
     model, lines = config.model, []
     if any(router.expert_dropout for router in model.routers().values()):
-        lines.append("not compared: expert dropout, which each layout draws anew; it was off")
+        lines.append("not compared: expert dropout, which depends on the layout; it was off")
     if model.dropout:
-        lines.append("not compared: dropout, which each layout draws anew; it was off")
+        lines.append("not compared: dropout, which depends on the layout; it was off")
     if config.train.precision == "bf16":
         lines.append(
-            "in bf16 only what would show a wrong factor: some tokens choose other experts there"
+            "bf16 bounds reveal only wrong factors, as rounding makes some tokens switch experts"
         )
     return lines

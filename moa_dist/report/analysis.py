@@ -1,4 +1,4 @@
-"""What `moa-dist analyze` found, as figures of a run's page or as a page of its own."""
+"""Figures of what `moa-dist analyze` found, for a run's page or a page of their own."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from moa_dist.analyze.headline import Headline, headline
 from moa_dist.analyze.panels import Panel, Plate, plates, router_title
 from moa_dist.analyze.results import Analysis, RouterResult
 from moa_dist.analyze.summary import named
-from moa_dist.report.heatmap import Shades, heatmap, key
-from moa_dist.report.html import document, figure, fold, section, table
+from moa_dist.report.heatmap import Grid, Shades, heatmap_figure
+from moa_dist.report.html import document, fold, nothing, section, table
 from moa_dist.report.scale import readable
 
 _SQUARE = 12
-"""From so many rows on, a panel has half the page's width."""
+"""Rows or columns from which a panel takes half of the page instead of a quarter."""
 
 
 def analysis_page(analysis: Analysis) -> str:
-    """A whole page."""
+    """Return a whole page about an analysis."""
     header = f"<header><h1>{escape(analysis.name)}</h1></header>"
     return document(analysis.name, [header, *analysis_sections(analysis)])
 
 
 def analysis_sections(analysis: Analysis) -> Iterator[str]:
-    """Sections for a page."""
+    """Yield the sections about an analysis."""
     about = (
         f"After step {analysis.step:,}, on {analysis.tokens:,} tokens of {analysis.data}, in "
         f"sequences of {analysis.sequence_length:,}"
@@ -34,21 +34,21 @@ def analysis_sections(analysis: Analysis) -> Iterator[str]:
         figures = [_figure(plate, panel) for panel in plate.panels]
         yield section(plate.title, figures, plate.about, css="quarters")
     about = (
-        "Tokens by pointwise mutual information with an expert, and how often they chose it; of "
+        "Tokens by pointwise mutual information with an expert, and how often they chose it, among "
         f"those that occur at least {analysis.min_count} times"
     )
     folded = [_tokens(router) for router in analysis.routers]
-    yield section("What experts are chosen by", folded, about)
+    yield section("Which tokens choose an expert", folded, about)
 
 
 def _headlines(routers: list[RouterResult]) -> str:
     head = [
         "router", "experts per token", "fullest, x mean", "never chosen", "drops",
-        "told by the token", "again in another repeat", "by chance", "serve one repeat",
-        "different in all repeats",
+        "explained by token identity", "reused across repeats", "expected at random",
+        "used almost only in one repeat", "distinct over all repeats",
     ]  # fmt: skip
     if not routers:
-        return '<p class="none">The model has no experts.</p>'
+        return nothing("The model has no experts.")
     rows = [[router_title(router), *_cells(router, headline(router))] for router in routers]
     return f'<div class="card wide">{table(head, rows, "compare")}</div>'
 
@@ -70,18 +70,7 @@ def _cells(router: RouterResult, numbers: Headline) -> Iterator[str]:
 
 
 def _figure(plate: Plate, panel: Panel) -> str:
-    shades = Shades(panel.low, panel.high, panel.has_middle)
     is_large = len(panel.rows) >= _SQUARE or panel.values_RC.shape[1] > _SQUARE
-    drawn = heatmap(
-        panel.title,
-        panel.values_RC,
-        panel.rows,
-        panel.columns,
-        shades,
-        about=f"{plate.title}, {panel.title}",
-        width=520 if is_large else 250,
-        num_groups=panel.num_groups,
-    )
     numbers = ""
     if panel.values_RC.shape[1] <= _SQUARE:
         rows = [
@@ -89,8 +78,33 @@ def _figure(plate: Plate, panel: Panel) -> str:
             for row, values in zip(panel.rows, panel.values_RC.tolist(), strict=True)
         ]
         numbers = table(["", *map(str, range(panel.values_RC.shape[1]))], rows)
-    body = drawn + key(shades, readable(panel.low), readable(panel.high))
-    return figure(panel.title, "", body, numbers, css="half" if is_large else "")
+    grid = Grid(
+        panel.values_RC,
+        panel.rows,
+        _column_names(panel),
+        ends=panel.columns,
+        num_groups=panel.num_groups,
+    )
+    return heatmap_figure(
+        panel.title,
+        "",
+        grid,
+        Shades(panel.low, panel.high, panel.has_middle),
+        about=f"{plate.title}, {panel.title}",
+        numbers=numbers,
+        is_half=is_large,
+    )
+
+
+def _column_names(panel: Panel) -> list[str]:
+    """Name every column of a panel, which itself names only the first and the last."""
+    num_columns = panel.values_RC.shape[1]
+    kind, _, first = panel.columns[0].partition(" ")
+    if panel.rows[-1] == panel.columns[1]:  # what is compared with itself
+        return panel.rows
+    if first == "0":
+        return [f"{kind} {c}" for c in range(num_columns)]
+    return [f"column {c + 1} of {num_columns}" for c in range(num_columns)]
 
 
 def _tokens(router: RouterResult) -> str:

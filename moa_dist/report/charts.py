@@ -1,4 +1,4 @@
-"""Curves and bars as SVG. Colours, by class `s0` to `s7`, are the page's.
+"""Curves and bars as SVG. The page defines colors by class, `s0` to `s7` and `f0` to `f7`.
 
 Sizes are in units of the picture, which the page shows as about a pixel each.
 """
@@ -12,17 +12,19 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
+from moa_dist.report.hover import hover_attribute, rounded
 from moa_dist.report.scale import Axis, fit, readable
 from moa_dist.report.series import Series, downsample
 
 NUM_COLORS = 8
 MOST_POINTS = 500
-"""Drawn of one curve."""
+"""Points drawn per curve, at most."""
 NARROW, WIDE = (520, 230), (1080, 320)
-"""Sizes of a curve picture."""
+"""Sizes of a line chart."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 26, 12, 26
-_BAR, _BAR_GAP, _BAR_LABELS = 16, 7, 210
+_BAR, _BAR_GAP, _BAR_LABELS, _BAR_TOTALS = 16, 7, 210, 90
 _MOST_MISSING = 100
+_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Line:
     color: int
     """0 ... NUM_COLORS - 1."""
     is_dotted: bool = False
-    """With a dot at every point, for few of them."""
+    """Draws a dot at every point; meant for curves of few points."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ class Bar:
 
     label: str
     parts: dict[str, float]
-    """In the order in which they are stacked."""
+    """Values by part, in the order in which they are stacked."""
 
 
 def line_chart(
     title: str, lines: Sequence[Line], *, size: tuple[int, int] = NARROW, marks: Sequence[int] = ()
 ) -> str:
-    """Curves over steps; `marks` are steps with a vertical line. Empty if no value is finite."""
-    drawn = [(line, downsample(line.series, MOST_POINTS)) for line in lines]
+    """Draw curves over steps, with a vertical line at each of the steps `marks`.
+
+    Returns an empty string if no value is finite.
+    """
+    drawn = [(line, downsample(line.series, MOST_POINTS)) for line in lines if len(line.series)]
     values = np.concatenate([np.empty(0), *(line.series.finite().values for line in lines)])
     if not values.size:
         return ""
@@ -59,29 +64,29 @@ def line_chart(
     first, last = int(steps.min()), int(steps.max())
     x_axis = Axis(first, max(last, first + 1), _LEFT, width - _RIGHT)
     y_axis = fit(values, height - _BOTTOM, _TOP)
-    scale = ", logarithmic" if y_axis.is_log else ""
-    about = f"{title} over steps {first:,} to {last:,}{scale}: " + "; ".join(
-        f"{line.label} ends at {readable(line.series.finite().values[-1])}"
-        for line in lines
-        if len(line.series.finite())
-    )
-    inside = [*_grid(x_axis, y_axis, size)]
+    inside = _grid(x_axis, y_axis, size)
     for mark in marks:
         if first < mark < last:
             x = x_axis.place(np.array([float(mark)]))[0]
             inside.append(f'<path class="mark" d="M{x:.1f} {_TOP}V{height - _BOTTOM}"/>')
     for line, series in drawn:
         inside += _curve(line, series, x_axis, y_axis)
-    return picture(title, about, size, inside)
+    scale = ", logarithmic" if y_axis.is_log else ""
+    about = f"{title} over steps {first:,} to {last:,}{scale}: " + "; ".join(
+        f"{line.label} ends at {readable(line.series.finite().values[-1])}"
+        for line in lines
+        if len(line.series.finite())
+    )
+    return picture(title, about, size, inside, hover=_hover(drawn, x_axis, height))
 
 
 def bar_chart(title: str, bars: Sequence[Bar], colors: dict[str, int], unit: str) -> str:
-    """Horizontal bars, one under the other, with their sums."""
+    """Draw horizontal bars, one below the other, with their sums; empty if all are zero."""
     longest = max((sum(bar.parts.values()) for bar in bars), default=0.0)
     if not longest:
         return ""
     width = WIDE[0]
-    room = width - _BAR_LABELS - 90
+    room = width - _BAR_LABELS - _BAR_TOTALS
     inside = []
     for i, bar in enumerate(bars):
         y, x = i * (_BAR + _BAR_GAP), float(_BAR_LABELS)
@@ -102,12 +107,27 @@ def bar_chart(title: str, bars: Sequence[Bar], colors: dict[str, int], unit: str
     return picture(title, about, (width, len(bars) * (_BAR + _BAR_GAP)), inside)
 
 
-def picture(title: str, about: str, size: tuple[int, int], inside: Sequence[str]) -> str:
-    """An SVG that screen readers can read out."""
+def picture(
+    title: str, about: str, size: tuple[int, int], inside: Sequence[str], *, hover: str = ""
+) -> str:
+    """Wrap `inside` as an SVG that screen readers can read out; `hover` is an attribute."""
     return (
-        f'<svg role="img" viewBox="0 0 {size[0]} {size[1]}" aria-label="{escape(about)}">'
+        f'<svg role="img" viewBox="0 0 {size[0]} {size[1]}" aria-label="{escape(about)}"{hover}>'
         f"<title>{escape(title)}</title><desc>{escape(about)}</desc>{''.join(inside)}</svg>"
     )
+
+
+def _hover(drawn: Sequence[tuple[Line, Series]], x_axis: Axis, height: int) -> str:
+    lines = [
+        {
+            "label": line.label,
+            "steps": series.steps.tolist(),
+            "values": rounded(series.values, _DIGITS),
+        }
+        for line, series in drawn
+    ]
+    x = [x_axis.low, x_axis.high, x_axis.start, x_axis.stop]
+    return hover_attribute("curves", {"x": x, "y": [_TOP, height - _BOTTOM], "lines": lines})
 
 
 def _grid(x_axis: Axis, y_axis: Axis, size: tuple[int, int]) -> list[str]:
@@ -131,10 +151,13 @@ def _curve(line: Line, series: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
     finite = np.isfinite(series.values)
     # A logarithmic axis exists only where all values are positive: NaN is replaced, not drawn.
     y = y_axis.place(np.where(finite, series.values, y_axis.high))
-    parts = [f'<path class="line s{line.color}" d="{_path(x, y, finite)}"/>']
+    name = f"<title>{escape(_summary(line))}</title>"
+    parts = [f'<path class="line s{line.color}" d="{_path(x, y, finite)}">{name}</path>']
     if line.is_dotted:
         parts += [
-            f'<circle class="f{line.color}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="3"/>'
+            f'<circle class="f{line.color}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="3">'
+            f"<title>{escape(line.label)}: {readable(series.values[i])} at step "
+            f"{series.steps[i]:,}</title></circle>"
             for i in np.flatnonzero(finite)
         ]
     missing = np.flatnonzero(~finite)[:_MOST_MISSING]
@@ -144,8 +167,16 @@ def _curve(line: Line, series: Series, x_axis: Axis, y_axis: Axis) -> list[str]:
     return parts
 
 
+def _summary(line: Line) -> str:
+    values = line.series.finite().values
+    if not values.size:
+        return f"{line.label}: not finite"
+    low, high = readable(values.min()), readable(values.max())
+    return f"{line.label}: {low} to {high}, ends at {readable(values[-1])}"
+
+
 def _path(x: NDArray[np.float64], y: NDArray[np.float64], finite: NDArray[np.bool_]) -> str:
-    """Broken where a value is not finite; `h0` shows points that stand alone."""
+    """Return path data, broken where a value is not finite; `h0` shows isolated points."""
     parts, pen_is_down = [], False
     for i in range(len(x)):
         if finite[i]:

@@ -1,7 +1,7 @@
 """Grids of shaded cells as SVG: one path per shade, so that thousands of cells stay small.
 
-Shapes: R rows, C columns. Colours, by class `q0` (low) to `q8` (high) or `d0` to `d8` around a
-middle, are the page's.
+Shapes: R rows, C columns. The page defines colors by class: `q0` (low) to `q8` (high), or `d0` to
+`d8` diverging from a middle.
 """
 
 from __future__ import annotations
@@ -15,89 +15,151 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_dist.report.charts import picture
+from moa_dist.report.hover import hover_attribute, rounded
+from moa_dist.report.html import figure
+from moa_dist.report.scale import readable
 
 NUM_SHADES = 9
+MOST_CELLS = 4096
+"""Cells of one heatmap, at most, lest the page grow too large; see `merge_factor`."""
+HALF, QUARTER = 520, 250
+"""Widths of a heatmap that takes half of the page, or a quarter."""
 _LABELS, _BOTTOM, _HEIGHT = 46, 18, 132
-_SPACE_OF_LABEL = 12
+_LABEL_HEIGHT = 12
+_GAP = 4
+_DIGITS = 3
 
 
 @dataclass(frozen=True)
 class Shades:
-    """What the colours stand for."""
+    """The range of values that the colors stand for."""
 
     low: float
     high: float
     has_middle: bool = False
-    """Colours run apart from the middle, not from low to high."""
+    """Colors diverge from the middle instead of growing from low to high."""
 
     @property
     def css(self) -> str:
-        """How the names of their classes begin."""
+        """The first letter of the shades' CSS classes."""
         return "d" if self.has_middle else "q"
 
     def of(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
-        """0 ... NUM_SHADES - 1, and -1 of NaN."""
+        """Return shades 0 ... NUM_SHADES - 1, and -1 for NaN."""
         share = (values - self.low) / ((self.high - self.low) or 1.0)
         share = np.nan_to_num(np.clip(share, 0, 1))
         shades = np.minimum(share * NUM_SHADES, NUM_SHADES - 1).astype(np.int64)
         return np.where(np.isnan(values), -1, shades)
 
+    def meaning(self, shade: int) -> str:
+        """Describe the values of a shade, such as `0.5 to 0.75`."""
+        low, high = (
+            readable(self.low + (self.high - self.low) * edge / NUM_SHADES)
+            for edge in (shade, shade + 1)
+        )
+        if shade == 0:
+            return f"up to {high}"
+        return f"{low} or more" if shade == NUM_SHADES - 1 else f"{low} to {high}"
 
-def heatmap(
+
+@dataclass(frozen=True)
+class Grid:
+    """Values by row and column, with the names that readers see."""
+
+    values_RC: NDArray[np.float64]
+    """NaN is left blank."""
+    rows: Sequence[str]
+    """Row names; where they would overlap, only some are drawn."""
+    columns: Sequence[str]
+    """Column names, shown for the cell under the pointer."""
+    ends: tuple[str, str]
+    """Labels drawn below the first and the last column."""
+    num_groups: int = 1
+    """Equal groups of columns, set apart by a gap."""
+    crossed_RC: NDArray[np.bool_] | None = None
+    """Cells to cross out."""
+
+
+def heatmap_figure(
     title: str,
-    values_RC: NDArray[np.float64],
-    rows: Sequence[str],
-    columns: tuple[str, str],
+    caption: str,
+    grid: Grid,
     shades: Shades,
     *,
     about: str,
-    width: int = 250,
-    num_groups: int = 1,
-    crossed_RC: NDArray[np.bool_] | None = None,
+    numbers: str,
+    ends: tuple[str, str] | None = None,
+    is_half: bool = False,
 ) -> str:
-    """One picture.
+    """Return a heatmap as a figure with a color key and a folded table `numbers`.
 
-    Args:
-        title: what is shown.
-        values_RC: what the shades say.
-        rows: a label each; where they are too many, some are left out.
-        columns: labels of the first and of the last.
-        shades: what the colours stand for.
-        about: what screen readers say of it.
-        width: of the picture.
-        num_groups: equal groups of columns, set apart.
-        crossed_RC: cells to be crossed out.
+    `about` is what screen readers say; `ends` names both ends of the key, if not its numbers.
     """
-    num_rows, num_columns = values_RC.shape
+    drawn = heatmap(title, grid, shades, about=about, width=HALF if is_half else QUARTER)
+    low, high = ends or (readable(shades.low), readable(shades.high))
+    css = "half" if is_half else ""
+    return figure(title, caption, drawn + _key(shades, low, high), numbers, css=css)
+
+
+def heatmap(title: str, grid: Grid, shades: Shades, *, about: str, width: int = QUARTER) -> str:
+    """Draw one grid; `about` is what screen readers say."""
+    num_rows, num_columns = grid.values_RC.shape
     row_height = max(_HEIGHT // num_rows, 6) if num_rows > 4 else 24
-    gap = 4 if num_groups > 1 else 0
-    cell = (width - _LABELS - gap * (num_groups - 1)) / num_columns
-    left_C = _LABELS + cell * np.arange(num_columns)
-    left_C += gap * (np.arange(num_columns) * num_groups // num_columns)
-    group_C = np.arange(num_columns) * num_groups // num_columns
-    paths: dict[str, list[str]] = {}
-    for r, shade_C in enumerate(shades.of(values_RC)):
-        for first, stop in _stretches(shade_C, group_C):
+    gaps = _GAP * (grid.num_groups - 1)
+    cell = (width - _LABELS - gaps) / num_columns
+    gap = _GAP / cell if gaps else 0.0
+    group_C = np.arange(num_columns) * grid.num_groups // num_columns
+    left_C = np.arange(num_columns) + gap * group_C
+    paths: dict[int, list[str]] = {}
+    for r, shade_C in enumerate(shades.of(grid.values_RC)):
+        for first, stop in _runs(shade_C, group_C):
             if shade_C[first] >= 0:
-                length, place = cell * (stop - first), f"{left_C[first]:.1f} {r * row_height}"
-                box = f"M{place}h{length:.1f}v{row_height}h-{length:.1f}z"
-                paths.setdefault(f"{shades.css}{shade_C[first]}", []).append(box)
-    inside = [f'<path class="{name}" d="{"".join(d)}"/>' for name, d in sorted(paths.items())]
-    if crossed_RC is not None and crossed_RC.any():
-        crosses = "".join(
-            f"M{left_C[c]:.1f} {r * row_height}l{cell:.1f} {row_height}"
-            for r, c in np.argwhere(crossed_RC)
-        )
-        inside.append(f'<path class="cross" d="{crosses}"/>')
+                box = f"M{_short(left_C[first])} {r}h{stop - first}v1h-{stop - first}z"
+                paths.setdefault(int(shade_C[first]), []).append(box)
+    cells = [
+        f'<path class="{shades.css}{shade}" d="{"".join(d)}"><title>{shades.meaning(shade)}'
+        "</title></path>"
+        for shade, d in sorted(paths.items())
+    ]
+    if grid.crossed_RC is not None and grid.crossed_RC.any():
+        crossed = np.argwhere(grid.crossed_RC)
+        crosses = "".join(f"M{_short(left_C[c])} {r}l1 1" for r, c in crossed)
+        cells.append(f'<path class="cross" d="{crosses}"/>')
+    size = num_columns // grid.num_groups
+    hover = hover_attribute(
+        "cells",
+        {
+            "rows": list(grid.rows),
+            "columns": list(grid.columns),
+            "values": [rounded(values_C, _DIGITS) for values_C in grid.values_RC],
+            "size": size,
+            "gap": gap,
+        },
+    )
+    # One cell is one unit inside, which keeps the paths short.
+    scale = f"translate({_LABELS} 0) scale({cell:.6g} {row_height})"
     height = num_rows * row_height
-    inside += _row_labels(rows, row_height)
-    inside.append(f'<text x="{_LABELS}" y="{height + 13}">{escape(columns[0])}</text>')
-    inside.append(f'<text class="end" x="{width}" y="{height + 13}">{escape(columns[1])}</text>')
+    first_label, last_label = map(escape, grid.ends)
+    inside = [f'<g transform="{scale}"{hover}>{"".join(cells)}</g>']
+    inside += _row_labels(grid.rows, row_height)
+    inside.append(f'<text x="{_LABELS}" y="{height + 13}">{first_label}</text>')
+    inside.append(f'<text class="end" x="{width}" y="{height + 13}">{last_label}</text>')
     return picture(title, about, (width, height + _BOTTOM), inside)
 
 
-def key(shades: Shades, low: str, high: str) -> str:
-    """What the shades mean, in a line."""
+def merge_factor(shape: tuple[int, int], num_groups: int) -> int:
+    """Return how many neighboring columns must share a cell to keep MOST_CELLS."""
+    num_rows, num_columns = shape
+    most = max(MOST_CELLS // (num_rows * num_groups), 1)
+    return -(-(num_columns // num_groups) // most)
+
+
+def _short(x: float) -> str:
+    return f"{x:.2f}".rstrip("0").rstrip(".")
+
+
+def _key(shades: Shades, low: str, high: str) -> str:
+    """Return a line that shows all shades between the labels of their ends."""
     boxes = "".join(
         f'<rect class="{shades.css}{i}" x="{12 * i}" width="12" height="10"/>'
         for i in range(NUM_SHADES)
@@ -109,8 +171,8 @@ def key(shades: Shades, low: str, high: str) -> str:
     )
 
 
-def _stretches(shade_C: NDArray[np.int64], group_C: NDArray[np.int64]) -> Sequence[tuple[int, int]]:
-    """Neighbours of one shade and one group, as (first, stop)."""
+def _runs(shade_C: NDArray[np.int64], group_C: NDArray[np.int64]) -> Sequence[tuple[int, int]]:
+    """Return runs of columns with one shade in one group, as (first, stop)."""
     changes = np.flatnonzero((np.diff(shade_C) != 0) | (np.diff(group_C) != 0)) + 1
     bounds = [0, *changes.tolist(), len(shade_C)]
     return list(pairwise(bounds))
@@ -118,7 +180,7 @@ def _stretches(shade_C: NDArray[np.int64], group_C: NDArray[np.int64]) -> Sequen
 
 def _row_labels(rows: Sequence[str], row_height: int) -> list[str]:
     labels = []
-    for r in range(0, len(rows), -(-_SPACE_OF_LABEL // row_height)):
+    for r in range(0, len(rows), -(-_LABEL_HEIGHT // row_height)):
         y = max((r + 0.5) * row_height + 4, 9)  # the first row may be lower than its label
         labels.append(f'<text class="end" x="{_LABELS - 6}" y="{y:.1f}">{escape(rows[r])}</text>')
     return labels

@@ -1,7 +1,9 @@
-"""Pieces of the page: everything that came from a file is escaped here or in a picture."""
+"""Building blocks of the page: text from files is escaped here, or where a picture is drawn."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -15,30 +17,34 @@ _DOT = '<circle class="f{}" cx="9" cy="5" r="4"/>'
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A page that loads nothing and runs nothing; `body` is HTML."""
-    style = files("moa_dist.report").joinpath("style.css").read_text(encoding="utf-8")
+    """Return a page around the HTML `body` that loads nothing and runs only `hover.js`."""
+    style, script = (
+        files("moa_dist.report").joinpath(name).read_text(encoding="utf-8")
+        for name in ("style.css", "hover.js")
+    )
+    # Whatever a file of the run may contain, browsers run no other script.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        # Whatever a file of the run may contain.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head>\n"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<body><main>{''.join(body)}</main><script>{script}</script></body></html>\n"
     )
 
 
 def section(title: str, parts: Sequence[str], about: str = "", css: str = "") -> str:
-    """Figures or cards under a heading; nothing if there are none."""
+    """Return figures or cards under a heading; empty without any."""
     if not parts:
         return ""
-    told = f"<p>{escape(about)}</p>" if about else ""
+    description = f"<p>{escape(about)}</p>" if about else ""
     grid = f'<div class="grid {css}">{"".join(parts)}</div>'
-    return f"<section><h2>{escape(title)}</h2>{told}{grid}</section>"
+    return f"<section><h2>{escape(title)}</h2>{description}{grid}</section>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
-    """Cells are text; the first of each row names it."""
+    """Return a table of text cells; the first cell of each row names the row."""
     columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -53,7 +59,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> 
 
 
 def figure(title: str, about: str, body: str, numbers: str, *, css: str = "") -> str:
-    """A picture with its caption, and folded below it a table of the numbers."""
+    """Return a picture with its caption and, folded below it, a table of the numbers."""
     folded = f"<details><summary>Numbers</summary>{numbers}</details>" if numbers else ""
     return (
         f'<figure class="card {css}"><figcaption><h3>{escape(title)}</h3>'
@@ -61,8 +67,18 @@ def figure(title: str, about: str, body: str, numbers: str, *, css: str = "") ->
     )
 
 
+def empty_figure(title: str, about: str, why: str, *, css: str = "") -> str:
+    """Return a figure that says why it has no picture."""
+    return figure(title, about, nothing(why), "", css=css)
+
+
+def nothing(why: str) -> str:
+    """Return a line that takes the place of what does not exist."""
+    return f'<p class="none">{escape(why)}</p>'
+
+
 def legend(entries: Iterable[tuple[str, int, str, bool]]) -> str:
-    """Of (label, colour, what to say after it, whether the curve has dots)."""
+    """Return a legend of (label, color, text after it, whether the curve has dots)."""
     items = "".join(
         f'<li><svg aria-hidden="true" width="18" height="10" viewBox="0 0 18 10">'
         f'<path class="line s{color}" d="M1 5H17"/>'
@@ -74,7 +90,7 @@ def legend(entries: Iterable[tuple[str, int, str, bool]]) -> str:
 
 
 def curve_table(lines: Sequence[Line]) -> str:
-    """Some steps of every curve, and its extremes."""
+    """Return a table of some steps of every curve, and of its extremes."""
     rows: list[Sequence[str]] = []
     if lines:
         chosen = sorted({int(s) for ln in lines for s in downsample(ln.series, _MOST_ROWS).steps})
@@ -100,7 +116,12 @@ def curve_table(lines: Sequence[Line]) -> str:
     return table(["step", *(line.label for line in lines)], rows)
 
 
+def card(title: str, body: str) -> str:
+    """Return HTML under a small heading, as wide as the page."""
+    return f'<div class="card wide"><h3>{escape(title)}</h3>{body}</div>'
+
+
 def fold(title: str, body: str, *, is_open: bool = False) -> str:
-    """Something to be unfolded."""
+    """Return HTML that readers unfold by a click on its title."""
     state = " open" if is_open else ""
     return f'<details class="card wide"{state}><summary>{escape(title)}</summary>{body}</details>'

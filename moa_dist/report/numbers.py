@@ -12,6 +12,7 @@ from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.units import short
 from moa_dist.report.read import Run
 from moa_dist.report.scale import readable
+from moa_dist.report.series import Series
 from moa_dist.report.time import most_often_slowest
 
 _UNKNOWN = "-"
@@ -19,18 +20,18 @@ _UNKNOWN = "-"
 
 @dataclass(frozen=True)
 class Number:
-    """One of them."""
+    """One number with its label and what to know about it."""
 
     label: str
     text: str
     detail: str = ""
     value: float | None = None
-    """What runs are compared by, if they can be."""
+    """Value by which runs are compared; None if it cannot be."""
     better: Literal["low", "high"] = "low"
 
 
 def headline(run: Run) -> list[Number]:
-    """The same labels in the same order for every run."""
+    """Return the numbers about a run, with the same labels in the same order for every run."""
     return [
         _steps(run),
         _parameters(run),
@@ -46,18 +47,18 @@ def headline(run: Run) -> list[Number]:
 
 
 def last_step(run: Run) -> int:
-    """The last that is known of."""
+    """Return the last step that metrics or checkpoints know of."""
     steps = [int(series.steps[-1]) for series in run.series.values() if len(series)]
     return max([0, *run.starts, *steps, *(index.step for index in run.checkpoints)])
 
 
 def num_restarts(run: Run) -> int:
-    """How often training went on after it had ended; a supervisor knows of more than the curves."""
+    """Count restarts by attempts, where a supervisor recorded them, or by starts in the metrics."""
     return max(len(run.attempts) - 1, len(run.starts) - 1, 0)
 
 
 def layout(run: Run) -> str:
-    """What the run computed on, as far as known."""
+    """Describe ranks, ZeRO stage, device and precision, as far as known."""
     return ", ".join(_layout(run))
 
 
@@ -75,14 +76,19 @@ def _layout(run: Run) -> Iterator[str]:
         yield str(precision)
 
 
+def _finite(run: Run, name: str) -> Series:
+    series = run.series.get(name)
+    return Series.of([], []) if series is None else series.finite()
+
+
 def _steps(run: Run) -> Number:
     done, total = last_step(run), run.setting("train.steps")
     translates = run.setting("model.objective") == "translation"
     length = run.setting("data.bucket_tokens" if translates else "data.sequence_length")
-    samples, tokens = run.series.get("samples"), ""
-    if isinstance(length, int) and samples is not None and len(samples.finite()):
+    samples, tokens = _finite(run, "samples"), ""
+    if isinstance(length, int) and len(samples):
         at_most = "at most " if translates else ""
-        tokens = f"{at_most}{short(samples.finite().values[-1] * length)} tokens"
+        tokens = f"{at_most}{short(samples.values[-1] * length)} tokens"
     if not isinstance(total, int) or total < 1:
         return Number("Steps", f"{done:,}", tokens)
     share = f"{100 * done // total} % of {total:,}"
@@ -97,23 +103,22 @@ def _parameters(run: Run) -> Number:
 
 
 def _curve(run: Run, label: str, name: str, unit: str) -> Number:
-    series = run.series.get(name)
-    finite = series.finite() if series is not None else None
-    if series is None or finite is None or not len(finite):
+    finite = _finite(run, name)
+    if not len(finite):
         return Number(label, _UNKNOWN, "none was reported")
     best = int(np.argmin(finite.values))
     detail = f"lowest {readable(finite.values[best])} at step {finite.steps[best]:,}"
-    if series.steps[-1] != finite.steps[-1]:
+    if run.series[name].steps[-1] != finite.steps[-1]:
         detail = f"at step {finite.steps[-1]:,}, later not finite; {detail}"
     value = float(finite.values[-1])
     return Number(label, readable(value), ", ".join(filter(None, [unit, detail])), value)
 
 
 def _speed(run: Run) -> Number:
-    series = run.series.get("tokens_per_second")
-    if series is None or not len(series.finite()):
+    finite = _finite(run, "tokens_per_second")
+    if not len(finite):
         return Number("Tokens per second", _UNKNOWN, "none was reported")
-    value = float(np.median(series.finite().values))
+    value = float(np.median(finite.values))
     peak = peak_flops(str(run.facts.get("device")), str(run.setting("train.precision")))
     flops, world_size = run.facts.get("flops_per_token"), run.facts.get("world_size")
     detail = "median, all ranks together"
@@ -123,11 +128,11 @@ def _speed(run: Run) -> Number:
 
 
 def _communication(run: Run) -> Number:
-    series = run.series.get("communication_share")
-    if series is None or not len(series.finite()) or run.facts.get("world_size") == 1:
+    finite = _finite(run, "communication_share")
+    if not len(finite) or run.facts.get("world_size") == 1:
         return Number("Communication share", _UNKNOWN, "no other ranks, or none reported")
-    value = float(np.median(series.finite().values))
-    detail = "of a step's time ranks wait in collectives, median"
+    value = float(np.median(finite.values))
+    detail = "of step time spent in collectives, median"
     return Number("Communication share", f"{value:.0%}", detail, value)
 
 
@@ -153,5 +158,5 @@ def _dead_experts(run: Run) -> Number:
 def _restarts(run: Run) -> Number:
     count = num_restarts(run)
     causes = [str(attempt.get("cause")) for attempt in run.attempts if attempt.get("restarts")]
-    detail = f"last: {causes[-1]}" if causes else "" if count else "in one go"
+    detail = f"last: {causes[-1]}" if causes else "" if count else "uninterrupted"
     return Number("Restarts", str(count), detail, float(count))

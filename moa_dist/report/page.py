@@ -6,37 +6,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pydantic import ValidationError
-
-from moa_dist.checkpoint.format import Index
-from moa_dist.data.order import read_exclusions
-from moa_dist.observe.units import duration, short
 from moa_dist.report.analysis import analysis_sections
 from moa_dist.report.curves import labels, own_curves, shared_curves
-from moa_dist.report.html import document, fold, section, table
+from moa_dist.report.events import events
+from moa_dist.report.html import document, fold, nothing, section, table
 from moa_dist.report.numbers import Number, headline, last_step, layout
-from moa_dist.report.read import Note, Run
+from moa_dist.report.read import Run
 from moa_dist.report.routing import routing_figures
 from moa_dist.report.time import time_figures
 
-_ROUTINE = ("saved ", "no GPU telemetry")
-"""How notes begin that nobody needs to act on."""
-_MOST_NOTES = 200
-
 
 def page(runs: Sequence[Run]) -> str:
-    """HTML about one run, or several compared. It loads nothing and runs nothing."""
+    """Return HTML about one run, or several compared, that loads nothing."""
     title = " · ".join(labels(runs))
     body = [_header(runs, title)]
-    body += _tiles(runs[0]) if len(runs) == 1 else _comparison(runs)
-    curves = [*shared_curves(runs)]
+    curves = section(
+        "Curves", [*shared_curves(runs), *(own_curves(runs[0]) if len(runs) == 1 else ())]
+    )
     if len(runs) == 1:
-        body.append(_problems(runs[0]))
-        body.append(section("Curves", [*curves, *own_curves(runs[0])]))
-        body.append(section("Time", [*time_figures(runs[0])]))
-        body += _about(runs[0])
+        (run,) = runs
+        body += [_tiles(run), _problems(run), curves, section("Time", [*time_figures(run)])]
+        body += _about(run)
     else:
-        body.append(section("Curves", curves))
+        body += [*_comparison(runs), curves]
         for run, label in zip(runs, labels(runs), strict=True):
             own = section("Auxiliary losses and traffic", [*own_curves(run)])
             time = section("Time", [*time_figures(run)])
@@ -55,22 +47,21 @@ def _header(runs: Sequence[Run], title: str) -> str:
     return f"<header><h1>{escape(title)} {state}</h1><p>{escape(about)}</p></header>"
 
 
-def _tiles(run: Run) -> Iterator[str]:
+def _tiles(run: Run) -> str:
     tiles = "".join(
         f"<div class='tile'><dt>{escape(n.label)}</dt><dd><strong>{escape(n.text)}</strong>"
         f"<span>{escape(n.detail)}</span></dd></div>"
         for n in headline(run)
     )
-    yield f'<dl class="tiles">{tiles}</dl>'
+    return f'<dl class="tiles">{tiles}</dl>'
 
 
 def _comparison(runs: Sequence[Run]) -> Iterator[str]:
-    columns = [headline(run) for run in runs]
+    head = labels(runs)
     rows = [["layout", *(layout(run) for run in runs)]]
-    for numbers in zip(*columns, strict=True):
+    for numbers in zip(*(headline(run) for run in runs), strict=True):
         rows.append([numbers[0].label, *_marked(numbers)])
-    compared = table(["", *labels(runs)], rows, "compare")
-    yield section("Side by side", [f'<div class="card wide">{compared}</div>'])
+    yield _wide("Side by side", table(["", *head], rows, "compare"))
     settings = [_flat(run.config) for run in runs]
     names = sorted({name for values in settings for name in values} - {"name"})
     different = [
@@ -78,16 +69,20 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
         for name in names
         if len({values.get(name) for values in settings}) > 1
     ]
-    body = (
-        table(["setting", *labels(runs)], different, "compare")
+    yield _wide(
+        "Settings that differ",
+        table(["setting", *head], different, "compare")
         if different
-        else '<p class="none">None: the configurations are the same.</p>'
+        else nothing("None: the configurations are the same."),
     )
-    yield section("Settings that differ", [f'<div class="card wide">{body}</div>'])
+
+
+def _wide(title: str, body: str) -> str:
+    return section(title, [f'<div class="card wide">{body}</div>'])
 
 
 def _marked(numbers: Sequence[Number]) -> Iterator[str]:
-    """Texts, the best of those that differ with a star."""
+    """Yield the runs' values as text; the best gets a star if they differ."""
     known = [n.value for n in numbers if n.value is not None]
     best = (max if numbers[0].better == "high" else min)(known, default=None)
     for number in numbers:
@@ -104,101 +99,20 @@ def _problems(run: Run) -> str:
 
 def _about(run: Run) -> Iterator[str]:
     about = (
-        "Rows are layers L and their repeats R; of steps that share a column, the worst is shown"
+        "Rows are layers L and their repeats R; where steps share a column, the worst of them is "
+        "shown"
     )
     for router, routing in routing_figures(run).items():
         yield section(f"Routing: {router}", routing, about, css="quarters")
     if run.analysis is not None:
         yield from analysis_sections(run.analysis)
-    yield section("What happened", [*_events(run)])
+    yield section("What happened", [*events(run)])
     text = f"<pre>{escape(run.config_text)}</pre>"
     yield section("Configuration", [fold("config.yaml", text)])
 
 
-def _events(run: Run) -> Iterator[str]:
-    loud = [note for note in run.notes if not note.message.startswith(_ROUTINE)]
-    quiet = [note for note in run.notes if note.message.startswith(_ROUTINE)]
-    if run.attempts:
-        yield _card("Attempts", _attempts(run.attempts))
-    elif len(run.starts) > 1:
-        steps = ", ".join(f"{step:,}" for step in run.starts[1:])
-        yield _card("Restarts", f"<p>Went on after step {steps}.</p>")
-    given_up = run.checkpoints[-1].state.get("bad_steps") if run.checkpoints else None
-    refused = given_up.get("given_up") if isinstance(given_up, dict) else None
-    if isinstance(refused, list) and refused:
-        yield _card("Refused steps", _refused(refused))
-    nothing = '<p class="none">Nothing out of the ordinary.</p>'
-    yield _card("Notes", _notes(loud) if loud else nothing)
-    for name, text in run.reports.items():
-        yield fold(name, f"<pre>{escape(text)}</pre>", is_open=len(run.reports) == 1)
-    if run.checkpoints:
-        yield _card("Checkpoints", _checkpoints(run))
-    if quiet:
-        yield fold(f"{len(quiet)} routine notes", _notes(quiet))
-
-
-def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for attempt in attempts:
-        seconds = attempt.get("seconds")
-        rows.append(
-            [
-                str(attempt.get("attempt", "-")),
-                str(attempt.get("began", "-")).replace("T", " "),
-                duration(seconds) if isinstance(seconds, int | float) else "-",
-                " to ".join(
-                    str(attempt.get(f"checkpoint_{when}", "-")) for when in ("before", "after")
-                ),
-                str(attempt.get("exit_code", "-")),
-                str(attempt.get("cause", "-")),
-            ]
-        )
-    return table(["attempt", "began", "took", "checkpoint", "ended", "cause"], rows, "words")
-
-
-def _refused(entries: Sequence[Any]) -> str:
-    rows = [
-        [str(e.get("step")), f"{e.get('first')} to {e.get('last')}", str(e.get("reason"))]
-        for e in entries
-        if isinstance(e, dict)
-    ]
-    return table(["step", "samples given up", "why"], rows, "words")
-
-
-def _notes(notes: Sequence[Note]) -> str:
-    """The last ones, if there are too many for a page."""
-    rows = [[f"{note.step:,}", note.message] for note in notes[-_MOST_NOTES:]]
-    left_out = len(notes) - len(rows)
-    before = f"<p>{left_out:,} earlier ones are not shown.</p>" if left_out else ""
-    return before + table(["after step", "note"], rows, "words")
-
-
-def _checkpoints(run: Run) -> str:
-    rows = []
-    for index in run.checkpoints:
-        parallel = index.config.parallel
-        rows.append(
-            [
-                f"{index.step:,}",
-                f"{index.samples:,}",
-                f"{short(sum(index.files.values()))}B",
-                f"W {index.world_size} ep {parallel.expert_parallel} ZeRO {parallel.zero_stage}",
-                str(_num_excluded(index)),
-            ]
-        )
-    return table(["step", "samples", "size", "saved in", "damaged shards left out"], rows)
-
-
-def _num_excluded(index: Index) -> int:
-    try:
-        history = read_exclusions(index.state.get("exclusions"))
-    except ValidationError:
-        return 0
-    return len(history[-1].shards) if history else 0
-
-
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Path -> value, as text."""
+    """Return the settings of a nested configuration as text by path."""
     flat: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -206,7 +120,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = str(value)
     return flat
-
-
-def _card(title: str, body: str) -> str:
-    return f'<div class="card wide"><h3>{escape(title)}</h3>{body}</div>'

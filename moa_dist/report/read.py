@@ -1,4 +1,4 @@
-"""What a run's folder says, as values. What is missing or damaged becomes a problem to show."""
+"""Reads a run's folder into values; what is missing or damaged becomes a problem to show."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ _SCALARS = (
     "step_seconds",
     "communication_share",
 )
-"""Of a step."""
+"""Names of scalars in the record of a step."""
 _VALIDATION = ("loss", "perplexity", "bits_per_byte")
 
 Load = dict[RouterCall, NDArray[np.float64]]
-"""Of each router application, assignments [G, E]: G router groups, E experts each."""
+"""Assignments [G, E] by router application: G router groups, E experts each."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something that the run said."""
+    """One message that the run recorded."""
 
     step: int
-    """The last step reported before it."""
+    """Last step reported before the note."""
     message: str
 
 
@@ -64,64 +64,64 @@ class Trace:
     first: int
     """First traced step."""
     last: int
-    """The last one."""
+    """Last traced step."""
     on_gpu: bool
-    """Times are those of kernels."""
+    """Whether times are those of GPU kernels instead of the main thread."""
     parts: dict[str, float]
     """Milliseconds per step, by part."""
 
 
 @dataclass
 class Run:
-    """All that is known of a run."""
+    """Everything known about a run."""
 
     folder: Path
-    """Where it was read from."""
+    """Folder that was read."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Its configuration, not validated: another version may have written it."""
+    """Configuration, not validated: another version may have written it."""
     config_text: str = ""
-    """The same as YAML."""
+    """Configuration as YAML."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """The last start: sizes, device, ranks."""
+    """Record of the last start: sizes, device, ranks."""
     starts: list[int] = field(default_factory=list)
-    """Steps after which training began or went on."""
+    """Steps after which training started or resumed."""
     series: dict[str, Series] = field(default_factory=dict)
     """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `traffic/PURPOSE/LAYER` in MiB..."""
     routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
-    """By measure, such as `drop_share`."""
+    """Series of each router application, by measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
-    """The first and the last that were written, with their steps."""
+    """First and last expert loads that were recorded, with their steps."""
     slowest: list[str] = field(default_factory=list)
-    """Of each report, the rank that had most work, such as `rank 3 (node-1)`."""
+    """The rank with most work in each report, such as `rank 3 (node-1)`."""
     traces: list[Trace] = field(default_factory=list)
-    """By rank."""
+    """Traced step times, sorted by rank."""
     reports: dict[str, str] = field(default_factory=dict)
-    """Name -> text of what was written about hangs and want of memory."""
+    """Text of reports about hangs and memory shortages, by name."""
     notes: list[Note] = field(default_factory=list)
-    """In order."""
+    """Notes in the order in which they were recorded."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    """What the supervisor recorded of each."""
+    """What the supervisor recorded about each attempt."""
     checkpoints: list[Index] = field(default_factory=list)
-    """Oldest first."""
+    """Indices of checkpoints, oldest first."""
     analysis: Analysis | None = None
-    """What `moa-dist analyze` found, if it was asked."""
+    """Result of `moa-dist analyze`, if it was run."""
     problems: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """Parts of the run that could not be read, and why."""
 
     @property
     def name(self) -> str:
-        """As configured, else the folder's."""
+        """The configured name, or else the folder's."""
         return str(self.config.get("name") or self.folder.resolve().name)
 
     def setting(self, path: str) -> Any:
-        """A value of the configuration, such as `train.steps`; None if it has none."""
+        """Return a setting by its path, such as `train.steps`; None if it is absent."""
         value: Any = self.config
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def group(self, prefix: str) -> dict[str, Series]:
-        """Series whose names begin with `prefix`, by the rest of their names."""
+        """Return the series whose names begin with `prefix`, by the rest of their names."""
         return {
             name.removeprefix(prefix): series
             for name, series in self.series.items()
@@ -132,14 +132,13 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run's folder.
 
-    Raises DataError if it holds nothing of a run: neither metrics nor configuration nor
-    checkpoints.
+    Raises DataError if it has neither metrics nor a configuration nor checkpoints.
     """
     found = checkpoints(folder)
     if not found and not any((folder / name).exists() for name in (FILE_NAME, CONFIG_FILE)):
         raise DataError(
-            f"{folder}: no run: neither {FILE_NAME} nor {CONFIG_FILE} nor a checkpoint; name the "
-            "folder that training wrote, such as runs/NAME"
+            f"{folder}: not a run: no {FILE_NAME}, {CONFIG_FILE} or checkpoint; pass the folder "
+            "that training wrote, such as runs/NAME"
         )
     run = Run(folder)
     _read_metrics(run)
@@ -184,7 +183,7 @@ def _read_metrics(run: Run) -> None:
                 for name in _VALIDATION:
                     columns[f"validation/{name}"].add(step, record.get(name))
                 if load := _load(record.get("load")):
-                    # Of all, the page shows the first and the last.
+                    # The page shows only the first and the last.
                     run.loads = [*run.loads[:1], (step, load)]
     except (OSError, DataError) as error:
         run.problems.append(_what_happened(error))
@@ -221,7 +220,7 @@ def _read_config(run: Run) -> None:
 
 
 def _read_attempts(run: Run) -> None:
-    """Only a supervisor writes them: there may be none."""
+    """Read the attempts that a supervisor recorded; without one there is no file."""
     path = run.folder / ATTEMPTS_FILE
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -262,7 +261,7 @@ def _what_happened(error: Exception, path: Path | None = None) -> str:
 
 
 class _Column:
-    """A series as it grows; compact, since a long run has thousands of records."""
+    """A growing series, stored compactly since a long run has thousands of records."""
 
     def __init__(self) -> None:
         self._steps, self._values = array("q"), array("d")
@@ -276,7 +275,7 @@ class _Column:
 
 
 def _number(value: Any) -> float:
-    """NaN for what is none: null, in the file, is a value that was not finite."""
+    """Return a number, or NaN for anything else: the file has null for values not finite."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -285,7 +284,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _load(value: Any) -> Load:
-    """Without the sites that are not named, or not counted, as they should be."""
+    """Return the loads, without entries whose names or counts are malformed."""
     load: Load = {}
     for name, counts in _mapping(value).items():
         try:

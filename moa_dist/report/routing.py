@@ -1,4 +1,4 @@
-"""Figures of a run's routers: every (layer, repeat) a row, over time or over experts.
+"""Figures of a run's routers: a row per (layer, repeat), over time or over experts.
 
 Shapes: R rows, C columns; G router groups, E experts each.
 """
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_dist.models.stack import RouterCall
-from moa_dist.report.heatmap import Shades, heatmap, key
-from moa_dist.report.html import figure, table
+from moa_dist.report.heatmap import MOST_CELLS, Grid, Shades, heatmap_figure, merge_factor
+from moa_dist.report.html import empty_figure, table
 from moa_dist.report.read import Load, Run
 from moa_dist.report.scale import readable
 from moa_dist.report.series import Series
@@ -27,23 +27,25 @@ class _Measure:
     title: str
     about: str
     worst: Callable[[NDArray[np.float64]], np.float64]
-    """Which of several steps in one column is shown."""
+    """Chooses which of several steps in one column is shown."""
     floor: float
-    """The least it can be."""
+    """The least possible value."""
     if_floor: str | None
-    """What to say if it is never more."""
+    """What the figure says if all values are at the floor."""
 
 
 _MEASURES = (
     _Measure("drop_share", "Drop share", "Assignments dropped", np.max, 0.0, "Nothing dropped."),
     _Measure("load_imbalance", "Load imbalance", "Fullest expert over mean", np.max, 1.0, None),
     _Measure("entropy", "Router entropy", "Nats per token", np.min, 0.0, None),
-    _Measure("dead_experts", "Dead experts", "Without a token", np.max, 0.0, "None, at any step."),
+    _Measure(
+        "dead_experts", "Dead experts", "Experts without a token", np.max, 0.0, "None, at any step."
+    ),
 )
 
 
 def routing_figures(run: Run) -> dict[str, list[str]]:
-    """Of each router: four measures over time, then the load of every expert."""
+    """Return the figures of each router: four measures over time, and the load of each expert."""
     routers = {call.router for calls in run.routing.values() for call in calls}
     routers |= {call.router for _, load in run.loads for call in load}
     return {router: [*_measures(run, router), *_loads(run, router)] for router in sorted(routers)}
@@ -68,36 +70,43 @@ def _loads(run: Run, router: str) -> Iterator[str]:
 
 
 def _over_time(measure: _Measure, calls: dict[RouterCall, Series]) -> str:
-    title = measure.title
     low = min(float(series.finite().values.min()) for series in calls.values())
     high = max(float(series.finite().values.max()) for series in calls.values())
     if measure.if_floor and high <= measure.floor:
-        return figure(title, measure.about, f'<p class="none">{measure.if_floor}</p>', "")
-    num_columns = min(_MOST_COLUMNS, max(len(series) for series in calls.values()))
-    values_RC = np.stack([_columns(series, measure, num_columns) for series in calls.values()])
-    # From the least possible, so that what is harmless looks harmless; entropies lie close.
-    shades = Shades(low if measure.name == "entropy" else measure.floor, high)
+        return empty_figure(measure.title, measure.about, measure.if_floor)
+    longest = max(calls.values(), key=len)
+    num_columns = min(_MOST_COLUMNS, len(longest), max(MOST_CELLS // len(calls), 1))
+    rows = row_labels(list(calls))
+    stretches = np.array_split(longest.steps, num_columns)
     first = min(int(series.steps[0]) for series in calls.values())
     last = max(int(series.steps[-1]) for series in calls.values())
-    rows = row_labels(list(calls))
-    drawn = heatmap(
-        title,
-        values_RC,
+    grid = Grid(
+        np.stack([_columns(series, measure, num_columns) for series in calls.values()]),
         rows,
-        (f"step {first:,}", f"{last:,}"),
-        shades,
-        about=f"{title}, {readable(low)} to {readable(high)}; the table has the numbers",
+        [_steps(int(steps[0]), int(steps[-1])) for steps in stretches],
+        ends=(f"step {first:,}", f"{last:,}"),
     )
     numbers = table(
         ["layer, repeat", "first", "last", "mean", "lowest", "highest"],
         [[row, *_summary(series)] for row, series in zip(rows, calls.values(), strict=True)],
     )
-    body = drawn + key(shades, readable(shades.low), readable(shades.high))
-    return figure(title, measure.about, body, numbers)
+    return heatmap_figure(
+        measure.title,
+        measure.about,
+        grid,
+        # From the least possible, so that what is harmless looks harmless; entropies lie close.
+        Shades(low if measure.name == "entropy" else measure.floor, high),
+        about=f"{measure.title}, {readable(low)} to {readable(high)}; the table has the numbers",
+        numbers=numbers,
+    )
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
 def _columns(series: Series, measure: _Measure, num_columns: int) -> NDArray[np.float64]:
-    """[C] the worst value of each stretch of steps; NaN where none is finite."""
+    """Return [C], the worst value of each stretch of steps; NaN where none is finite."""
     columns = []
     for stretch in np.array_split(series.values, num_columns):
         finite = stretch[np.isfinite(stretch)]
@@ -111,7 +120,7 @@ def _summary(series: Series) -> list[str]:
 
 
 def _over_experts(when: str, load: Load) -> Iterator[str]:
-    """One figure, or several if routers of this name differ in shape."""
+    """Yield a figure for each shape that routers of one name have."""
     for shape in sorted({counts.shape for counts in load.values()}):
         calls = [call for call, counts in load.items() if counts.shape == shape]
         num_groups, num_experts = shape
@@ -119,30 +128,57 @@ def _over_experts(when: str, load: Load) -> Iterator[str]:
         mean_R1 = flat_RC.mean(1, keepdims=True)
         relative_RC = flat_RC / np.where(mean_R1 > 0, mean_R1, 1.0)
         rows = row_labels(calls)
-        title = "Load of every expert"
-        experts = f"{num_experts} experts"
+        title, experts = "Load of every expert", f"{num_experts} experts"
         if num_groups > 1:
             experts = f"{num_groups} heads of {experts}"
-        about = f"{when}; {experts}, in relation to the mean; crossed out: without a token"
-        shades = Shades(0.0, 2.0, has_middle=True)
-        drawn = heatmap(
-            title,
-            relative_RC,
-            rows,
-            ("expert 0", f"{num_groups * num_experts - 1}"),
-            shades,
-            about=f"{title}, {about}; the table has the fullest and the emptiest",
-            width=520,
-            num_groups=num_groups,
-            crossed_RC=flat_RC == 0,
-        )
+        caption = f"{when}; {experts}, relative to the mean; crossed out: without a token"
+        factor = merge_factor((len(calls), num_groups * num_experts), num_groups)
+        if factor > 1:
+            caption += f"; {factor} neighbors share a cell, which shows the fullest"
         numbers = table(
             ["layer, repeat", "fullest", "its load", "emptiest", "its load", "dead"],
             [[row, *_extremes(r)] for row, r in zip(rows, relative_RC, strict=True)],
         )
-        yield figure(
-            title, about, drawn + key(shades, "0", "2 x mean or more"), numbers, css="half"
+        yield heatmap_figure(
+            title,
+            caption,
+            load_grid(relative_RC, rows, num_groups, factor),
+            Shades(0.0, 2.0, has_middle=True),
+            about=f"{title}, {caption}; the table has the fullest and the emptiest",
+            numbers=numbers,
+            ends=("0", "2 x mean or more"),
+            is_half=True,
         )
+
+
+def load_grid(
+    load_RC: NDArray[np.float64], rows: Sequence[str], num_groups: int, factor: int
+) -> Grid:
+    """Join `factor` neighboring experts of a group into each cell."""
+    num_rows, num_columns = load_RC.shape
+    num_experts = num_columns // num_groups
+    padding = ((0, 0), (0, 0), (0, -num_experts % factor))
+    # Copies of the last expert change neither the fullest nor whether one is dead.
+    padded = np.pad(load_RC.reshape(num_rows, num_groups, num_experts), padding, mode="edge")
+    cells = padded.reshape(num_rows, -1, factor)
+    names = [
+        (f"head {group}, " if num_groups > 1 else "")
+        + (
+            f"expert {first}"
+            if factor == 1
+            else f"experts {first} to {min(first + factor, num_experts) - 1}"
+        )
+        for group in range(num_groups)
+        for first in range(0, num_experts, factor)
+    ]
+    return Grid(
+        cells.max(2),
+        rows,
+        names,
+        ends=("expert 0", f"{num_columns - 1}"),
+        num_groups=num_groups,
+        crossed_RC=(cells == 0).any(2),
+    )
 
 
 def _extremes(load_C: NDArray[np.float64]) -> list[str]:
@@ -157,7 +193,7 @@ def _extremes(load_C: NDArray[np.float64]) -> list[str]:
 
 
 def row_labels(calls: Sequence[RouterCall]) -> list[str]:
-    """Such as `L0 R1`; layers that are not repeated need no R."""
+    """Return labels such as `L0 R1`, without R if no layer is repeated."""
     if any(call.repeat for call in calls):
         return [f"L{call.layer} R{call.repeat}" for call in calls]
     return [f"L{call.layer}" for call in calls]

@@ -1,4 +1,4 @@
-"""Axes: where ticks go, and numbers as people read them."""
+"""Axes, their ticks, and numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 _WIDE = 100.0
-"""From this ratio of largest to smallest on, a linear axis would hide the small values."""
+"""Ratio of largest to smallest value from which a linear axis would hide the small ones."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to places between `start` and `stop` of a picture."""
+    """Maps values between `low` and `high` to coordinates between `start` and `stop`."""
 
     low: float
     high: float
@@ -23,13 +23,13 @@ class Axis:
     is_log: bool = False
 
     def place(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """In units of the picture."""
+        """Return the coordinates of values, in units of the picture."""
         low, high = self._scaled(np.array([self.low, self.high]))
         share = (self._scaled(values) - low) / (high - low)
         return self.start + share * (self.stop - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round values inside."""
+        """Return about `count` round values within the axis."""
         if not self.is_log:
             return _round_values(self.low, self.high, count)
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
@@ -44,11 +44,11 @@ class Axis:
 
 
 def fit(values: NDArray[np.float64], start: float, stop: float) -> Axis:
-    """The axis for these finite values, at least one; logarithmic if they differ widely."""
+    """Return an axis for at least one finite value; it is logarithmic if they differ widely."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high / low >= _WIDE:
         return Axis(low / 1.1, high * 1.1, start, stop, is_log=True)
-    # Of values that hardly differ, ticks would all read the same.
+    # Without a margin, ticks around nearly equal values would all read the same.
     margin = max((high - low) * 0.05, abs(high) * 0.01) or 1.0
     # Quantities that are never negative keep zero as their floor.
     floor = 0.0 if 0 <= low < (high - low) / 2 else low - margin
@@ -64,7 +64,7 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 
 
 def readable(value: float) -> str:
-    """Four digits, or all before the point: 3e-4, 5.331, 12,300, 1.2e9."""
+    """Format with four significant digits, or all before the point: 3e-4, 5.331, 12,300, 1.2e9."""
     if not math.isfinite(value):
         return "not finite"
     size = abs(value)

@@ -19,7 +19,7 @@ class Series:
 
     @staticmethod
     def of(steps: ArrayLike, values: ArrayLike) -> Series:
-        """From anything that numpy takes for numbers; what no axis could show becomes NaN."""
+        """Build a series from array-likes; values too large for any axis become NaN."""
         numbers = np.array(values, dtype=np.float64)
         numbers[~(np.abs(numbers) < _LARGEST)] = np.nan
         return Series(np.array(steps, dtype=np.int64), numbers)
@@ -28,19 +28,20 @@ class Series:
         return len(self.steps)
 
     def finite(self) -> Series:
-        """Without the values that are not."""
+        """Return the points whose values are finite."""
         return self.at(np.flatnonzero(np.isfinite(self.values)))
 
     def at(self, positions: ArrayLike) -> Series:
-        """The part at these positions."""
+        """Return the points at these positions."""
         chosen = np.asarray(positions, dtype=np.int64)
         return Series(self.steps[chosen], self.values[chosen])
 
 
 def downsample(series: Series, limit: int) -> Series:
-    """At most `limit` of its points: the ends, and of each stretch between the extremes.
+    """Keep at most `limit` points: both ends, and the extremes of each stretch in between.
 
-    Of a stretch with values that are not finite, one of these is kept too, so that the gap stays.
+    Of a stretch with values that are not finite, one of these is kept too, so that the gap stays
+    visible.
     """
     num_points = len(series)
     if num_points <= limit:

@@ -7,26 +7,27 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moa_dist.report.charts import Bar, Line, bar_chart
-from moa_dist.report.curves import curves
-from moa_dist.report.html import figure, legend, table
+from moa_dist.report.charts import Bar, Line
+from moa_dist.report.curves import bars_figure, curves
+from moa_dist.report.html import table
 from moa_dist.report.read import Run, Trace
 from moa_dist.report.scale import readable
 
 _GPU = (
     ("memory_used_gib", "GPU memory", "GiB in use on rank 0's device"),
-    ("power_watts", "GPU power", "Watts, of rank 0's device"),
-    ("temperature_celsius", "GPU temperature", "Degrees Celsius, of rank 0's device"),
-    ("utilization_percent", "GPU utilization", "Percent, of rank 0's device"),
+    ("power_watts", "GPU power", "Watts, rank 0's device"),
+    ("temperature_celsius", "GPU temperature", "Degrees Celsius, rank 0's device"),
+    ("utilization_percent", "GPU utilization", "Percent, rank 0's device"),
 )
 _PASSES = {"forward": 0, "backward": 1}
 _OF_BACKWARD = " (backward)"
+_MOST_BARS, _MOST_ROWS = 16, 100
 
 
 def time_figures(run: Run) -> Iterator[str]:
-    """All of them that the run has values for."""
+    """Yield the figures that the run has values for."""
     if "communication_share" in run.series:
-        about = "Of a step's time, what ranks wait in collectives, for data or for a slower rank"
+        about = "Share of step time that ranks spend in collectives, sending or waiting for others"
         share = Line("share", run.series["communication_share"], 0)
         yield curves("Communication share", about, [share], marks=run.starts)
     work = [
@@ -48,7 +49,7 @@ def time_figures(run: Run) -> Iterator[str]:
 
 
 def most_often_slowest(run: Run) -> tuple[str, str]:
-    """The rank that was, and of how many reports; empty if there are none."""
+    """Return the rank that was slowest in most reports, and details; both empty without reports."""
     if not run.slowest:
         return "", ""
     (rank, count), *_ = Counter(run.slowest).most_common(1)
@@ -57,18 +58,25 @@ def most_often_slowest(run: Run) -> tuple[str, str]:
     with np.errstate(all="ignore"):
         ratio = float(np.nanmedian(slowest / fastest)) if len(slowest) == len(fastest) else np.nan
     if np.isfinite(ratio):
-        detail += f"; the slowest works {ratio:.2f} x the fastest (median)"
+        detail += f"; the slowest works {ratio:.2f} x as long as the fastest (median)"
     return rank, detail
 
 
 def _stragglers(run: Run) -> str:
     counts = Counter(run.slowest).most_common()
-    bars = [Bar(rank, {"reports": float(count)}) for rank, count in counts[:16]]
-    title, about = "Which rank is slowest", "Reports in which a rank had most work; even is healthy"
-    rows = [[rank, f"{count:,}", f"{count / len(run.slowest):.0%}"] for rank, count in counts[:100]]
-    numbers = table(["rank", "reports", "share"], rows)
-    drawn = bar_chart(title, bars, {"reports": 0}, "reports")
-    return figure(title, about, drawn, numbers, css="wide")
+    bars = [Bar(rank, {"reports": float(count)}) for rank, count in counts[:_MOST_BARS]]
+    rows = [
+        [rank, f"{count:,}", f"{count / len(run.slowest):.0%}"]
+        for rank, count in counts[:_MOST_ROWS]
+    ]
+    return bars_figure(
+        "Which rank is slowest",
+        "Reports in which a rank had most work; an even spread is healthy",
+        bars,
+        {"reports": 0},
+        "reports",
+        table(["rank", "reports", "share"], rows),
+    )
 
 
 def _parts(trace: Trace) -> str:
@@ -80,12 +88,11 @@ def _parts(trace: Trace) -> str:
     bars = [Bar(names.get(part, part), passes) for part, passes in whole.items()]
     bars.sort(key=lambda bar: -sum(bar.parts.values()))
     total = sum(trace.parts.values())
-    title = f"Parts of a step on rank {trace.rank}"
-    clock = "kernels on its GPU" if trace.on_gpu else "its main thread"
+    clock = "kernel time on its GPU" if trace.on_gpu else "its main thread"
     about = (
         f"Milliseconds of {clock} per step, traced in steps {trace.first:,} to {trace.last:,}; "
-        f"{readable(total)} in all. exchange includes waiting for "
-        "others; the rest is embedding, norms, head, Python"
+        f"{readable(total)} in all. exchange includes waiting for others; the rest is embedding, "
+        "norms, head, Python"
     )
     rows = [
         [bar.label, *map(readable, values), f"{sum(values) / total:.1%}"]
@@ -93,6 +100,4 @@ def _parts(trace: Trace) -> str:
         for values in [bar.parts.values()]
     ]
     numbers = table(["part", "forward", "backward", "share"], rows)
-    key = legend((name, color, "", False) for name, color in _PASSES.items())
-    drawn = bar_chart(title, bars, _PASSES, "ms")
-    return figure(title, about, key + drawn, numbers, css="wide")
+    return bars_figure(f"Parts of a step on rank {trace.rank}", about, bars, _PASSES, "ms", numbers)

@@ -1,4 +1,4 @@
-"""Dense twins have the work, or the parameters, of the model they are compared with."""
+"""Dense models have the work, or the parameters, of the model they are compared with."""
 
 from pathlib import Path
 

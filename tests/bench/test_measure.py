@@ -1,4 +1,4 @@
-"""Measurements as numbers: ratios per round, bytes that were held at once."""
+"""Measurements: ratios per round, and the peak of bytes held."""
 
 import torch
 

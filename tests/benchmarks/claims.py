@@ -1,4 +1,4 @@
-"""The papers' central claim at a CPU's size: equal data, equal tokens, equal parameters.
+"""Tests the papers' central claim on a CPU: equal data, equal tokens, equal parameters.
 
     moa-dist prepare --input BOOKS --output data/comparison/train --documents blank-line \
         --vocab-size 2048 --sequence-length 256
@@ -6,10 +6,10 @@
         --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
     python -m tests.benchmarks.claims [MODEL ...] [--table]
 
-Trains every model of configs/comparison/ on one process: four learning rates for a tenth of the
-budget, half of it the warm-up of the whole, seed 0; then the best for the whole budget, with as
-many seeds as `SEEDS` says. Takes hours; interrupted, it continues where it was. `--table` only
-prints what has finished.
+Trains every model of configs/comparison/ in one process: four learning rates for a tenth of the
+budget (half of that is the full run's warm-up) with seed 0; then the best rate for the whole
+budget, with the number of seeds in `SEEDS`. Takes hours, and resumes after an interruption.
+`--table` only prints finished results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUNS = Path("runs/comparison")
 
 @dataclass(frozen=True)
 class Training:
-    """One run: a model, a learning rate, a seed; `steps` None is the whole budget."""
+    """One run: a model, a learning rate and a seed; `steps` None means the whole budget."""
 
     model: str
     rate: float
@@ -55,11 +55,11 @@ class Training:
 
     @property
     def diverged(self) -> Path:
-        """A file that says so."""
+        """The file that marks a diverged run."""
         return RUNS / self.name / "diverged"
 
     def loss(self) -> float | None:
-        """Of validation after the last step; infinite if it diverged, None while there is none."""
+        """Return the last validation loss: infinite if diverged, None if unfinished."""
         if self.diverged.exists():
             return math.inf
         total = self.steps or load_config(self.config_file).train.steps
@@ -71,7 +71,7 @@ class Training:
         return float(losses.values[-1])
 
     def run(self) -> None:
-        """Train unless that is done. Raises CalledProcessError if it fails but by diverging."""
+        """Train unless finished. Raises CalledProcessError for failures other than divergence."""
         if self.loss() is None:
             overrides = [f"name={self.name}", f"output={RUNS}", f"optimizer.lr={self.rate}"]
             overrides += [f"train.seed={self.seed}", f"data.seed={self.seed}"]
@@ -90,7 +90,7 @@ def tuned(model: str) -> list[Training]:
 
 
 def best_rate(model: str) -> float | None:
-    """Of those tried, None before all are."""
+    """Return the best learning rate tried, or None until all have finished."""
     losses = {training.rate: training.loss() for training in tuned(model)}
     found = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(found, key=found.__getitem__) if len(found) == len(losses) else None
@@ -108,7 +108,7 @@ def train_all(models: list[str]) -> None:
 
 
 def print_table(models: list[str]) -> None:
-    """What has finished, as Markdown."""
+    """Print finished results as Markdown."""
     rates = " | ".join(f"lr {rate:g}" for rate in RATES)
     print(f"| model | parameters, M | MMAC per token | {rates} | seeds | perplexity | spread |")
     print("|---" * (6 + len(RATES)) + "|")
@@ -131,12 +131,14 @@ def print_table(models: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(SEEDS)} (all)")
-    parser.add_argument("--table", action="store_true", help="only print what has finished")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help=f"models to train: {', '.join(SEEDS)} (all)"
+    )
+    parser.add_argument("--table", action="store_true", help="only print finished results")
     args = parser.parse_args()
     models = args.models or list(SEEDS)
     if unknown := set(models) - SEEDS.keys():
-        parser.error(f"no such model: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown models: {', '.join(sorted(unknown))}")
     if not args.table:
         train_all(models)
     print_table(models)

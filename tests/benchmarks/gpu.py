@@ -1,11 +1,11 @@
-"""All that a GPU must show, in one call: right numbers, no waiting host, times, memory.
+"""Checks and measures everything that needs a GPU: numbers, no host waits, times, memory.
 
     python -m tests.benchmarks.gpu [--device cpu]
 
-Needs torch, Triton and what configurations need, no data, no network, neither DeepSpeed nor
-webdataset. Kernels are checked against one assignment's arithmetic in fp64, timed against a dense
-layer of equal work; then layers, a block and a training step of MoEUT 244M in bf16 against dense
-ones. Exit status 1 if a number is wrong. With `--device cpu` it is a rehearsal in small sizes.
+Needs torch, Triton and the configuration's packages, but no data, network, DeepSpeed or webdataset.
+Checks kernels against fp64 arithmetic and times them against a dense layer of equal work; then
+times layers, a block and a training step of MoEUT 244M in bf16 against dense ones. Exits with 1 if
+a number is wrong. `--device cpu` rehearses it all in small sizes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows
 CONFIGS = Path(__file__).parents[2] / "configs"
 Kernel = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Of the largest deviation, relative to the largest number."""
+"""Bound of the largest deviation, relative to the largest number."""
 SHAPES: dict[
     str, tuple[int, ...]
 ] = {  # name: T, D, E, K, F; F is the hidden width of an FFN, the head width of a projection
@@ -46,7 +46,7 @@ REHEARSAL: dict[str, tuple[int, ...]] = {"FFN": (128, 44, 9, 3, 16)}
 def inputs(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, gated: bool = False
 ) -> tuple[ExpertWeights, Tensor, RowMap]:
-    """A sigma-MoE of random weights, of which a tenth of all assignments is dropped."""
+    """Return a sigma-MoE of random weights, with a tenth of all assignments dropped."""
     T, D, E, K, F = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -76,7 +76,7 @@ def both_passes(kernel: Kernel, experts: ExpertWeights, x: Tensor, row_map: RowM
 
 
 def exact(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> list[Tensor]:
-    """The same in fp64, by a product per expert."""
+    """Return both passes in fp64, by one product per expert."""
 
     def wide(t: Tensor) -> Tensor:
         return t.detach().double().requires_grad_()
@@ -89,7 +89,7 @@ def exact(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> list[Tensor]:
 
 
 def kernels_for(experts: ExpertWeights, x: Tensor) -> dict[str, Kernel]:
-    """All that can compute this on this device."""
+    """Return all kernels that can run on this device."""
     kernels: dict[str, Kernel] = {"operator": custom_op_experts}
     if grouped_matmul_fits(x, *experts.tensors()):
         kernels["grouped product"] = grouped_experts
@@ -97,7 +97,7 @@ def kernels_for(experts: ExpertWeights, x: Tensor) -> dict[str, Kernel]:
 
 
 def naive(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
-    """What one would write first: expert by expert, with a look at the counts."""
+    """A straightforward loop over experts, which reads the counts on the host."""
     assert row_map.weight is not None
     y = torch.zeros(row_map.num_output_rows, experts.down.shape[2], dtype=x.dtype, device=x.device)
     start = 0
@@ -114,7 +114,7 @@ def naive(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
 
 @contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Whatever makes the host wait for the GPU raises."""
+    """Make anything that lets the host wait for the GPU raise."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -125,14 +125,14 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def check_numbers(shapes: dict[str, tuple[int, ...]], device: torch.device) -> list[str]:
-    """What is wrong, after a line per kernel."""
+    """Print a line per kernel; returns what is wrong."""
     wrong = []
     for name, shape in shapes.items():
         for dtype, gated in product((torch.float32, torch.bfloat16), (False, True)):
             case = inputs(shape, dtype, device, gated=gated)
             expected = exact(*case)
             for kind, kernel in kernels_for(*case[:2]).items():
-                both_passes(kernel, *case)  # compiles, which may wait
+                both_passes(kernel, *case)  # compilation may wait
                 with no_waiting(device):
                     results = both_passes(kernel, *case)
                 deviation = max(
@@ -147,7 +147,7 @@ def check_numbers(shapes: dict[str, tuple[int, ...]], device: torch.device) -> l
 
 
 def dense_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
-    """Both passes of a dense FFN of equal multiply-accumulates."""
+    """Return both passes of a dense FFN with equal multiply-accumulates."""
     T, D, _, K, F = shape
     x, up, down = (
         torch.randn(size, device=device).to(dtype).requires_grad_()
@@ -164,7 +164,7 @@ def dense_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 def time_kernels(
     shapes: dict[str, tuple[int, ...]], device: torch.device, repetitions: int
 ) -> Iterator[Table]:
-    """Every kernel against dense of equal work."""
+    """Time every kernel against a dense FFN of equal work."""
     for name, shape in shapes.items():
         for dtype in (torch.bfloat16, torch.float32):
             case = inputs(shape, dtype, device)
@@ -185,7 +185,7 @@ def main() -> int:
     name = "rehearsal on a CPU" if rehearsal else torch.cuda.get_device_name(device)
     print(f"{name}, torch {torch.__version__}")
     shapes, repetitions = (REHEARSAL, 1) if rehearsal else (SHAPES, 9)
-    print("\nnumbers, against fp64, while no host may wait")
+    print("\nnumbers against fp64, with host waits forbidden")
     wrong = check_numbers(shapes, device)
     for table in time_kernels(shapes, device, repetitions):
         print(f"\n{as_text(table)}", flush=True)

@@ -1,4 +1,4 @@
-"""`moa-dist checkpoint` and `moa-dist export`: what is shown, found, rewritten; nothing changes."""
+"""`moa-dist checkpoint` and `moa-dist export` show, find and rewrite without changing a value."""
 
 import json
 import shutil
@@ -46,22 +46,24 @@ def test_show(run, capsys):
     assert first.split() == f"1 2 {size}B W 1 ep 1 ZeRO 1 complete".split()
     assert made_by.split() == f"by {provenance()}".split()  # the second one, too
     assert second.endswith("valid")
-    assert last == f"checkpoint.resume auto continues from {run / 'step-00000002'}"
+    assert str(run / "step-00000002") in last
     alter(run / "step-00000002")
     report = json.loads(printed(capsys, "checkpoint", "show", run, "--json"))
     assert [row["state"] for row in report["checkpoints"]] == ["valid", "damaged"]
-    assert "altered" in report["checkpoints"][1]["problem"]
+    assert "rank-00000.safetensors" in report["checkpoints"][1]["problem"]
     assert report["continue_from"] == str(run / "step-00000001")
     assert report["checkpoints"][0]["provenance"] == asdict(provenance())
     (run / "step-00000001/checkpoint.json").unlink()
+    report = json.loads(printed(capsys, "checkpoint", "show", run, "--json"))
+    assert [row["state"] for row in report["checkpoints"]] == ["damaged", "damaged"]
+    assert report["continue_from"] is None
     text = printed(capsys, "checkpoint", "show", run)
-    assert "stops with an error" in text
-    assert text.count("damaged: ") == 2
+    assert all(row["problem"] in text for row in report["checkpoints"])
 
 
 def test_average(run, tmp_path, capsys):
     target = tmp_path / "mean"
-    assert "steps 1, 2" in printed(capsys, "checkpoint", "average", run, target)
+    assert str(target) in printed(capsys, "checkpoint", "average", run, target)
     parts = [read_model(run / f"step-0000000{step}")[0].state_dict() for step in (1, 2)]
     model, index = read_model(target)
     assert damage(target) == []
@@ -75,15 +77,18 @@ def test_average(run, tmp_path, capsys):
     for name, value in read_model(last)[0].state_dict().items():
         assert torch.equal(value, parts[1][name])
     assert main(["checkpoint", "average", str(tmp_path / "data"), str(tmp_path / "none")]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert str(tmp_path / "data") in capsys.readouterr().err
 
 
 def test_verify(run, capsys):
-    assert printed(capsys, "checkpoint", "verify", run).count(": ok") == 2
+    folders = [str(run / f"step-0000000{step}") for step in (1, 2)]
+    lines = printed(capsys, "checkpoint", "verify", run).splitlines()
+    assert [tuple(line.split(": ")) for line in lines] == [(folder, "ok") for folder in folders]
     alter(run / "step-00000002")
-    text = printed(capsys, "checkpoint", "verify", run, status=1)
-    assert f"{run / 'step-00000001'}: ok" in text
-    assert f"{run / 'step-00000002'}: damaged\n  {run}" in text
+    sound, damaged, problem = printed(capsys, "checkpoint", "verify", run, status=1).splitlines()
+    assert sound == lines[0]
+    assert damaged.partition(": ")[0] == folders[1]
+    assert "rank-00000.safetensors" in problem
     printed(capsys, "checkpoint", "verify", run / "step-00000001")
     printed(capsys, "checkpoint", "verify", run / "step-00000002", status=1)
 
@@ -91,7 +96,7 @@ def test_verify(run, capsys):
 @pytest.mark.parametrize(("options", "num_files"), [([], 1), (["--files", "3"], 3)])
 def test_converted_holds_the_same(run, tmp_path, capsys, options, num_files):
     target = tmp_path / "archive/small"
-    assert f"{num_files} files" in printed(capsys, "checkpoint", "convert", run, target, *options)
+    assert str(target) in printed(capsys, "checkpoint", "convert", run, target, *options)
     assert damage(target) == []
     old, new = Reader(run / "step-00000002"), Reader(target)
     assert new.index.tensors.keys() == old.index.tensors.keys()
@@ -147,23 +152,23 @@ def test_export_in_bf16(run, tmp_path, capsys):
 def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, command):
     (tmp_path / "there").mkdir()
     assert main([*command, str(run), str(tmp_path / "there")]) == 2
-    assert "there exists already" in capsys.readouterr().err
+    assert str(tmp_path / "there") in capsys.readouterr().err
     (tmp_path / "file").touch()
     for place in (tmp_path / "file/new", Path("/proc/new")):
         assert main([*command, str(run), str(place)]) == 2
-        assert f"{place}: cannot be created" in capsys.readouterr().err
+        assert str(place) in capsys.readouterr().err
     alter(run / "step-00000002")
     assert main([*command, str(run), str(tmp_path / "new")]) == 2
-    assert "step-00000002 is damaged" in capsys.readouterr().err
+    assert str(run / "step-00000002") in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "a"]])
 def test_what_was_altered_is_not_used(run, capsys, command):
-    """Of no more than a bit, which no other check would see."""
+    """A single flipped bit, which no other check would see."""
     alter(run / "step-00000002")
     assert main([*command, str(run)]) == 2
-    assert "step-00000002 is damaged" in capsys.readouterr().err
+    assert str(run / "step-00000002") in capsys.readouterr().err
     assert main([*command, str(run / "step-00000001")]) == 0
 
 
@@ -187,7 +192,7 @@ def test_a_damaged_export_says_so(run, tmp_path, capsys, kind):
     else:
         model.write_bytes(b"x")
     assert main(["generate", str(target), "--prompt", "a"]) == 2
-    assert "export it again" in capsys.readouterr().err
+    assert str(target) in capsys.readouterr().err
 
 
 def test_a_folder_of_transformers_says_so(run, tmp_path, capsys):
@@ -199,7 +204,7 @@ def test_a_folder_of_transformers_says_so(run, tmp_path, capsys):
 
 
 def test_no_pickle_can_be_read():
-    """Checkpoints and exports are safetensors and JSON: nothing that runs when it is read."""
+    """Checkpoints and exports are safetensors and JSON: nothing that executes when it is read."""
     for path in Path(moa_dist.__file__).parent.rglob("*.py"):
         text = path.read_text()
         assert "torch.load(" not in text, path

@@ -1,4 +1,4 @@
-"""`moa-dist doctor` on one machine: what it prints and what it ends with."""
+"""`moa-dist doctor` on one machine: findings and exit status."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.evaluate.runs import config
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """No rank of a job, with a port of its own."""
+    """Not a rank of a job, and with a port of its own."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with socket.socket() as listener:
@@ -55,13 +55,13 @@ def test_text_has_a_line_per_check_and_what_to_do(capsys):
         assert main(["doctor"]) == 1
         port = listener.getsockname()[1]
     lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("FAULT port"))
-    assert f"port {port} " in lines[at]
-    assert "-> end that process" in lines[at + 1]
-    assert lines[-1] == "1 fault"
+    at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["FAULT", "port"])
+    assert str(port) in lines[at]
+    assert lines[at + 1].split()[0] == "->"
+    assert lines[-1].split()[0] == "1"
 
 
-def test_a_run_s_faults_are_all_told(capsys, file, made, tmp_path):
+def test_all_faults_of_a_run_are_reported(capsys, file, made, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(made / "data/train", data)
     shard = next(data.glob("*.tar"))
@@ -72,10 +72,10 @@ def test_a_run_s_faults_are_all_told(capsys, file, made, tmp_path):
         capsys, "--world-size", "3", "--config", file, f"data.train={data}",
         f"output={tmp_path}/out/deeper",
     )  # fmt: skip
-    said = {check: " ".join(text for c, text in faults if c == check) for check, _ in faults}
-    assert "`data.readers`" in said["layout"]
-    assert "its checksum is wrong" in said["data"]
-    assert f"cannot write below {tmp_path}/out" in said["checkpoints"]
+    found = {check: " ".join(text for c, text in faults if c == check) for check, _ in faults}
+    assert "data.readers" in found["layout"]
+    assert shard.name in found["data"]
+    assert f"{tmp_path}/out" in found["checkpoints"]
 
 
 def test_a_wrong_configuration_is_a_finding(capsys, file):
@@ -84,13 +84,14 @@ def test_a_wrong_configuration_is_a_finding(capsys, file):
     Path(file).write_text(yaml.safe_dump(content))
     findings, faults = doctor(capsys, "--config", file)
     assert [check for check, _ in faults] == ["configuration"]
-    assert "did you mean `steps`" in faults[0][1]
+    assert "stpes" in faults[0][1]
+    assert "`steps`" in faults[0][1]
     assert any(f["check"] == "port" for f in findings)
 
 
 def test_overrides_without_a_configuration_are_refused(capsys):
     assert main(["doctor", "train.steps=1"]) == 2
-    assert "`train.steps=1` changes no --config" in capsys.readouterr().err
+    assert "`train.steps=1`" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_seen_before_the_first_checkpoint(file, monkeypatch):
@@ -104,13 +105,13 @@ def test_a_full_disk_is_seen_before_the_first_checkpoint(file, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_a_checkpoint_has_the_size_that_was_foretold(made, stage):
+def test_a_checkpoint_has_the_predicted_size(made, stage):
     """Up to headers, indices and sums; the saved one is of ZeRO 1."""
     run = config(made)
     parallel = run.parallel.model_copy(update={"zero_stage": stage, "expert_parallel": 2})
-    foretold = checkpoint_bytes(run.model_copy(update={"parallel": parallel}))
+    predicted = checkpoint_bytes(run.model_copy(update={"parallel": parallel}))
     saved = sum(f.stat().st_size for f in (made / "run/step-00000002").glob("*.safetensors"))
-    assert foretold < saved < 1.5 * foretold
+    assert predicted < saved < 1.5 * predicted
 
 
 def test_hostfile_that_is_missing_is_an_error_of_the_user(capsys, tmp_path):
@@ -129,8 +130,8 @@ def test_hosts_of_a_hostfile_are_asked_by_ssh_and_compared(capsys, file, tmp_pat
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "hosts").write_text("near slots=1\nfar slots=1\n")
     findings, faults = doctor(capsys, "--hostfile", str(tmp_path / "hosts"), "--config", file)
-    assert [(check, text) for check, text in faults if "far" in text] == [
-        ("host", "host far cannot be reached by ssh: ssh: no route")
-    ]
-    assert len(faults) == 1
+    ((check, text),) = faults
+    assert check == "host"
+    assert "far" in text
+    assert "ssh: no route" in text
     assert {f["check"] for f in findings} >= {"clocks", "network"}

@@ -1,7 +1,8 @@
-"""`moa-dist eval` says what the model itself says, and refuses data that do not fit it."""
+"""`moa-dist eval` reports the model's own loss, and refuses data that do not match it."""
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_loss_of_the_newest_checkpoint_as_json(made):
     command += ["--micro-batch", "5", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "validating: 100.0 %" in done.stderr
+    assert "100.0 %" in done.stderr
     report = json.loads(done.stdout)
     expected, count = direct_loss(made, seed=2)
     assert count % 5, "no micro-batch is filled up"
@@ -53,9 +54,9 @@ def test_one_checkpoint_and_few_sequences(made, capsys):
     assert main(["eval", str(made / "run/step-00000001"), "--sequences", "3"]) == 0
     text = capsys.readouterr().out
     expected, _ = direct_loss(made, seed=1, sequences=3)
-    assert f"loss           {expected:.4f}" in text
-    assert f"{3 * LENGTH} tokens" in text
-    assert "(step 1)" in text
+    assert re.search(rf"loss +{expected:.4f}\n", text)
+    assert re.search(rf"\b{3 * LENGTH} tokens", text)
+    assert str(made / "run/step-00000001") in text
 
 
 def refused(capsys, *arguments):
@@ -70,8 +71,8 @@ def test_data_of_another_tokenizer_and_length(made, tmp_path, capsys):
         manifest = json.load(file)
     (data / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "0" * 64}))
     message = refused(capsys, made / "run", "--data", data)
-    assert f"prepare it again with --tokenizer {made / 'run'}" in message
-    assert f"for sequences of {LENGTH + 1} tokens" in message
+    assert f"--tokenizer {made / 'run'}" in message
+    assert str(LENGTH + 1) in message
     assert f"--sequence-length {LENGTH}" in message
 
 
@@ -82,10 +83,10 @@ def test_the_remedy_works(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("valid", "message"),
-    [(None, "name a folder of shards with --data"), ("gone", "gone: the run's validation data")],
+    ("valid", "word"),
+    [(None, "data.valid"), ("gone", "gone")],
 )
-def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, message):
+def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, word):
     run = tmp_path / "run"
     shutil.copytree(made / "run", run)
     index = run / "step-00000002/checkpoint.json"
@@ -96,20 +97,23 @@ def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, messag
     others = [line for line in sums.read_text().splitlines() if index.name not in line]
     others.append(f"{sha256_of(index.read_bytes())}  {index.name}")
     sums.write_text("\n".join(others) + "\n")
-    assert message in refused(capsys, run)
+    message = refused(capsys, run)
+    assert word in message
+    assert "--data" in message
 
 
 def test_a_checkpoint_without_its_tokenizer(made, tmp_path, capsys):
     shutil.copytree(made / "run/step-00000002", tmp_path / "step-00000002")
-    assert "tokenizer.json: no tokenizer here" in refused(capsys, tmp_path)
+    assert str(tmp_path / "tokenizer.json") in refused(capsys, tmp_path)
 
 
 def test_no_checkpoint(tmp_path, capsys):
-    assert "holds no checkpoint" in refused(capsys, tmp_path)
+    assert str(tmp_path) in refused(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("option", ["--sequences", "--micro-batch"])
 def test_there_are_no_zero_sequences(capsys, option):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit:
         main(["eval", "run", option, "0"])
-    assert "must be at least 1" in capsys.readouterr().err
+    assert exit.value.code == 2
+    assert option in capsys.readouterr().err.splitlines()[-1]

@@ -1,6 +1,7 @@
 """`moa-dist eval --tasks`: the scorer's numbers, on one process and on ranks alike."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -31,7 +32,7 @@ def test_as_json(made, blimp, tmp_path, capsys):
     command = ["eval", str(made / "run"), "--json", "--tasks", blimp, f"lambada={words}"]
     assert main([*command, f"lambada={more}"]) == 0
     out, err = capsys.readouterr()
-    assert "blimp: 100.0 %" in err
+    assert "100.0 %" in err
     report = json.loads(out)
     assert "perplexity" not in report
     assert report["tasks"]["lambada"]["examples"] == 3
@@ -50,8 +51,8 @@ def test_as_text_with_perplexity(made, blimp, capsys):
     data = str(made / "data/valid")
     assert main(["eval", str(made / "run"), "--data", data, "--tasks", blimp]) == 0
     out = capsys.readouterr().out
-    assert "bits per byte" in out
-    assert f"blimp, {len(PAIRS)} examples\n  accuracy  0." in out
+    assert re.search(r"bits per byte +\d", out)
+    assert re.search(rf"blimp, {len(PAIRS)} .*\n +accuracy +0\.", out)
 
 
 @pytest.mark.slow
@@ -60,7 +61,7 @@ def test_ranks_print_once_what_one_process_prints(made, blimp, capsys):
     command += ["--data", str(made / "data/valid"), "--tasks", blimp]
     assert main(command) == 0
     expected = json.loads(capsys.readouterr().out)
-    # Not --standalone: it asks for this host's name, which not every container can tell.
+    # Not --standalone: it resolves this host's name, which fails in some containers.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     launcher += ["-m", "moa_dist.cli.main"]
@@ -73,24 +74,23 @@ def test_ranks_print_once_what_one_process_prints(made, blimp, capsys):
 
 
 @pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        ("blimp", "must be NAME=PATH"),
-        ("blimp=", "must be NAME=PATH"),
-        ("glue=x", "known are blimp, lambada"),
-    ],
+    ("task", "word"),
+    [("blimp", "NAME=PATH"), ("blimp=", "NAME=PATH"), ("glue=x", "blimp, lambada")],
 )
-def test_there_is_no_such_task(capsys, task, message):
-    with pytest.raises(SystemExit):
+def test_there_is_no_such_task(capsys, task, word):
+    with pytest.raises(SystemExit) as exit:
         main(["eval", "run", "--tasks", task])
-    assert message in capsys.readouterr().err
+    assert exit.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--tasks" in message
+    assert word in message
 
 
 def test_sequences_are_not_examples(made, blimp, capsys):
     assert main(["eval", str(made / "run"), "--tasks", blimp, "--sequences", "3"]) == 2
-    assert "leave it out, or add --data" in capsys.readouterr().err
+    assert "--sequences" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there(made, tmp_path, capsys):
     assert main(["eval", str(made / "run"), "--tasks", f"piqa={tmp_path / 'gone'}"]) == 2
-    assert "gone: no such file" in capsys.readouterr().err
+    assert str(tmp_path / "gone") in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`moa-dist generate` prints the prompt and what the functions behind it say."""
+"""`moa-dist generate` prints the prompt and what `generate` draws."""
 
 import pytest
 
@@ -48,33 +48,35 @@ def test_defaults_and_an_empty_prompt(made, capsys):
     assert printed(capsys, *arguments, "--seed", 1) != first
 
 
-def test_what_the_model_cannot_see_is_said(made, capsys):
+def test_a_prompt_longer_than_the_model_sees_gets_a_warning(made, capsys):
     command = ["generate", str(made / "run"), "--prompt", "the café", "--tokens"]
     assert main([*command, "2"]) == 0
-    assert "more than" not in capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().err
     assert main([*command, str(LENGTH)]) == 0
-    assert f"are more than the {LENGTH} that the model was trained on" in capsys.readouterr().err
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert str(LENGTH) in warning.split()
 
 
 def test_no_checkpoint(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
-    assert "give the folder of a run that has saved one" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "message"),
+    ("option", "value"),
     [
-        ("--tokens", "0", "must be at least 1"),
-        ("--temperature", "-1", "must be at least 0"),
-        ("--temperature", "nan", "must be at least 0"),
-        ("--temperature", "inf", "must be at least 0"),
-        ("--top-p", "1.1", "must be from 0 to 1"),
-        ("--top-k", "0", "must be at least 1"),
-        ("--seed", "x", "invalid number value: 'x'"),
-        ("--prompt", "\udcff", "is not valid UTF-8"),
+        ("--tokens", "0"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--top-p", "1.1"),
+        ("--top-k", "0"),
+        ("--seed", "x"),
+        ("--prompt", "\udcff"),
     ],
 )
-def test_wrong_values(capsys, option, value, message):
-    with pytest.raises(SystemExit):
+def test_wrong_values(capsys, option, value):
+    with pytest.raises(SystemExit) as exit:
         main(["generate", "run", "--prompt", "a", option, value])
-    assert message in capsys.readouterr().err
+    assert exit.value.code == 2
+    assert f"argument {option}:" in capsys.readouterr().err

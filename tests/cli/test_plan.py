@@ -1,4 +1,4 @@
-"""`moa-dist plan` prints what the counts say, for people and for programs."""
+"""`moa-dist plan` prints counts as text and as JSON."""
 
 import json
 from pathlib import Path
@@ -63,25 +63,28 @@ def test_text(capsys):
     text = capsys.readouterr().out
     assert "W 4 = ep 2 x edp 2" in text
     assert "44,345,792" in text
-    assert "to start" not in text
+    assert plan(capsys, "--world-size", "4", "--expert-parallel", "2")["layout"]["problems"] == []
 
 
 def test_ranks_that_could_not_start_are_planned_and_named(capsys):
     assert main(["plan", CONFIG, "--world-size", "3", "--expert-parallel", "1"]) == 0
-    assert "`data.readers`" in capsys.readouterr().out
-    assert plan(capsys, "--world-size", "3", "--expert-parallel", "1")["layout"]["problems"]
+    text = capsys.readouterr().out
+    problems = plan(capsys, "--world-size", "3", "--expert-parallel", "1")["layout"]["problems"]
+    assert any("data.readers" in problem for problem in problems)
+    assert all(problem in text for problem in problems)
 
 
 def test_expert_parallelism_that_does_not_divide_the_ranks(capsys):
     assert main(["plan", CONFIG, "--world-size", "3", "--expert-parallel", "2"]) == 2
-    assert "`parallel.expert_parallel` is 2, which does not divide 3" in capsys.readouterr().err
+    assert "parallel.expert_parallel" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--world-size", "--expert-parallel"])
 def test_there_is_no_layout_of_zero_ranks(capsys, option):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit:
         main(["plan", CONFIG, option, "0"])
-    assert "must be at least 1" in capsys.readouterr().err
+    assert exit.value.code == 2
+    assert f"argument {option}:" in capsys.readouterr().err
 
 
 def test_changes_may_stand_anywhere(capsys):
@@ -89,9 +92,10 @@ def test_changes_may_stand_anywhere(capsys):
     assert plan(capsys, "--expert-parallel", "1", "train.precision=bf16") == before
     assert main(["config", "check", "--world-size", "4", CONFIG, "train.steps=5000"]) == 0
     assert main(["config", "check", CONFIG, "--world-size", "3", "train.steps=5000"]) == 2
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit:
         main(["plan", CONFIG, "--json", "neither"])
-    assert "unrecognized arguments: neither" in capsys.readouterr().err
+    assert exit.value.code == 2
+    assert "neither" in capsys.readouterr().err
 
 
 def test_cluster(capsys):
@@ -124,8 +128,8 @@ def test_configuration_that_does_not_fit_the_cluster(capsys):
     assert result["problems"]
     assert result["detailed"]["title"] == "the best layout"
     assert main(["plan", CONFIG, "--gpus", "128"]) == 2
-    assert "`train.global_batch` is 64" in capsys.readouterr().err
+    assert "train.global_batch" in capsys.readouterr().err
     assert main(["plan", CONFIG, "--gpus", "12"]) == 2
-    assert "see --gpus-per-node" in capsys.readouterr().err
+    assert "--gpus-per-node" in capsys.readouterr().err
     assert main(["plan", CONFIG, "--gpus", "8", "train.precision=fp64", "--zero-stage", "0"]) == 2
-    assert "add train.precision=bf16" in capsys.readouterr().err
+    assert "train.precision" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`moa-dist recipes` names every shipped configuration, and its numbers are counted."""
+"""`moa-dist recipes` lists every shipped configuration, with numbers counted from the model."""
 
 import json
 import os
@@ -22,7 +22,7 @@ FILES = sorted(shipped_folder().resolve().rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_configuration_is_a_recipe(path):
-    """Files without a name of their own are fragments, which only others use."""
+    """Files without a name of their own are fragments for others to extend."""
     data = parse_yaml(path.read_text(), path.name).data
     recipe = read_recipe(path)
     assert (recipe is not None) == ("name" in data), "`name` and `recipe` come together"
@@ -31,8 +31,8 @@ def test_every_configuration_is_a_recipe(path):
     assert path in [shipped.resolve() for shipped in RECIPES.values()]
     assert re.search(r"arXiv \d{4}\.\d{5}", recipe.paper)
     for name in re.findall(r"\b[a-z_]+/\d+[mb]\b", recipe.expect):
-        assert name in RECIPES, "compares with a recipe that is not there"
-    assert "recipe" not in load_config(path).model_dump(), "it is no setting"
+        assert name in RECIPES, "compares with a recipe that does not exist"
+    assert "recipe" not in load_config(path).model_dump(), "it is not a setting"
 
 
 def test_numbers_are_those_of_the_model(capsys):
@@ -59,8 +59,10 @@ def test_the_table_has_a_line_for_each(capsys):
 def test_one_in_full_says_how_to_start(capsys):
     assert main(["recipes", "small/moeut"]) == 0
     out = capsys.readouterr().out
-    assert "arXiv 2405.16039" in out
-    assert "Perplexity 158.8" in out
+    recipe, words = read_recipe(RECIPES["small/moeut"]), " ".join(out.split())
+    for text in (recipe.paper, recipe.row, recipe.expect):
+        assert " ".join(text.split()) in words
+    assert "158.8" in recipe.expect
     (start,) = re.findall(r"start +(.*)", out)
     assert start.startswith("deepspeed --num_gpus 2 launcher/train.py --config ")
     words = start.split()
@@ -70,9 +72,9 @@ def test_one_in_full_says_how_to_start(capsys):
 
 def test_an_unknown_name(capsys):
     assert main(["recipes", "moeut/44"]) == 2
-    assert "no recipe `moeut/44`; did you mean `moeut/44m`?" in capsys.readouterr().err
+    assert "`moeut/44m`" in capsys.readouterr().err
     assert main(["recipes", "?"]) == 2
-    assert "moa-dist recipes lists all" in capsys.readouterr().err
+    assert "`?`" in capsys.readouterr().err
 
 
 def test_a_recipe_is_not_passed_on(tmp_path):
@@ -84,21 +86,21 @@ def test_a_recipe_is_not_passed_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "place"),
     [
-        ("recipe: {paper: a, row: b}", "recipe.expect: Field required"),
-        ("recipe: {paper: a, row: b, expect: c, tabel: d}", "recipe.tabel: Extra inputs"),
-        ("recipe: [", "not valid YAML"),
+        ("recipe: {paper: a, row: b}", r"recipe\.expect"),
+        ("recipe: {paper: a, row: b, expect: c, papers: d}", r"recipe\.papers"),
+        ("recipe: [", r"wrong\.yaml"),
     ],
 )
-def test_a_wrong_recipe(tmp_path, text, message):
+def test_a_wrong_recipe(tmp_path, text, place):
     (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=place):
         read_recipe(tmp_path / "wrong.yaml")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    """Such as `head`."""
+    """Closes the pipe early, as `head` does."""
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "moa_dist.cli.main", "recipes"]

@@ -1,4 +1,4 @@
-"""The version is said in one place, from which everything else takes it."""
+"""The version has a single source, from which everything else takes it."""
 
 import tomllib
 from pathlib import Path

@@ -89,7 +89,7 @@ def trained(tmp_path_factory) -> Path:
     run(
         "moa-dist", "prepare", "--input", str(ROOT / "moa_dist"), "--output", "text",
         "--valid-share", "0.1", "--vocab-size", "300", "--sequence-length", "32",
-        "--max-bytes", "100000",
+        "--max-bytes", "100000", "--documents", "blank-line",
         cwd=folder,
     )  # fmt: skip
     output = train(cwd=folder)
@@ -204,8 +204,8 @@ def test_dry_run_plays_a_rank_of_a_large_job_and_leaves_nothing(trained):
         "train.precision=bf16", "parallel.zero_stage=1", "parallel.expert_parallel=4",
         cwd=trained,
     )  # fmt: skip
-    assert "rank 0 of 64, the other 63 its mirror images" in output
-    assert "4 sequences of this rank, 8.19k tokens of all; loss" in output
+    assert "rank 0 of 64, with 63 mirrored ranks" in output
+    assert "4 sequences on this rank, 8.19k tokens on all ranks; loss" in output
     assert "planned" in output
     assert sorted(trained.rglob("*")) == before
 

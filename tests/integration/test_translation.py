@@ -58,7 +58,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     assert main(["checkpoint", "average", "runs/tiny", "mean"]) == 0
-    assert "mean of the checkpoints of steps 2, 4" in capsys.readouterr().out
+    assert "steps 2, 4" in capsys.readouterr().out
     bleu = ["--bleu", *map(str, files), "--beam", "2", "--data", "valid", "--json"]
     assert main(["eval", "runs/tiny", *bleu]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -77,7 +77,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         HarnessModel.create_from_arg_string("path=runs/tiny")
     (tmp_path / "long").write_text("the sea and the wind " * 90)
     assert main(["translate", "mean", "--input", "long", "--beam", "1"]) == 0
-    assert "1 of 1 texts are longer than the 60 tokens" in capsys.readouterr().err
+    assert "1 of 1 texts exceed the 60 tokens" in capsys.readouterr().err
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     assert main(["translate", "mean", "--input", "latin"]) == 2
     assert capsys.readouterr().err.endswith("convert the file\n")

@@ -1,4 +1,4 @@
-"""A run's folder as observers write it, and the page about it."""
+"""A run's folder as observers write it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.observe.reports import PROVENANCE, make_config, step_metrics, validat
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Make `tmp_path/name` with metrics of some steps and a configuration; returns the folder."""
+    """Create `tmp_path/name` with metrics of some steps and a configuration; returns the folder."""
 
     def write(name: str = "tiny", steps=range(1, 21), label: str | None = None, **changes) -> Path:
         folder = tmp_path / name

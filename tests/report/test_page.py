@@ -4,84 +4,44 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 from itertools import count
 
-import numpy as np
 import pytest
 
 from moa_dist.cli.main import main
 from moa_dist.errors import DataError
 from moa_dist.observe.jsonl import FILE_NAME
-from moa_dist.report.heatmap import Shades, heatmap
-from moa_dist.report.page import page
+from moa_dist.report.numbers import Number, headline, layout
 from moa_dist.report.read import read_run
-
-VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
-
-
-class Outline(HTMLParser):
-    """Checks that tags nest, and collects tags, attributes and text."""
-
-    def __init__(self, content: str) -> None:
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
-        self.feed(content)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+from tests.report.outline import labels_of, outline
 
 
-def outline(*folders) -> Outline:
-    found = Outline(page([read_run(folder) for folder in folders]))
-    names = {name for name, _ in found.attributes}
-    assert not names & {"src", "href", "xlink:href", "style", "onload", "onclick"}
-    assert not {"script", "link", "img", "iframe", "object"} & set(found.tags)
-    assert found.tags.count("svg") - sum(n == "aria-hidden" for n, _ in found.attributes) == sum(
-        (n, v) == ("role", "img") for n, v in found.attributes
-    )
-    assert "url(" not in found.text
-    assert "@import" not in found.text
-    return found
+def numbers_of(folder) -> dict[str, Number]:
+    return {number.label: number for number in headline(read_run(folder))}
 
 
 def test_numbers_of_a_run(write_run):
-    found = outline(write_run())
-    for text in (
-        "W 2 = ep 2 x edp 1, ZeRO 2, cpu, gloo",
-        "3 % of 650, 20.5k tokens",  # 20 of 650 steps; 320 samples of 64 tokens
-        "4.02M",
-        "1.31M active per token",
-        "5.017",  # loss of step 20
-        "90.05",  # perplexity of step 20
-        "12.3k",
-        "at the end, over 2 router applications; largest drop share 30.0%",
-        "ffn/entropy",
-        "stack.layers.0.ffn",
-        "Load of every expert",
-        "last validation, step 20; 4 experts",
-        "step 21 refused: <b>spike</b>",
-        "vocab_size: 50",
-    ):
+    folder = write_run()
+    found, numbers = outline(folder), numbers_of(folder)
+    assert layout(read_run(folder)) == "W 2 = ep 2 x edp 1, ZeRO 2, cpu, gloo, fp32"
+    # 20 of 650 steps; 320 samples of 64 tokens
+    assert (numbers["Steps"].text, numbers["Steps"].detail.split()[0]) == ("20", "3")
+    assert "20.5k" in numbers["Steps"].detail
+    assert numbers["Parameters"].text == "4.02M"
+    assert "1.31M" in numbers["Parameters"].detail
+    assert numbers["Training loss"].value == pytest.approx(5.0 + 1 / 60)
+    assert numbers["Validation perplexity"].value == pytest.approx(90.05)
+    assert numbers["Tokens per second"].value == pytest.approx(12345.678)
+    assert numbers["Dead experts"].value == 2
+    assert "30.0%" in numbers["Dead experts"].detail
+    for number in numbers.values():
+        assert f"{number.label}{number.text}{number.detail}" in found.text
+    for text in ("ffn/entropy", "stack.layers.0.ffn", "step 21 refused: <b>spike</b>"):
         assert text in found.text, text
+    assert "vocab_size: 50" in found.text
     # Of MiB, 3 forward and 1 backward.
     assert re.search(r"stack\.layers\.0\.ffn4", found.text)
-    assert "Missing or damaged" not in found.text
+    assert not read_run(folder).problems
 
 
 def test_nothing_from_a_file_becomes_markup(write_run):
@@ -101,26 +61,23 @@ def test_nothing_from_a_file_becomes_markup(write_run):
     (broken / "checkpoint.json").write_text(evil)
     for found in (outline(folder), outline(folder, write_run("b"))):
         assert found.text.count(evil) >= 6
-
-
-def test_a_long_run_stays_small(write_run):
-    found = page([read_run(write_run(steps=range(1, 3001)))])
-    assert len(found) < 400_000
-    longest = max(len(path) for path in re.findall(r'class="line[^>]* d="([^"]*)"', found))
-    assert longest < 500 * 14
-    Outline(found)
+        assert [evil] in [labels[-1:] for labels in labels_of(found)]
 
 
 def test_values_that_are_not_finite(write_run):
-    found = outline(write_run(loss=math.nan, grad_norm=math.inf))
-    assert "No value was reported." in found.text
+    folder = write_run(loss=math.nan, grad_norm=math.inf)
+    found = outline(folder)
+    assert numbers_of(folder)["Training loss"].value is None
+    assert labels_of(found)[0] == ["training", "validation"]
+    assert found.values("class").count("none") >= 1  # the gradient norm has no picture
     folder = write_run("mixed")
     lines = (folder / FILE_NAME).read_text().splitlines()
     lines[5] = json.dumps(json.loads(lines[5]) | {"loss": None})
     (folder / FILE_NAME).write_text("\n".join(lines) + "\n")
     found = outline(folder)
-    assert "✕ was not finite" in found.text
-    assert "5.017" in found.text
+    assert found.hover("curves")[0]["lines"][0]["values"].count(None) == 1
+    assert found.values("class").count("bad") == 1
+    assert numbers_of(folder)["Training loss"].value == pytest.approx(5.0 + 1 / 60)
 
 
 def cut_line(folder):
@@ -129,9 +86,9 @@ def cut_line(folder):
 
 
 PARTS = {
-    "metrics": (lambda folder: (folder / FILE_NAME).unlink(), "No such file"),
-    "config": (lambda folder: (folder / "config.yaml").unlink(), "No such file"),
-    "metrics line": (cut_line, "metrics.jsonl:13: damaged"),
+    "metrics": (lambda folder: (folder / FILE_NAME).unlink(), FILE_NAME),
+    "config": (lambda folder: (folder / "config.yaml").unlink(), "config.yaml"),
+    "metrics line": (cut_line, "metrics.jsonl:13"),
     "config content": (lambda folder: (folder / "config.yaml").write_text("a: [b"), "config.yaml"),
     "config bytes": (lambda folder: (folder / "config.yaml").write_bytes(b"\xff"), "config.yaml"),
     "attempts": (lambda folder: (folder / "attempts.jsonl").write_text("{"), "attempts.jsonl"),
@@ -142,11 +99,13 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_or_damaged_part_is_named(write_run, part):
     folder = write_run()
-    spoil, message = PARTS[part]
+    spoil, place = PARTS[part]
     spoil(folder)
+    (problem,) = read_run(folder).problems
+    assert place in problem
     found = outline(folder)
-    assert "Missing or damaged" in found.text
-    assert message in found.text
+    assert "card wide warn" in found.values("class")
+    assert problem in found.text
     if part != "metrics":
         assert "5.0" in found.text  # what could be read is there
 
@@ -169,7 +128,10 @@ def test_several_runs(write_run):
     assert "model.d_model1632" in found.text  # the row of a table
     assert "24.7k ★" in found.text
     assert "12.3k ★" not in found.text
-    assert "tiny, validation" in found.text
+    curves = [
+        f"{run}, {curve}" for run in ("tiny", "other") for curve in ("training", "validation")
+    ]
+    assert labels_of(found)[0] == curves
     shutil.copytree(first, first.parent / "copy")
     assert f"tiny ({first})" in outline(first, first.parent / "copy").text
 
@@ -201,21 +163,12 @@ def test_checkpoints_attempts_and_refused_steps(write_run, tmp_path):
     }
     (folder / "step-00000020").mkdir()
     (folder / "step-00000020/checkpoint.json").write_text(json.dumps(index))
-    text = outline(folder).text
-    assert "Restarts1last: rank 1 was killed" in text
+    text, restarts = outline(folder).text, numbers_of(folder)["Restarts"]
+    assert restarts.value == 1
+    assert "rank 1 was killed" in restarts.detail
     assert "1m15s" in text
-    assert "680 to 95loss is a spike" in text
+    assert "680 to 95loss is a spike" in text  # a row of a table
     assert "203204.02MBW 2 ep 2 ZeRO 22" in text  # the last: two shards are left out
-
-
-def test_heatmap_joins_equal_neighbours_of_one_group():
-    values = np.array([[0.0, 0.0, 0.0, 2.0], [1.0, np.nan, 1.0, 1.0]])
-    shades = Shades(0.0, 2.0, has_middle=True)
-    drawn = heatmap(
-        "t", values, ["a", "b"], ("0", "3"), shades, about="x", num_groups=2, crossed_RC=values == 0
-    )
-    boxes = {c: d.count("M") for c, d in re.findall(r'<path class="(\w+)" d="([^"]*)"', drawn)}
-    assert boxes == {"d0": 2, "d4": 2, "d8": 1, "cross": 3}
 
 
 def test_command(write_run, tmp_path, capsys):
@@ -226,11 +179,11 @@ def test_command(write_run, tmp_path, capsys):
     assert main(["report", str(first), str(second)]) == 0
     assert (first / "comparison.html").exists()
     assert main(["report", str(first), "--output", str(tmp_path / "no/where.html")]) == 2
-    assert "--output" in capsys.readouterr().err
+    assert str(tmp_path / "no/where.html") in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "absent"):
         assert main(["report", str(tmp_path / folder)]) == 2
-        assert "no run" in capsys.readouterr().err
+        assert str(tmp_path / folder) in capsys.readouterr().err
     with pytest.raises(DataError):
         read_run(tmp_path / "empty")
 
@@ -249,19 +202,23 @@ def test_time_waits_traces_and_reports(write_run):
     (folder / "hangs/20261125-010203/summary.txt").write_text("rank 1 <sleeps>")
     (folder / "out-of-memory").mkdir()
     (folder / "out-of-memory/rank-0.txt").write_text("what helps: train.micro_batch=4")
-    found = outline(folder)
+    found, numbers = outline(folder), numbers_of(folder)
+    assert numbers["Communication share"].value == pytest.approx(1 / 3)
+    assert numbers["Slowest rank"].text == "rank 0"
+    for word in ("node-1", "20 of 20", "1.67 x"):
+        assert word in numbers["Slowest rank"].detail
+    assert ["gpu power"] in labels_of(found)
     for text in (
-        "Communication share33%",
-        "Slowest rankrank 0on node-1, slowest in 20 of 20 reports",
-        "the slowest works 1.67 x the fastest",
-        "rank 0 (node-1)20100%",  # a row of a table
-        "GPU power",
-        "traced in steps 2 to 4; 100 in all",
+        "rank 0 (node-1)20100%",  # rows of tables
         "experts306090.0%",
         "rest of backward01010.0%",
-        "Hang: 20261125-010203rank 1 <sleeps>",
-        "Out of memory: rank-0what helps",
+        "20261125-010203rank 1 <sleeps>",
+        "rank-0what helps: train.micro_batch=4",
     ):
         assert text in found.text, text
+    (trace,) = read_run(folder).traces
+    assert (trace.rank, trace.first, trace.last, sum(trace.parts.values())) == (1, 2, 4, 100)
     (folder / "profile/rank-1.parts.json").write_text('{"steps": 3}')
-    assert "rank-1.parts.json: damaged" in outline(folder).text
+    (problem,) = read_run(folder).problems
+    assert "rank-1.parts.json" in problem
+    assert problem in outline(folder).text

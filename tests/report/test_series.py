@@ -1,4 +1,4 @@
-"""Fewer points tell the same story; axes hold what they should."""
+"""Downsampling keeps extremes and gaps; axes hold their values and have ticks."""
 
 import math
 

@@ -1,9 +1,9 @@
-"""What every rank finds is said once, and what one of them finds is said by that one."""
+"""An error that every rank finds is printed once, and one of a single rank by that rank."""
 
 from moa_dist.cli.rank_output import say_unless_rank_0_does
 
 
-def test_rank_0_speaks_at_once(capsys):
+def test_rank_0_prints_at_once(capsys):
     say_unless_rank_0_does(0, "no data", lambda: True)
     assert capsys.readouterr().err == "rank 0: no data\n"
 
@@ -14,6 +14,6 @@ def test_others_are_silent_if_the_launcher_ends_them(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_others_speak_if_rank_0_goes_on(capsys):
+def test_others_print_if_rank_0_goes_on(capsys):
     say_unless_rank_0_does(1, "no data", lambda: False, patience_s=0.1)
     assert capsys.readouterr().err == "rank 1: no data\n"
