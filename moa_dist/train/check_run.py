@@ -9,12 +9,8 @@ from moa_dist.checkpoint.format import checkpoints
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.check import check_data
-from moa_dist.data.manifest import MANIFEST_FILE
-from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError
-
-KEPT_FILES = (TOKENIZER_FILE, MANIFEST_FILE)
-"""Copied from the training data into the run's folder: a resumed run must meet the same."""
+from moa_dist.train.run_folder import KEPT_FILES
 
 
 def check_run(config: Config, world_size: int) -> None:

@@ -109,7 +109,8 @@ class Checkpointer:
         self._config = config
         self._folder = folder
         self._host = HostCopy(engine.device)
-        self._provenance = broadcast_from_rank0(provenance)
+        self.provenance = broadcast_from_rank0(provenance)
+        """Sources, packages and image of rank 0, which every checkpoint names."""
         self._write: _Write | None = None
         self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
         self._failed: str | None = None  # why the last one is not there
@@ -208,7 +209,7 @@ class Checkpointer:
 
     def _changes(self, then: Provenance | None) -> list[str]:
         """A line if it was saved by other sources or packages than rank 0's of now."""
-        changes = then and differences(then, self._provenance)
+        changes = then and differences(then, self.provenance)
         return [f"changed since that was saved: {changes}"] if changes else []
 
     def _tidy_and_list(self) -> list[Path]:
@@ -244,7 +245,7 @@ class Checkpointer:
                 state=state,
                 world_size=world_size,
                 config=config,
-                provenance=self._provenance,
+                provenance=self.provenance,
                 files=files,
                 shapes=shapes,
                 tensors=tensors,
