@@ -15,11 +15,12 @@ import torch.distributed as dist
 from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import together
+from moa_dist.checkpoint.agreement import broadcast_from_rank0
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
-from moa_dist.train.checkpoint import Checkpointer, broadcast_from_rank0
 from moa_dist.train.engine import Engine
 
 HELD_UP = "save, written beside training"
@@ -48,7 +49,7 @@ def _new_folder(config: Config) -> str:
 
 def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> Table:
     beside, waiting = (
-        Checkpointer(engine, _policy(config, asynchronous=asynchronous), folder / name)
+        Checkpointer(engine.state, _policy(config, asynchronous=asynchronous), folder / name)
         for name, asynchronous in (("beside", True), ("waiting", False))
     )
     step = partial(engine.step, [setting.batch()], 1e-4)

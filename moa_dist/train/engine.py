@@ -34,6 +34,7 @@ from moa_dist.profiling import annotate
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
 from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes, deepspeed_config
+from moa_dist.train.engine_state import EngineState
 from moa_dist.train.optimizer import make_optimizer
 
 
@@ -104,6 +105,8 @@ class Engine:
                 ),
                 dist_init_required=False,
             )
+        self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
+        """What checkpoints hold of it."""
         deepspeed_hooks.time_collectives(mesh.comm_timer)
         if self.zero_stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip

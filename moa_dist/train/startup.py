@@ -8,6 +8,8 @@ from functools import partial
 
 import torch
 
+from moa_dist.checkpoint.agreement import broadcast_from_rank0
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.order import exclude, read_exclusions
 from moa_dist.distributed.device import enable_determinism
@@ -19,7 +21,6 @@ from moa_dist.models.counts import count
 from moa_dist.observe.metrics import Observer, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
-from moa_dist.train.checkpoint import Checkpointer, broadcast_from_rank0
 from moa_dist.train.corruption import CheckedData, check_all_data
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
@@ -65,7 +66,7 @@ def _resume(
 ) -> tuple[Run, list[str]]:
     """Load the newest checkpoint; returns the run that goes on from it, and lines about both."""
     folder, mesh = run_folder(config), built.engine.mesh
-    checkpointer = Checkpointer(built.engine, config, folder)
+    checkpointer = Checkpointer(built.engine.state, config, folder)
     resumed = checkpointer.resume()
     earlier = read_exclusions(resumed.state.get("exclusions"))
     exclusions = exclude(earlier, resumed.samples, tuple(data.damaged))

@@ -28,7 +28,6 @@ from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
 from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 from moa_dist.verify.compare import (
     BOUNDS,
     Check,
@@ -274,7 +273,7 @@ def _logits(engine: Engine, batches: Iterable[Batch]) -> Tensor:
 def _owned(engine: Engine) -> list[tuple[str, int, Tensor]]:
     return [
         (f.parameter, f.start, f.view.cpu().clone())
-        for f in fragments(engine, owned_only=True)
+        for f in engine.state.fragments(owned_only=True)
         if f.state == MASTER
     ]
 

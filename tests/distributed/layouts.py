@@ -19,7 +19,6 @@ from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
 
@@ -236,7 +235,7 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
         result = engine.step(micro_batches(case, mesh, step), config.optimizer.lr)
     owned = [
         (f.parameter, f.start, f.view.clone())
-        for f in fragments(engine, owned_only=True)
+        for f in engine.state.fragments(owned_only=True)
         if f.state == MASTER
     ]
     engine.close()
