@@ -15,8 +15,8 @@ from moa_dist.checkpoint.format import Reader, checkpoints, step_of
 from moa_dist.cli.arguments import between
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
-from moa_dist.observe.units import short
 from moa_dist.provenance import Provenance
+from moa_dist.units import short
 
 _PATH_HELP = "folder of a run, for all its checkpoints, or of one checkpoint"
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from moa_dist.evaluate.export import CONFIG_FILE
-from moa_dist.observe.units import short
 from moa_dist.transfer.jetmoe_files import import_jetmoe
+from moa_dist.units import short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

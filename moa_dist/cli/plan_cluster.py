@@ -7,12 +7,12 @@ from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
 from moa_dist.errors import ConfigError
-from moa_dist.observe.units import duration, short
 from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.plan.layouts import Planned, Planner, why_too_much
 from moa_dist.plan.memory import FRAGMENTED
 from moa_dist.plan.time import Assumptions
+from moa_dist.units import duration, short
 
 _TITLES = {
     "masters": "fp32 masters",

@@ -8,7 +8,6 @@ from moa_dist.config import Config, find_layout_problems
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.observe.traffic_names import traffic_name
-from moa_dist.observe.units import short
 from moa_dist.plan.exchange_choice import (
     PARTS,
     Decision,
@@ -21,6 +20,7 @@ from moa_dist.plan.exchange_choice import (
 )
 from moa_dist.plan.memory import States
 from moa_dist.plan.terms import total
+from moa_dist.units import short
 
 
 def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from moa_dist.checkpoint.format import Index
 from moa_dist.data.order import read_exclusions
-from moa_dist.observe.units import duration, short
 from moa_dist.report.analysis import analysis_sections
 from moa_dist.report.curves import labels, own_curves, shared_curves
 from moa_dist.report.html import document, fold, section, table
@@ -18,6 +17,7 @@ from moa_dist.report.numbers import Number, headline, last_step, layout
 from moa_dist.report.read import Note, Run
 from moa_dist.report.routing import routing_figures
 from moa_dist.report.time import time_figures
+from moa_dist.units import duration, short
 
 _ROUTINE = ("saved ", "no GPU telemetry")
 """How notes begin that nobody needs to act on."""

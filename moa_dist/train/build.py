@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 
 from moa_dist.config.run import Config, ExpertExchangeConfig
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange_choice import Decision, decide_exchange
-from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.train.engine import Engine
 
 

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from moa_dist.config.run import Config
-
-
-class ZeroSizes(NamedTuple):
-    """How finely ZeRO cuts the model: what small models shrink to meet what large ones meet."""
-
-    bucket: int = 50_000_000
-    """Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
-    persistent: int = 100_000
-    """Parameters of at most so many elements stay whole at ZeRO 3."""
-
-    def overlapped_bucket(self, largest_parameter: int) -> int:
-        """Bucket size in elements for ZeRO 1 and 2 that reduce while the backward pass runs.
-
-        DeepSpeed 0.19 reduces a gradient that no bucket holds in place, on its reduction stream,
-        and frees it without `record_stream`: the memory may be overwritten before it is read.
-        So every gradient gets a bucket that it fits in.
-        """
-        return max(self.bucket, largest_parameter)
-
-
-DEFAULT_ZERO_SIZES = ZeroSizes()
-"""What training uses."""
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 
 
 def deepspeed_config(

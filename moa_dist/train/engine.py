@@ -21,6 +21,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
 from moa_dist.config.run import Config
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.errors import BadStepError
@@ -33,7 +34,7 @@ from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.profiling import annotate
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
-from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes, deepspeed_config
+from moa_dist.train.deepspeed_config import deepspeed_config
 from moa_dist.train.engine_state import EngineState
 from moa_dist.train.optimizer import make_optimizer
 

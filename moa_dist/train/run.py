@@ -12,6 +12,7 @@ import torch
 from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config.run import Config
 from moa_dist.data.batches import held_out_batches, training_batches
+from moa_dist.data.corruption import CheckedData
 from moa_dist.data.manifest import AnyManifest
 from moa_dist.data.order import Exclusions, as_json
 from moa_dist.distributed.mesh import Mesh
@@ -22,7 +23,6 @@ from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.models.objective import Batch
 from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
-from moa_dist.train.corruption import CheckedData
 from moa_dist.train.engine import Engine, StepResult
 from moa_dist.train.optimizer import learning_rate
 from moa_dist.train.out_of_memory import explained

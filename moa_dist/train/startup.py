@@ -11,6 +11,7 @@ import torch
 from moa_dist.checkpoint.agreement import broadcast_from_rank0
 from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config.run import Config, run_folder
+from moa_dist.data.corruption import CheckedData, check_all_data
 from moa_dist.data.order import exclude, read_exclusions
 from moa_dist.distributed.device import enable_determinism
 from moa_dist.distributed.preemption import Preemption
@@ -21,7 +22,6 @@ from moa_dist.models.counts import count
 from moa_dist.observe.metrics import Observer, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
-from moa_dist.train.corruption import CheckedData, check_all_data
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
 from moa_dist.train.run import Progress, Run

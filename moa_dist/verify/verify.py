@@ -19,6 +19,7 @@ from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.model import sequences_per_group
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.config.shrink import shrink
+from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
@@ -26,7 +27,6 @@ from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.experts import expert_layers
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
-from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
 from moa_dist.verify.compare import (
     BOUNDS,

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.run import Config
+from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
