@@ -57,7 +57,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Ids [B, S] -> vectors [B, S, D]; or vectors [B, S, D] -> logits [B, S, V].
 
-        Both uses are calls of this module, for ZeRO 3 gathers parameters call by call.
+        Both uses are calls of this module: what shards parameters gathers them per call.
         """
         if x.is_floating_point():
             return F.linear(x, self.weight)

@@ -28,6 +28,7 @@ from torch import nn
 
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
+from moa_dist.models.block import Block
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.routed_module import RoutedModule
 
@@ -104,18 +105,33 @@ def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> li
     return result
 
 
-def register_expert_weights(model: nn.Module) -> None:
-    """Tell ZeRO 3 that a `RoutedModule` uses the weights of its `GroupedLinear`s itself.
+def prepare_for_zero_3(model: nn.Module) -> None:
+    """Let ZeRO 3's hooks, which run around calls of modules, serve modules written without it.
 
-    ZeRO 3 gathers the parameters of a module when that is called, and these are not; but for
-    travelling weights.
+    They gather the parameters of a module when it is called, and nobody calls a `GroupedLinear`
+    whose weights stay here: its `RoutedModule` uses them. And they replace tensors inside the
+    dictionaries that a module is called with, while gathered weights serve every repeat of a layer.
     """
     for module in model.modules():
-        if not isinstance(module, RoutedModule):
-            continue
-        for child in module.children():
-            if isinstance(child, GroupedLinear) and child.gather is None:
-                deepspeed.zero.register_external_parameter(module, child.weight)
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(_with_own_dictionaries)
+        if isinstance(module, RoutedModule):
+            for child in module.children():
+                if isinstance(child, GroupedLinear) and child.gather is None:
+                    deepspeed.zero.register_external_parameter(module, child.weight)
+
+
+def _with_own_dictionaries(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_copied(argument) for argument in args)
+
+
+def _copied(value: Any) -> Any:
+    """Copy a dictionary, also one in a named tuple."""
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied, value))
+    return value
 
 
 class _ExpertMarker(AutoEPMoELayer):

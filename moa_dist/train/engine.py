@@ -88,7 +88,8 @@ class Engine:
         deepspeed_logger.setLevel(logging.WARNING)
         experts = [p for name, p in model.named_parameters() if name in self.expert_names]
         deepspeed_hooks.tag_expert_parameters(experts, mesh)
-        deepspeed_hooks.register_expert_weights(model)
+        if self.zero_stage == 3:
+            deepspeed_hooks.prepare_for_zero_3(model)
         self.optimizer = make_optimizer(
             config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
         )
