@@ -19,6 +19,7 @@ from moa_dist.checkpoint.agreement import broadcast_from_rank0
 from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
+from moa_dist.models.language_model import meta_model
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
 from moa_dist.train.engine import Engine
@@ -31,8 +32,9 @@ RESUME = "resume, checksums included"
 def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
     """Of the whole model with its optimizer: three on disk at most, deleted at the end."""
     config = setting.on(mesh)
-    exchange = decide_exchange(config, mesh.world_size, None).exchange
-    engine = build_engine(config, mesh, setting.device, exchange, overlap=False)
+    model = meta_model(config.model, recompute=config.train.recompute)
+    exchange = decide_exchange(config, mesh.world_size, None, model).exchange
+    engine = build_engine(config, mesh, setting.device, exchange, overlap=False, model=model)
     folder = Path(broadcast_from_rank0(partial(_new_folder, config)))
     try:
         return [_measure(setting, config, engine, folder)]

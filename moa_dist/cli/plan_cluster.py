@@ -71,7 +71,7 @@ def _configured(planner: Planner) -> dict[str, Any] | None:
     if num_gpus % parallel.expert_parallel or train.global_batch % (num_gpus * train.micro_batch):
         return None
     available = planner.cluster.gpu.memory
-    decision = decide_exchange(config, num_gpus, available)
+    decision = decide_exchange(config, num_gpus, available, planner.model)
     decided = parallel.model_copy(update={"expert_exchange": decision.exchange})
     planned = planner.plan(config.model_copy(update={"parallel": decided}))
     return {"title": "as configured", "expert_exchange": decision.because} | _in_detail(

@@ -11,16 +11,19 @@ from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
-from moa_dist.models.language_model import build_model
+from moa_dist.models.counts import Counts, count_model
+from moa_dist.models.language_model import LanguageModel, materialize, meta_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange_choice import Decision, decide_exchange
 from moa_dist.train.engine import Engine
 
 
 class Built(NamedTuple):
-    """A run's engine, and what was decided on the way to it."""
+    """A run's engine, and what was found on the way to it."""
 
     engine: Engine
+    counts: Counts
+    """What the whole model costs."""
     decision: Decision
     """Whether tokens or weights are exchanged, and why."""
     overlap: bool
@@ -33,10 +36,12 @@ def build_as_configured(config: Config, device: torch.device, backend: str) -> B
     `backend` is the communication backend of the job that is to run.
     """
     mesh = make_mesh(config.parallel.expert_parallel)
-    decision = decide_exchange(config, mesh.world_size, min_device_memory(device))
+    model = meta_model(config.model, recompute=config.train.recompute)
+    counts = count_model(model, config.data.sequence_length)
+    decision = decide_exchange(config, mesh.world_size, min_device_memory(device), model)
     overlap = should_overlap(config.parallel.overlap, backend)
-    engine = build_engine(config, mesh, device, decision.exchange, overlap=overlap)
-    return Built(engine, decision, overlap)
+    engine = build_engine(config, mesh, device, decision.exchange, overlap=overlap, model=model)
+    return Built(engine, counts, decision, overlap)
 
 
 def build_engine(
@@ -46,17 +51,17 @@ def build_engine(
     exchange: ExpertExchangeConfig,
     *,
     overlap: bool,
+    model: LanguageModel | None = None,
     zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> Engine:
     """The engine of the initial model of `config`. Collective.
 
     `exchange` holds no `auto`: `decide_exchange` has decided. With `overlap`, experts' tokens or
-    weights are exchanged while other things are computed.
+    weights are exchanged while other things are computed. `model`, if it has been built already,
+    is that of `config` on the meta device; it becomes the engine's.
     """
-    model = build_model(
-        config.model,
-        seed=config.train.seed,
-        recompute=config.train.recompute,
-        parallelize=partial(shard_experts, mesh=mesh, exchange=exchange, overlap=overlap),
-    )
+    if model is None:
+        model = meta_model(config.model, recompute=config.train.recompute)
+    shard = partial(shard_experts, mesh=mesh, exchange=exchange, overlap=overlap)
+    model = materialize(model, config.train.seed, shard)
     return Engine(model, config, mesh, device, zero_sizes)

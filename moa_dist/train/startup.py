@@ -18,7 +18,6 @@ from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import TrainingError
-from moa_dist.models.counts import count
 from moa_dist.observe.metrics import Observer, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
@@ -95,7 +94,6 @@ def _resume(
 
 def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
     config = run.config
-    counts = count(config.model, config.data.sequence_length)
     device = str(context.device.type)
     if context.device.type == "cuda":
         device += f" ({torch.cuda.get_device_name(context.device)})"
@@ -105,9 +103,9 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         world_size=context.world_size,
         device=device,
         backend=context.backend,
-        num_parameters=counts.total,
-        num_active_parameters=counts.active,
-        flops_per_token=counts.flops_per_token,
+        num_parameters=built.counts.total,
+        num_active_parameters=built.counts.active,
+        flops_per_token=built.counts.flops_per_token,
         first_step=run.progress.step,
         provenance=run.checkpointer.provenance,
         excluded_shards=len(run.data.damaged),

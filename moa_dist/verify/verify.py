@@ -23,6 +23,7 @@ from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
+from moa_dist.models.language_model import meta_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.experts import expert_layers
 from moa_dist.plan.exchange_choice import decide_exchange
@@ -93,7 +94,8 @@ def verify(config: Config, mesh: Mesh, device: torch.device) -> Report:
 
     `config` must fit the mesh. Raises TrainingError if a step cannot be taken.
     """
-    decided = decide_exchange(config, mesh.world_size, min_device_memory(device)).exchange
+    memory = min_device_memory(device)
+    decided = decide_exchange(config, mesh.world_size, memory, meta_model(config.model)).exchange
     parallel = config.parallel.model_copy(update={"expert_exchange": decided})
     small = shrink(config.model_copy(update={"parallel": parallel}), mesh.world_size)
     precision = "fp64" if small.parallel.zero_stage == 0 else "fp32"
