@@ -282,7 +282,7 @@ def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> l
     master = ("B", MASTER_BYTES)
     match zero_stage, layout.element_bytes:
         case 0, _:
-            # Gradients in one piece, and in fp64 with their squares: Engine._reduce_and_clip.
+            # Gradients in one piece, and in fp64 with their squares: train/zero0.py.
             largest = max(sum(sizes.dense), sum(sizes.experts))
             return [
                 term("flat gradients", ("elements", sizes.whole), ("B", layout.element_bytes)),

@@ -22,6 +22,25 @@ def deepspeed_config(
     """
     stage = config.parallel.zero_stage
     accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
+    result = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Defaults to 1.0, so always said; stage 0 is clipped by zero0.py.
+        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
+        "zero_optimization": _zero_section(stage, largest_parameter, sizes),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if config.train.precision == "bf16":
+        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
+        result["bf16"] = {"enabled": True}
+        result["communication_data_type"] = "fp32"
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _zero_section(stage: int, largest_parameter: int, sizes: ZeroSizes) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     overlap = torch.cuda.is_available()
     bucket = sizes.bucket
@@ -37,19 +56,4 @@ def deepspeed_config(
         }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = sizes.persistent
-    result = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._reduce_and_clip.
-        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-    if config.train.precision == "bf16":
-        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
-        result["bf16"] = {"enabled": True}
-        result["communication_data_type"] = "fp32"
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result
+    return zero
