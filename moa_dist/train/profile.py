@@ -36,7 +36,7 @@ class Tracer:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around one attempt at a step; a refused one leaves by an error and is traced too."""
+        """Trace one attempt at a step, also one that is rejected, which raises an error."""
         is_chosen = self._first <= step <= self._last
         if is_chosen and self._profile is None and self._rank in self._ranks:
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._on_gpu]
