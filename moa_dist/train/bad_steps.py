@@ -34,7 +34,7 @@ class Discarded:
     first: int
     """The first global sample."""
     last: int
-    """The last one."""
+    """The last global sample."""
     step: int
     """The step that was rejected."""
     reason: str
@@ -42,10 +42,10 @@ class Discarded:
 
 
 class BadSteps:
-    """The policy of `train.on_bad_step`, and its memory."""
+    """Applies `train.on_bad_step`, and remembers what has happened."""
 
     def __init__(self, config: TrainConfig, state: JsonValue = None) -> None:
-        """`state` is a checkpoint's, None for a new run."""
+        """`state` comes from a checkpoint; None for a new run."""
         self._config = config
         new: dict[str, Any] = {"losses": [], "given_up": [], "in_row": 0, "at": 0}
         saved = new if state is None else cast(dict[str, Any], state)
@@ -53,7 +53,7 @@ class BadSteps:
         self._in_row: int = saved["in_row"]
         self._at: int = saved["at"]
         self.discarded = [Discarded(**entry) for entry in saved["given_up"]]
-        """In order."""
+        """All discarded samples, in order."""
 
     def state(self) -> dict[str, JsonValue]:
         """What a checkpoint keeps; of format 2, where discarded samples are called `given_up`."""

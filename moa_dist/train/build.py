@@ -1,4 +1,4 @@
-"""A model sharded over ranks, in its engine: as training, checks and benchmarks begin."""
+"""Builds a sharded model and its engine, for training, checks and benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Built(NamedTuple):
 
     engine: Engine
     counts: Counts
-    """What the whole model costs."""
+    """Size and work of the whole model."""
     decision: Decision
     """Whether tokens or weights are exchanged, and why."""
     overlap: bool
@@ -54,11 +54,11 @@ def build_engine(
     model: LanguageModel | None = None,
     zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> Engine:
-    """The engine of the initial model of `config`. Collective.
+    """Build the engine around the initial model of `config`. Collective.
 
-    `exchange` holds no `auto`: `decide_exchange` has decided. With `overlap`, experts' tokens or
-    weights are exchanged while other things are computed. `model`, if it has been built already,
-    is that of `config` on the meta device; it becomes the engine's.
+    `exchange` holds no `auto`, see `decide_exchange`. With `overlap`, experts' tokens or
+    weights are exchanged while other things are computed. `model`, if given, is that of
+    `config` on the meta device; it becomes the engine's.
     """
     if model is None:
         model = meta_model(config.model, recompute=config.train.recompute)

@@ -14,7 +14,7 @@ from moa_dist.train.run_folder import KEPT_FILES
 
 
 def check_run(config: Config, world_size: int) -> None:
-    """Everything that can be known to fail before ranks meet; raises ConfigError or DataError."""
+    """Check what can be known to fail before ranks meet. Raises ConfigError or DataError."""
     problems = find_layout_problems(config, world_size)
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
@@ -28,7 +28,7 @@ def check_run(config: Config, world_size: int) -> None:
 
 
 def _check_earlier_run(config: Config, world_size: int) -> None:
-    """What the run's folder holds must be what this run goes on from."""
+    """Check that this run can continue from what its folder holds."""
     folder = run_folder(config)
     if not checkpoints(folder):
         return
@@ -55,7 +55,7 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
 
 
 def _order_problems(config: Config, newest: Index, world_size: int) -> list[str]:
-    """Why this run cannot go on in the order of samples of its newest checkpoint."""
+    """Explain why the run cannot continue the sample order of its newest checkpoint, if so."""
     translates = config.model.objective == "translation"
     if newest.samples % world_size and not translates:  # whose buckets ranks share from any sample
         return [

@@ -1,4 +1,4 @@
-"""DeepSpeed's dictionary, from our configuration."""
+"""DeepSpeed's configuration, made from ours."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def deepspeed_config(
     largest_parameter: int,
     sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none.
+    """Generate all of DeepSpeed's configuration; it ignores unknown keys, so users write none.
 
-    `largest_parameter`: elements of the largest parameter that one rank holds.
+    `largest_parameter` counts the elements of the largest parameter that one rank holds.
     """
     stage = config.parallel.zero_stage
     accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
     result = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # Defaults to 1.0, so always said; stage 0 is clipped by zero0.py.
+        # Defaults to 1.0, so always given; stage 0 is clipped by zero0.py.
         "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
         "zero_optimization": _zero_section(stage, largest_parameter, sizes),
         "zero_allow_untested_optimizer": True,

@@ -1,6 +1,6 @@
-"""The engine: DeepSpeed around a model whose experts are sharded. Optimizer steps as values.
+"""The engine: DeepSpeed around a model whose experts are sharded; steps return values.
 
-The only file that calls `deepspeed.initialize`. Shapes: W ranks, M micro-batches per rank.
+This is the only file that calls `deepspeed.initialize`. Shapes: W ranks, M micro-batches per rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from moa_dist.train.zero0 import reduce_and_clip
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: global values, equal on every rank, but for `routing`."""
+    """Result of one optimizer step: global values, equal on every rank except `routing`."""
 
     loss: float
     """Mean cross-entropy per target, nats."""
@@ -52,35 +52,35 @@ class StepResult:
     grad_norm: float
     """Global norm before clipping."""
     tokens: int
-    """Targets of all ranks."""
+    """Target tokens of all ranks."""
     tokens_read: int
-    """Of all ranks, padding left out: as many unless some were hidden to be predicted."""
+    """Input tokens of all ranks without padding; more than `tokens` in a masked language model."""
     routing: dict[RouterCall, RoutingReport]
-    """Sums over this rank's micro-batches."""
+    """Routing reports, summed over this rank's micro-batches."""
     traffic: dict[TrafficKey, TrafficVolume]
-    """What this rank sent for experts, and at ZeRO 0 for gradients."""
+    """What this rank sent for experts and, at ZeRO 0, for gradients."""
 
 
 class _Totals(NamedTuple):
-    """What the global batch of a step consists of."""
+    """Sizes of the global batch of a step."""
 
     targets: int
-    """Tokens to predict; at least 1."""
+    """Target tokens; at least 1."""
     sequences: int
-    """Of all ranks."""
+    """Sequences."""
     read: int
-    """Tokens, without padding."""
+    """Input tokens without padding."""
     micro_batches: int
-    """Of all ranks."""
+    """Micro-batches."""
 
     @property
     def targets_per_micro_batch(self) -> float:
-        """Mean, by which each cross-entropy is divided."""
+        """Mean number of targets, by which each cross-entropy is divided."""
         return self.targets / self.micro_batches
 
 
 class Engine:
-    """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
+    """Runs forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Engine:
         with deepspeed_hooks.expert_marker(model, mesh, bool(experts)):
             self.deepspeed = _initialize(model, self.optimizer, config, mesh, zero_sizes)
         self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
-        """What checkpoints hold of it."""
+        """The state that checkpoints save and restore."""
         deepspeed_hooks.time_collectives(mesh.comm_timer)
         if self.zero_stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # see zero0.py
@@ -126,7 +126,7 @@ class Engine:
         return module
 
     def step(self, batches: Sequence[Batch], lr: float, loss_limit: float = math.inf) -> StepResult:
-        """One optimizer step over this rank's micro-batches.
+        """Take one optimizer step over this rank's micro-batches.
 
         Collective; every rank brings the same number of micro-batches of the same size.
         Raises BadStepError, with parameters and optimizer state untouched, if the loss or the
@@ -162,7 +162,7 @@ class Engine:
         )
 
     def _totals(self, batches: Sequence[Batch]) -> _Totals:
-        """Sums over all ranks; one collective."""
+        """Count over all ranks; one collective."""
         own = [[b.num_targets(), b.num_sequences, b.num_read()] for b in batches]
         targets, sequences, read = self._sum_over_ranks(
             torch.tensor(own).sum(0), "number of targets"
@@ -201,7 +201,7 @@ class Engine:
         return require_finite(norm)
 
     def _discard_gradients(self) -> None:
-        """Forget the gradients; the next micro-batch is the first of a step."""
+        """Drop the gradients; the next micro-batch is the first of a step."""
         if self.zero_stage == 0:
             for parameter in self.model.parameters():
                 parameter.grad = None  # which the optimizer leaves out
@@ -210,7 +210,7 @@ class Engine:
             deepspeed_hooks.discard_step(self.deepspeed)
 
     def _finite_values(self, sums: dict[str, Tensor], batches: list[Batch]) -> dict[str, float]:
-        """Sums over all ranks; one collective. Every rank raises if one value is not finite."""
+        """Sum over all ranks; one collective. Every rank raises if one value is not finite."""
         total = self._sum_over_ranks(torch.stack([v.double() for v in sums.values()]), "losses")
         values = dict(zip(sums, total.tolist(), strict=True))
         if bool(total.isfinite().all()):
@@ -239,7 +239,7 @@ def _initialize(
     mesh: Mesh,
     zero_sizes: ZeroSizes,
 ) -> Any:
-    """DeepSpeed's engine, made without a compiler and without a word."""
+    """Make DeepSpeed's engine, without compiling and without printing."""
     deepspeed_hooks.disable_shm_comm_jit()
     deepspeed_logger.setLevel(logging.WARNING)
     largest = max(parameter.numel() for parameter in model.parameters())

@@ -26,12 +26,12 @@ class _Piece:
     flat: Tensor
     """The tensor that the optimizer knows."""
     offset: int
-    """Where the piece begins in it."""
+    """First element of the piece in `flat`."""
     numel: int
     start: int
-    """Where the piece begins in this rank's parameter."""
+    """First element of the piece in this rank's parameter."""
     replicated: bool
-    """Other ranks hold the same piece, and one of them owns it."""
+    """Whether another rank owns the piece, which this one holds a copy of."""
 
 
 class EngineState:
@@ -93,7 +93,7 @@ class EngineState:
         return max((int(state["step"]) for state in states if "step" in state), default=0)
 
     def make_optimizer_state(self, num_updates: int) -> None:
-        """Create the moments that torch creates in the first step, as after so many updates."""
+        """Create the moments that torch creates in its first step, as if after so many updates."""
         for piece in self._pieces():
             state: dict[str, Any] = self._optimizer.state[piece.flat]
             if isinstance(self._optimizer, torch.optim.AdamW):

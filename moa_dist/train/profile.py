@@ -16,11 +16,11 @@ from moa_dist.observe.trace_parts import OTHER, time_by_part
 from moa_dist.profiling import annotate
 
 FOLDER = "profile"
-"""In the run's folder: of every traced rank `rank-N.json.gz`, and `rank-N.parts.json`."""
+"""Subfolder of the run's folder with `rank-N.json.gz` and `rank-N.parts.json` per traced rank."""
 
 
 class Tracer:
-    """Records this rank's part of `profile`."""
+    """Records this rank's traces, as section `profile` asks."""
 
     def __init__(
         self, config: ProfileConfig, run_folder: Path, rank: int, device: torch.device
@@ -52,12 +52,12 @@ class Tracer:
                 self._profile.stop()
 
     def close(self) -> None:
-        """Give up a trace that has not come to its last step."""
+        """Drop a trace that has not reached its last step."""
         if self._profile and not self._is_complete:
             self._profile.stop()
 
     def write(self) -> list[str]:
-        """Between two steps: write a trace that is complete; returns what to say about it."""
+        """Write a trace that is complete, between two steps; returns lines about it."""
         if not self._is_complete:
             return []
         steps, done = (self._first, self._last), self._profile

@@ -1,4 +1,4 @@
-"""What a run's folder keeps next to its checkpoints: what they depend on."""
+"""What a run's folder keeps next to its checkpoints, because they depend on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a run that can take its next step."""
+"""Starts a run: from a configuration to the state in which the next step can be taken."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _resume(
     observer: Observer,
     preemption: Preemption,
 ) -> tuple[Run, list[str]]:
-    """Load the newest checkpoint; returns the run that goes on from it, and lines about both."""
+    """Load the newest checkpoint; returns the run that continues it, and lines to report."""
     folder, mesh = run_folder(config), built.engine.mesh
     checkpointer = Checkpointer(built.engine.state, config, folder)
     resumed = checkpointer.resume()

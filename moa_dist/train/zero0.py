@@ -1,5 +1,6 @@
-"""Gradients at ZeRO 0, where DeepSpeed averages the norms of the ranks, though each holds other
-experts, and refuses fp64: so they are reduced and clipped here. W counts ranks.
+"""Reduces and clips gradients at ZeRO 0. W counts ranks.
+
+There DeepSpeed averages the norms of the ranks, though each holds other experts, and rejects fp64.
 """
 
 from __future__ import annotations
