@@ -1,4 +1,4 @@
-"""How ranks come to know the same of files: one looks, or all do, and everybody is told."""
+"""Lets ranks agree about files: rank 0 looks for all, or each rank reports what it saw."""
 
 from __future__ import annotations
 
