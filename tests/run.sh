@@ -11,4 +11,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
+lint-imports --no-cache
 python -m pytest "$@"

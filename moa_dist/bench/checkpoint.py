@@ -15,11 +15,13 @@ import torch.distributed as dist
 from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import together
+from moa_dist.checkpoint.agreement import broadcast_from_rank0
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
+from moa_dist.models.language_model import meta_model
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
-from moa_dist.train.checkpoint import Checkpointer, broadcast_from_rank0
 from moa_dist.train.engine import Engine
 
 BLOCKED = "asynchronous save, time that training is blocked"
@@ -30,8 +32,9 @@ RESUME = "resume, including checksums"
 def checkpoint(setting: Setting, mesh: Mesh) -> list[Table]:
     """Save and resume the model and its optimizer; at most three are on disk at once."""
     config = setting.on(mesh)
-    exchange = decide_exchange(config, mesh.world_size, None).exchange
-    engine = build_engine(config, mesh, setting.device, exchange, overlap=False)
+    model = meta_model(config.model, recompute=config.train.recompute)
+    exchange = decide_exchange(config, mesh.world_size, None, model).exchange
+    engine = build_engine(config, mesh, setting.device, exchange, overlap=False, model=model)
     folder = Path(broadcast_from_rank0(partial(_new_folder, config)))
     try:
         return [_measure(setting, config, engine, folder)]
@@ -48,7 +51,7 @@ def _new_folder(config: Config) -> str:
 
 def _measure(setting: Setting, config: Config, engine: Engine, folder: Path) -> Table:
     overlapping, waiting = (
-        Checkpointer(engine, _policy(config, asynchronous=asynchronous), folder / name)
+        Checkpointer(engine.state, _policy(config, asynchronous=asynchronous), folder / name)
         for name, asynchronous in (("overlapping", True), ("waiting", False))
     )
     step = partial(engine.step, [setting.batch()], 1e-4)

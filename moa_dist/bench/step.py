@@ -15,9 +15,9 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import Counts, count
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import objective
-from moa_dist.observe.peak import peak_flops
-from moa_dist.observe.units import short
+from moa_dist.peak_flops import peak_flops
 from moa_dist.train.optimizer import make_optimizer
+from moa_dist.units import short
 
 
 def step(setting: Setting) -> list[Table]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from moa_dist.checkpoint.state_source import Fragment
 from moa_dist.checkpoint.tensor_file import TensorSpec
-
-if TYPE_CHECKING:  # readers of checkpoints need no DeepSpeed
-    from moa_dist.train.fragments import Fragment
 
 
 class BufferSlice(NamedTuple):

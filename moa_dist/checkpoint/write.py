@@ -35,6 +35,8 @@ from moa_dist.checkpoint.host_copy import Snapshot
 from moa_dist.checkpoint.tensor_file import sync_folder, write_file, write_tensors
 from moa_dist.errors import DataError
 
+IndexMaker = Callable[[dict[str, int], dict[str, list[Piece]]], Index]
+"""Makes an index of bytes by file and pieces by tensor."""
 PATIENCE_S = 600.0
 """Seconds that rank 0 waits for the parts of other ranks after writing its own."""
 _POLL_S = 0.02
@@ -80,7 +82,7 @@ def _part_file(partial: Path, rank: int) -> Path:
 def publish(
     target: Path,
     world_size: int,
-    make_index: Callable[[dict[str, int], dict[str, list[Piece]]], Index],
+    make_index: IndexMaker,
     canceled: Event,
     patience_s: float = PATIENCE_S,
 ) -> None:

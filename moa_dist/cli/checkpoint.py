@@ -15,8 +15,8 @@ from moa_dist.cli.arguments import add_json, between
 from moa_dist.cli.output import print_result
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import find_checkpoint
-from moa_dist.observe.units import short
 from moa_dist.provenance import Provenance
+from moa_dist.units import short
 
 _PATH_HELP = "run folder, for all its checkpoints, or one checkpoint"
 

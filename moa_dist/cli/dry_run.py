@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moa_dist.observe.units import short
 from moa_dist.plan.terms import total
+from moa_dist.units import short
 from moa_dist.verify.dry_run import DryRun
 
 

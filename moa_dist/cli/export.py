@@ -10,8 +10,8 @@ import torch
 from moa_dist.cli.arguments import add_model_path
 from moa_dist.evaluate.export import MODEL_FILE, export
 from moa_dist.evaluate.trained import find_checkpoint
-from moa_dist.observe.units import short
 from moa_dist.transfer.jetmoe_files import export_jetmoe
+from moa_dist.units import short
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FORMATS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from moa_dist.cli.arguments import add_overrides
 from moa_dist.evaluate.export import CONFIG_FILE
-from moa_dist.observe.units import short
 from moa_dist.transfer.jetmoe_files import import_jetmoe
+from moa_dist.units import short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
 from moa_dist.errors import ConfigError
-from moa_dist.observe.units import duration, short
 from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.plan.layouts import Planned, Planner, why_too_much
 from moa_dist.plan.memory import FRAGMENTED
 from moa_dist.plan.time import Assumptions
+from moa_dist.units import duration, short
 
 _TITLES = {
     "masters": "fp32 masters",
@@ -71,7 +71,7 @@ def _configured(planner: Planner) -> dict[str, Any] | None:
     if num_gpus % parallel.expert_parallel or train.global_batch % (num_gpus * train.micro_batch):
         return None
     available = planner.cluster.gpu.memory
-    decision = decide_exchange(config, num_gpus, available)
+    decision = decide_exchange(config, num_gpus, available, planner.model)
     decided = parallel.model_copy(update={"expert_exchange": decision.exchange})
     planned = planner.plan(config.model_copy(update={"parallel": decided}))
     return {"title": "as configured", "expert_exchange": decision.because} | _in_detail(

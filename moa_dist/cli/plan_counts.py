@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
-from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
-from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
+from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.observe.traffic_names import traffic_name
-from moa_dist.observe.units import short
 from moa_dist.plan.exchange_choice import (
     PARTS,
     Decision,
@@ -17,21 +16,21 @@ from moa_dist.plan.exchange_choice import (
     expected_states,
     expected_traffic,
     gathered_bytes,
-    meta_model,
 )
 from moa_dist.plan.memory import States
 from moa_dist.plan.terms import total
+from moa_dist.units import short
 
 
 def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[str, Any]:
     """Return the plan as JSON types; `memory` is bytes per rank, for `expert_exchange` auto."""
     problems = [str(problem) for problem in find_layout_problems(config, world_size)]
-    counts = count(config.model, config.data.sequence_length)
-    model = meta_model(config)
-    plan = _as_json(
-        config, world_size, counts, expected_states(config, world_size, model), problems
-    )
-    return plan | _traffic(config, world_size, decide_exchange(config, world_size, memory), model)
+    model = meta_model(config.model)
+    counts = count_model(model, config.data.sequence_length)
+    held = expected_states(config, world_size, model)
+    decision = decide_exchange(config, world_size, memory, model)
+    plan = _as_json(config, world_size, counts, held, problems)
+    return plan | _traffic(config, world_size, decision, model)
 
 
 def _as_json(

@@ -19,7 +19,7 @@ from moa_dist.config.run import tokens_per_sample
 from moa_dist.config.schema import closest
 from moa_dist.errors import ConfigError
 from moa_dist.models.counts import count
-from moa_dist.observe.units import short
+from moa_dist.units import short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

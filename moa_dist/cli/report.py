@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from moa_dist.cli.output import not_written
-from moa_dist.observe.units import short
 from moa_dist.report.page import page
 from moa_dist.report.read import read_run
+from moa_dist.units import short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -108,10 +108,11 @@ def checkpoint_bytes(config: Config) -> int:
 
     It equals what a single rank would hold, because a layout only distributes it over files.
     """
-    from moa_dist.plan.exchange_choice import expected_states, meta_model
+    from moa_dist.models.language_model import meta_model
+    from moa_dist.plan.exchange_choice import expected_states
     from moa_dist.plan.terms import total
 
     alone = config.parallel.model_copy(update={"expert_parallel": 1})
     one_rank = config.model_copy(update={"parallel": alone})
-    held = expected_states(one_rank, world_size=1, model=meta_model(config))
+    held = expected_states(one_rank, world_size=1, model=meta_model(config.model))
     return total(held.masters or held.parameters) + total(held.moments)

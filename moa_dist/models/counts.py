@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from moa_dist.config.model import ModelConfig
-from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 
@@ -75,8 +73,11 @@ class Counts:
 
 def count(config: ModelConfig, sequence_length: int) -> Counts:
     """Count by building the model on the meta device."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    return count_model(meta_model(config), sequence_length)
+
+
+def count_model(model: LanguageModel, sequence_length: int) -> Counts:
+    """Count a whole model, which may be on the meta device."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = [
         ExpertTensor(layer.num_experts, layer.macs_per_row()) for _, layer in expert_layers(model)

@@ -57,7 +57,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Ids [B, S] -> vectors [B, S, D]; or vectors [B, S, D] -> logits [B, S, V].
 
-        Both uses are calls of this module, for ZeRO 3 gathers parameters call by call.
+        Both uses are calls of this module: what shards parameters gathers them per call.
         """
         if x.is_floating_point():
             return F.linear(x, self.weight)
@@ -275,13 +275,24 @@ def build_model(
     recompute: bool = False,
     parallelize: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
-    """Build a model with initial weights, in fp32 on the CPU, that runs on one process.
+    """Build a model with initial weights, in fp32 on the CPU, that runs on one process."""
+    return materialize(meta_model(config, recompute=recompute), seed, parallelize)
+
+
+def meta_model(config: ModelConfig, *, recompute: bool = False) -> LanguageModel:
+    """Build a model on the meta device: all shapes, and no memory for parameters."""
+    with torch.device("meta"):
+        return LanguageModel(config, recompute=recompute)
+
+
+def materialize(
+    model: LanguageModel, seed: int, parallelize: Callable[[nn.Module], None] | None = None
+) -> LanguageModel:
+    """Give a model of the meta device initial weights, in fp32 on the CPU; returns that model.
 
     `parallelize` is called while parameters are on the meta device, so what it removes is never
     allocated. Initial weights depend on the seed alone, not on `parallelize`.
     """
-    with torch.device("meta"):
-        model = LanguageModel(config, recompute=recompute)
     if parallelize is not None:
         parallelize(model)
     model.to_empty(device="cpu")
@@ -302,7 +313,6 @@ def dropless(model: LanguageModel) -> LanguageModel:
     config = model.config.model_copy(update=parts)
     if config == model.config:
         return model
-    with torch.device("meta"):
-        result = LanguageModel(config)
+    result = meta_model(config)
     result.load_state_dict(model.state_dict(), assign=True)
     return result.train(model.training)

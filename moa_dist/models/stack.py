@@ -138,8 +138,6 @@ class LayerStack(nn.Module):
         memory: EncoderMemory | None,
         trace: bool,
     ) -> BlockOutput:
-        # A copy: ZeRO 3's hooks replace tensors inside the mappings that a module is called with.
-        gathered = GatheredExperts(*map(dict, gathered))
         if not (self.recompute and torch.is_grad_enabled()):
             return layer(x, mask, gathered, cache, memory, trace)
         return recomputed(layer, x, mask, gathered, cache, memory, trace)

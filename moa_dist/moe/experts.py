@@ -32,7 +32,7 @@ class GroupedLinear(nn.Module):
         self.num_experts = self.num_local = num_experts
         self.first_expert = 0
         self.gather: Callable[[Tensor], Pending] | None = None
-        self.d_in, self.d_out = d_in, d_out  # kept, since ZeRO 3 empties `weight` between uses
+        self.d_in, self.d_out = d_in, d_out  # kept: a sharded `weight` may be empty between calls
         self.init = init
         self.weight = nn.Parameter(torch.empty(num_experts, d_in, d_out))
 
@@ -61,7 +61,7 @@ class GroupedLinear(nn.Module):
     def forward(self) -> Pending:
         """Start to gather the weights [E, d_in, d_out] of all experts.
 
-        This is a call of the module, since ZeRO 3 gathers parameters per call.
+        This is a call of the module: what shards parameters gathers them per call.
         """
         assert self.gather is not None
         return self.gather(self.weight)

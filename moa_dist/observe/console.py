@@ -10,7 +10,7 @@ from typing import TextIO
 from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.observe.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
 from moa_dist.observe.routing import overall_drop_share
-from moa_dist.observe.units import duration, short
+from moa_dist.units import duration, short
 
 _PARTITIONED = (
     "nothing partitioned",

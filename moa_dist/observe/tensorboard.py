@@ -13,9 +13,9 @@ from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.layout import layout
 from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
-from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.routing import load_heatmaps, router_call_name, routing_summary
 from moa_dist.observe.traffic_names import traffic_summary
+from moa_dist.peak_flops import peak_flops
 
 FOLDER_NAME = "tensorboard"
 """Name of the subfolder of the run's folder."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from moa_dist.observe.peak import peak_flops
+from moa_dist.peak_flops import peak_flops
 
 
 @dataclass(frozen=True)

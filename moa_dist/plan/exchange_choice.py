@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from moa_dist.config.model import PARTS
@@ -68,12 +67,6 @@ class Decision:
     """A sentence for each part that has experts on other ranks."""
 
 
-def meta_model(config: Config) -> LanguageModel:
-    """Build the whole model on the meta device."""
-    with torch.device("meta"):
-        return LanguageModel(config.model)
-
-
 def layout_of(config: Config, world_size: int, exchange: ExpertExchangeConfig) -> Layout:
     """Return the layout that `config` has on `world_size` ranks."""
     model, train = config.model, config.train
@@ -124,13 +117,12 @@ def expected_state_traffic(config: Config, world_size: int, model: nn.Module) ->
     return state_traffic(sizes.dense, sizes.experts, layout, config.parallel.zero_stage)
 
 
-def exchange_costs(config: Config, world_size: int) -> dict[str, dict[str, Cost]]:
+def exchange_costs(config: Config, world_size: int, model: nn.Module) -> dict[str, dict[str, Cost]]:
     """Estimate what each exchange costs, for each part with sharded experts."""
     ep = config.parallel.expert_parallel
     parts = config.model.routed_parts()
     if ep == 1 or not parts:
         return {}
-    model = meta_model(config)
     part_of = {name: module.part for name, module in routed_modules(model)}
     costs: dict[str, dict[str, Cost]] = {part: {} for part in parts}
     for kind in EXCHANGES:
@@ -157,17 +149,19 @@ def gathered_bytes(config: Config, model: nn.Module, part: str) -> int:
     return 2 * elements * ELEMENT_BYTES[config.train.precision]
 
 
-def decide_exchange(config: Config, world_size: int, memory: int | None) -> Decision:
+def decide_exchange(
+    config: Config, world_size: int, memory: int | None, model: LanguageModel
+) -> Decision:
     """Replace `auto` in `parallel.expert_exchange`.
 
-    `memory` is the least memory of any rank in bytes, None if unknown. All other inputs are the
-    same on every rank, so all ranks decide alike.
+    `model` is the whole model of `config`, on any device. `memory` is the least memory of any rank
+    in bytes, None if unknown. All inputs are the same on every rank, so all ranks decide alike.
     """
     wanted = config.parallel.expert_exchange
-    costs = exchange_costs(config, world_size)
+    costs = exchange_costs(config, world_size, model)
     budget = None
     if memory is not None and costs:
-        held = expected_states(config, world_size, meta_model(config)).total
+        held = expected_states(config, world_size, model).total
         budget = max(0, int(MEMORY_SHARE * (memory - held)))
     chosen: dict[str, str] = dict.fromkeys(PARTS, "tokens")
     because: dict[str, str] = {}

@@ -15,12 +15,12 @@ from moa_dist.config.checks import check_fields
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.kernels.routed_experts import Hardware
-from moa_dist.models.counts import ELEMENT_BYTES, Counts, count
-from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
+from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.activations import Activations, activations_of
 from moa_dist.plan.cluster import Cluster
-from moa_dist.plan.exchange_choice import PARTS, expected_traffic, layout_of, meta_model
+from moa_dist.plan.exchange_choice import PARTS, expected_traffic, layout_of
 from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
 from moa_dist.plan.terms import total
 from moa_dist.plan.time import Assumptions, RowBytes, StepTime, row_bytes, step_time
@@ -87,12 +87,12 @@ class Planner:
     @cached_property
     def model(self) -> LanguageModel:
         """The whole model, on the meta device."""
-        return meta_model(self.config)
+        return meta_model(self.config.model)
 
     @cached_property
     def counts(self) -> Counts:
         """Counts of the model."""
-        return count(self.config.model, self.config.data.sequence_length)
+        return count_model(self.model, self.config.data.sequence_length)
 
     @cached_property
     def _rows_moved(self) -> RowBytes:

@@ -20,13 +20,13 @@ from torch import nn
 
 from moa_dist.config.model import PARTS
 from moa_dist.config.run import Config, OptimizerConfig, tokens_per_sample
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.plan.activations import Activations
 from moa_dist.plan.predicted_traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
 from moa_dist.plan.terms import Term, term, total
-from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 
 _REDUCED_AT_ONCE = 500_000_000
 """Elements that DeepSpeed's bf16 optimizer, used at stage 1, copies per all-reduce."""
@@ -282,7 +282,7 @@ def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> l
     master = ("B", MASTER_BYTES)
     match zero_stage, layout.element_bytes:
         case 0, _:
-            # Gradients in one piece, and in fp64 with their squares: Engine._reduce_and_clip.
+            # Gradients in one piece, and in fp64 with their squares: train/zero0.py.
             largest = max(sum(sizes.dense), sum(sizes.experts))
             return [
                 term("flat gradients", ("elements", sizes.whole), ("B", layout.element_bytes)),

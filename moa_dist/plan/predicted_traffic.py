@@ -22,11 +22,11 @@ from typing import NamedTuple
 from torch import nn
 
 from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.moe.dispatch import Level
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.routed_module import RoutedModule, routed_modules
-from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes
 
 _COUNT_BYTES, _INDEX_BYTES = 8, 4
 """Bytes of one number in a plan's counts (int64) and in its indices (int32)."""

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moa_dist.config.run import Config
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.routed_module import routed_modules
-from moa_dist.observe.units import short
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
 from moa_dist.plan.predicted_traffic import Layout, state_traffic
-from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES
+from moa_dist.units import short
 
 _BYTES_PER_UPDATE = 32
 """Bytes of memory traffic per master: AdamW reads and writes it and two moments and reads a

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from moa_dist.checkpoint.format import Index
 from moa_dist.data.order import read_exclusions
-from moa_dist.observe.units import duration, short
 from moa_dist.report.html import card, fold, nothing, table
 from moa_dist.report.read import Note, Run
+from moa_dist.units import duration, short
 
 _ROUTINE = ("saved ", "no GPU telemetry")
 """Beginnings of notes that need no action."""

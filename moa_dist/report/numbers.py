@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from moa_dist.observe.peak import peak_flops
-from moa_dist.observe.units import short
+from moa_dist.peak_flops import peak_flops
 from moa_dist.report.read import Run
 from moa_dist.report.scale import readable
 from moa_dist.report.series import Series
 from moa_dist.report.time import most_often_slowest
+from moa_dist.units import short
 
 _UNKNOWN = "-"
 

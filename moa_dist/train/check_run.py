@@ -5,20 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from moa_dist.checkpoint.check import newest_index
-from moa_dist.checkpoint.format import checkpoints
+from moa_dist.checkpoint.format import Index, checkpoints
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.check import check_data
-from moa_dist.data.manifest import MANIFEST_FILE
-from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError
-
-KEPT_FILES = (TOKENIZER_FILE, MANIFEST_FILE)
-"""Copied from the training data into the run's folder: a resumed run must meet the same."""
+from moa_dist.train.run_folder import KEPT_FILES
 
 
 def check_run(config: Config, world_size: int) -> None:
-    """Everything that can be known to fail before ranks meet; raises ConfigError or DataError."""
+    """Check what can be known to fail before ranks meet. Raises ConfigError or DataError."""
     problems = find_layout_problems(config, world_size)
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
@@ -32,7 +28,7 @@ def check_run(config: Config, world_size: int) -> None:
 
 
 def _check_earlier_run(config: Config, world_size: int) -> None:
-    """What the run's folder holds must be what this run goes on from."""
+    """Check that this run can continue from what its folder holds."""
     folder = run_folder(config)
     if not checkpoints(folder):
         return
@@ -52,34 +48,30 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
             )
     newest = newest_index(folder)
     # Without one, the checkpointer will explain; without samples there is no order to keep.
-    if newest is None or newest.samples == 0:
-        return
+    if newest is not None and newest.samples > 0:
+        problems = _order_problems(config, newest, world_size)
+        if problems:
+            raise ConfigError(problems, f"{folder}")
+
+
+def _order_problems(config: Config, newest: Index, world_size: int) -> list[str]:
+    """Explain why the run cannot continue the sample order of its newest checkpoint, if so."""
     translates = config.model.objective == "translation"
     if newest.samples % world_size and not translates:  # whose buckets ranks share from any sample
-        raise ConfigError(
-            [
-                f"the newest checkpoint has consumed {newest.samples} samples, which {world_size} "
-                "ranks cannot share alike: go on with a number of ranks that divides them"
-            ],
-            f"{folder}",
-        )
+        return [
+            f"the newest checkpoint has consumed {newest.samples} samples, which {world_size} "
+            "ranks cannot share alike: go on with a number of ranks that divides them"
+        ]
     if newest.config.model.objective != config.model.objective:
-        raise ConfigError(
-            [
-                f"model.objective was {newest.config.model.objective} before: set it back, or "
-                "choose another `name`"
-            ],
-            f"{folder}",
-        )
+        return [
+            f"model.objective was {newest.config.model.objective} before: set it back, or "
+            "choose another `name`"
+        ]
     before = newest.config.data
     deciding = ("seed", "bucket_tokens") if translates else ("seed", "readers")
-    changed = [f for f in deciding if getattr(before, f) != getattr(config.data, f)]
-    if changed:
-        raise ConfigError(
-            [
-                f"data.{f} was {getattr(before, f)} before: it decides the order of samples, and a "
-                "change would repeat some and skip others; set it back, or choose another `name`"
-                for f in changed
-            ],
-            f"{folder}",
-        )
+    return [
+        f"data.{f} was {getattr(before, f)} before: it decides the order of samples, and a "
+        "change would repeat some and skip others; set it back, or choose another `name`"
+        for f in deciding
+        if getattr(before, f) != getattr(config.data, f)
+    ]

@@ -1,34 +1,13 @@
-"""DeepSpeed's dictionary, from our configuration."""
+"""DeepSpeed's configuration, made from ours."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from moa_dist.config.run import Config
-
-
-class ZeroSizes(NamedTuple):
-    """How finely ZeRO cuts the model: what small models shrink to meet what large ones meet."""
-
-    bucket: int = 50_000_000
-    """Elements reduced at once. ZeRO 3 allocates them ahead, DeepSpeed's default would be 2 GB."""
-    persistent: int = 100_000
-    """Parameters of at most so many elements stay whole at ZeRO 3."""
-
-    def overlapped_bucket(self, largest_parameter: int) -> int:
-        """Bucket size in elements for ZeRO 1 and 2 that reduce while the backward pass runs.
-
-        DeepSpeed 0.19 reduces a gradient that no bucket holds in place, on its reduction stream,
-        and frees it without `record_stream`: the memory may be overwritten before it is read.
-        So every gradient gets a bucket that it fits in.
-        """
-        return max(self.bucket, largest_parameter)
-
-
-DEFAULT_ZERO_SIZES = ZeroSizes()
-"""What training uses."""
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 
 
 def deepspeed_config(
@@ -37,12 +16,31 @@ def deepspeed_config(
     largest_parameter: int,
     sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> dict[str, Any]:
-    """DeepSpeed's dictionary, generated whole: it ignores unknown keys, so users write none.
+    """Generate all of DeepSpeed's configuration; it ignores unknown keys, so users write none.
 
-    `largest_parameter`: elements of the largest parameter that one rank holds.
+    `largest_parameter` counts the elements of the largest parameter that one rank holds.
     """
     stage = config.parallel.zero_stage
     accumulation = config.train.global_batch // (world_size * config.train.micro_batch)
+    result = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Defaults to 1.0, so always given; stage 0 is clipped by zero0.py.
+        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
+        "zero_optimization": _zero_section(stage, largest_parameter, sizes),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if config.train.precision == "bf16":
+        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
+        result["bf16"] = {"enabled": True}
+        result["communication_data_type"] = "fp32"
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _zero_section(stage: int, largest_parameter: int, sizes: ZeroSizes) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     overlap = torch.cuda.is_available()
     bucket = sizes.bucket
@@ -58,19 +56,4 @@ def deepspeed_config(
         }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = sizes.persistent
-    result = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        # Defaults to 1.0, so always said; stage 0 is clipped by Engine._reduce_and_clip.
-        "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-    }
-    if config.train.precision == "bf16":
-        # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
-        result["bf16"] = {"enabled": True}
-        result["communication_data_type"] = "fp32"
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result
+    return zero

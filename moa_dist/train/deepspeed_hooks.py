@@ -1,4 +1,4 @@
-"""What DeepSpeed needs to be told about expert parameters; for deepspeed 0.19.
+"""What DeepSpeed needs to know about expert parameters; for deepspeed 0.19.
 
 DeepSpeed offers no public way to say "this parameter differs over the expert-parallel
 ranks". Its engine looks for instances of its own layer classes, for groups in dictionaries of
@@ -8,7 +8,8 @@ the ranks that hold copies and divided by W, the norm counts every expert once, 
 partitions expert state over those ranks: `tests/distributed/test_engine.py` compares each
 stage with one process, and fails should a later version read something else.
 
-It also counts how long DeepSpeed waits in the collectives that it enters by itself.
+It also measures how long DeepSpeed waits in the collectives that it enters by itself, and lets
+ZeRO 3 run models that were written without it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import nn
 
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
+from moa_dist.models.block import Block
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.routed_module import RoutedModule
 
@@ -71,7 +73,7 @@ def register_groups(mesh: Mesh) -> None:
 
 
 def unregister_groups() -> None:
-    """Forget them, so that another engine can be built in this process."""
+    """Remove the groups, so that another engine can be built in this process."""
     for of_group in (
         groups._EXPERT_PARALLEL_GROUP,
         groups._EXPERT_PARALLEL_GROUP_RANKS,
@@ -82,7 +84,7 @@ def unregister_groups() -> None:
 
 
 def tag_expert_parameters(parameters: Iterable[nn.Parameter], mesh: Mesh) -> None:
-    """Attributes that DeepSpeed reads from every expert parameter."""
+    """Set the attributes that DeepSpeed reads from every expert parameter."""
     for parameter in parameters:
         tags: dict[str, Any] = {
             "allreduce": False,
@@ -95,7 +97,7 @@ def tag_expert_parameters(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Non
 
 
 def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> list[dict[str, Any]]:
-    """Optimizer groups: dense, then experts under the name that ZeRO 1 and 2 look for."""
+    """Make optimizer groups: dense, then experts under the name that ZeRO 1 and 2 look for."""
     dense = [p for name, p in model.named_parameters() if name not in expert_names]
     experts = [p for name, p in model.named_parameters() if name in expert_names]
     result: list[dict[str, Any]] = [{"params": dense}]
@@ -104,22 +106,37 @@ def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> li
     return result
 
 
-def register_expert_weights(model: nn.Module) -> None:
-    """Tell ZeRO 3 that a `RoutedModule` uses the weights of its `GroupedLinear`s itself.
+def prepare_for_zero_3(model: nn.Module) -> None:
+    """Let ZeRO 3's hooks, which run around calls of modules, serve modules written without it.
 
-    ZeRO 3 gathers the parameters of a module when that is called, and these are not; but for
-    travelling weights.
+    They gather the parameters of a module when it is called, and nobody calls a `GroupedLinear`
+    whose weights stay here: its `RoutedModule` uses them. And they replace tensors inside the
+    dictionaries that a module is called with, while gathered weights serve every repeat of a layer.
     """
     for module in model.modules():
-        if not isinstance(module, RoutedModule):
-            continue
-        for child in module.children():
-            if isinstance(child, GroupedLinear) and child.gather is None:
-                deepspeed.zero.register_external_parameter(module, child.weight)
+        if isinstance(module, Block):
+            module.register_forward_pre_hook(_with_own_dictionaries)
+        if isinstance(module, RoutedModule):
+            for child in module.children():
+                if isinstance(child, GroupedLinear) and child.gather is None:
+                    deepspeed.zero.register_external_parameter(module, child.weight)
+
+
+def _with_own_dictionaries(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(_copied(argument) for argument in args)
+
+
+def _copied(value: Any) -> Any:
+    """Copy a dictionary, also one in a named tuple."""
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied, value))
+    return value
 
 
 class _ExpertMarker(AutoEPMoELayer):
-    """A layer without parameters by which the engine learns that there are experts."""
+    """A layer without parameters that shows the engine that the model has experts."""
 
     def __init__(self, mesh: Mesh) -> None:
         nn.Module.__init__(self)  # not the parent's: it would build DeepSpeed's own layer
@@ -135,7 +152,7 @@ class _ExpertMarker(AutoEPMoELayer):
 
 @contextmanager
 def expert_marker(model: nn.Module, mesh: Mesh, has_experts: bool) -> Iterator[None]:
-    """While open, `deepspeed.initialize(model=model)` sees a model with expert layers, if so."""
+    """Make `deepspeed.initialize(model=model)` see expert layers while open, if `has_experts`."""
     if not has_experts:  # it would look for an optimizer group of experts
         yield
         return
@@ -147,7 +164,7 @@ def expert_marker(model: nn.Module, mesh: Mesh, has_experts: bool) -> Iterator[N
 
 
 class _TimedBackend:
-    """DeepSpeed's backend of collectives, with waiting for them counted.
+    """Wraps DeepSpeed's backend of collectives, and measures the time spent waiting.
 
     Its own log of collectives would wait for the device after each of them.
     """
@@ -183,7 +200,7 @@ class _TimedBackend:
 
 
 class _TimedWork:
-    """What a collective that was begun returns."""
+    """Wraps the handle of an asynchronous collective."""
 
     def __init__(self, work: Any, comm_timer: CommTimer, what: str) -> None:
         self._work, self._comm_timer, self._what = work, comm_timer, what
@@ -197,21 +214,21 @@ class _TimedWork:
 
 
 def time_collectives(comm_timer: CommTimer) -> None:
-    """Let the collectives that DeepSpeed enters by itself count as waiting, for one engine."""
+    """Measure the waiting in collectives that DeepSpeed enters by itself, for one engine."""
     restore_backend()
     deepspeed_comm.cdb = _TimedBackend(deepspeed_comm.cdb, comm_timer)
 
 
 def restore_backend() -> None:
-    """As DeepSpeed has it."""
+    """Restore DeepSpeed's backend."""
     if isinstance(deepspeed_comm.cdb, _TimedBackend):
         deepspeed_comm.cdb = deepspeed_comm.cdb.backend
 
 
 def discard_step(engine: Any) -> None:
-    """`engine.step()` at ZeRO 1 to 3, but gradients are forgotten and nothing else changes.
+    """Call `engine.step()` at ZeRO 1 to 3 so that it drops gradients and changes nothing else.
 
-    DeepSpeed does so when their norm is not finite, and offers no other way to give up a step.
+    DeepSpeed does so when their norm is not finite, and offers no other way to discard a step.
     """
     optimizer = engine.optimizer
     if hasattr(optimizer, "bf16_groups"):  # DeepSpeed's own class for bf16 at stage 1

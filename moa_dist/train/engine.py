@@ -1,6 +1,6 @@
-"""The engine: DeepSpeed around a model whose experts are sharded. Optimizer steps as values.
+"""The engine: DeepSpeed around a model whose experts are sharded; steps return values.
 
-The only file that calls `deepspeed.initialize`. Shapes: W ranks, M micro-batches per rank.
+This is the only file that calls `deepspeed.initialize`. Shapes: W ranks, M micro-batches per rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -21,6 +21,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
 from moa_dist.config.run import Config
+from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.errors import BadStepError
@@ -33,13 +34,16 @@ from moa_dist.moe.statistics import RoutingReport, report
 from moa_dist.profiling import annotate
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
-from moa_dist.train.deepspeed_config import DEFAULT_ZERO_SIZES, ZeroSizes, deepspeed_config
+from moa_dist.train.deepspeed_config import deepspeed_config
+from moa_dist.train.engine_state import EngineState
+from moa_dist.train.not_finite import first_not_finite, require_finite
 from moa_dist.train.optimizer import make_optimizer
+from moa_dist.train.zero0 import reduce_and_clip
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: global values, equal on every rank, but for `routing`."""
+    """Result of one optimizer step: global values, equal on every rank except `routing`."""
 
     loss: float
     """Mean cross-entropy per target, nats."""
@@ -48,17 +52,35 @@ class StepResult:
     grad_norm: float
     """Global norm before clipping."""
     tokens: int
-    """Targets of all ranks."""
+    """Target tokens of all ranks."""
     tokens_read: int
-    """Of all ranks, padding left out: as many unless some were hidden to be predicted."""
+    """Input tokens of all ranks without padding; more than `tokens` in a masked language model."""
     routing: dict[RouterCall, RoutingReport]
-    """Sums over this rank's micro-batches."""
+    """Routing reports, summed over this rank's micro-batches."""
     traffic: dict[TrafficKey, TrafficVolume]
-    """What this rank sent for experts, and at ZeRO 0 for gradients."""
+    """What this rank sent for experts and, at ZeRO 0, for gradients."""
+
+
+class _Totals(NamedTuple):
+    """Sizes of the global batch of a step."""
+
+    targets: int
+    """Target tokens; at least 1."""
+    sequences: int
+    """Sequences."""
+    read: int
+    """Input tokens without padding."""
+    micro_batches: int
+    """Micro-batches."""
+
+    @property
+    def targets_per_micro_batch(self) -> float:
+        """Mean number of targets, by which each cross-entropy is divided."""
+        return self.targets / self.micro_batches
 
 
 class Engine:
-    """Forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
+    """Runs forward, backward and update of a sharded model under ZeRO stage 0 to 3."""
 
     def __init__(
         self,
@@ -82,31 +104,20 @@ class Engine:
         if config.train.precision == "fp64":
             model = model.double()
 
-        deepspeed_hooks.disable_shm_comm_jit()
-        deepspeed_logger.setLevel(logging.WARNING)
         experts = [p for name, p in model.named_parameters() if name in self.expert_names]
         deepspeed_hooks.tag_expert_parameters(experts, mesh)
-        deepspeed_hooks.register_expert_weights(model)
+        if self.zero_stage == 3:
+            deepspeed_hooks.prepare_for_zero_3(model)
         self.optimizer = make_optimizer(
             config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
         )
-        # Some of DeepSpeed's optimizers print their memory while they are built.
-        silence = contextlib.redirect_stdout(io.StringIO())
-        with deepspeed_hooks.expert_marker(model, mesh, bool(experts)), silence:
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=self.optimizer,
-                config=deepspeed_config(
-                    config,
-                    mesh.world_size,
-                    max(parameter.numel() for parameter in model.parameters()),
-                    zero_sizes,
-                ),
-                dist_init_required=False,
-            )
+        with deepspeed_hooks.expert_marker(model, mesh, bool(experts)):
+            self.deepspeed = _initialize(model, self.optimizer, config, mesh, zero_sizes)
+        self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
+        """The state that checkpoints save and restore."""
         deepspeed_hooks.time_collectives(mesh.comm_timer)
         if self.zero_stage == 0:
-            self.deepspeed.enable_backward_allreduce = False  # see _reduce_and_clip
+            self.deepspeed.enable_backward_allreduce = False  # see zero0.py
 
     @property
     def model(self) -> LanguageModel:
@@ -115,40 +126,22 @@ class Engine:
         return module
 
     def step(self, batches: Sequence[Batch], lr: float, loss_limit: float = math.inf) -> StepResult:
-        """One optimizer step over this rank's micro-batches.
+        """Take one optimizer step over this rank's micro-batches.
 
         Collective; every rank brings the same number of micro-batches of the same size.
         Raises BadStepError, with parameters and optimizer state untouched, if the loss or the
         gradient norm is not finite, or the loss is above `loss_limit`.
         """
         batches = [batch.to(self.device) for batch in batches]
-        own = [[b.num_targets(), b.num_sequences, b.num_read()] for b in batches]
-        num_targets, num_sequences, num_read = self._sum_over_ranks(
-            torch.tensor(own).sum(0), "number of targets"
-        ).tolist()
-        num_targets = max(num_targets, 1)  # all tokens of a step may be padding, or none hidden
-        num_micro_batches = self.mesh.world_size * len(batches)
-        per_micro_batch = num_targets / num_micro_batches
+        totals = self._totals(batches)
         self.deepspeed.train()
         self.mesh.traffic_counter.take()  # what evaluation has sent
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-
-        routing: dict[RouterCall, RoutingReport] = {}
-        sums: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
-            result = objective(self.deepspeed, batch, self.label_smoothing)
-            weight = batch.num_sequences * num_micro_batches / num_sequences
-            # DeepSpeed divides by the number of micro-batches and averages over ranks.
-            with annotate("backward"):
-                self.deepspeed.backward(result.loss(per_micro_batch, weight))
-            _add(sums, _values(result, weight))
-            _add_reports(routing, result.statistics)
-            if i < len(batches) - 1:
-                self.deepspeed.step()
+        sums, routing = self._forward_and_backward(batches, totals)
         try:
             values = self._finite_values(sums, batches)
-            loss = values.pop("cross_entropy") / num_targets
+            loss = values.pop("cross_entropy") / totals.targets
             if loss > loss_limit:
                 raise BadStepError(f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}")
         except BadStepError:
@@ -158,31 +151,57 @@ class Engine:
             grad_norm = self._update()
             update_biases(self.model.routers(), routing, self.mesh.comm_timer)
         self.mesh.comm_timer.settle()
-        aux_losses = {name: value / num_micro_batches for name, value in values.items()}
         return StepResult(
-            loss,
-            aux_losses,
-            grad_norm,
-            int(num_targets),
-            int(num_read),
-            routing,
-            self.mesh.traffic_counter.take(),
+            loss=loss,
+            aux_losses={name: value / totals.micro_batches for name, value in values.items()},
+            grad_norm=grad_norm,
+            tokens=totals.targets,
+            tokens_read=totals.read,
+            routing=routing,
+            traffic=self.mesh.traffic_counter.take(),
         )
+
+    def _totals(self, batches: Sequence[Batch]) -> _Totals:
+        """Count over all ranks; one collective."""
+        own = [[b.num_targets(), b.num_sequences, b.num_read()] for b in batches]
+        targets, sequences, read = self._sum_over_ranks(
+            torch.tensor(own).sum(0), "number of targets"
+        ).tolist()
+        targets = max(targets, 1)  # all tokens of a step may be padding, or none hidden
+        return _Totals(targets, sequences, read, self.mesh.world_size * len(batches))
+
+    def _forward_and_backward(
+        self, batches: Sequence[Batch], totals: _Totals
+    ) -> tuple[dict[str, Tensor], dict[RouterCall, RoutingReport]]:
+        """Accumulate gradients; returns sums of this rank's losses and routing reports."""
+        routing: dict[RouterCall, RoutingReport] = {}
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            result = objective(self.deepspeed, batch, self.label_smoothing)
+            weight = batch.num_sequences * totals.micro_batches / totals.sequences
+            # DeepSpeed divides by the number of micro-batches and averages over ranks.
+            with annotate("backward"):
+                self.deepspeed.backward(result.loss(totals.targets_per_micro_batch, weight))
+            _add(sums, _values(result, weight))
+            _add_reports(routing, result.statistics)
+            if i < len(batches) - 1:
+                self.deepspeed.step()
+        return sums, routing
 
     def _update(self) -> float:
         """Reduce, clip and take the step; returns the global gradient norm."""
         if self.zero_stage > 0:
             self.deepspeed.step()  # which leaves the parameters alone if the norm is not finite
-            return _finite(float(self.deepspeed.get_global_grad_norm()))
-        norm = float(self._reduce_and_clip())
+            return require_finite(float(self.deepspeed.get_global_grad_norm()))
+        norm = reduce_and_clip(self.model, self.expert_names, self.mesh, self.clip_norm)
         if not math.isfinite(norm):
             self._discard_gradients()
         else:
             self.deepspeed.step()
-        return _finite(norm)
+        return require_finite(norm)
 
     def _discard_gradients(self) -> None:
-        """Forget the gradients; the next micro-batch is the first of a step."""
+        """Drop the gradients; the next micro-batch is the first of a step."""
         if self.zero_stage == 0:
             for parameter in self.model.parameters():
                 parameter.grad = None  # which the optimizer leaves out
@@ -190,76 +209,15 @@ class Engine:
         else:
             deepspeed_hooks.discard_step(self.deepspeed)
 
-    def _reduce_and_clip(self) -> Tensor:
-        """Average gradients over ranks, clip them by their global norm, return that norm.
-
-        For stage 0, where DeepSpeed averages the norms of the ranks, though each holds other
-        experts, and refuses fp64. An expert's gradient already sums over its ep group, by way
-        of the all-to-all: sum over its copies, then divide by W like all others.
-        """
-        dense: list[Tensor] = []
-        experts: list[Tensor] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is None:  # the same on every rank: no parameter depends on data
-                continue
-            (experts if name in self.expert_names else dense).append(parameter.grad)
-        squares = []
-        for gradients, group in ((dense, None), (experts, self.mesh.edp_group)):
-            flat = torch.cat(
-                [g.flatten() for g in gradients] or [torch.zeros(0, device=self.device)]
-            )
-            key = TrafficKey("experts" if group else "dense", "reduce", backward=True)
-            with self.mesh.comm_timer.begin(key):
-                dist.all_reduce(flat, group=group)
-            num_ranks = dist.get_world_size(group)
-            self.mesh.traffic_counter.add(key, 2 * (num_ranks - 1) * flat.nbytes // num_ranks)
-            flat /= self.mesh.world_size
-            squares.append(flat.double().square().sum())
-            parts = flat.split([g.numel() for g in gradients])
-            for gradient, average in zip(gradients, parts, strict=True):
-                gradient.copy_(average.view_as(gradient))
-        with self.mesh.comm_timer.begin("norm of expert gradients"):
-            dist.all_reduce(squares[1], group=self.mesh.ep_group)
-        norm = (squares[0] + squares[1]).sqrt()
-        if self.clip_norm is not None:
-            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
-            for gradient in (*dense, *experts):
-                gradient.mul_(factor)
-        return norm
-
     def _finite_values(self, sums: dict[str, Tensor], batches: list[Batch]) -> dict[str, float]:
-        """Sums over all ranks; one collective. Every rank raises if one value is not finite."""
+        """Sum over all ranks; one collective. Every rank raises if one value is not finite."""
         total = self._sum_over_ranks(torch.stack([v.double() for v in sums.values()]), "losses")
         values = dict(zip(sums, total.tolist(), strict=True))
         if bool(total.isfinite().all()):
             return values
         broken = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
-        first = self._first_not_finite(batches)
+        first = first_not_finite(self.deepspeed, batches, self.mesh)
         raise BadStepError(f"the loss is not finite ({broken}); first seen in {first}")
-
-    def _first_not_finite(self, batches: list[Batch]) -> str:
-        """Name the first module, and its rank, whose output is not finite. Collective."""
-        found: list[str] = []
-
-        def check(name: str, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            floats = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-            if not found and not all(bool(t.isfinite().all()) for t in floats):
-                found.append(name or "the model's output")
-
-        handles = [
-            module.register_forward_hook(lambda _m, _i, output, name=name: check(name, output))
-            for name, module in self.model.named_modules()
-        ]
-        with torch.no_grad():
-            for batch in batches:
-                objective(self.deepspeed, batch)
-        for handle in handles:
-            handle.remove()
-        everywhere: list[str | None] = [None] * self.mesh.world_size
-        dist.all_gather_object(everywhere, found[0] if found else None)
-        named = [f"{name} on rank {rank}" for rank, name in enumerate(everywhere) if name]
-        return "; ".join(named) or "the loss itself"
 
     def _sum_over_ranks(self, value: Tensor, what: str) -> Tensor:
         value = value.to(self.device)
@@ -274,14 +232,26 @@ class Engine:
         deepspeed_hooks.unregister_groups()
 
 
-def _finite(grad_norm: float) -> float:
-    """The norm, equal on every rank; raises BadStepError if it is not finite."""
-    if not math.isfinite(grad_norm):
-        raise BadStepError(
-            f"the loss is finite, but the gradient norm is {grad_norm}: lower optimizer.lr or the "
-            "auxiliary coefficients, warm up for longer, or train in fp32 to see where it starts"
+def _initialize(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    mesh: Mesh,
+    zero_sizes: ZeroSizes,
+) -> Any:
+    """Make DeepSpeed's engine, without compiling and without printing."""
+    deepspeed_hooks.disable_shm_comm_jit()
+    deepspeed_logger.setLevel(logging.WARNING)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    # Some of DeepSpeed's optimizers print their memory while they are built.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, mesh.world_size, largest, zero_sizes),
+            dist_init_required=False,
         )
-    return grad_norm
+    return engine
 
 
 def _values(result: Objective, weight: float) -> dict[str, Tensor]:

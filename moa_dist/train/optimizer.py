@@ -13,7 +13,7 @@ from moa_dist.config.run import OptimizerConfig, ScheduleConfig
 def make_optimizer(
     config: OptimizerConfig, parameter_groups: list[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """torch's own AdamW or SGD; ZeRO partitions their state."""
+    """Make torch's own AdamW or SGD; ZeRO partitions their state."""
     if config.kind == "sgd":
         return torch.optim.SGD(
             parameter_groups,
@@ -31,7 +31,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, peak: float, config: ScheduleConfig, num_steps: int) -> float:
-    """Rate of step 1 ... num_steps.
+    """Compute the rate of a step from 1 to `num_steps`.
 
     Warm-up: linear from `warmup_start` to 1 (times the peak), reached at step `warmup_steps`.
     Then constant, a half cosine down to `final` at the last step, or `sqrt(warmup / step)`

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the report reads what is written here, without DeepSpeed
     from moa_dist.train.engine import Engine
 
 FOLDER = "out-of-memory"
-"""In the run's folder: `rank-N.txt`, and of a GPU `rank-N.pickle`."""
+"""Subfolder of the run's folder with `rank-N.txt` and, for GPUs, `rank-N.pickle`."""
 _GIB = 2**30
 _REST = "activations and all else"
 
@@ -28,8 +28,8 @@ _REST = "activations and all else"
 def explained(engine: Engine, config: Config, run_folder: Path, step: int) -> Iterator[None]:
     """Turn running out of memory, on the GPU or the host, into a MemoryLimitError.
 
-    It says what is held and what to change; the table, and of a GPU the allocator's snapshot, are
-    also written into the run's folder.
+    The error shows what is held and what to change. The table and, for GPUs, the allocator's
+    snapshot are also written into the run's folder.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def explained(engine: Engine, config: Config, run_folder: Path, step: int) -> It
 
 
 def _is_for_want_of_memory(error: Exception) -> bool:
-    """torch has an error class of its own for devices only."""
+    """Tell running out of memory from other errors; torch has a class for devices only."""
     is_host = "DefaultCPUAllocator: can't allocate memory" in str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or is_host
 
@@ -75,7 +75,7 @@ def _explain(error: Exception, engine: Engine, config: Config, run_folder: Path,
 
 
 def holdings(engine: Engine) -> dict[str, int]:
-    """Bytes on this rank by what they are for; memory shared by several tensors counts once."""
+    """Count bytes on this rank by purpose; memory shared by several tensors counts once."""
     parameters = list(engine.model.parameters())
     averaged = getattr(engine.deepspeed.optimizer, "averaged_gradients", {}).values()
     optimizer = engine.optimizer
@@ -112,7 +112,7 @@ def _num_bytes(values: Iterable[object], seen: set[int]) -> int:
 
 
 def remedies(config: Config, world_size: int, held: dict[str, int]) -> list[str]:
-    """Settings to change, that which frees most first; none of them changes results."""
+    """List settings to change, most effective first; none of them changes results."""
     of_activations, of_state = [], []
     total, micro = config.train.global_batch, config.train.micro_batch
     smaller = [m for m in range(1, micro) if total % (world_size * m) == 0]

@@ -1,36 +1,26 @@
-"""A trace of chosen steps on chosen ranks, and the time per part that it shows.
-
-Which part an operation belongs to is said by the innermost label around it (`moa_dist.profiling`).
-On a CPU its time is that of the main thread, on a GPU that of its kernels, waiting for other ranks
-included in both.
-"""
+"""A trace of chosen steps on chosen ranks, and the time per part that it shows."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moa_dist.config.run import ProfileConfig
-from moa_dist.profiling import PREFIX, StepPart, annotate
+from moa_dist.observe.trace_parts import OTHER, time_by_part
+from moa_dist.profiling import annotate
 
 FOLDER = "profile"
-"""In the run's folder: of every traced rank `rank-N.json.gz`, and `rank-N.parts.json`."""
-OTHER: StepPart = "other"
-"""What has no other label: embedding, norms, head, copies, Python."""
-_BACKWARD = "backward"
+"""Subfolder of the run's folder with `rank-N.json.gz` and `rank-N.parts.json` per traced rank."""
 
 
 class Tracer:
-    """Records this rank's part of `profile`."""
+    """Records this rank's traces, as section `profile` asks."""
 
     def __init__(
         self, config: ProfileConfig, run_folder: Path, rank: int, device: torch.device
@@ -46,7 +36,7 @@ class Tracer:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around one attempt at a step; a refused one leaves by an error and is traced too."""
+        """Trace one attempt at a step, also one that is rejected, which raises an error."""
         is_chosen = self._first <= step <= self._last
         if is_chosen and self._profile is None and self._rank in self._ranks:
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self._on_gpu]
@@ -62,12 +52,12 @@ class Tracer:
                 self._profile.stop()
 
     def close(self) -> None:
-        """Give up a trace that has not come to its last step."""
+        """Drop a trace that has not reached its last step."""
         if self._profile and not self._is_complete:
             self._profile.stop()
 
     def write(self) -> list[str]:
-        """Between two steps: write a trace that is complete; returns what to say about it."""
+        """Write a trace that is complete, between two steps; returns lines about it."""
         if not self._is_complete:
             return []
         steps, done = (self._first, self._last), self._profile
@@ -91,51 +81,3 @@ class Tracer:
         total = sum(parts.values())
         shares = ", ".join(f"{name} {ms / total:.0%}" for name, ms in parts.items())
         return [*notes, f"of {total:.1f} ms per traced step on rank {self._rank}: {shares}"]
-
-
-def time_by_part(events: Iterable[Mapping[str, Any]], *, on_gpu: bool) -> dict[str, float]:
-    """Milliseconds by part, most first, of a Chrome trace's events.
-
-    A part within the backward pass is `PART (backward)`; `backward` is what remains of that.
-    """
-    # Not torch's own summary of events: it takes minutes for a trace that is read in seconds.
-    spans = [event for event in events if event.get("ph") == "X"]
-    host = [event for event in spans if event.get("cat") in ("cpu_op", "user_annotation")]
-    main = {event["tid"] for event in host if event["name"] == PREFIX + _BACKWARD}
-    milliseconds: dict[str, float] = defaultdict(float)
-    part_of_launch: dict[Any, str] = {}
-    for tid, thread in groupby(sorted(host, key=_in_order), key=lambda event: event["tid"]):
-        open_spans: list[tuple[float, list[str], str]] = []
-        # Autograd has threads of its own for devices.
-        outermost = [] if tid in main else [_BACKWARD]
-        for event in thread:
-            start, length = event["ts"], event["dur"]
-            while open_spans and open_spans[-1][0] <= start:
-                open_spans.pop()
-            labels = open_spans[-1][1] if open_spans else outermost
-            if event["name"].startswith(PREFIX):
-                labels = [*labels, event["name"].removeprefix(PREFIX)]
-            name = _part(labels)
-            part_of_launch[event["args"].get("External id")] = name
-            if not on_gpu and tid in main:
-                milliseconds[name] += length / 1000
-                if open_spans:
-                    milliseconds[open_spans[-1][2]] -= length / 1000
-            open_spans.append((start + length, labels, name))
-    for event in spans:
-        if on_gpu and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            name = part_of_launch.get(event["args"].get("External id"), OTHER)
-            milliseconds[name] += event["dur"] / 1000
-    return dict(sorted(milliseconds.items(), key=lambda item: -item[1]))
-
-
-def _in_order(event: Mapping[str, Any]) -> tuple[str, float, float]:
-    """By thread; of spans that begin together, the outer one first."""
-    return str(event["tid"]), event["ts"], -event["dur"]
-
-
-def _part(labels: Sequence[str]) -> str:
-    if not labels:
-        return OTHER
-    *outer, innermost = labels
-    return f"{innermost} ({_BACKWARD})" if _BACKWARD in outer else innermost

@@ -1,4 +1,4 @@
-"""What all ranks tell each other between two steps, in one collective each time."""
+"""What ranks exchange between two steps, in one collective each time."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.step_timer import StepInterval
 
 _DIGEST_BITS = 40
-"""Leaves room in 64 bits for a sum over 2^22 ranks."""
+"""Bits of a digest, few enough for a sum over 2^22 ranks in 64 bits."""
 
 
 @dataclass(frozen=True)
 class StepSync:
-    """Equal on every rank."""
+    """What ranks agreed on before a step; equal on every rank."""
 
     stop: bool
-    """A rank was asked to stop."""
+    """Whether any rank was asked to stop."""
     digest: str
-    """Of the token ids of the step's global batch, whatever the layout; 10 hexadecimal digits."""
+    """Digest of the token ids of the step's global batch, equal in all layouts; 10 hex digits."""
 
 
 def sync_step(
     stop: bool, batches: Sequence[Batch], device: torch.device, comm_timer: CommTimer
 ) -> StepSync:
-    """Collective: whether any rank wants to stop, and what all of them have read.
+    """Agree on whether to stop, and on a digest of what all ranks have read. Collective.
 
-    The digest is a sum over sequences, for ranks and micro-batches divide them differently.
+    The digest is a sum over sequences, because layouts divide these differently.
     """
     digest = sum(_digest(texts) for batch in batches for texts in _texts(batch))
     both = torch.tensor([int(stop), digest % 2**_DIGEST_BITS], dtype=torch.int64, device=device)
@@ -51,7 +51,7 @@ def sync_step(
 
 
 def _texts(batch: Batch) -> Iterator[list[torch.Tensor]]:
-    """All that belongs to each sequence, without padding."""
+    """Yield what belongs to each sequence, without padding."""
     for row in range(batch.num_sequences):
         one = batch.rows(slice(row, row + 1))
         tokens = one.tokens if one.token_mask is None else one.tokens[one.token_mask]
@@ -67,7 +67,7 @@ def _digest(texts: list[torch.Tensor]) -> int:
 
 
 def names_of_hosts() -> list[str]:
-    """Of all ranks, in their order. Collective, once per run."""
+    """Gather the host names of all ranks, in rank order. Collective."""
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     return hosts
@@ -77,13 +77,13 @@ class Interval(NamedTuple):
     """What all ranks did since the last report; equal on every rank."""
 
     routing: dict[RouterCall, RoutingReport]
-    """Summed, on the CPU."""
+    """Routing reports summed over ranks, on the CPU."""
     traffic: dict[TrafficKey, TrafficVolume]
-    """Summed."""
+    """Traffic summed over ranks."""
     work: list[float]
-    """By rank, seconds per step without waiting for others."""
+    """Seconds per step that each rank worked, without waiting for others."""
     wait: list[float]
-    """By rank, seconds per step of waiting."""
+    """Seconds per step that each rank waited."""
 
 
 def gather_interval(
@@ -93,7 +93,7 @@ def gather_interval(
     mesh: Mesh,
     device: torch.device,
 ) -> Interval:
-    """Collective: sums of this rank's counts with those of all others, and every rank's times."""
+    """Sum the counts of all ranks and gather their times. Collective."""
     times = torch.zeros(mesh.world_size, 2, dtype=torch.float64, device=device)
     own = torch.tensor([lap.seconds - lap.waited, lap.waited], dtype=torch.float64)
     times[mesh.rank] = own / lap.steps

@@ -11,18 +11,18 @@ from moa_dist.distributed.comm_timer import CommTimer
 
 
 class StepInterval(NamedTuple):
-    """Some steps of one rank, without validation and checkpoints."""
+    """Duration of some steps of one rank, without validation and checkpoints."""
 
     steps: int
-    """How many."""
+    """Number of steps."""
     seconds: float
-    """How long they took."""
+    """Seconds that they took."""
     waited: float
-    """Of those, seconds in which the rank waited for others."""
+    """Seconds of those in which the rank waited for others."""
 
 
 class StepTimer:
-    """Measures laps, one after the other."""
+    """Measures consecutive intervals of steps."""
 
     def __init__(self, step: int, comm_timer: CommTimer) -> None:
         self._step, self._since = step, time.monotonic()
@@ -31,7 +31,7 @@ class StepTimer:
         self._waited = 0.0
 
     def lap(self, step: int) -> StepInterval:
-        """Since the last call, or the beginning."""
+        """End an interval, which began at the last call or at the start."""
         now = time.monotonic()
         seconds = max(now - self._since, 1e-9)
         # What a GPU waited for at the end of a lap is known in the next one only.
@@ -42,7 +42,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time inside."""
+        """Exclude the time spent in the block."""
         before = time.monotonic()
         self._waited += self._comm_timer.take()
         yield

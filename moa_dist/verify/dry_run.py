@@ -24,17 +24,17 @@ import torch.distributed as dist
 from moa_dist.config.run import Config
 from moa_dist.data.batches import training_batches
 from moa_dist.data.check import check_data
-from moa_dist.distributed.device import enable_determinism, min_device_memory, should_overlap
-from moa_dist.distributed.mesh import make_mesh
+from moa_dist.distributed.device import enable_determinism
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.errors import BadStepError, ConfigError
 from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.models.language_model import meta_model
 from moa_dist.models.objective import Batch
 from moa_dist.plan.activations import activations_of
-from moa_dist.plan.exchange_choice import decide_exchange, layout_of, meta_model
+from moa_dist.plan.exchange_choice import layout_of
 from moa_dist.plan.memory import Budget, Device, budget, sizes_of
-from moa_dist.train.build import build_engine
+from moa_dist.train.build import build_as_configured
 from moa_dist.train.engine import Engine
 from moa_dist.train.optimizer import learning_rate
 
@@ -83,12 +83,10 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
         )
         if config.train.deterministic:
             enable_determinism()
-        mesh = make_mesh(config.parallel.expert_parallel)
-        decision = decide_exchange(config, mesh.world_size, min_device_memory(context.device))
         device: Device = "cuda" if context.device.type == "cuda" else "cpu"
         backend = "nccl" if device == "cuda" else "gloo"  # of the job that is simulated
-        overlap = should_overlap(config.parallel.overlap, backend)
-        engine = build_engine(config, mesh, context.device, decision.exchange, overlap=overlap)
+        engine, _, decision, _ = build_as_configured(config, context.device, backend)
+        mesh = engine.mesh
         layout = layout_of(config, mesh.world_size, decision.exchange)
         micro_batches = training_batches(
             config, manifest, rank=mesh.rank, world_size=mesh.world_size, consumed=0
@@ -101,7 +99,7 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
         result = engine.step(batches, lr)
         _wait_for(context)
         seconds = time.monotonic() - started
-        on_gpu, whole = device == "cuda", meta_model(config)
+        on_gpu, whole = device == "cuda", meta_model(config.model)
         peak = torch.cuda.max_memory_allocated() if on_gpu else _most_resident() - before
         engine.close()
         return DryRun(

@@ -19,16 +19,16 @@ from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.model import sequences_per_group
 from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.config.shrink import shrink
+from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
+from moa_dist.models.language_model import meta_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.experts import expert_layers
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine
-from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 from moa_dist.verify.compare import (
     BOUNDS,
     Check,
@@ -94,7 +94,8 @@ def verify(config: Config, mesh: Mesh, device: torch.device) -> Report:
 
     `config` must fit the mesh. Raises TrainingError if a step cannot be taken.
     """
-    decided = decide_exchange(config, mesh.world_size, min_device_memory(device)).exchange
+    memory = min_device_memory(device)
+    decided = decide_exchange(config, mesh.world_size, memory, meta_model(config.model)).exchange
     parallel = config.parallel.model_copy(update={"expert_exchange": decided})
     small = shrink(config.model_copy(update={"parallel": parallel}), mesh.world_size)
     precision = "fp64" if small.parallel.zero_stage == 0 else "fp32"
@@ -274,7 +275,7 @@ def _logits(engine: Engine, batches: Iterable[Batch]) -> Tensor:
 def _owned(engine: Engine) -> list[tuple[str, int, Tensor]]:
     return [
         (f.parameter, f.start, f.view.cpu().clone())
-        for f in fragments(engine, owned_only=True)
+        for f in engine.state.fragments(owned_only=True)
         if f.state == MASTER
     ]
 

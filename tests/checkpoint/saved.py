@@ -8,6 +8,7 @@ import torch
 
 from moa_dist.checkpoint.format import FORMAT, Index, Reader, checkpoint_folder
 from moa_dist.checkpoint.host_copy import HostCopy
+from moa_dist.checkpoint.state_source import Fragment
 from moa_dist.checkpoint.write import (
     partial_folder,
     prune,
@@ -16,7 +17,6 @@ from moa_dist.checkpoint.write import (
     write_part,
 )
 from moa_dist.config.run import Config
-from moa_dist.train.fragments import Fragment
 
 NUMEL, WORLD_SIZE = 1000, 2
 CONFIG = Config.model_validate(

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moa_dist.checkpoint.host_copy import HostCopy
+from moa_dist.checkpoint.state_source import Fragment
 from moa_dist.checkpoint.tensor_file import TensorSpec, write_tensors
-from moa_dist.train.fragments import Fragment
 
 TENSORS = {
     "fp64": torch.randn(3, dtype=torch.float64),

@@ -12,8 +12,8 @@ import moa_dist
 from moa_dist.checkpoint.check import damage
 from moa_dist.checkpoint.format import Reader, read_model
 from moa_dist.cli.main import main
-from moa_dist.observe.units import short
 from moa_dist.provenance import provenance
+from moa_dist.units import short
 from tests.evaluate.runs import LENGTH, VOCABULARY
 
 

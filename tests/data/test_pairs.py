@@ -16,13 +16,13 @@ from moa_dist.cli import prepare as command
 from moa_dist.config.run import Config, DataConfig
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.check import check_data
+from moa_dist.data.corruption import find_corrupt_shards
 from moa_dist.data.manifest import ShardEntry, load_manifest, load_pair_manifest, sha256_of
 from moa_dist.data.pairs import BucketOrder, read_pairs
 from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
 from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.models.objective import Batch
-from moa_dist.train.corruption import find_corrupt_shards
 from tests.parallel_text import LENGTH, lines, write_lines, write_pairs
 from tests.raises import raises_data_error
 

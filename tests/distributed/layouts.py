@@ -13,13 +13,12 @@ import torch.nn.functional as F
 
 from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.run import Config
+from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.deepspeed_config import ZeroSizes
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
 
@@ -236,7 +235,7 @@ def on_rank(case: Case) -> tuple[float, dict[str, float], float, list[Any], int]
         result = engine.step(micro_batches(case, mesh, step), config.optimizer.lr)
     owned = [
         (f.parameter, f.start, f.view.clone())
-        for f in fragments(engine, owned_only=True)
+        for f in engine.state.fragments(owned_only=True)
         if f.state == MASTER
     ]
     engine.close()

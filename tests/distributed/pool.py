@@ -14,7 +14,8 @@ PRELOADED = [
     "torch._dynamo",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # imported at the first use of ZeRO
-    "moa_dist.train.checkpoint",
+    "moa_dist.checkpoint.checkpointer",
+    "moa_dist.train.engine",
 ]
 
 

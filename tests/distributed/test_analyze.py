@@ -5,13 +5,13 @@ from functools import partial
 import torch
 
 from moa_dist.analyze.analyze import attention_results, observe, router_results
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.config import Config
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.evaluate.trained import load_model
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.engine import Engine
 from tests.models.small import small_config, tokens_of
 
@@ -32,7 +32,7 @@ def save(folder):
     mesh = make_mesh(2)
     model = build_model(config().model, seed=5, parallelize=partial(shard_experts, mesh=mesh))
     engine = Engine(model, config(), mesh, torch.device("cpu"))
-    checkpointer = Checkpointer(engine, config(), folder)
+    checkpointer = Checkpointer(engine.state, config(), folder)
     checkpointer.save(1, 2)
     checkpointer.finish()
     engine.close()

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.checkpoint.format import checkpoints, read_model
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.errors import DataError
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import SEQUENCES, Case
 
 
@@ -29,11 +28,12 @@ def run_steps(case: Case, folder: Path, *, seed: int, first: int, last: int, sav
     shard = partial(shard_experts, mesh=mesh)
     model = build_model(config.model, seed=seed, parallelize=shard)
     engine = Engine(model, config, mesh, torch.device("cpu"))
-    checkpointer = Checkpointer(engine, config, folder)
+    checkpointer = Checkpointer(engine.state, config, folder)
     if first > 1:
         assert checkpointer.resume().step == first - 1
     state = {
-        (f.parameter, f.state, f.start): f.view.clone() for f in fragments(engine, owned_only=True)
+        (f.parameter, f.state, f.start): f.view.clone()
+        for f in engine.state.fragments(owned_only=True)
     }
     trace = []
     for step in range(first, last + 1):

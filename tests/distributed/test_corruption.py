@@ -6,9 +6,9 @@ import pytest
 
 from moa_dist.config.run import DataConfig
 from moa_dist.data.check import SKIP_REMEDY
+from moa_dist.data.corruption import find_corrupt_shards
 from moa_dist.data.manifest import Manifest
 from moa_dist.errors import DataError
-from moa_dist.train.corruption import find_corrupt_shards
 from tests.small_shards import write_folder
 
 NUM_SHARDS = 40  # more than two ranks read in one round

@@ -11,7 +11,6 @@ from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import (
     AS_IF_LARGE,
     SWITCHHEAD,
@@ -36,7 +35,7 @@ def engine_of(case: Case) -> Engine:
 def masters(engine: Engine) -> Pieces:
     return [
         (f.parameter, f.start, f.view.clone())
-        for f in fragments(engine, owned_only=True)
+        for f in engine.state.fragments(owned_only=True)
         if f.state == MASTER
     ]
 

@@ -16,7 +16,6 @@ from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import (
     CAPACITY,
     MOA,
@@ -126,11 +125,11 @@ def poisoned_step(case: Case) -> tuple[str, bool]:
     engine.model.final_norm.register_full_backward_hook(
         lambda _module, grads, _outputs: tuple(g * float("inf") for g in grads)
     )
-    before = [f.view.clone() for f in fragments(engine, owned_only=True)]
+    before = [f.view.clone() for f in engine.state.fragments(owned_only=True)]
     rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
     with pytest.raises(TrainingError) as error:
         engine.step([Batch(batch.tokens[r], batch.token_mask[r]) for r in rows], lr=1.0)
-    after = [f.view for f in fragments(engine, owned_only=True)]
+    after = [f.view for f in engine.state.fragments(owned_only=True)]
     changed = not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     engine.close()
     return str(error.value), changed
@@ -170,7 +169,7 @@ def steps_with_trouble(case: Case, trouble: str | None) -> tuple[list, list[torc
             engine.step(micro, lr=1.0)
         handle.remove()
     results.append(engine.step(micro, lr=1e-2))
-    state = [f.view.clone() for f in fragments(engine, owned_only=True)]
+    state = [f.view.clone() for f in engine.state.fragments(owned_only=True)]
     engine.close()
     return [(r.loss, r.grad_norm) for r in results], state
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.distributed.mirror import mirrored_job
-from moa_dist.models.language_model import build_model
+from moa_dist.models.language_model import build_model, meta_model
 from moa_dist.models.objective import objective
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.exchange_choice import layout_of, meta_model
+from moa_dist.plan.exchange_choice import layout_of
 from moa_dist.plan.memory import sizes_of, states
 from moa_dist.plan.terms import total
 from moa_dist.train.engine import Engine
@@ -134,7 +134,7 @@ def test_predicted_states_are_those_of_the_fullest_rank(
 def predicted(case: Case) -> dict[str, int]:
     config = case.config()
     result = states(
-        sizes_of(meta_model(config), case.expert_parallel),
+        sizes_of(meta_model(config.model), case.expert_parallel),
         layout_of(config, case.world_size, config.parallel.expert_exchange),
         case.zero_stage,
         config.optimizer,

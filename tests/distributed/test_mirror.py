@@ -8,11 +8,11 @@ import pytest
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.language_model import build_model
+from moa_dist.models.language_model import build_model, meta_model
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.exchange_choice import expected_traffic, meta_model
+from moa_dist.plan.exchange_choice import expected_traffic
 from tests.distributed.layouts import MOA, SWITCHHEAD, Case, router
 
 MODELS = {
@@ -93,7 +93,7 @@ def test_one_of_1024_ranks_sends_what_is_planned(rank, expert_parallel, exchange
     config = case.config()
     with mirrored_job(rank, 1024):
         sent, gradients = forward_and_backward(case, make_mesh(expert_parallel))
-    model = meta_model(config)
+    model = meta_model(config.model)
     planned = expected_traffic(config, 1024, config.parallel.expert_exchange, model)
     assert sent == {
         key: TrafficVolume(volume.messages // 1024, volume.num_bytes // 1024)

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.train.checkpoint import Checkpointer
 from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import SEQUENCES, Case, whole
 
 BASE = Case(optimizer="adamw", clip_norm=0.1, precision="fp32")
@@ -50,7 +49,8 @@ def take_step(engine: Engine, case: Case, step: int) -> float:
 
 def owned_state(engine: Engine) -> dict[tuple[str, str, int], torch.Tensor]:
     return {
-        (f.parameter, f.state, f.start): f.view.clone() for f in fragments(engine, owned_only=True)
+        (f.parameter, f.state, f.start): f.view.clone()
+        for f in engine.state.fragments(owned_only=True)
     }
 
 
@@ -59,7 +59,7 @@ def train_and_save(case: Case, seed: int, folder: Path):
     engine = make_engine(case, seed)
     for step in (1, 2):
         take_step(engine, case, step)
-    checkpointer = Checkpointer(engine, case.config(), folder)
+    checkpointer = Checkpointer(engine.state, case.config(), folder)
     checkpointer.save(2, 2 * SEQUENCES)
     state = owned_state(engine)
     loss = take_step(engine, case, 3)  # changes what is being saved, if it is not a copy
@@ -76,7 +76,7 @@ def resume_each(case: Case, folders: dict[str, Path]):
     engine = make_engine(case, seed=99)
     results = {}
     for name, folder in folders.items():
-        assert Checkpointer(engine, case.config(), folder).resume().step == 2
+        assert Checkpointer(engine.state, case.config(), folder).resume().step == 2
         results[name] = owned_state(engine), take_step(engine, case, 3)
     engine.close()
     return results

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from moa_dist.checkpoint.agreement import broadcast_from_rank0
 from moa_dist.errors import DataError
-from moa_dist.train.checkpoint import broadcast_from_rank0
-from moa_dist.train.trainer import describe_run
+from moa_dist.train.run_folder import describe_run
 from tests.distributed.layouts import Case
 from tests.small_shards import write_folder
 

@@ -15,14 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moa_dist.checkpoint import checkpointer
 from moa_dist.checkpoint.check import damage
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.checkpoint.format import Reader, checkpoints
 from moa_dist.config.run import Config
 from moa_dist.errors import DataError, SaveError
 from moa_dist.provenance import provenance
-from moa_dist.train import checkpoint
-from moa_dist.train.checkpoint import Checkpointer
-from moa_dist.train.fragments import fragments
 from tests.distributed.layouts import Case
 from tests.distributed.test_reshard import make_engine, owned_state, take_step
 
@@ -107,7 +106,7 @@ def settle(checkpointer: Checkpointer) -> list[str]:
 def save_in_place_of_a_damaged_one(config: Config, folder: Path) -> list[str]:
     """Steps 1 and 2, which is altered, then 2 again and 3; what is left, and sound."""
     engine = make_engine(CASE, seed=0)
-    checkpointer = Checkpointer(engine, config, folder)
+    checkpointer = Checkpointer(engine.state, config, folder)
     for step in (1, 2):
         take_step(engine, CASE, step)
         checkpointer.save(step, 8 * step)
@@ -136,7 +135,7 @@ def test_what_takes_a_damaged_one_s_place_is_kept(pools, tmp_path):
 def save_while_an_old_one_is_held(config: Config, folder: Path) -> tuple[list[str], list[str]]:
     """Notes on rank 0's side, and what is left."""
     engine = make_engine(CASE, seed=0)
-    checkpointer = Checkpointer(engine, config, folder)
+    checkpointer = Checkpointer(engine.state, config, folder)
     checkpointer.save(1, 8)
     checkpointer.finish()
     take_step(engine, CASE, 1)
@@ -164,7 +163,7 @@ def save_while_failing(config: Config, how: str, folder: Path):
     """Save steps 1, 2 (in vain) and 3; what the second one led to, on each rank."""
     engine = make_engine(CASE, seed=0)
     run = folder / "run"
-    checkpointer = Checkpointer(engine, config, run)
+    checkpointer = Checkpointer(engine.state, config, run)
     take_step(engine, CASE, 1)
     checkpointer.save(1, 8)
     checkpointer.finish()
@@ -222,7 +221,7 @@ def test_a_failed_save_is_one_decision(pools, tmp_path, small_disk, how, cause, 
 
 def save_steps(config: Config, folder: Path, last: int):
     engine = make_engine(CASE, seed=0)
-    checkpointer = Checkpointer(engine, config, folder)
+    checkpointer = Checkpointer(engine.state, config, folder)
     states, notes = {}, []
     for step in range(1, last + 1):
         take_step(engine, CASE, step)
@@ -237,7 +236,7 @@ def save_steps(config: Config, folder: Path, last: int):
 def resume(config: Config, folder: Path, last_step: int | None = None):
     engine = make_engine(CASE, seed=1)
     try:
-        resumed = Checkpointer(engine, config, folder).resume(last_step)
+        resumed = Checkpointer(engine.state, config, folder).resume(last_step)
     except DataError as error:
         return str(error)
     else:
@@ -287,7 +286,7 @@ def resume_with_another_numpy(config: Config, folder: Path):
         if dist.get_rank() == 0:  # the one whose environment is recorded
             own = provenance()
             other = replace(own, packages={**own.packages, "numpy": "1.0"})
-            patch.setattr(checkpoint, "provenance", lambda: other)
+            patch.setattr(checkpointer, "provenance", lambda: other)
         return resume(config, folder)
 
 
@@ -312,7 +311,7 @@ def test_going_back_forgets_what_came_later(pools, tmp_path):
 
 def go_back_at_once(config: Config, folder: Path):
     engine = make_engine(CASE, seed=0)
-    checkpointer = Checkpointer(engine, config, folder)
+    checkpointer = Checkpointer(engine.state, config, folder)
     take_step(engine, CASE, 1)
     state = owned_state(engine)
     checkpointer.save(1, 8)
@@ -339,13 +338,13 @@ def test_an_empty_folder_is_a_new_run(pools, tmp_path):
 
 def save_before_any_update(case: Case, folder: Path):
     engine = make_engine(case, seed=0)
-    checkpointer = Checkpointer(engine, case.config(), folder)
+    checkpointer = Checkpointer(engine.state, case.config(), folder)
     checkpointer.save(1, 8)  # the first step was skipped
     checkpointer.finish()
     engine.close()
     engine = make_engine(case, seed=1)
-    Checkpointer(engine, case.config(), folder).resume()
-    moments = [f.view for f in fragments(engine, owned_only=True) if f.state != "master"]
+    Checkpointer(engine.state, case.config(), folder).resume()
+    moments = [f.view for f in engine.state.fragments(owned_only=True) if f.state != "master"]
     engine.close()
     return len(moments), any(bool(m.any()) for m in moments)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.checkpoint.format import MASTER
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import objective
-from moa_dist.train.checkpoint import Checkpointer
 from tests.distributed.layouts import MOA, Case, router, whole
 from tests.distributed.test_reshard import LAYOUTS, make_engine, owned_state, take_step
 from tests.transfer.runs import make_run, randomize
@@ -30,7 +30,7 @@ def go_on(case: Case, folder: Path):
     """On every rank: resume with moments of another run still there; state, loss of step 1."""
     engine = make_engine(case, seed=99)
     take_step(engine, case, 1)
-    resumed = Checkpointer(engine, case.config(), folder).resume()
+    resumed = Checkpointer(engine.state, case.config(), folder).resume()
     state, loss = owned_state(engine), take_step(engine, case, 1)
     engine.close()
     return resumed.step, state, loss

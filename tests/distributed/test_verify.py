@@ -12,7 +12,7 @@ from moa_dist.cli.verify import as_text
 from moa_dist.config import Config, load_config
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.start import DistContext
-from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.language_model import LanguageModel, materialize
 from moa_dist.moe.experts import expert_layers
 from moa_dist.verify.compare import Check
 from moa_dist.verify.verify import Report, make_batch, verify
@@ -112,11 +112,11 @@ def with_fault(fault: Callable[[LanguageModel], None], config: Config) -> Report
     """On every rank: verify, but the layout's model, and it alone, has a fault."""
 
     def build(*args, **keywords) -> LanguageModel:
-        model = build_model(*args, **keywords)
+        model = materialize(*args, **keywords)
         fault(model)
         return model
 
-    with mock.patch("moa_dist.train.build.build_model", build):
+    with mock.patch("moa_dist.train.build.materialize", build):
         return on_rank(config)
 
 

@@ -11,7 +11,9 @@ from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import shard_experts
-from tests.distributed.layouts import SEQUENCES, Case
+from moa_dist.train import deepspeed_hooks
+from moa_dist.train.engine import Engine
+from tests.distributed.layouts import AS_IF_LARGE, SEQUENCES, Case, micro_batches
 
 REPEATED = Case(model={"num_layers": 6, "num_distinct_layers": 2})  # 3 repeats
 
@@ -47,3 +49,36 @@ def test_attention_and_ffn_choose_for_themselves(pools):
     for _, gathers, scatters, exchanges in pools(2).run(count_collectives, mixed):
         assert (gathers, scatters) == (2 * 2, 2 * 2)
         assert exchanges > 0
+
+
+def keeps_gathered_weights(with_hook: bool) -> bool:
+    """On every rank: whether all repeats of a layer get the same tensors at ZeRO 3."""
+    case = Case(zero_stage=3, exchange="weights", precision="fp32")
+    config, mesh = case.config(), make_mesh(2)
+    shard = partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange)
+    model = build_model(config.model, parallelize=shard)
+    calls = []
+
+    def remember(_module, args) -> None:
+        calls.append([(part, dict(part)) for part in args[2] if part])
+
+    with mock.patch.object(
+        deepspeed_hooks,
+        "_with_own_dictionaries",
+        deepspeed_hooks._with_own_dictionaries if with_hook else lambda _module, args: args,
+    ):
+        engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
+    model.stack.layers[0].register_forward_pre_hook(remember, prepend=True)
+    engine.step(micro_batches(case, mesh), config.optimizer.lr)
+    engine.close()
+    assert len(calls) == 2 * 2  # repeats and micro-batches
+    assert all(calls)
+    return all(
+        part[name] is before[name] for call in calls for part, before in call for name in before
+    )
+
+
+def test_zero_3_replaces_no_gathered_weights_between_repeats(pools):
+    """Without our hook DeepSpeed's do; should they stop, ours is no longer needed."""
+    assert pools(2).run(keeps_gathered_weights, True) == [True, True]
+    assert pools(2).run(keeps_gathered_weights, False) == [False, False]

@@ -78,14 +78,14 @@ def make_run(folder: Path) -> None:
 
 
 def _save(folder: Path) -> None:
-    from moa_dist.train.checkpoint import Checkpointer
+    from moa_dist.checkpoint.checkpointer import Checkpointer
     from moa_dist.train.engine import Engine
 
     run = config(folder)
     for step in (1, 2):
         model = build_model(run.model, seed=step)
         engine = Engine(model, run, make_mesh(1), torch.device("cpu"))
-        checkpointer = Checkpointer(engine, run, folder / run.name)
+        checkpointer = Checkpointer(engine.state, run, folder / run.name)
         checkpointer.save(step, samples=2 * step)
         checkpointer.finish()
         engine.close()

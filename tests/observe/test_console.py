@@ -7,7 +7,7 @@ import pytest
 
 from moa_dist.observe.console import Console
 from moa_dist.observe.metrics import Timing
-from moa_dist.observe.units import duration, short
+from moa_dist.units import duration, short
 from tests.observe.reports import make_config, step_metrics, validation_metrics
 
 

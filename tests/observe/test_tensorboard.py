@@ -8,8 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from moa_dist.observe.peak import peak_flops
 from moa_dist.observe.tensorboard import FOLDER_NAME, TensorBoard
+from moa_dist.peak_flops import peak_flops
 from tests.observe.reports import make_config, step_metrics, validation_metrics
 
 

@@ -6,14 +6,15 @@ import pytest
 
 from moa_dist.config import Config
 from moa_dist.config.run import ExpertExchangeConfig
+from moa_dist.models.language_model import meta_model
 from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.exchange_choice import (
     MEMORY_SHARE,
+    Cost,
     Decision,
     decide_exchange,
     exchange_costs,
     expected_states,
-    meta_model,
 )
 from moa_dist.plan.predicted_traffic import TRAFFIC
 
@@ -51,14 +52,18 @@ def config(exchange: dict[str, str], *, sequence_length: int = 512, **network: f
 
 
 def decide(wanted: Config, memory: int | None = None) -> tuple[str, str, Decision]:
-    decision = decide_exchange(wanted, WORLD_SIZE, memory)
+    decision = decide_exchange(wanted, WORLD_SIZE, memory, meta_model(wanted.model))
     return decision.exchange.attention, decision.exchange.ffn, decision
+
+
+def costs_of(wanted: Config) -> dict[str, dict[str, Cost]]:
+    return exchange_costs(wanted, WORLD_SIZE, meta_model(wanted.model))
 
 
 def test_many_tokens_let_weights_travel():
     attention, ffn, decision = decide(config(AUTO))
     assert (attention, ffn) == ("weights", "weights")
-    costs = exchange_costs(config(AUTO), WORLD_SIZE)["ffn"]
+    costs = costs_of(config(AUTO))["ffn"]
     assert costs["weights"].num_bytes < costs["tokens"].num_bytes
     sentence = decision.because["ffn"]
     for kind in ("tokens", "weights"):
@@ -74,7 +79,7 @@ def test_few_tokens_travel_themselves():
 def test_latency_decides_where_bytes_are_few():
     """Weights need fewer messages, though more bytes."""
     slow = config(AUTO, sequence_length=1, latency_us=1000)
-    costs = exchange_costs(slow, WORLD_SIZE)["ffn"]
+    costs = costs_of(slow)["ffn"]
     assert costs["weights"].num_bytes > costs["tokens"].num_bytes
     assert costs["weights"].messages < costs["tokens"].messages
     assert decide(slow)[1] == "weights"
@@ -82,8 +87,8 @@ def test_latency_decides_where_bytes_are_few():
 
 def test_weights_travel_only_as_far_as_memory_goes():
     wanted = config(AUTO)
-    held = expected_states(wanted, WORLD_SIZE, meta_model(wanted)).total
-    costs = exchange_costs(wanted, WORLD_SIZE)
+    held = expected_states(wanted, WORLD_SIZE, meta_model(wanted.model)).total
+    costs = costs_of(wanted)
     attention, ffn = (costs[part]["weights"].memory for part in ("attention", "ffn"))
     assert decide(wanted, held + int((attention + ffn) / MEMORY_SHARE) + 4)[:2] == (
         "weights",

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from moa_dist.config import Config
-from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.experts import expert_layers
-from moa_dist.plan.exchange_choice import expected_states, layout_of, meta_model
+from moa_dist.plan.exchange_choice import expected_states, layout_of
 from moa_dist.plan.memory import sizes_of, states
 from moa_dist.plan.predicted_traffic import ALIGNMENT
 from moa_dist.plan.terms import total
@@ -46,7 +46,7 @@ def test_states_are_those_of_every_rank(precision, world_size, ep, stage):
     part = ceil(dense / world_size) + ceil(experts / (world_size // ep))
     element = {"fp32": 4, "bf16": 2, "fp64": 8}[precision]
 
-    model = meta_model(config)
+    model = meta_model(config.model)
     layout = layout_of(config, world_size, config.parallel.expert_exchange)
     sizes = sizes_of(model, ep)
     held = states(sizes, layout, stage, config.optimizer, AS_IF_LARGE)
@@ -84,6 +84,6 @@ def test_states_are_those_of_every_rank(precision, world_size, ep, stage):
 @pytest.mark.parametrize(("momentum", "num_moments"), [(0.0, 0), (0.9, 1)])
 def test_sgd_keeps_momentum_only_if_it_has_any(momentum, num_moments):
     config = small(optimizer={"kind": "sgd", "momentum": momentum}, parallel={"zero_stage": 0})
-    model = meta_model(config)
+    model = meta_model(config.model)
     moments = expected_states(config, 1, model).moments
     assert total(moments) == num_moments * 4 * sum(p.numel() for p in model.parameters())

@@ -6,7 +6,7 @@ import pytest
 
 from moa_dist.config.run import TrainConfig
 from moa_dist.errors import BadStepError, TrainingError
-from moa_dist.train.bad_steps import BadSteps, GivenUp
+from moa_dist.train.bad_steps import BadSteps, Discarded
 
 NAN = BadStepError("the loss is not finite")
 
@@ -26,7 +26,7 @@ def test_too_many_in_a_row_end_the_run(on_bad_step):
     bad = policy(on_bad_step=on_bad_step, bad_step_limit=2)
     bad.reject(NAN, 7)
     bad.reject(NAN, 7)
-    with pytest.raises(TrainingError, match="step 7 was refused more than"):
+    with pytest.raises(TrainingError, match="step 7 was rejected more than"):
         bad.reject(NAN, 7)
 
 
@@ -74,12 +74,12 @@ def test_resumed_run_decides_as_the_interrupted_one():
     again = policy(bad.state(), spike_factor=2.0, bad_step_limit=1)
     assert again.state() == bad.state()
     assert again.loss_limit == bad.loss_limit == 12.0
-    assert again.given_up == [GivenUp(88, 95, 12, "the loss is not finite")]
+    assert again.discarded == [Discarded(88, 95, 12, "the loss is not finite")]
     with pytest.raises(TrainingError):
         again.reject(NAN, 12)
 
 
-def test_going_back_restores_losses_but_not_what_was_given_up():
+def test_going_back_restores_losses_but_not_what_was_discarded():
     bad = policy(on_bad_step="rewind", spike_factor=2.0)
     for step in range(1, 11):
         bad.accept(step, 1.0)
@@ -90,7 +90,7 @@ def test_going_back_restores_losses_but_not_what_was_given_up():
     bad.rollback(before)
     bad.discard(80, 720, 90, NAN)
     assert bad.loss_limit == 2.0
-    assert len(bad.given_up) == 1
+    assert len(bad.discarded) == 1
     assert before["given_up"] == []
 
 
@@ -98,4 +98,4 @@ def test_samples_are_listed_once_though_two_rewinds_pass_over_them():
     bad = policy(on_bad_step="rewind")
     bad.discard(80, 120, 15, NAN)
     bad.discard(80, 136, 12, NAN)
-    assert [(g.first, g.last) for g in bad.given_up] == [(80, 119), (120, 135)]
+    assert [(g.first, g.last) for g in bad.discarded] == [(80, 119), (120, 135)]

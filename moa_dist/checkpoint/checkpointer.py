@@ -1,39 +1,39 @@
 """Saving and continuing a run: training waits for a copy to host memory, a thread writes it.
 
-Main threads alone talk to other ranks; the threads that write speak through files (see
-`checkpoint_write`). So ranks agree on what became of a write at the next `poll`, `save` or
+Main threads alone communicate with other ranks; the threads that write do so through files (see
+`checkpoint.write`). So ranks agree on what became of a write at the next `poll`, `save` or
 `finish`, which all of them call.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 
+from moa_dist.checkpoint.agreement import broadcast_from_rank0, gather
 from moa_dist.checkpoint.background import Background
 from moa_dist.checkpoint.check import damage
 from moa_dist.checkpoint.format import (
     FORMAT,
     MASTER,
     Index,
-    Piece,
     Reader,
     checkpoint_folder,
     checkpoints,
     step_of,
 )
 from moa_dist.checkpoint.host_copy import HostCopy
+from moa_dist.checkpoint.pending_write import Identity, PendingWrite, WriteProgress
+from moa_dist.checkpoint.state_source import StateSource
 from moa_dist.checkpoint.write import (
+    IndexMaker,
     describe_write_error,
     discard,
     partial_folder,
@@ -45,17 +45,6 @@ from moa_dist.checkpoint.write import (
 from moa_dist.config.run import Config
 from moa_dist.errors import DataError, SaveError
 from moa_dist.provenance import Provenance, differences, provenance
-from moa_dist.train.engine import Engine
-from moa_dist.train.fragments import (
-    fragments,
-    global_shapes,
-    make_optimizer_state,
-    num_updates,
-    publish_masters,
-)
-
-Result = TypeVar("Result")
-_DONE, _RUNNING, _FAILED = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -72,30 +61,6 @@ class Resumed:
     """What a person should know, a line each: from which checkpoint, and why no newer one."""
 
 
-@dataclass(frozen=True)
-class _Write:
-    """A checkpoint on its way to the disk."""
-
-    target: Path
-    identity: tuple[Any, ...]
-    """What tells it from others of the same run."""
-    part: Background
-    """Writes what this rank owns."""
-    publication: Background | None
-    """On rank 0, waits for all parts and makes them a checkpoint."""
-    cancelled: Event
-    """Tells it that a part will never come."""
-    notes: list[str] = field(default_factory=list)
-    """What else it met, to be said with its success."""
-
-    def progress(self) -> int:
-        """Done, running or failed, as far as this rank knows."""
-        threads = [t for t in (self.part, self.publication) if t is not None]
-        if any(t.failed() for t in threads):
-            return _FAILED
-        return _DONE if all(t.ended() for t in threads) else _RUNNING
-
-
 class Checkpointer:
     """The checkpoints of one run; at most one is being written.
 
@@ -103,22 +68,23 @@ class Checkpointer:
     raise, do so alike on every rank.
     """
 
-    def __init__(self, engine: Engine, config: Config, folder: Path) -> None:
+    def __init__(self, source: StateSource, config: Config, folder: Path) -> None:
         """`folder` is the run's; the policy is `config.checkpoint`."""
-        self._engine = engine
+        self._source = source
         self._config = config
         self._folder = folder
-        self._host = HostCopy(engine.device)
-        self._provenance = broadcast_from_rank0(provenance)
-        self._write: _Write | None = None
-        self._saved: tuple[Any, ...] = ()  # identity of the newest checkpoint
+        self._host = HostCopy(source.device)
+        self.provenance = broadcast_from_rank0(provenance)
+        """Sources, packages and image of rank 0, which every checkpoint names."""
+        self._write: PendingWrite | None = None
+        self._saved: Identity | None = None  # identity of the newest checkpoint
         self._failed: str | None = None  # why the last one is not there
         self._damaged: list[Path] = []  # passed over by `resume`
         self.num_failures = 0
         """Checkpoints that could not be written."""
 
     def resume(self, last_step: int | None = None) -> Resumed:
-        """Load the newest valid checkpoint into the engine, whichever layout wrote it.
+        """Load the newest valid checkpoint into the source, whichever layout wrote it.
 
         `last_step` is for going back: later checkpoints are not considered, and are deleted.
         Waits for the pending write. Raises DataError if there are checkpoints, but none is valid
@@ -131,16 +97,21 @@ class Checkpointer:
         self._damaged = []
         for folder in reversed(folders[: len(folders) - len(later)]):
             rank, world_size = dist.get_rank(), dist.get_world_size()
-            problems = [p for found in _gather(damage(folder, rank, world_size)) for p in found]
+            problems = [p for found in gather(damage(folder, rank, world_size)) for p in found]
             if problems:
                 damaged.append(f"{folder} is damaged ({problems[0]})")
                 self._damaged.append(folder)
                 continue
-            index = load(self._engine, folder)
+            index = load(self._source, folder)
             broadcast_from_rank0(partial(_discard_all, later))
-            self._saved = (index.step, index.samples, index.state)
+            self._saved = Identity(index.step, index.samples, index.state)
             notes += [*damaged, f"continuing from {folder}", *self._changes(index.provenance)]
             return Resumed(index.step, index.samples, index.state, notes)
+        self._require_none(damaged, last_step)
+        return Resumed(0, 0, {}, notes)
+
+    def _require_none(self, damaged: list[str], last_step: int | None) -> None:
+        """Raise DataError if a checkpoint was needed, or some are there and none is valid."""
         if damaged:
             lines = "\n  ".join(damaged)
             raise DataError(
@@ -152,10 +123,9 @@ class Checkpointer:
                 f"{self._folder}: no checkpoint up to step {last_step} to go back to; save more "
                 "often (checkpoint.every) or keep more of them (checkpoint.keep_last)"
             )
-        return Resumed(0, 0, {}, notes)
 
     def save(self, step: int, samples: int, state: dict[str, JsonValue] | None = None) -> list[str]:
-        """Begin to write a checkpoint; returns when the engine may change again.
+        """Begin to write a checkpoint; returns when the source may change again.
 
         Waits for the one before. With `checkpoint.asynchronous` false, waits for this one too.
 
@@ -171,7 +141,7 @@ class Checkpointer:
             SaveError: a write failed, and `checkpoint.on_failure` is `stop`.
         """
         notes = self._settle()
-        identity = (step, samples, state or {})
+        identity = Identity(step, samples, state or {})
         if identity == self._saved:  # asked to stop right after saving
             return notes
         target = checkpoint_folder(self._folder, step)
@@ -191,9 +161,9 @@ class Checkpointer:
         """
         if self._write is None:  # on every rank alike
             return []
-        progress = torch.tensor(self._write.progress(), device=self._engine.device)
+        progress = torch.tensor(int(self._write.progress()), device=self._source.device)
         dist.all_reduce(progress, op=dist.ReduceOp.MAX)
-        return [] if progress.item() == _RUNNING else self._settle()
+        return [] if progress.item() == WriteProgress.RUNNING else self._settle()
 
     def finish(self) -> list[str]:
         """Wait for the pending write.
@@ -208,7 +178,7 @@ class Checkpointer:
 
     def _changes(self, then: Provenance | None) -> list[str]:
         """A line if it was saved by other sources or packages than rank 0's of now."""
-        changes = then and differences(then, self._provenance)
+        changes = then and differences(then, self.provenance)
         return [f"changed since that was saved: {changes}"] if changes else []
 
     def _tidy_and_list(self) -> list[Path]:
@@ -222,46 +192,48 @@ class Checkpointer:
         remove_leftovers(self._folder)
         partial_folder(target).mkdir()
 
-    def _start_writing(self, target: Path, identity: tuple[Any, ...]) -> _Write:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        updates = num_updates(self._engine)
+    def _start_writing(self, target: Path, identity: Identity) -> PendingWrite:
+        rank = dist.get_rank()
+        updates = self._source.num_updates()
         if updates == 0:
-            make_optimizer_state(self._engine, 0)  # all zero, but a whole checkpoint has it
-        snapshot = self._host.take(fragments(self._engine, owned_only=True))
+            self._source.make_optimizer_state(0)  # all zero, but a whole checkpoint has it
+        snapshot = self._host.take(self._source.fragments(owned_only=True))
         part = Background(lambda: write_part(partial_folder(target), rank, snapshot))
-        cancelled = Event()
+        canceled = Event()
         if rank > 0:
-            return _Write(target, identity, part, None, cancelled)
-        step, samples, state = identity
-        shapes, config = global_shapes(self._engine), self._config
-
-        def make_index(files: dict[str, int], tensors: dict[str, list[Piece]]) -> Index:
-            return Index(
-                format=FORMAT,
-                step=step,
-                samples=samples,
-                updates=updates,
-                state=state,
-                world_size=world_size,
-                config=config,
-                provenance=self._provenance,
-                files=files,
-                shapes=shapes,
-                tensors=tensors,
-            )
-
+            return PendingWrite(target, identity, part, None, canceled)
         notes: list[str] = []
+        make_index = self._index_maker(identity, updates)
+        publication = partial(self._publish_and_prune, target, make_index, canceled, notes)
+        return PendingWrite(target, identity, part, Background(publication), canceled, notes)
 
-        def publish_and_prune() -> None:
-            publish(target, world_size, make_index, cancelled)
-            self._damaged = [path for path in self._damaged if path != target]  # it is sound now
-            keep = config.checkpoint
-            try:
-                prune(self._folder, step, keep.keep_last, keep.keep_every, self._damaged)
-            except OSError as error:  # such as one that somebody reads, on a network file system
-                notes.append(f"an old checkpoint stays: {describe_write_error(error)}")
+    def _index_maker(self, identity: Identity, updates: int) -> IndexMaker:
+        """What is known now of the checkpoint's index; its files are when they are written."""
+        index = partial(
+            Index,
+            format=FORMAT,
+            step=identity.step,
+            samples=identity.samples,
+            updates=updates,
+            state=identity.state,
+            world_size=dist.get_world_size(),
+            config=self._config,
+            provenance=self.provenance,
+            shapes=self._source.global_shapes(),
+        )
+        return lambda files, tensors: index(files=files, tensors=tensors)
 
-        return _Write(target, identity, part, Background(publish_and_prune), cancelled, notes)
+    def _publish_and_prune(
+        self, target: Path, make_index: IndexMaker, canceled: Event, notes: list[str]
+    ) -> None:
+        """Make the parts of all ranks a checkpoint and delete old ones; runs in a thread."""
+        publish(target, dist.get_world_size(), make_index, canceled)
+        self._damaged = [path for path in self._damaged if path != target]  # it is sound now
+        keep, newest = self._config.checkpoint, step_of(target)
+        try:
+            prune(self._folder, newest, keep.keep_last, keep.keep_every, self._damaged)
+        except OSError as error:  # such as one that somebody reads, on a network file system
+            notes.append(f"an old checkpoint stays: {describe_write_error(error)}")
 
     def _settle(self) -> list[str]:
         """Wait for the pending write, and agree on what became of it."""
@@ -271,12 +243,12 @@ class Checkpointer:
         found = write.part.wait()
         errors = [
             f"rank {rank}: {text}"
-            for rank, text in enumerate(_gather(found and describe_write_error(found)))
+            for rank, text in enumerate(gather(found and describe_write_error(found)))
             if text is not None
         ]
         if errors:
-            write.cancelled.set()
-        error, seconds, notes = broadcast_from_rank0(partial(_outcome, write))
+            write.canceled.set()
+        error, seconds, notes = broadcast_from_rank0(write.outcome)
         if error is not None:
             return [self._note_failure(write.target, "; ".join(errors) or error)]
         self._saved, self._failed = write.identity, None
@@ -292,62 +264,25 @@ class Checkpointer:
         return f"{self._failed} (failed {times}; checkpoint.on_failure lets training go on)"
 
 
-def _outcome(write: _Write) -> tuple[str | None, float, list[str]]:
-    """On rank 0: why there is no checkpoint, if so, how long it took, and what else happened."""
-    assert write.publication is not None
-    error = write.publication.wait()
-    if error is None:
-        return None, write.publication.seconds, write.notes
-    # Gives the room back; if even that fails, the next save says so.
-    shutil.rmtree(partial_folder(write.target), ignore_errors=True)
-    return describe_write_error(error), write.publication.seconds, []
-
-
 def _discard_all(folders: list[Path]) -> None:
     for folder in folders:
         discard(folder)
 
 
-def _gather(value: Result) -> list[Result]:
-    """Every rank's value, in rank order, on all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def broadcast_from_rank0(function: Callable[[], Result]) -> Result:
-    """What `function` returns there, on all ranks.
-
-    Rank 0 alone looks at names in the folder, which other nodes may see later. If it meets an
-    OSError, all ranks raise DataError.
-    """
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = function()
-        except OSError as error:
-            answer[1] = describe_write_error(error)
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise DataError(answer[1])
-    result: Result = answer[0]
-    return result
-
-
 @torch.no_grad()
-def load(engine: Engine, folder: Path) -> Index:
+def load(source: StateSource, folder: Path) -> Index:
     """Restore parameters and optimizer state, saved in any layout. Collective.
 
     Reads just the ranges that this rank holds.
     """
     reader = Reader(folder)
-    reader.check_shapes(global_shapes(engine))
-    make_optimizer_state(engine, reader.index.updates)
-    for fragment in fragments(engine, owned_only=False):
+    reader.check_shapes(source.global_shapes())
+    source.make_optimizer_state(reader.index.updates)
+    for fragment in source.fragments(owned_only=False):
         if fragment.state != MASTER and reader.index.step == 0:
             fragment.view.zero_()  # weights from elsewhere come without moments
             continue
         name = f"{fragment.parameter}/{fragment.state}"
         reader.read_into(name, fragment.start, fragment.view)
-    publish_masters(engine)
+    source.publish_masters()
     return reader.index

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from moa_dist.config.run import DataConfig
-from moa_dist.data.check import SKIP_REMEDY
+from moa_dist.config.run import Config, DataConfig
+from moa_dist.data.check import SKIP_REMEDY, check_data
 from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
+from moa_dist.data.order import Exclusions
 from moa_dist.data.pairs import read_pairs
 from moa_dist.data.shards import read_shard
 from moa_dist.errors import DataError
@@ -17,6 +19,38 @@ from moa_dist.errors import DataError
 _SHARDS_PER_ROUND = 16
 """Read by each rank between two exchanges: a rank on slow storage stays within the time limit."""
 _MOST_NAMED = 5
+
+
+class CheckedData(NamedTuple):
+    """What a run trains on and validates on."""
+
+    train: AnyManifest
+    """Manifest of the training data."""
+    valid: AnyManifest | None
+    """Manifest of the validation data, if there is any."""
+    damaged: dict[int, str]
+    """Training shards to leave out: their indices and what is wrong."""
+
+    def notes(self, exclusions: Exclusions, samples: int) -> Iterator[str]:
+        """Report what is left out by a run that goes on at sample `samples`, a line each."""
+        for problem in summary(self.damaged):
+            yield f"left out: {problem}"
+        if exclusions and exclusions[-1].since == samples:
+            yield (
+                f"the order of samples changes at sample {samples}: {len(self.damaged)} of "
+                f"{len(self.train.shards)} shards are left out from there on"
+            )
+
+
+def check_all_data(config: Config, world_size: int) -> CheckedData:
+    """Check manifests, and shards as `data.verify` asks. Collective; raises DataError."""
+    train, valid = check_data(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        world_size=world_size,
+        objective=config.model.objective,
+    )
+    return CheckedData(train, valid, find_corrupt_shards(config.data, train, valid))
 
 
 def find_corrupt_shards(

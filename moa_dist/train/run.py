@@ -1,0 +1,257 @@
+"""A run under way: everything it holds, and what the training loop does with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from moa_dist.checkpoint.checkpointer import Checkpointer
+from moa_dist.config.run import Config
+from moa_dist.data.batches import held_out_batches, training_batches
+from moa_dist.data.corruption import CheckedData
+from moa_dist.data.manifest import AnyManifest
+from moa_dist.data.order import Exclusions, as_json
+from moa_dist.distributed.mesh import Mesh
+from moa_dist.distributed.preemption import Preemption
+from moa_dist.distributed.watchdog import Watchdog
+from moa_dist.errors import BadStepError, ExitCode
+from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
+from moa_dist.models.objective import Batch
+from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
+from moa_dist.train.bad_steps import BadSteps
+from moa_dist.train.engine import Engine, StepResult
+from moa_dist.train.optimizer import learning_rate
+from moa_dist.train.out_of_memory import explained
+from moa_dist.train.profile import Tracer
+from moa_dist.train.reporter import Reporter
+from moa_dist.train.step_sync import StepSync, gather_interval, names_of_hosts, sync_step
+from moa_dist.train.step_timer import StepTimer
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """Steps taken."""
+    samples: int
+    """Sequences consumed, those of rejected steps included."""
+
+
+@dataclass
+class Run:
+    """What one rank holds while it trains. Made by `open_run`, which also closes it.
+
+    Methods are collective unless they say otherwise; the loop calls them in one order on all ranks.
+    """
+
+    config: Config
+    folder: Path
+    """The run's folder."""
+    engine: Engine
+    data: CheckedData
+    exclusions: Exclusions
+    """Shards that are left out, and since which sample."""
+    progress: Progress
+    bad_steps: BadSteps
+    checkpointer: Checkpointer
+    reporter: Reporter
+    tracer: Tracer
+    watchdog: Watchdog
+    preemption: Preemption
+    _stream: Iterator[Batch] = field(init=False)
+    _hosts: list[str] = field(init=False)
+    _timer: StepTimer = field(init=False)
+    _tokens_read: int = field(init=False)
+
+    def begin(self) -> None:
+        """Open the stream of samples and start the clock; called once, before the first step."""
+        self._stream = self._open_stream()
+        self._hosts = names_of_hosts()
+        self._restart_timer()
+
+    @property
+    def _mesh(self) -> Mesh:
+        return self.engine.mesh
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step has been taken. Local."""
+        return self.progress.step >= self.config.train.steps
+
+    def next_batches(self) -> list[Batch]:
+        """Read this rank's micro-batches of one step. Local; raises DataError."""
+        train = self.config.train
+        self.watchdog.begin(self.progress.step + 1)
+        accumulation = train.global_batch // (self._mesh.world_size * train.micro_batch)
+        return [next(self._stream) for _ in range(accumulation)]
+
+    def sync(self, batches: list[Batch]) -> StepSync:
+        """Agree on whether to stop, and on a digest of what all ranks have read."""
+        requested, comm_timer = self.preemption.requested, self._mesh.comm_timer
+        return sync_step(requested, batches, self.engine.device, comm_timer)
+
+    def step(self, batches: list[Batch]) -> StepResult | None:
+        """Take one optimizer step; returns None if it was rejected.
+
+        Raises TrainingError if the policy is not to go on after a step that is rejected.
+        """
+        step = self.progress.step + 1
+        self.progress.samples += self.config.train.global_batch
+        _seed_random_numbers(self.config.train.seed, step, self._mesh.rank)
+        try:
+            with (
+                self.tracer.step(step),
+                explained(self.engine, self.config, self.folder, step),
+            ):
+                result = self.engine.step(
+                    batches, self._learning_rate(step), self.bad_steps.loss_limit
+                )
+        except BadStepError as error:
+            self.watchdog.rest()
+            self._reject(error)
+            return None
+        self.watchdog.rest()
+        self.progress.step = step
+        self._tokens_read += result.tokens_read
+        self.bad_steps.accept(step, result.loss)
+        with self._timer.paused():
+            self.reporter.notes(self.tracer.write())
+        return result
+
+    def log(self, result: StepResult, digest: str) -> None:
+        """Report the last step, `result`, every `logging.every` steps.
+
+        `digest` identifies the tokens of its global batch.
+        """
+        if not self._is_due(self.config.logging.every):
+            return
+        step = self.progress.step
+        lap = self._timer.lap(step)
+        interval = gather_interval(
+            result.routing, result.traffic, lap, self._mesh, self.engine.device
+        )
+        self.reporter.notes(self.checkpointer.poll())
+        self.reporter.step(
+            StepMetrics(
+                step=step,
+                loss=result.loss,
+                aux_losses=result.aux_losses,
+                grad_norm=result.grad_norm,
+                lr=self._learning_rate(step),
+                samples=self.progress.samples,
+                digest=digest,
+                tokens=result.tokens,
+                tokens_per_second=self._tokens_read / lap.seconds,
+                timing=Timing.of(interval.work, interval.wait, self._hosts),
+                routing=interval.routing,
+                traffic=interval.traffic,
+            )
+        )
+        self._tokens_read = 0
+
+    def validate(self) -> None:
+        """Report the loss on held-out data, if any, every `evaluation.every` steps."""
+        if self.data.valid is None or not self._is_due(self.config.evaluation.every):
+            return
+        with self._timer.paused():
+            metrics = self._validation_metrics(self.data.valid)
+        self.reporter.validation(metrics)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint every `checkpoint.every` steps. Raises SaveError."""
+        if self._is_due(self.config.checkpoint.every):
+            with self._timer.paused():
+                notes = self._save()
+            self.reporter.notes(notes)
+
+    def finish(self) -> ExitCode:
+        """Save a run that was asked to stop, and wait for the last checkpoint.
+
+        Raises SaveError.
+        """
+        self.watchdog.rest()
+        if not self.done and self.progress.step > 0:
+            self.reporter.notes(self._save())
+        self.reporter.notes(self.checkpointer.finish())
+        if self.done:
+            return ExitCode.DONE
+        again = "the same command goes on from there"
+        self.reporter.notes([f"preempted after step {self.progress.step}: {again}"])
+        return ExitCode.PREEMPTED
+
+    def _validation_metrics(self, manifest: AnyManifest) -> ValidationMetrics:
+        assert self.config.data.valid is not None
+        batches = held_out_batches(
+            self.config,
+            Path(self.config.data.valid),
+            manifest,
+            rank=self._mesh.rank,
+            world_size=self._mesh.world_size,
+            micro_batch=self.config.train.micro_batch,
+            sequences=self.config.evaluation.sequences,
+        )
+        result = perplexity(self.engine.deepspeed, batches, self.engine.device)
+        return ValidationMetrics(
+            step=self.progress.step,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            bits_per_byte=bits_per_byte(result, self.config.model, manifest),
+            tokens=result.tokens,
+        )
+
+    def _save(self) -> list[str]:
+        state = {"exclusions": as_json(self.exclusions), "bad_steps": self.bad_steps.state()}
+        return self.checkpointer.save(self.progress.step, self.progress.samples, state)
+
+    def _reject(self, error: BadStepError) -> None:
+        """Leave out the samples of a bad step and, if so configured, restore a checkpoint."""
+        bad, stop = self.progress.step + 1, self.progress.samples
+        self.bad_steps.reject(error, bad)
+        first = stop - self.config.train.global_batch
+        if self.config.train.on_bad_step == "rewind":
+            first = self._rollback()
+        self.reporter.notes([self.bad_steps.discard(first, stop, bad, error)])
+
+    def _rollback(self) -> int:
+        """Restore the newest checkpoint, all but its samples; returns how many it had consumed."""
+        resumed = self.checkpointer.resume(last_step=self.progress.step)
+        self.bad_steps.rollback(resumed.state.get("bad_steps"))
+        self.reporter.rewind(resumed.step)
+        self.reporter.notes(resumed.notes)
+        self.progress.step = resumed.step
+        self._stream = self._open_stream()
+        self._restart_timer()
+        return resumed.samples
+
+    def _open_stream(self) -> Iterator[Batch]:
+        """Read on from the first sample that is not consumed."""
+        return training_batches(
+            self.config,
+            self.data.train,
+            rank=self._mesh.rank,
+            world_size=self._mesh.world_size,
+            consumed=self.progress.samples,
+            exclusions=self.exclusions,
+        )
+
+    def _restart_timer(self) -> None:
+        self._timer = StepTimer(self.progress.step, self._mesh.comm_timer)
+        self._tokens_read = 0
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0 or self.done
+
+
+def _seed_random_numbers(seed: int, step: int, rank: int) -> None:
+    """Make expert dropout of a step independent of how training came to it."""
+    digest = hashlib.blake2b(repr((seed, step, rank)).encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))

@@ -1,0 +1,114 @@
+"""Starts a run: from a configuration to the state in which the next step can be taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+
+from moa_dist.checkpoint.agreement import broadcast_from_rank0
+from moa_dist.checkpoint.checkpointer import Checkpointer
+from moa_dist.config.run import Config, run_folder
+from moa_dist.data.corruption import CheckedData, check_all_data
+from moa_dist.data.order import exclude, read_exclusions
+from moa_dist.distributed.device import enable_determinism
+from moa_dist.distributed.preemption import Preemption
+from moa_dist.distributed.start import DistContext, init_distributed
+from moa_dist.distributed.watchdog import Watchdog
+from moa_dist.errors import TrainingError
+from moa_dist.observe.metrics import Observer, RunStart
+from moa_dist.train.bad_steps import BadSteps
+from moa_dist.train.build import Built, build_as_configured
+from moa_dist.train.profile import Tracer
+from moa_dist.train.reporter import Reporter
+from moa_dist.train.run import Progress, Run
+from moa_dist.train.run_folder import describe_run
+
+
+@contextmanager
+def open_run(config: Config, observer: Observer, preemption: Preemption) -> Iterator[Run]:
+    """Join the job, build everything and load the newest checkpoint; close it all at the end.
+
+    Collective. If all ranks raise a TrainingError in the block, a checkpoint that is being written
+    is still completed.
+    """
+    with ExitStack() as stack:
+        context = stack.enter_context(init_distributed())
+        data = check_all_data(config, context.world_size)
+        if config.train.deterministic:
+            enable_determinism()
+        built = build_as_configured(config, context.device, context.backend)
+        stack.callback(built.engine.close)
+        run, notes = _resume(config, context, data, built, observer, preemption)
+        for part in (run.tracer, run.watchdog, run.reporter):
+            stack.callback(part.close)  # the last one first
+        broadcast_from_rank0(partial(describe_run, config, run.folder))
+        run.reporter.start(_run_start(run, context, built))
+        run.reporter.notes(notes)
+        run.begin()
+        try:
+            yield run
+        except TrainingError:
+            run.reporter.notes(run.checkpointer.finish())
+            raise
+
+
+def _resume(
+    config: Config,
+    context: DistContext,
+    data: CheckedData,
+    built: Built,
+    observer: Observer,
+    preemption: Preemption,
+) -> tuple[Run, list[str]]:
+    """Load the newest checkpoint; returns the run that continues it, and lines to report."""
+    folder, mesh = run_folder(config), built.engine.mesh
+    checkpointer = Checkpointer(built.engine.state, config, folder)
+    resumed = checkpointer.resume()
+    earlier = read_exclusions(resumed.state.get("exclusions"))
+    exclusions = exclude(earlier, resumed.samples, tuple(data.damaged))
+    run = Run(
+        config=config,
+        folder=folder,
+        engine=built.engine,
+        data=data,
+        exclusions=exclusions,
+        progress=Progress(resumed.step, resumed.samples),
+        bad_steps=BadSteps(config.train, resumed.state.get("bad_steps")),
+        checkpointer=checkpointer,
+        reporter=Reporter(observer, mesh.rank),
+        tracer=Tracer(config.profile, folder, mesh.rank, context.device),
+        watchdog=Watchdog(
+            context.heartbeat,
+            mesh.comm_timer,
+            folder,
+            limit_s=config.train.step_limit,
+            world_size=mesh.world_size,
+        ),
+        preemption=preemption,
+    )
+    return run, [*resumed.notes, *data.notes(exclusions, resumed.samples)]
+
+
+def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
+    config = run.config
+    device = str(context.device.type)
+    if context.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(context.device)})"
+    return RunStart(
+        config=config,
+        folder=str(run.folder),
+        world_size=context.world_size,
+        device=device,
+        backend=context.backend,
+        num_parameters=built.counts.total,
+        num_active_parameters=built.counts.active,
+        flops_per_token=built.counts.flops_per_token,
+        first_step=run.progress.step,
+        provenance=run.checkpointer.provenance,
+        excluded_shards=len(run.data.damaged),
+        exchange=built.decision.because,
+        overlap=built.overlap,
+    )
