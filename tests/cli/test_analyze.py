@@ -18,7 +18,7 @@ PICTURES = {"load.png", "together.png", "heads.png"}
 
 @pytest.fixture(scope="module")
 def analyzed(made, tmp_path_factory):
-    """A run that was analysed, and what was printed; not to be changed."""
+    """A run that was analyzed, and what was printed; not to be changed."""
     run = tmp_path_factory.mktemp("analyzed") / "run"
     shutil.copytree(made / "run", run)
     out = io.StringIO()
@@ -72,7 +72,7 @@ def test_an_export_elsewhere(made, tmp_path, no_matplotlib):
 
 
 def test_an_average_stands_for_itself(made, tmp_path, no_matplotlib, capsys):
-    """It is no part of a run, and its neighbours are not to share its folder."""
+    """It is no part of a run, and its neighbors are not to share its folder."""
     run, mean = str(made / "run"), tmp_path / "runs/mean"
     mean.parent.mkdir()
     assert main(["checkpoint", "average", run, str(mean), "--last", "2"]) == 0

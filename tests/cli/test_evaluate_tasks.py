@@ -54,7 +54,6 @@ def test_as_text_with_perplexity(made, blimp, capsys):
     assert f"blimp, {len(PAIRS)} examples\n  accuracy  0." in out
 
 
-@pytest.mark.slow
 def test_ranks_print_once_what_one_process_prints(made, blimp, capsys):
     command = ["eval", str(made / "run"), "--micro-batch", "1", "--json"]
     command += ["--data", str(made / "data/valid"), "--tasks", blimp]

@@ -208,7 +208,7 @@ def test_checkpoints_attempts_and_refused_steps(write_run, tmp_path):
     assert "203204.02MBW 2 ep 2 ZeRO 22" in text  # the last: two shards are left out
 
 
-def test_heatmap_joins_equal_neighbours_of_one_group():
+def test_heatmap_joins_equal_neighbors_of_one_group():
     values = np.array([[0.0, 0.0, 0.0, 2.0], [1.0, np.nan, 1.0, 1.0]])
     shades = Shades(0.0, 2.0, has_middle=True)
     drawn = heatmap(
