@@ -84,7 +84,7 @@ def test_the_readme_is_read_to_its_end():
 def test_every_package_that_needs_a_page_has_one():
     for folder in ("moe", "data", "kernels", "checkpoint"):
         assert f"moa_dist/{folder}/README.md" in NAMES
-    for folder in ("moa_dist", "launcher", "configs", "docker"):
+    for folder in ("moa_dist", "launcher", "configs", "docker", "tests"):
         assert f"{folder}/README.md" in NAMES
 
 

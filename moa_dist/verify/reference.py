@@ -1,4 +1,4 @@
-"""Takes one optimizer step on one process, in plain torch, which every layout must reproduce.
+"""Takes optimizer steps on one process, in plain torch, which every layout must reproduce.
 
 It shares only the model with the engine: no DeepSpeed, no ranks, no micro-batches, and in fp64.
 Shapes: T real tokens of the whole batch, V vocabulary.
@@ -6,6 +6,7 @@ Shapes: T real tokens of the whole batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,26 @@ def initial_model(config: Config) -> LanguageModel:
     return build_model(config.model, seed=config.train.seed).double()
 
 
-def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: float) -> Outcome:
-    """Take a step on the whole batch at once, or by parts if balance losses are per micro-batch."""
+def one_process(
+    config: Config, batches: Sequence[Batch], optimizer: OptimizerConfig, lr: float
+) -> Outcome:
+    """Take one step over each global batch; returns the values of the last step."""
     model = initial_model(config)
+    update = _plain_optimizer(model, optimizer, lr)
+    for batch in batches:
+        outcome = _step(config, model, batch, update, optimizer.clip_norm)
+    return outcome
+
+
+def _step(
+    config: Config,
+    model: LanguageModel,
+    batch: Batch,
+    update: torch.optim.Optimizer,
+    clip_norm: float | None,
+) -> Outcome:
+    """Take a step on the whole batch at once, or by parts if balance losses are per micro-batch."""
+    update.zero_grad()
     initial = _state(model)
     token_mask, labels = input_mask(batch), batch.labels()
     size = config.train.micro_batch if _balanced_by_parts(config) else batch.num_sequences
@@ -72,10 +90,10 @@ def one_process(config: Config, batch: Batch, optimizer: OptimizerConfig, lr: fl
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item()
-    if optimizer.clip_norm is not None:
+    if clip_norm is not None:
         for gradient in gradients:
-            gradient *= min(1.0, optimizer.clip_norm / (norm + 1e-6))
-    _plain_optimizer(model, optimizer, lr).step()
+            gradient *= min(1.0, clip_norm / (norm + 1e-6))
+    update.step()
     _move_biases(model, load)
     with torch.no_grad():
         after = model(*batch.inputs()).logits[token_mask]

@@ -109,7 +109,7 @@ def verify(config: Config, mesh: Mesh, device: torch.device) -> Report:
         precision: str, optimizer: OptimizerConfig, lr: float
     ) -> tuple[Outcome, Outcome] | None:
         ours = _in_this_layout(_with(small, precision, optimizer), batch, lr, mesh, device)
-        return None if ours is None else (ours, one_process(small, batch, optimizer, lr))
+        return None if ours is None else (ours, one_process(small, [batch], optimizer, lr))
 
     plain = both(precision, _sgd(small), _GRADIENT_RATE)
     clipped = both(precision, _sgd(small, plan[0].clip_norm), 1.0)
@@ -150,10 +150,10 @@ def _choose(config: Config, precision: str) -> _Steps:
     """Choose data whose routing rounding does not change, before and after the clipped step."""
     for seed in range(100):
         batch = make_batch(config, seed)
-        norm = one_process(config, batch, _sgd(config), 1.0).grad_norms[0]
+        norm = one_process(config, [batch], _sgd(config), 1.0).grad_norms[0]
         if precision == "fp64":
             return _Steps(seed, norm / 2)
-        step = one_process(config, batch, _sgd(config, norm / 2), 1.0)
+        step = one_process(config, [batch], _sgd(config, norm / 2), 1.0)
         if all(
             is_clear_of_rounding(config, batch, parameters, seed)
             for parameters in (step.initial, step.parameters)

@@ -76,7 +76,10 @@ def remove_later(folder: Path, step: int) -> None:
     remove_leftovers(folder)
 
 
-@pytest.mark.parametrize("new", [2, 1], ids=["next step", "same step"])
+@pytest.mark.parametrize(
+    "new",
+    [pytest.param(2, id="next step"), pytest.param(1, id="same step", marks=pytest.mark.full)],
+)
 def test_killed_at_every_instant_of_a_save(tmp_path, new):
     """Keep only one checkpoint; also kill while another of the same step replaces it."""
     context = get_context("forkserver")

@@ -55,7 +55,6 @@ def test_as_text_with_perplexity(made, blimp, capsys):
     assert re.search(rf"blimp, {len(PAIRS)} .*\n +accuracy +0\.", out)
 
 
-@pytest.mark.slow
 def test_ranks_print_once_what_one_process_prints(made, blimp, capsys):
     command = ["eval", str(made / "run"), "--micro-batch", "1", "--json"]
     command += ["--data", str(made / "data/valid"), "--tasks", blimp]

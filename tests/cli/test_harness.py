@@ -15,7 +15,6 @@ def numbers(line: str) -> list[float]:
     return [float(cell) for cell in line.replace("|", " ").split() if cell[:2] in ("0.", "1.")]
 
 
-@pytest.mark.slow
 def test_the_command_prints_what_eval_prints(made, tmp_path, monkeypatch, capsys):
     file, task = write_task("piqa", tmp_path)
     (tmp_path / "tasks").mkdir()

@@ -31,6 +31,17 @@ def test_every_sample_once_per_epoch_and_epochs_differ() -> None:
     assert epochs[0] != sorted(epochs[0])
 
 
+def test_each_epoch_has_an_order_of_shards_of_its_own() -> None:
+    order = SampleOrder(seed=3, num_shards=32, samples_per_shard=6, readers=4)
+    epochs = [tuple(order.shard_at(32 * epoch + i) for i in range(32)) for epoch in range(5)]
+    assert len(set(epochs)) == 5
+
+
+def test_each_visit_of_a_shard_takes_its_rows_in_an_order_of_its_own() -> None:
+    order = SampleOrder(seed=3, num_shards=1, samples_per_shard=32, readers=1)
+    assert len({tuple(order.rows_at(position)) for position in range(5)}) == 5
+
+
 @pytest.mark.parametrize(("num_shards", "readers"), [(3, 4), (1, 4), (5, 2), (7, 1)])
 def test_every_sample_equally_often_when_readers_do_not_divide_shards(
     num_shards: int, readers: int

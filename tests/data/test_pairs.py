@@ -148,6 +148,24 @@ def test_buckets_hold_every_pair_once_per_epoch_within_the_limit(tmp_path: Path)
     assert sorted(in_file_order.tolist()) == list(range(60))
 
 
+def epochs_of(longest: list[int], number: int) -> list[list[tuple[int, ...]]]:
+    """Pairs of every bucket, epoch by epoch; a bucket has room for 32 tokens."""
+    order = BucketOrder(np.array(longest), bucket_tokens=32, seed=3)
+    buckets = [tuple(pairs.tolist()) for pairs in order.take(range(number * order.num_buckets))]
+    return [buckets[i : i + order.num_buckets] for i in range(0, len(buckets), order.num_buckets)]
+
+
+def test_each_epoch_puts_pairs_of_one_length_together_anew() -> None:
+    epochs = epochs_of([8] * 32, number=5)
+    assert len({frozenset(map(frozenset, epoch)) for epoch in epochs}) == 5
+
+
+def test_each_epoch_has_an_order_of_buckets_of_its_own() -> None:
+    epochs = epochs_of(list(range(17, 33)), number=5)  # each pair alone fills a bucket
+    assert len({frozenset(epoch) for epoch in epochs}) == 1
+    assert len(set(map(tuple, epochs))) == 5
+
+
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (2, 2), (4, 1), (2, 1)])
 def test_layout_and_restart_change_no_global_batch(
     tmp_path: Path, world_size: int, micro_batch: int

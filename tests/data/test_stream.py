@@ -134,7 +134,6 @@ def test_damage_is_a_data_error_at_its_sample_and_nowhere_else(
         next(loader)
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_and_not_a_hang(
     make_stream: Callable[..., SampleStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +173,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
 def test_workers_do_not_outlive_a_killed_trainer(
     make_stream: Callable[..., SampleStream], tmp_path: Path
 ) -> None:
@@ -204,7 +202,6 @@ assert len(list(islice(loader, 40))) == 40  # more than are read ahead
 """
 
 
-@pytest.mark.slow
 def test_workers_survive_the_signals_that_end_a_job(
     make_stream: Callable[..., SampleStream], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
-"""One optimizer step of one model in any layout, and the same on one process.
+"""Optimizer steps of one model in any layout, and the same steps on one process.
 
-The reference shares nothing with the engine but the model: plain torch, the whole batch at once.
+The reference (`moa_dist.verify.reference`) shares nothing with the engine but the model: plain
+torch, the whole batch at once.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.run import Config
@@ -19,6 +19,7 @@ from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import NO_TARGET, Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.engine import Engine
+from moa_dist.verify import reference
 
 VOCABULARY, D_MODEL, LENGTH, SEQUENCES = 31, 16, 12, 8
 
@@ -147,59 +148,19 @@ class Outcome:
 
 
 def one_process(case: Case) -> Outcome:
+    """The reference of `moa-dist verify`: plain torch, which knows no ranks."""
     config = case.config()
-    model = build_model(config.model).double()
-    rate, decay = config.optimizer.lr, config.optimizer.weight_decay
-    kind = {"sgd": torch.optim.SGD, "adamw": partial(torch.optim.AdamW, eps=case.eps)}
-    optimizer = kind[case.optimizer](model.parameters(), lr=rate, weight_decay=decay)
-    for step in range(1, case.steps + 1):
-        outcome = one_process_step(case, model, optimizer, case.batch(step))
-    return outcome
-
-
-def one_process_step(case: Case, model: Any, optimizer: Any, batch: Batch) -> Outcome:
-    optimizer.zero_grad()
-    output, labels = model(*batch.inputs()), batch.labels()
-    predicted = labels != NO_TARGET
-    smoothing = case.label_smoothing
-    loss = F.cross_entropy(output.logits[predicted], labels[predicted], label_smoothing=smoothing)
-    aux_losses = sum(output.aux_losses.values())
-    (loss + aux_losses).backward()
-    gradients = [p.grad for p in model.parameters()]
-    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    if case.clip_norm:
-        for gradient in gradients:
-            gradient.mul_(min(1.0, case.clip_norm / (norm.item() + 1e-6)))
-    optimizer.step()
-    move_biases(model, output.statistics)
+    batches = [case.batch(step) for step in range(1, case.steps + 1)]
+    result = reference.one_process(config, batches, config.optimizer, config.optimizer.lr)
+    (grad_norm,) = result.grad_norms
     return Outcome(
-        loss=loss.item(),
-        aux_losses={name: value.item() for name, value in output.aux_losses.items()},
-        grad_norm=norm.item(),
-        parameters=model.state_dict(),
-        dropped=sum(int(s.dropped.sum()) for s in output.statistics.values()),
-        unused_experts=sum(int((s.load.sum(0) == 0).sum()) for s in output.statistics.values()),
+        loss=result.loss,
+        aux_losses=result.aux_losses,
+        grad_norm=grad_norm,
+        parameters=result.parameters,
+        dropped=sum(int(dropped.sum()) for dropped in result.dropped.values()),
+        unused_experts=sum(int((load == 0).sum()) for load in result.load.values()),
     )
-
-
-def move_biases(model: Any, statistics: dict[Any, Any]) -> None:
-    """Each expert's bias one `bias_rate` towards the mean load, over all repeats of its layer."""
-    names = {"ffn": "ffn.router", "attention.query": "attention.router"}
-    names |= {f"attention.{use}": f"attention.{use}_router" for use in ("value", "output")}
-    state = model.state_dict()
-    for layer, router in {(call.layer, call.router) for call in statistics}:
-        if router not in names:  # of an attention to the source, which no case gives a bias
-            continue
-        name = f"stack.layers.{layer}.{names[router]}"
-        if f"{name}.bias.value" not in state:
-            continue
-        load = sum(s.load.sum(0) for call, s in statistics.items() if call[::2] == (layer, router))
-        rate = model.get_submodule(name).config.balance.bias_rate
-        for group, loads in enumerate(load.tolist()):
-            mean = sum(loads) / len(loads)
-            for expert, of_expert in enumerate(loads):
-                direction = (of_expert < mean) - (of_expert > mean)
-                state[f"{name}.bias.value"][group, expert] += rate * direction
 
 
 AS_IF_LARGE = ZeroSizes(bucket=300, persistent=0)

@@ -1,5 +1,6 @@
 """A pool of gloo ranks that outlives a test: starting ranks costs seconds, a case milliseconds."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -38,6 +39,7 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
     from moa_dist.distributed.start import init_distributed
 
     torch.set_num_threads(1)
+    gc.freeze()  # what imports have made stays: collections after cases need not look at it
     with init_distributed():
         while (task := _receive(pipe)) is not None:
             function, args, keywords = task
@@ -49,9 +51,9 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
 
 
 def _end_groups() -> None:
-    """End the process groups of a case: each one's thread wakes 100 times a second.
+    """End the process groups of a case: each one's thread polls its sockets 100 times a second.
 
-    After hundreds of cases that took half of the machine.
+    It does so until the last reference to the group is gone, so all engines of the case must go.
     """
     import torch.distributed as dist
     from deepspeed.utils import groups
@@ -61,6 +63,19 @@ def _end_groups() -> None:
     for group in list(distributed_c10d._world.pg_map):
         if not any(group is each for each in kept):
             dist.destroy_process_group(group)
+    _forget_zero_3()
+    gc.collect()  # an engine is a cycle
+
+
+def _forget_zero_3() -> None:
+    """Empty the two globals that keep every engine of ZeRO 3 alive in DeepSpeed 0.19."""
+    from deepspeed.runtime.zero import parameter_offload as offload
+
+    offload.FWD_MODULE_STACK.clear()
+    coordinator = offload.PartitionedParameterCoordinator
+    released = coordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in released.__closure__:  # around an `lru_cache` whose keys hold the engine
+        cell.cell_contents.cache_clear()
 
 
 def _send(pipe, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""What ranks saved with experts sharded between them is analysed on one process."""
+"""What ranks saved with experts sharded between them is analyzed on one process."""
 
 from functools import partial
 

@@ -59,7 +59,7 @@ def test_refused_step_moves_no_bias(pools, zero_stage):
     precision = "fp64" if zero_stage == 0 else "fp32"
     case = replace(BIASED, zero_stage=zero_stage, precision=precision)
     for message, changed in pools(2).run(poisoned_step, case):
-        assert "gradient norm is" in message
+        assert "inf" in message or "nan" in message
         assert not changed  # biases included
 
 

@@ -98,6 +98,7 @@ def initial(case: Case) -> Pieces:
     return pieces
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 @pytest.mark.parametrize(
     ("world_size", "expert_parallel", "exchange"),

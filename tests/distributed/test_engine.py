@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.errors import BadStepError, TrainingError
+from moa_dist.errors import BadStepError
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
@@ -112,7 +112,7 @@ def test_gradient_that_is_not_finite_stops_the_run(pools):
     for zero_stage in range(4):
         case = Case(**stage(zero_stage))
         for message, changed in pools(2).run(poisoned_step, case):
-            assert "gradient norm is" in message
+            assert "inf" in message or "nan" in message
             assert not changed
 
 
@@ -127,7 +127,7 @@ def poisoned_step(case: Case) -> tuple[str, bool]:
     )
     before = [f.view.clone() for f in engine.state.fragments(owned_only=True)]
     rows = torch.arange(mesh.rank, SEQUENCES, mesh.world_size).split(case.micro_batch)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(BadStepError) as error:
         engine.step([Batch(batch.tokens[r], batch.token_mask[r]) for r in rows], lr=1.0)
     after = [f.view for f in engine.state.fragments(owned_only=True)]
     changed = not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
@@ -160,12 +160,12 @@ def steps_with_trouble(case: Case, trouble: str | None) -> tuple[list, list[torc
     micro = [Batch(batch.tokens[r], batch.token_mask[r]) for r in rows]
     results = [engine.step(micro, lr=1e-2)]
     if trouble == "spike":
-        with pytest.raises(BadStepError, match="the loss spikes"):
+        with pytest.raises(BadStepError, match=r"\b0\.1\b"):
             engine.step(micro, lr=1.0, loss_limit=0.1)
     if trouble == "nan":  # on one rank only
         factor = float("nan") if mesh.rank == 1 else 1.0
         handle = engine.model.final_norm.register_forward_hook(lambda _m, _i, out: out * factor)
-        with pytest.raises(BadStepError, match="not finite"):
+        with pytest.raises(BadStepError, match=r"\bnan\b"):
             engine.step(micro, lr=1.0)
         handle.remove()
     results.append(engine.step(micro, lr=1e-2))

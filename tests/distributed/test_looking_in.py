@@ -88,12 +88,12 @@ def run_out(folder: Path, zero_stage: int) -> tuple[str, dict[str, int], int]:
 def test_running_out_says_who_holds_what_and_what_to_change(pools, tmp_path, zero_stage):
     for rank, (text, held, size) in enumerate(pools(2).run(run_out, tmp_path, zero_stage)):
         first, *table, last = text.splitlines()
-        assert first.startswith(f"memory of the host does not suffice on rank {rank} (host ")
-        assert " in step 2: [enforce fail" in first
+        assert f"rank {rank} (host " in first
+        assert "step 2: [enforce fail" in first
         assert [line.split("  ")[1] for line in table[:4]] == [
             "parameters", "gradients", "optimizer state", "activations and all else",
         ]  # fmt: skip
-        assert last.startswith("what helps: train.micro_batch=1 (now 2); train.recompute=true; ")
+        assert "train.micro_batch=1 (now 2); train.recompute=true; " in last
         assert (tmp_path / f"out-of-memory/rank-{rank}.txt").read_text() == text + "\n"
         # Padding of ZeRO's buffers, and a step counter per parameter.
         assert held["parameters"] == pytest.approx(4 * size, rel=0.1)
@@ -117,8 +117,8 @@ def fail_in_other_ways(folder: Path) -> list[str]:
 
 def test_other_kinds_of_running_out_count_and_other_errors_do_not(pools, tmp_path):
     for host, gpu, another in pools(2).run(fail_in_other_ways, tmp_path):
-        assert "in step 2: MemoryError" in host
-        assert "in step 2: CUDA" in gpu
+        assert "step 2: MemoryError" in host
+        assert "step 2: CUDA" in gpu
         assert another == "another"
 
 
@@ -132,6 +132,5 @@ def test_remedies_change_what_holds_most_first():
         "train.recompute=true",
     ]
     config = Case(expert_parallel=2, zero_stage=3, micro_batch=1, recompute=True).config()
-    assert remedies(config, 2, state) == [
-        "more ranks, devices with more memory, or a smaller model"
-    ]
+    (last_resort,) = remedies(config, 2, state)
+    assert "=" not in last_resort  # nothing of the configuration is left to change

@@ -3,6 +3,7 @@
 The full product has 140 thousand cells. `covering_cells` picks about a hundred, so that any
 three values of three dimensions that can occur together do so in at least one of them: hence
 all pairs, and every layout at every ZeRO stage with every value of every other dimension.
+Without `--full`, thirty of them run, which hold all pairs.
 
 In each cell every rank has data of its own, sequences are padded (one is padding alone), and
 some expert gets no token. SGD has rate 1: unclipped, its step is the gradient.
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cover import covering
 from tests.distributed.layouts import MOA, SWITCHHEAD, Case, assert_equal, distributed, one_process
 from tests.distributed.layouts import router as router_config
 
@@ -162,6 +164,7 @@ def case_of(cell: Cell) -> Case:
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("cell", CELLS, ids=name_of)
 def test_step_equals_one_process(pools, cell):
     case = case_of(cell)
@@ -183,6 +186,13 @@ def test_cells_hold_every_pair_and_every_possible_triple():
         assert all(impossible(t) for t in missing)
         assert strength == 3 or not missing
     assert not any(impossible(cell) for cell in CELLS)
+
+
+def test_default_run_holds_every_pair():
+    chosen = [CELLS[i] for i in covering(CELLS)]
+    covered = {frozenset(c) for cell in chosen for c in combinations(cell.items(), 2)}
+    assert all(frozenset(pair.items()) in covered for pair in tuples(DIMENSIONS, 2))
+    assert len(chosen) <= 30
 
 
 def test_ranks_have_different_amounts_of_data():

@@ -31,7 +31,7 @@ def test_a_start_that_is_cut_short_spoils_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space left on device"):
         describe_run(config, tmp_path / "run")
     assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
 
@@ -51,4 +51,5 @@ def test_all_ranks_say_what_is_wrong_with_the_folder(pools, tmp_path):
         first, second = pools(2).run(begin, tmp_path / folder)
         assert first == second
         assert f"{tmp_path / folder}: {cause}" in first
-        assert first.endswith("choose another `output` or `name`")
+        assert "`output`" in first
+        assert "`name`" in first

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 
@@ -49,24 +47,22 @@ assert found and set(found) <= LOOPBACK, found
 """
 
 
-@pytest.mark.slow
 def test_one_rank_without_a_launcher_listens_on_loopback_only():
     subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, check=True, timeout=60)
 
 
 TAKEN = """
-import sys
+import os, sys
 from moa_dist.distributed.start import init_distributed
 from moa_dist.errors import MoaDistError
 try:
     with init_distributed():
         sys.exit("joined at a port that is taken")
 except MoaDistError as error:
-    assert "the port is free" in str(error), error
+    assert os.environ["MASTER_PORT"] in str(error), error
 """
 
 
-@pytest.mark.slow
 def test_a_taken_port_is_one_clear_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

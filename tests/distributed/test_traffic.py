@@ -205,6 +205,7 @@ def case_of(
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exchange", ["tokens", "weights"])
 @pytest.mark.parametrize(("world_size", "expert_parallel"), LAYOUTS)

@@ -52,18 +52,18 @@ def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
     assert ranks.wait([0, 1]) == [ExitCode.LOST_PEER] * 2, ranks.said()
     (report,) = (tmp_path / FOLDER).iterdir()
     first, *each, _ = (report / SUMMARY).read_text().splitlines()
-    assert first.startswith(f"no step ended within train.step_limit = 2 s: {each[1]}, and has not")
+    assert "train.step_limit = 2 s" in first
+    assert each[1] in first
+    assert each[0] not in first
     assert each[0].startswith("rank 0 (host ")
     assert each[1].startswith("rank 1 (host ")
-    assert all(" is in step 12; " in line for line in each)
-    assert ", plan of stack.layers.3.ffn, forward, for " in each[0]
-    assert " s; at distributed_c10d.py:" in each[0]
-    assert ", called at distributed/collectives.py:" in each[0]
-    assert "; is waiting in collective " in each[0]
-    assert "; is past collective " in each[1]
-    assert ", combine of stack.layers.2.ffn, forward, for " in each[1]
-    assert " s; at test_watchdog.py:" in each[1]
-    assert "begin_and_oversleep, called at models/feed_forward.py:" in each[1]
+    assert all(re.search(r"\bstep 12\b", line) for line in each)
+    assert "plan of stack.layers.3.ffn, forward" in each[0]
+    assert "combine of stack.layers.2.ffn, forward" in each[1]
+    places = re.compile(r"(\S+\.py):\d+")
+    assert places.findall(each[0]) == ["distributed_c10d.py", "distributed/collectives.py"]
+    assert places.findall(each[1]) == ["test_watchdog.py", "models/feed_forward.py"]
+    assert "begin_and_oversleep" in each[1]
     assert "time.sleep" in (report / "rank-1.txt").read_text()
     assert "thread heartbeat" in (report / "rank-0.txt").read_text()
     for rank, text in enumerate(ranks.said()):
@@ -79,7 +79,7 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
     with comm_timer.begin("losses"):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out
-    assert "is in step 7; is waiting in collective 1, losses, for 0 s; at cli/hang.py:" in answer
+    assert re.search(r"\bstep 7\b.*\bcollective 1, losses\b.* cli/hang\.py:\d", answer)
     assert said == [answer.rstrip("\n")]
     watchdog.close()
     monkeypatch.setattr(hang, "_TAKEN_S", 0.3)
@@ -93,18 +93,24 @@ def status(rank: int, begun: int, inside: bool) -> RankStatus:
 
 
 @pytest.mark.parametrize(
-    ("known", "silent", "first"),
+    ("known", "silent", "culprits"),
     [
         # On GPUs the host waits outside of the collective that it began.
-        ([(0, 9, False), (1, 8, False)], [], "rank 1 .*has not reached the collective"),
-        ([(0, 9, True), (1, 9, False)], [], "rank 1 .*is past the collective"),
-        ([(0, 9, True), (1, 9, True)], [], "all ranks are waiting in the same collective"),
-        ([(0, 9, False), (1, 9, False)], [], ".*all of them are slow"),
-        ([(0, 9, True), (2, 9, True)], [1], "rank 1 did not answer"),
-        ([(0, 9, True)], [1, 2], "ranks 1, 2 did not answer"),
+        ([(0, 9, False), (1, 8, False)], [], [1]),
+        ([(0, 9, True), (1, 9, False)], [], [1]),
+        ([(0, 9, True), (1, 9, True)], [], []),
+        ([(0, 9, False), (1, 9, False)], [], []),
+        ([(0, 9, True), (2, 9, True)], [1], [1]),
+        ([(0, 9, True)], [1, 2], [1, 2]),
     ],
 )
-def test_whom_the_others_wait_for(known, silent, first):
+def test_whom_the_others_wait_for(known, silent, culprits):
     line, lines = summary([status(*values) for values in known], silent)
-    assert re.match(first, line)
+    named = re.match(r"ranks? (\d+(?:, \d+)*)", line)
+    assert (list(map(int, named[1].split(", "))) if named else []) == culprits
     assert len(lines.splitlines()) == len(known)
+
+
+def test_ranks_that_all_wait_and_ranks_that_all_work_are_different_troubles():
+    waiting, working = ([status(r, 9, inside) for r in (0, 1)] for inside in (True, False))
+    assert summary(waiting, [])[0] != summary(working, [])[0]

@@ -32,20 +32,6 @@ checkpoint: {{every: {EVERY}, keep_last: 100}}
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder with prepared text."""
-    folder = tmp_path_factory.mktemp("job")
-    (folder / "tiny.yaml").write_text(CONFIG)
-    run(
-        "-m", "moa_dist.cli.main", "prepare", "--input", str(ROOT / "moa_dist"), "--output",
-        "text", "--valid-share", "0.1", "--vocab-size", "300", "--sequence-length", "32",
-        "--max-bytes", "100000",
-        cwd=folder,
-    )  # fmt: skip
-    return folder
-
-
 def run(*arguments: str, cwd: Path) -> None:
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -91,13 +77,12 @@ def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
-def test_every_sample_is_used_once_or_listed_as_given_up(folder, policy):
+def test_every_sample_is_used_once_or_listed_as_given_up(job, policy):
     """And a run resumed in the middle decides the same, bit for bit."""
-    steps = train(folder, policy, policy)
+    steps = train(job, policy, policy)
     assert [step for step, *_ in steps] == list(range(1, STEPS + 1))
-    listed = given_up(folder / "runs" / policy)
+    listed = given_up(job / "runs" / policy)
     assert listed
     assert merged(listed) == gaps(steps)
     if policy == "skip":
@@ -106,9 +91,9 @@ def test_every_sample_is_used_once_or_listed_as_given_up(folder, policy):
         after = {0} | {samples for step, samples, *_ in steps if step % EVERY == 0}
         assert {first for first, _ in merged(listed)} <= after  # back to a checkpoint
 
-    again = folder / f"runs/{policy}-again"
+    again = job / f"runs/{policy}-again"
     again.mkdir()
     middle = f"step-{STEPS // 2:08d}"
-    shutil.copytree(folder / "runs" / policy / middle, again / middle)
-    assert train(folder, again.name, policy) == steps[STEPS // 2 :]
+    shutil.copytree(job / "runs" / policy / middle, again / middle)
+    assert train(job, again.name, policy) == steps[STEPS // 2 :]
     assert given_up(again) == listed

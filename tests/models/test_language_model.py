@@ -139,6 +139,6 @@ def test_peri_norm_values_and_ffn_read_the_raw_residual(attention):
     block(x, AttentionMask(causal=True))
     (query, key, value, *_), (ffn_input, router_input, *_) = seen
     assert value is x
-    for normalised, raw in ((query, x), (key, x), (router_input, ffn_input)):
-        torch.testing.assert_close(normalised, F.layer_norm(raw, (8,)))
-        assert not torch.allclose(normalised, raw)
+    for normalized, raw in ((query, x), (key, x), (router_input, ffn_input)):
+        torch.testing.assert_close(normalized, F.layer_norm(raw, (8,)))
+        assert not torch.allclose(normalized, raw)
