@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
+from moa_dist.config.model import PARTS
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
 from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.observe.traffic_names import traffic_name
 from moa_dist.plan.exchange_choice import (
-    PARTS,
     Decision,
     decide_exchange,
     expected_state_traffic,

@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import product
 
 from moa_dist.config.checks import check_fields
+from moa_dist.config.model import PARTS
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.kernels.routed_experts import Hardware
@@ -20,7 +21,7 @@ from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.activations import Activations, activations_of
 from moa_dist.plan.cluster import Cluster
-from moa_dist.plan.exchange_choice import PARTS, expected_traffic, layout_of
+from moa_dist.plan.exchange_choice import expected_traffic, layout_of
 from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
 from moa_dist.plan.terms import total
 from moa_dist.plan.time import Assumptions, RowBytes, StepTime, row_bytes, step_time
