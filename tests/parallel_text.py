@@ -1,4 +1,4 @@
-"""Files of parallel lines: a small language, and its words spelt backwards."""
+"""Files of parallel lines: a small language, and its words spelled backwards."""
 
 import random
 from pathlib import Path

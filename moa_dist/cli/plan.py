@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layout = parser.add_argument_group("layout")
     layout.add_argument(
-        "--world-size", type=between(int, 1), metavar="W", help="number of ranks (expert_parallel)"
+        "--world-size",
+        type=between(int, 1),
+        metavar="W",
+        help="number of ranks (default: parallel.expert_parallel)",
     )
     layout.add_argument(
         "--expert-parallel",

@@ -95,7 +95,7 @@ def _traffic(
         "state_bytes_per_rank_and_step": {
             name: num_bytes // world_size for name, num_bytes in state._asdict().items()
         },
-        "travelling_weights_bytes": gathered,
+        "gathered_weights_bytes": gathered,
     }
 
 
@@ -141,8 +141,8 @@ def counts_as_text(plan: dict[str, Any]) -> str:
         "MiB of states on the fullest rank, without activations and buffers",
         *(f"  {name:<12}{n / 2**20:>16,.1f}" for name, n in plan["bytes_per_rank"].items()),
     ]
-    if plan["travelling_weights_bytes"]:
-        held = plan["travelling_weights_bytes"] / 2**20
+    if plan["gathered_weights_bytes"]:
+        held = plan["gathered_weights_bytes"] / 2**20
         lines.append(f"  plus {held:,.1f} for gathered experts, until the backward pass ends")
     lines += ["", "MiB that a rank sends to others per step, if routing is balanced"]
     lines += _traffic_lines(plan)

@@ -65,6 +65,11 @@ def _rope(config: Config) -> Iterator[Problem]:
         )
 
 
+def _parts(config: Config) -> Iterator[Problem]:
+    for name, part in config.model.parts().items():
+        yield from part.problems(f"model.{name}")
+
+
 def _size(config: Config) -> Iterator[Problem]:
     """A typo in a size would overflow while the model is counted or built."""
     model = config.model
@@ -283,6 +288,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
         for part in PARTS
         for check in (_top_k, _gate, _sequence_groups, unequal_batches)
     ),
+    _parts,
     _size,
     _batches,
     _skipping,

@@ -60,7 +60,7 @@ def _at_or_below(path: str, sources: Sources) -> set[str]:
 def _switches(old: Tree, new: Tree, path: str) -> bool:
     """Whether `new` chooses another kind, whose keys have nothing to do with the old one's.
 
-    A misspelt kind counts as the one it resembles, so that it causes one problem, not many.
+    A misspelled kind counts as the one it resembles, so that it causes one problem, not many.
     """
     if "kind" not in old or not isinstance(new.get("kind"), str):
         return False

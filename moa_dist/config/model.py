@@ -8,12 +8,14 @@ config fields` prints it. Nothing here imports torch, so a configuration can be 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import ceil, lcm
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
 
 from moa_dist.config.section import Kind, Section
+from moa_dist.errors import Problem
 
 Part = Literal["attention", "ffn"]
 """The two parts of a layer that may hold experts."""
@@ -147,6 +149,13 @@ class PartConfig(Kind):
         0 for a dense kind; the fewest of any router where there are several.
         """
         return min((router.num_experts for router in self.routers.values()), default=0)
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Report what is wrong within this section, which is found at `path`; nothing by default.
+
+        A kind whose own sizes must fit each other overrides it.
+        """
+        return ()
 
     def with_routers(self, **fields: Any) -> Self:
         """A copy with other values in these fields of all its routers."""

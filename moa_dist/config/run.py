@@ -174,7 +174,7 @@ class LoggingConfig(Section):
     """Reports during training."""
 
     every: PositiveInt = 10
-    """Steps between console lines and TensorBoard points."""
+    """Steps between console lines, TensorBoard points and records in metrics.jsonl."""
     tensorboard: bool = True
     """Whether to write TensorBoard events to the run's folder."""
 

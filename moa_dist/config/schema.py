@@ -60,7 +60,7 @@ def kinds_at(path: str) -> list[str]:
 
 
 def closest(name: str, candidates: Collection[str]) -> str | None:
-    """Return the candidate that a misspelt name most resembles; None if none comes near."""
+    """Return the candidate that a misspelled name most resembles; None if none comes near."""
     return next(iter(difflib.get_close_matches(name.lower(), candidates, n=1)), None)
 
 

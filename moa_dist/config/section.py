@@ -67,7 +67,7 @@ class Kind(Section):
         name = value.get("kind", cls.model_fields["kind"].default)
         chosen = cls.kinds.get(name) if isinstance(name, str) else None
         if chosen is None or not issubclass(chosen, cls):
-            raise ValueError(f"kind {name!r} is none of {', '.join(cls.kinds)}")
+            raise ValueError(f"kind {name!r} is not one of {', '.join(cls.kinds)}")
         if chosen is cls:
             return handler(value)
         if info.mode == "json":  # strict, as JSON has its own rules for what counts as a tuple

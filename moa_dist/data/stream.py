@@ -198,13 +198,13 @@ def _end_with_trainer(worker: int) -> None:
         trainer.join()
         os._exit(1)
 
-    def obey() -> None:
+    def exit_on_sigterm() -> None:
         """End this process if the trainer sends SIGTERM, which is blocked here."""
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer.pid:
             pass
         os._exit(1)
 
-    for target in (wait, obey):
+    for target in (wait, exit_on_sigterm):
         threading.Thread(target=target, daemon=True).start()
 
 

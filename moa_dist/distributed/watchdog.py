@@ -75,11 +75,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def begin(self, step: int) -> None:
+    def arm(self, step: int) -> None:
         """Mark the start of a step (counted from 1), before its data is read."""
         self._step = (step, time.monotonic())
 
-    def rest(self) -> None:
+    def disarm(self) -> None:
         """Mark that no step is running; validation and checkpoints have no time limit."""
         self._step = None
 

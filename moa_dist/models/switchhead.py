@@ -77,8 +77,8 @@ class SwitchHeadAttention(RoutedModule, Attention):
         """Implement `RoutedModule.routed_projections`."""
         D, d = self.v.d_in, self.v.d_out
         return [
-            RoutedProjection("value_router", ("v",), "token", D, "head", d, weighted=True),
-            RoutedProjection("output_router", ("o",), "head", d, "token", D, weighted=True),
+            RoutedProjection("value_router", ("v",), "token", D, "group", d, weighted=True),
+            RoutedProjection("output_router", ("o",), "group", d, "token", D, weighted=True),
         ]
 
     @annotated("attention")
@@ -109,7 +109,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         sent = plan.dispatch(value.reshape(B * S, D), "token")
         q = heads_of(self.q(query))
         experts = ExpertWeights(self.expert_weights("v", gathered))
-        returning = plan.run_and_combine(experts, sent, "token", "head", weighted=True)
+        returning = plan.run_and_combine(experts, sent, "token", "group", weighted=True)
         k = heads_of(self.k(key))
         v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
         if cache is not None:
@@ -120,8 +120,12 @@ class SwitchHeadAttention(RoutedModule, Attention):
         output_routing = self.output_router(query, mask.query_mask)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
         experts = ExpertWeights(self.expert_weights("o", gathered))
-        sent = plan.dispatch(heads, "head")
-        y = plan.run_and_combine(experts, sent, "head", "token", weighted=True).wait().view(B, T, D)
+        sent = plan.dispatch(heads, "group")
+        y = (
+            plan.run_and_combine(experts, sent, "group", "token", weighted=True)
+            .wait()
+            .view(B, T, D)
+        )
         routing = {"value": value_routing, "output": output_routing}
         statistics = {name: value.statistics for name, value in routing.items()}
         return AttentionOutput(y, statistics, cache, traced(routing, q, k, mask) if trace else None)

@@ -2,7 +2,7 @@
 
 A row is sent **once per destination rank**, to however many of that rank's experts it goes: it is
 expanded there, and the rank returns the weighted sum of its experts' outputs, one row per output
-row. A plan costs one exchange of counts and one of indices and weights; all its round trips then
+row. A plan costs three exchanges, of counts, indices and weights; all its round trips then
 exchange rows alone.
 
 Shapes: P ranks in the group, A assignments.
@@ -24,7 +24,7 @@ from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 from moa_dist.profiling import annotate, annotated
 
-_SHARED_LEVELS: tuple[Level, ...] = ("token", "head")
+_SHARED_LEVELS: tuple[Level, ...] = ("token", "group")
 """Levels of which one row may serve several assignments; a slot is an assignment itself."""
 
 
@@ -115,7 +115,7 @@ class AllToAllTokenDispatcher:
             level: _Route(unique[level].rows, sent_rows[i], received_rows[i])
             for i, level in enumerate(levels)
         }
-        routes.setdefault("head", routes["token"])  # one router group: the same rows
+        routes.setdefault("group", routes["token"])  # one router group: the same rows
         routes["slot"] = _Route(home.rows["slot"], sent, received)
         indices, weight = (x.wait() for x in arriving)
         arrived = _arrived(indices, weight, received_counts, routes, levels)
@@ -163,7 +163,7 @@ def _arrived(
     block_starts = (received_counts.cumsum(0) - received_counts)[source]
     expert, *places = indices.long().unbind(1)
     rows = {level: places[i] + block_starts[:, 1 + i] for i, level in enumerate(levels)}
-    rows.setdefault("head", rows["token"])
+    rows.setdefault("group", rows["token"])
     rows["slot"] = torch.arange(num_assignments, device=device)
     return Assignments(expert, weight, rows, num_rows, is_dropless=True)
 

@@ -7,11 +7,11 @@ only at which *level* rows are read and written:
     sigma-MoE, softmax MoE   token -> token      up and down together, weighted
     MoA queries              token -> slot       not weighted
     MoA outputs              slot  -> token      weighted
-    SwitchHead values        token -> head       weighted
-    SwitchHead outputs       head  -> token      weighted
+    SwitchHead values        token -> group      weighted
+    SwitchHead outputs       group -> token      weighted
 
 Shapes: T tokens, G router groups (heads in SwitchHead, else 1), K slots per token and router
-group, A assignments. The levels token, head and slot have T, T * G and T * G * K rows.
+group, A assignments. The levels token, group and slot have T, T * G and T * G * K rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import occurrences
 from moa_dist.profiling import annotated
 
-Level = Literal["token", "head", "slot"]
+Level = Literal["token", "group", "slot"]
 
 
 class DispatchPlan(Protocol):
@@ -92,8 +92,8 @@ def assignments_of(routing: Routing, num_experts: int) -> Assignments:
     return Assignments(
         expert=expert.flatten(),
         weight=routing.topk_weights.flatten(),
-        rows={"token": slot // (G * K), "head": slot // K, "slot": slot},
-        num_rows={"token": T, "head": T * G, "slot": T * G * K},
+        rows={"token": slot // (G * K), "group": slot // K, "slot": slot},
+        num_rows={"token": T, "group": T * G, "slot": T * G * K},
         is_dropless=routing.keep_mask is None,
     )
 

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
     token: float
     """Number of tokens."""
-    head: float
+    group: float
     """Number of (token, router group) pairs."""
     slot: float
     """Number of assignments."""
@@ -69,16 +69,16 @@ def expected_rows(
 @cache
 def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: int) -> Rows:
     """Return rows of a token to all ranks, its own included."""
-    token = head = slot = 0.0
+    token = group = slot = 0.0
     shards = pairwise(shard_starts(num_groups * num_experts, num_ranks))
     # Ranks differ only by how many experts of each router group they hold.
     alike = Counter(_held_by_group(first, stop, num_experts) for first, stop in shards)
     for held, num_alike in alike.items():
         missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
         token += num_alike * (1 - prod(missed))
-        head += num_alike * sum(1 - p for p in missed)
+        group += num_alike * sum(1 - p for p in missed)
         slot += num_alike * sum(top_k * m / num_experts for m in held)
-    return Rows(token, head, slot)
+    return Rows(token, group, slot)
 
 
 def _held_by_group(first: int, stop: int, num_experts: int) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ from moa_dist.train.zero0 import reduce_and_clip
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one optimizer step: global values, equal on every rank except `routing`."""
+    """Global values of one optimizer step; only `routing` and `traffic` differ between ranks."""
 
     loss: float
     """Mean cross-entropy per target, nats."""

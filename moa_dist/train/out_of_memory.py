@@ -25,7 +25,9 @@ _REST = "activations and all else"
 
 
 @contextmanager
-def explained(engine: Engine, config: Config, run_folder: Path, step: int) -> Iterator[None]:
+def explain_out_of_memory(
+    engine: Engine, config: Config, run_folder: Path, step: int
+) -> Iterator[None]:
     """Turn running out of memory, on the GPU or the host, into a MemoryLimitError.
 
     The error shows what is held and what to change. The table and, for GPUs, the allocator's

@@ -25,7 +25,7 @@ from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.engine import Engine, StepResult
 from moa_dist.train.optimizer import learning_rate
-from moa_dist.train.out_of_memory import explained
+from moa_dist.train.out_of_memory import explain_out_of_memory
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
 from moa_dist.train.step_sync import StepSync, gather_interval, names_of_hosts, sync_step
@@ -86,7 +86,7 @@ class Run:
     def next_batches(self) -> list[Batch]:
         """Read this rank's micro-batches of one step. Local; raises DataError."""
         train = self.config.train
-        self.watchdog.begin(self.progress.step + 1)
+        self.watchdog.arm(self.progress.step + 1)
         accumulation = train.global_batch // (self._mesh.world_size * train.micro_batch)
         return [next(self._stream) for _ in range(accumulation)]
 
@@ -106,16 +106,16 @@ class Run:
         try:
             with (
                 self.tracer.step(step),
-                explained(self.engine, self.config, self.folder, step),
+                explain_out_of_memory(self.engine, self.config, self.folder, step),
             ):
                 result = self.engine.step(
                     batches, self._learning_rate(step), self.bad_steps.loss_limit
                 )
         except BadStepError as error:
-            self.watchdog.rest()
+            self.watchdog.disarm()
             self._reject(error)
             return None
-        self.watchdog.rest()
+        self.watchdog.disarm()
         self.progress.step = step
         self._tokens_read += result.tokens_read
         self.bad_steps.accept(step, result.loss)
@@ -174,7 +174,7 @@ class Run:
 
         Raises SaveError.
         """
-        self.watchdog.rest()
+        self.watchdog.disarm()
         if not self.done and self.progress.step > 0:
             self.reporter.notes(self._save())
         self.reporter.notes(self.checkpointer.finish())

@@ -46,8 +46,8 @@ def sync_step(
     both = torch.tensor([int(stop), digest % 2**_DIGEST_BITS], dtype=torch.int64, device=device)
     with comm_timer.begin("agreement between steps"):
         dist.all_reduce(both)
-    wishes, total = both.tolist()
-    return StepSync(stop=wishes > 0, digest=f"{total % 2**_DIGEST_BITS:010x}")
+    num_stop_requests, total = both.tolist()
+    return StepSync(stop=num_stop_requests > 0, digest=f"{total % 2**_DIGEST_BITS:010x}")
 
 
 def _texts(batch: Batch) -> Iterator[list[torch.Tensor]]:
@@ -74,7 +74,7 @@ def names_of_hosts() -> list[str]:
 
 
 class Interval(NamedTuple):
-    """What all ranks did since the last report; equal on every rank."""
+    """Routing and traffic of the last step, times since the last report; equal on every rank."""
 
     routing: dict[RouterCall, RoutingReport]
     """Routing reports summed over ranks, on the CPU."""

@@ -28,7 +28,7 @@ def test_json_keys_are_stable(capsys):
         "expert_exchange",
         "traffic_per_rank_and_step",
         "state_bytes_per_rank_and_step",
-        "travelling_weights_bytes",
+        "gathered_weights_bytes",
     }
     assert set(result["parameters"]) == {"total", "active", "experts", "dense", "per_rank"}
     assert set(result["macs"]) == {"by_part", "blocks", "head", "total"}

@@ -24,7 +24,7 @@ from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 from tests.moe.routings import draw, random_routing
 
-LEVELS = ("token", "head", "slot")
+LEVELS = ("token", "group", "slot")
 PROJECTIONS = list(product(LEVELS, LEVELS, (True, False)))
 D_IN, D_OUT = 4, 3
 
@@ -48,7 +48,7 @@ class Case:
 
     def num_rows(self, level: str, rank: int) -> int:
         G, K = self.num_groups, self.top_k
-        return self.tokens[rank] * {"token": 1, "head": G, "slot": G * K}[level]
+        return self.tokens[rank] * {"token": 1, "group": G, "slot": G * K}[level]
 
     def routing(self, rank: int) -> Routing:
         choose_from = self.only_experts or self.experts_per_group
@@ -158,7 +158,7 @@ def test_equals_local_dispatch(pools, case, overlap):
     assert list(chain(*(c for _, c in results))) == counts
 
 
-def rows_travelling(case: Case) -> dict[str, tuple[list[int], list[int]]]:
+def exchanged_rows(case: Case) -> dict[str, tuple[list[int], list[int]]]:
     """Runs on every rank of a pool: rows sent to and received from each rank, by level."""
     rank = dist.get_rank()
     plan = AllToAllTokenDispatcher(comm_group()).plan(case.routing(rank), case.num_experts)
@@ -169,14 +169,14 @@ def rows_travelling(case: Case) -> dict[str, tuple[list[int], list[int]]]:
 def test_a_row_travels_once_per_destination_rank(pools, case):
     """However many of that rank's experts it goes to; dropped assignments do not travel."""
     num_ranks = len(case.tokens)
-    results = pools(num_ranks).run(rows_travelling, case)
+    results = pools(num_ranks).run(exchanged_rows, case)
     for level in LEVELS:
         for rank in range(num_ranks):
             kept, owners = case.routing(rank).keep_mask, case.owners(rank)
             if kept is None:
                 kept = torch.ones_like(owners, dtype=torch.bool)
             row = torch.arange(case.num_rows(level, rank))
-            row = row.view(*owners.shape[: {"token": 1, "head": 2, "slot": 3}[level]])
+            row = row.view(*owners.shape[: {"token": 1, "group": 2, "slot": 3}[level]])
             row = row.reshape(*row.shape, *[1] * (3 - row.dim())).expand_as(owners)
             pairs = set(zip(owners[kept].tolist(), row[kept].tolist(), strict=True))
             expected = [sum(owner == r for owner, _ in pairs) for r in range(num_ranks)]
@@ -185,10 +185,10 @@ def test_a_row_travels_once_per_destination_rank(pools, case):
             assert received == [results[r][level][0][rank] for r in range(num_ranks)]
 
 
-def test_travelling_once_saves_most_rows_of_many_choices(pools):
+def test_sending_once_saves_most_rows_of_many_choices(pools):
     """16 of 64 experts on 4 ranks: nearly every token goes to every rank, once, not 4 times."""
     case = Case((200,) * 4, 1, 64, 16)
-    results = pools(4).run(rows_travelling, case)
+    results = pools(4).run(exchanged_rows, case)
     missed = comb(48, 16) / comb(64, 16)
     for rank in results:
         share = sum(rank["token"][0]) / (200 * 16)

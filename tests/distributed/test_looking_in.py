@@ -14,7 +14,7 @@ from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.profiling import PREFIX
 from moa_dist.train.engine import Engine
-from moa_dist.train.out_of_memory import explained, holdings, remedies
+from moa_dist.train.out_of_memory import explain_out_of_memory, holdings, remedies
 from moa_dist.train.profile import FOLDER, Tracer
 from tests.distributed.layouts import Case, micro_batches
 
@@ -75,7 +75,7 @@ def run_out(folder: Path, zero_stage: int) -> tuple[str, dict[str, int], int]:
     # More than any machine has, in the middle of a layer.
     engine.model.stack.layers[1].ffn.register_forward_hook(lambda *_: torch.empty(1 << 50))
     try:
-        with explained(engine, case.config(), folder, step=2):
+        with explain_out_of_memory(engine, case.config(), folder, step=2):
             engine.step(batches, lr=0.1)
     except MemoryLimitError as error:
         size = sum(p.numel() for p in engine.model.parameters())
@@ -107,7 +107,7 @@ def fail_in_other_ways(folder: Path) -> list[str]:
     engine, said = make_engine(CASE), []
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("another")):
         try:
-            with explained(engine, CASE.config(), folder, step=2):
+            with explain_out_of_memory(engine, CASE.config(), folder, step=2):
                 raise error
         except (MemoryLimitError, RuntimeError) as raised:
             said.append(str(raised))

@@ -265,6 +265,6 @@ def test_expected_rows_of_many_choices():
     """16 of 64 experts on 4 ranks: a token goes to nearly every rank, once instead of 4 times."""
     rows = expected_rows(1000, num_groups=1, num_experts=64, top_k=16, num_ranks=4)
     missed = comb(48, 16) / comb(64, 16)
-    assert rows.token == rows.head == pytest.approx(3 * 1000 * (1 - missed))
+    assert rows.token == rows.group == pytest.approx(3 * 1000 * (1 - missed))
     assert rows.slot == pytest.approx(1000 * 16 * 3 / 4)
     assert rows.token / rows.slot == pytest.approx(4 * (1 - missed) / 16)  # 0.2488

@@ -84,7 +84,7 @@ def test_sound_layout_is_equal(pools, model, zero_stage):
         assert report.dropped > 0
 
 
-def test_travelling_weights_on_four_ranks_are_equal(pools):
+def test_gathered_weights_on_four_ranks_are_equal(pools):
     config = config_of(
         "moeut",
         "parallel={expert_parallel: 2, zero_stage: 3}",

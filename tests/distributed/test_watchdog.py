@@ -28,7 +28,7 @@ LIMIT_S = 2.0
 
 def begin_and_oversleep(watchdog: Watchdog, rank: int, *_: object) -> None:
     """The step begins in the layer: what came before may take any time."""
-    watchdog.begin(12)
+    watchdog.arm(12)
     if rank == 1:
         time.sleep(10 * WAIT_S)
 
@@ -75,7 +75,7 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
     said: list[str] = []
     comm_timer = CommTimer()
     watchdog = Watchdog(None, comm_timer, tmp_path, limit_s=None, say=said.append)
-    watchdog.begin(7)
+    watchdog.arm(7)
     with comm_timer.begin("losses"):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out

@@ -27,8 +27,8 @@ USES = {
     "gated MoE": Use(D, D, "token", "token", num_ups=2),
     "MoA queries": Use(D, FF, "token", "slot", weighted=False),
     "MoA outputs": Use(FF, D, "slot", "token"),
-    "SwitchHead values": Use(D, FF, "token", "head"),
-    "SwitchHead outputs": Use(FF, D, "head", "token"),
+    "SwitchHead values": Use(D, FF, "token", "group"),
+    "SwitchHead outputs": Use(FF, D, "group", "token"),
 }
 TOKENS, DROPPED = 5, 2
 
@@ -48,7 +48,7 @@ def inputs(
         return values.to(dtype).requires_grad_()
 
     E, A = len(counts), sum(counts) + DROPPED
-    num_rows = {"token": TOKENS, "head": TOKENS * HEADS, "slot": A + 2}
+    num_rows = {"token": TOKENS, "group": TOKENS * HEADS, "slot": A + 2}
 
     def rows(level: str) -> Tensor:
         if level == "slot":

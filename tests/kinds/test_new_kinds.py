@@ -12,6 +12,7 @@ import torch
 import moa_dist
 from moa_dist.cli.main import main
 from moa_dist.config import to_yaml
+from moa_dist.config.checks import check_fields
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
@@ -68,6 +69,11 @@ def test_layouts_are_ranked(tmp_path, capsys):
     file = write_config(tmp_path)
     assert main(["plan", file, "--gpus", "8", "--gpu", "h100", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["layouts"]) > 1
+
+
+def test_its_own_constraint_is_reported_with_the_others():
+    (found,) = check_fields(config_of(top_k=HEADS, num_experts=HEADS))
+    assert found.keys == ("model.attention.router.top_k", "model.attention.router.num_experts")
 
 
 def test_too_many_ranks_for_its_experts_are_refused(tmp_path, capsys):

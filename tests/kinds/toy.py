@@ -5,6 +5,7 @@ Importing this file defines them; `tests/kinds/test_new_kinds.py` takes them out
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from pydantic import PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
 from moa_dist.config.model import AttentionConfig, FFNConfig, RouterConfig, shrunk
+from moa_dist.errors import Problem
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     Attention,
@@ -73,6 +75,11 @@ class RoutedHeadsConfig(AttentionConfig):
     """Names this kind."""
     router: SerializeAsAny[RouterConfig]
     """Chooses heads; there are as many heads as experts."""
+
+    def problems(self, path: str) -> Iterator[Problem]:
+        if self.router.top_k == self.router.num_experts:
+            keys = (f"{path}.router.top_k", f"{path}.router.num_experts")
+            yield Problem(f"`{path}` takes all heads; use dense attention", keys)
 
 
 class RoutedHeads(RoutedModule, Attention):

@@ -11,16 +11,16 @@ from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, initialize
 from tests.moe.routings import draw, random_routing
 
-LEVELS = ["token", "head", "slot"]
+LEVELS = ["token", "group", "slot"]
 T, G, E, K, D_IN, D_OUT = 7, 2, 5, 3, 4, 3
 
 
 def row(level: str, t: int, g: int, k: int) -> int:
-    return {"token": t, "head": t * G + g, "slot": (t * G + g) * K + k}[level]
+    return {"token": t, "group": t * G + g, "slot": (t * G + g) * K + k}[level]
 
 
 def num_rows(level: str) -> int:
-    return {"token": T, "head": T * G, "slot": T * G * K}[level]
+    return {"token": T, "group": T * G, "slot": T * G * K}[level]
 
 
 def one_assignment_at_a_time(routing, weight, x, read, write, weighted):

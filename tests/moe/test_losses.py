@@ -128,7 +128,7 @@ def test_micro_batches_average_to_the_whole_batch(name, num_groups):
         torch.testing.assert_close(split, whole, rtol=1e-12, atol=1e-14)
 
 
-def test_repeats_of_a_shared_layer_may_specialise():
+def test_repeats_of_a_shared_layer_may_specialize():
     """Entropy of the mean over repeats (MoEUT section 2.2), not the mean of their entropies."""
     first, second = (statistics_of(preferring(e, e, by=50.0)) for e in (0, 1))
     assert entropy_loss(total([first, second])).item() == pytest.approx(-math.log(2))

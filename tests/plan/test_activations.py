@@ -198,7 +198,7 @@ class RunningMixtures(RoutedModule, Attention):
     def routed_projections(self) -> list[RoutedProjection]:
         return [
             RoutedProjection(
-                "choice", ("widen",), "token", self.widen.d_in, "head", 96, weighted=True
+                "choice", ("widen",), "token", self.widen.d_in, "group", 96, weighted=True
             )
         ]
 
@@ -215,7 +215,7 @@ class RunningMixtures(RoutedModule, Attention):
         plan = self.dispatcher.plan(self.choice(query), self.choice.num_experts)
         sent = plan.dispatch(value.cumsum(1).flatten(0, 1), "token")
         experts = ExpertWeights(self.expert_weights("widen", gathered))
-        mixed = plan.run_and_combine(experts, sent, "token", "head", weighted=True).wait()
+        mixed = plan.run_and_combine(experts, sent, "token", "group", weighted=True).wait()
         return AttentionOutput(self.narrow(mixed.tanh().view(*key.shape[:2], -1).exp()), {})
 
 
