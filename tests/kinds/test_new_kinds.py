@@ -72,7 +72,10 @@ def test_layouts_are_ranked(tmp_path, capsys):
 
 
 def test_its_own_constraint_is_reported_with_the_others():
-    (found,) = check_fields(config_of(top_k=HEADS, num_experts=HEADS))
+    config = config_of()
+    taking_all = config.model.attention.with_routers(top_k=HEADS)
+    model = config.model.model_copy(update={"attention": taking_all})
+    (found,) = check_fields(config.model_copy(update={"model": model}))
     assert found.keys == ("model.attention.router.top_k", "model.attention.router.num_experts")
 
 
