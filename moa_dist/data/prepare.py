@@ -121,8 +121,8 @@ def prepare(
             if hold_out and not survey.fits(hold_out, used):
                 hold_out = survey.at_least_a_sample()
                 used = corpus.train_tokenizer(hold_out, vocab_size, tokenizer_sample_bytes, seed)
-        token_files, counts = corpus.tokenize(used, hold_out, work)
-        counts.left_out = left_out
+        counts = TextCounts(left_out=left_out)
+        token_files = corpus.tokenize(used, hold_out, work, counts)
         manifests = {}
         for split, tokens in token_files.items():
             folder = partial / split
@@ -162,10 +162,9 @@ class _Corpus:
         return trained
 
     def tokenize(
-        self, tokenizer: Tokenizer, hold_out: HoldOut | None, work: Path
-    ) -> tuple[dict[str, TokenFile], TextCounts]:
+        self, tokenizer: Tokenizer, hold_out: HoldOut | None, work: Path, counts: TextCounts
+    ) -> dict[str, TokenFile]:
         """Write the token file of each split; the only split of undivided text is named "."."""
-        counts = TextCounts()
         with ExitStack() as stack:
             files: dict[str, TokenFile] = {
                 split: stack.enter_context(TokenFile(work / f"tokens{number}", tokenizer))
@@ -173,7 +172,7 @@ class _Corpus:
             }
             for split, pieces in self._parts("tokenizing", hold_out, counts):
                 files[split].add(pieces)
-        return files, counts
+        return files
 
     def _parts(
         self, what: str, hold_out: HoldOut | None, counts: TextCounts

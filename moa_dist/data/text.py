@@ -75,7 +75,10 @@ def read_documents(
         yield pieces
         deque(pieces, maxlen=0)
         if limit is not None and counts.text_bytes > limit - 4:
-            break  # the longest character may no longer fit
+            # The longest character may no longer fit.
+            for path in files[counts.files_opened - 1 :]:
+                counts.left_out.add("not read to the end, as --max-bytes says", path)
+            break
     if counts.documents == 0:
         bad = f", {counts.bad_lines} bad lines" if counts.bad_lines else ""
         raise DataError(
@@ -126,6 +129,7 @@ def _all_documents(
 ) -> Iterator[Iterator[str]]:
     finished_bytes = 0
     for path in files:
+        counts.files_opened += 1
         with read_errors_named(path), path.open("rb") as raw:
             decoder = Decoder(path, options.errors, counts)
             kind = recognize(path, read_head(path), options)

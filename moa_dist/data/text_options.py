@@ -57,5 +57,7 @@ class TextCounts:
     """What is wrong with the first of them."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """Files that were not read."""
+    files_opened: int = 0
+    """Files that were opened."""
     input_bytes: int = 0
     """Bytes read from disk, compressed or not."""
