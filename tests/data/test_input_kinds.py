@@ -68,9 +68,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("content", JSON.values(), ids=JSON)
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.txt", "part-00000", "a.dump.xz"])
-def test_json_is_read_by_content_whatever_its_name(
-    tmp_path: Path, name: str, content: str
-) -> None:
+def test_json_is_read_by_content_whatever_its_name(tmp_path: Path, name: str, content: str) -> None:
     file = tmp_path / name
     file.write_bytes(COMPRESS[file.suffix if file.suffix in COMPRESS else ""](content.encode()))
     documents, counts = read(file)
