@@ -184,9 +184,8 @@ class Survey:
             )
         return HoldOut(
             bytes(len(self._of_document)),
-            f"the end of the longest document, since {len(self._of_document):,} "
-            f"{'document is' if len(self._of_document) == 1 else 'documents are'} too few to hold "
-            "out whole ones",
+            "the end of the longest document, because whole documents would not fill a sample in "
+            "each split",
             frozenset(self._equal),
             longest - held_out,
         )

@@ -13,7 +13,7 @@ from moa_dist.data.text_options import TextOptions
 from tests.data.test_prepare import decoded_documents
 from tests.raises import raises_data_error
 
-WORDS = "river stone cloud apple bright seven walks under green letter music winter".split()
+WORDS = ["river", "stone", "cloud", "bright", "seven", "walks", "under", "letter", "winter"]
 
 
 def text(seed: int, words: int) -> str:

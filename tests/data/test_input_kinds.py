@@ -124,7 +124,7 @@ def test_without_the_extra_its_name_is_said(
 )
 def test_columns(tmp_path: Path, name: str, delimiter: str) -> None:
     file = tmp_path / name
-    compress = COMPRESS[file.suffix] if file.suffix in COMPRESS else bytes
+    compress = COMPRESS.get(file.suffix, bytes)
     file.write_bytes(compress(csv(delimiter).encode()))
     assert read(file)[0] == [TEXTS[0], "two"]
     assert read(file, json_field="id")[0] == ["1", "2"]
@@ -167,7 +167,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(
 ) -> None:
     file = tmp_path / name
     content = json_lines(ROWS[:2]) + line + "\n" + json_lines(ROWS[2:])
-    compress = COMPRESS[file.suffix] if file.suffix in COMPRESS else bytes
+    compress = COMPRESS.get(file.suffix, bytes)
     file.write_bytes(compress(content.encode(errors="surrogateescape")))
     with raises_data_error(*says, path=file, line=3):
         read(file)
