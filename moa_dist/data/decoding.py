@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from moa_dist.data.compression import looks_binary
+from moa_dist.data.compression import decompressed, looks_binary, read_errors_named
 from moa_dist.data.text_options import ErrorRule, TextCounts
 from moa_dist.errors import DataError
 
@@ -101,6 +101,20 @@ def whole_lines(path: Path, stream: BinaryIO) -> Iterator[bytes]:
                 line=number,
             )
         yield raw
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield every line of a file, compressed or not, without its line end.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file"
+        raise DataError(f"{path}: {what}; check the path", path=path)
+    with read_errors_named(path), path.open("rb") as raw:
+        for line in Decoder(path, None, TextCounts()).lines(decompressed(path, raw)):
+            yield line.rstrip("\r\n")
 
 
 def _incomplete_character(raw: bytes) -> bytes:

@@ -84,7 +84,7 @@ def find_files(
             if spool not in files:
                 files.append(_copied(stdin or sys.stdin.buffer, spool))
         elif is_folder:
-            files.extend(_files_in(path, left_out))
+            files.extend(_files_in(path, left_out, spool))
         elif is_file:
             files.append(path)
         elif name.startswith(_STREAMS) and path.exists():
@@ -101,9 +101,11 @@ def _copied(stream: BinaryIO, spool: Path) -> Path:
     return spool
 
 
-def _files_in(folder: Path, left_out: LeftOut) -> list[Path]:
+def _files_in(folder: Path, left_out: LeftOut, spool: Path) -> list[Path]:
+    # The hidden folder of this work may lie in the folder.
+    own = {os.path.realpath(parent) for parent in spool.parents}
     try:
-        found = sorted(_walk(folder, {os.path.realpath(folder)}, left_out))
+        found = sorted(_walk(folder, {os.path.realpath(folder)}, left_out, own))
     except OSError as error:
         raise DataError(
             f"{error.filename or folder}: cannot be read ({error.strerror}); check --input",
@@ -121,7 +123,7 @@ def _files_in(folder: Path, left_out: LeftOut) -> list[Path]:
     return found
 
 
-def _walk(folder: Path, seen: set[str], left_out: LeftOut) -> Iterator[Path]:
+def _walk(folder: Path, seen: set[str], left_out: LeftOut, own: set[str]) -> Iterator[Path]:
     """Yield the files to read, following links; `seen` holds the real paths of folders."""
     names = sorted(os.listdir(folder))
     if MANIFEST_FILE in names and "shard-000000.tar" in names:
@@ -130,14 +132,15 @@ def _walk(folder: Path, seen: set[str], left_out: LeftOut) -> Iterator[Path]:
     for name in names:
         path = folder / name
         if name.startswith("."):
-            left_out.add("hidden", path)
+            if os.path.realpath(path) not in own:
+                left_out.add("hidden", path)
         elif path.is_dir():
             real = os.path.realpath(path)
             if real in seen:
                 left_out.add("links to folders that are read anyway", path)
             else:
                 seen.add(real)
-                yield from _walk(path, seen, left_out)
+                yield from _walk(path, seen, left_out, own)
         elif reason := _reason_to_leave_out(path):
             left_out.add(reason, path)
         else:

@@ -110,20 +110,6 @@ def split_pieces(parts: Iterable[str], limit: int = _PIECE_CHARACTERS) -> Iterat
     yield "".join(waiting)
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield every line of a file, compressed or not, without its line end.
-
-    Raises:
-        DataError: the file cannot be read, or is not UTF-8.
-    """
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {what}; check the path", path=path)
-    with read_errors_named(path), path.open("rb") as raw:
-        for line in Decoder(path, None, TextCounts()).lines(decompressed(path, raw)):
-            yield line.rstrip("\r\n")
-
-
 def _all_documents(
     files: Sequence[Path], options: TextOptions, counts: TextCounts
 ) -> Iterator[Iterator[str]]:
