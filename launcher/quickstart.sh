@@ -3,10 +3,13 @@
 # attention and FFN experts are sharded over 2 ranks, evaluates it, and prints a sample.
 #
 #     bash launcher/quickstart.sh                  train on the sources of this machine's Python
-#     bash launcher/quickstart.sh --input FILES    train on any text files or folders
+#     bash launcher/quickstart.sh --input FILES    train on any text: files, folders, JSON Lines, ...
+#     bash launcher/quickstart.sh --input FILES --documents line --json-field body ...
+#                                                  any option of `moa-dist prepare` may follow
 #
 # Requires Python 3.11 and, once, network access. PYTHON=/path/to/python3 selects the interpreter.
 set -euo pipefail
+started_in=$PWD
 cd "$(dirname "$0")/.."
 source launcher/environment.sh
 make_environment
@@ -16,16 +19,25 @@ say() { printf '\n== %s\n' "$*"; }
 
 name=quickstart
 layout=2 # ranks that share the experts
-if [ "${1:-}" = --input ] && [ $# -gt 1 ]; then
+inputs=()
+options=()
+prompt="" # the beginning of a document
+if [ "${1:-}" = --input ]; then
     shift
-    inputs=("$@")
+    while [ $# -gt 0 ] && [[ $1 == - || $1 != -* ]]; do
+        # Paths are relative to where the command was started.
+        case $1 in -|/*) inputs+=("$1") ;; *) inputs+=("$started_in/$1") ;; esac
+        shift
+    done
+    options=("$@")
     name=quickstart-$(date +%Y%m%d-%H%M%S)
-elif [ $# -gt 0 ]; then
-    echo "usage: bash launcher/quickstart.sh [--input FILES]" >&2
+fi
+if [ ${#inputs[@]} -eq 0 ] && [ $((${#options[@]} + $#)) -gt 0 ]; then
+    echo "usage: bash launcher/quickstart.sh [--input FILES [options of moa-dist prepare]]" >&2
     exit 2
-else
+elif [ ${#inputs[@]} -eq 0 ]; then
+    prompt="def read(self, "
     stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    inputs=()
     while IFS= read -r file; do inputs+=("$file"); done < <(find "$stdlib" -name '*.py' \
         -not -path '*/site-packages/*' -not -path '*/dist-packages/*' \
         -not -path '*/test/*' -not -path '*/tests/*' -not -path '*/encodings/*' | sort)
@@ -35,9 +47,15 @@ say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
 if [ -e "data/$name/train/manifest.json" ]; then
     echo "already prepared"
 else
+    # Options given by the user come last, and so take precedence.
     moa-dist prepare --input "${inputs[@]}" --output "data/$name" --valid-share 0.05 \
-        --vocab-size 4000 --sequence-length 256 --max-bytes 12000000
+        --vocab-size 4000 --sequence-length 256 --max-bytes 12000000 ${options[@]+"${options[@]}"}
 fi
+
+# What the user's options made the data, the model follows.
+read -r vocabulary length < <(python -c 'import json, sys
+manifest = json.load(open(sys.argv[1]))
+print(max(manifest["vocab_size"], 4000), manifest["block_length"])' "data/$name/train/manifest.json")
 
 gpus=0
 if command -v nvidia-smi >/dev/null; then
@@ -56,13 +74,14 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 deepspeed --num_gpus "$layout" --master_port "$port" --log_level error \
     launcher/train.py --config configs/quickstart.yaml \
     "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" \
-    "parallel.expert_parallel=$layout"
+    "parallel.expert_parallel=$layout" \
+    "model.vocab_size=$vocabulary" "data.sequence_length=$length"
 
 say "3/4 Evaluate on the whole validation text, in one process"
 moa-dist eval "runs/$name"
 
 say "4/4 Generate a sample"
-moa-dist generate "runs/$name" --prompt "def read(self, " --tokens 120
+moa-dist generate "runs/$name" --prompt "$prompt" --tokens 120
 
 say "Done. Results and next steps:"
 echo "curves       tensorboard --logdir runs/$name/tensorboard"

@@ -23,7 +23,7 @@ from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.rank_output import run_on_ranks
 from moa_dist.cli.translate import add_search_arguments, warn_of_long_texts
 from moa_dist.data.batches import held_out_batches
-from moa_dist.data.text import read_lines
+from moa_dist.data.decoding import read_lines
 from moa_dist.errors import DataError
 from moa_dist.evaluate.bleu import bleu, require_sacrebleu
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     )
     texts = list(args.prompts)
     print(texts[0], end="", flush=True)
-    for prompt, text in stream_text(trained.tokenizer, drawn):
+    for prompt, text in stream_text(trained.tokenizer, drawn, prompts):
         texts[prompt] += text
         if prompt == 0:
             print(text, end="", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.data.prepare import DEFAULT_SAMPLES_PER_SHARD, Prepared, prepare
 from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
-from moa_dist.data.text import TextOptions
+from moa_dist.data.text_options import TextOptions
 from moa_dist.errors import DataError
 
 
@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="hold out this share of documents: writes DIR/train and DIR/valid (0: all in DIR)",
+        help="hold out this share of documents, or the end of the longest if that would not fill "
+        "a sequence: writes DIR/train and DIR/valid (0: all in DIR)",
     )
     parser.add_argument(
         "--vocab-size", type=int, default=8000, help="size of the tokenizer to train (8000)"
@@ -36,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="use this tokenizer.json instead of training one",
+    )
+    parser.add_argument(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="token of --tokenizer that ends documents (<|endoftext|>, or else the eos_token that "
+        "the tokenizer_config.json next to it names)",
     )
     parser.add_argument(
         "--samples-per-shard",
@@ -55,7 +62,10 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         metavar="PATH",
-        help="text or JSON Lines files (also .gz, .bz2, .xz), folders of them, or - for stdin",
+        help="files, folders of them, or - for stdin. Plain text, JSON Lines, other JSON, CSV and "
+        "TSV, also compressed with gzip, bzip2, xz or zstd, and parquet are recognized by content "
+        "and name; zstd and parquet need the extra moa-dist[formats]. What else a folder holds is "
+        "left out and named in the summary, as are hidden files",
     )
     texts.add_argument(
         "--pairs",
@@ -70,12 +80,27 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--documents",
-        choices=["file", "blank-line"],
+        choices=["file", "blank-line", "line"],
         default="file",
-        help="how plain text splits into documents: by file, or at blank lines (file)",
+        help="how plain text splits into documents: by file, at blank lines, or by line (file)",
     )
     parser.add_argument(
-        "--json-field", default="text", metavar="NAME", help="JSON Lines field to read (text)"
+        "--format",
+        choices=["auto", "text", "json", "csv"],
+        default="auto",
+        help="how to read every file (auto: each as what it is)",
+    )
+    parser.add_argument(
+        "--json-field",
+        metavar="NAME",
+        help="field of JSON, or column of CSV and parquet, that holds the text; a.b is field b of "
+        "the object in field a (text)",
+    )
+    parser.add_argument(
+        "--bad-lines",
+        choices=["stop", "skip"],
+        default="stop",
+        help="if a line, row or JSON value has no readable text: stop, or skip and count it (stop)",
     )
     parser.add_argument(
         "--errors",
@@ -98,10 +123,18 @@ def run(args: argparse.Namespace) -> int:
         block_length=args.sequence_length,
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
+        end_of_document=args.end_of_document,
         samples_per_shard=args.samples_per_shard,
         valid_share=args.valid_share,
         seed=args.seed,
-        text=TextOptions(args.documents, args.json_field, args.errors, args.max_bytes),
+        text=TextOptions(
+            documents=args.documents,
+            json_field=args.json_field,
+            errors=args.errors,
+            max_bytes=args.max_bytes,
+            format=args.format,
+            bad_lines=args.bad_lines,
+        ),
         force=args.force,
         progress=ProgressLine(),
     )
@@ -110,7 +143,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare_pairs(args: argparse.Namespace) -> int:
-    for name, default in (("valid_share", 0.0), ("max_bytes", None)):
+    for name, default in (
+        ("valid_share", 0.0),
+        ("max_bytes", None),
+        ("documents", "file"),
+        ("format", "auto"),
+        ("json_field", None),
+        ("bad_lines", "stop"),
+    ):
         if getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise DataError(
@@ -122,6 +162,7 @@ def _prepare_pairs(args: argparse.Namespace) -> int:
         block_length=args.sequence_length,
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
+        end_of_document=args.end_of_document,
         pairs_per_shard=args.samples_per_shard,
         seed=args.seed,
         force=args.force,
@@ -142,6 +183,12 @@ def _print_summary(prepared: Prepared) -> None:
         f"text: {counts.documents:,} documents, {counts.text_bytes:,} bytes; skipped "
         f"{counts.empty:,} empty documents; replaced text in {counts.replaced:,} lines"
     )
+    if counts.bad_lines:
+        print(f"skipped {counts.bad_lines:,} bad lines, the first: {counts.first_bad_line}")
+    if counts.left_out.counts:
+        print(f"left out: {counts.left_out}")
+    if prepared.held_out:
+        print(f"held out: {prepared.held_out}")
     for folder, manifest in prepared.manifests.items():
         print(
             f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens "

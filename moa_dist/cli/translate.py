@@ -10,7 +10,7 @@ from pathlib import Path
 from moa_dist.cli.arguments import add_model_path, between
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.cli.rank_output import run_on_ranks
-from moa_dist.data.text import read_lines
+from moa_dist.data.decoding import read_lines
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.evaluate.translate import Search, translate
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         [TensorSpec(name, torch.float32, tuple(t.shape)) for name, t in state.items()],
         (tensor.contiguous() for tensor in state.values()),
-        tokenizer if tokenizer.exists() else None,
+        tokenizer.read_bytes() if tokenizer.exists() else None,
     )
     for part in parts:
         print(f"{part.name}: {part.how}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from moa_dist.data.manifest import ShardEntry, smallest_dtype, token_dtype
 from moa_dist.data.order import seeded_permutation
 from moa_dist.data.shards import Tokens, write_shard
-from moa_dist.data.tokenizer import Tokenizer, split_pieces
+from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.errors import DataError
 
 _BATCH_CHARACTERS = 1 << 22
@@ -43,7 +43,8 @@ class TokenFile:
         self.text_bytes = 0
         self._tokenizer = tokenizer
         self._file = path.open("wb")
-        self._waiting: list[tuple[str, bool]] = []  # piece, whether it ends its document
+        # The character before a piece, the piece, whether it ends its document.
+        self._waiting: list[tuple[str, str, bool]] = []
         self._waiting_characters = 0
         self._written = 0
 
@@ -60,15 +61,22 @@ class TokenFile:
             self._encode_waiting()
         self._file.close()
 
-    def add(self, text: str, text_bytes: int) -> None:
-        """Append a document of `text_bytes` UTF-8 bytes."""
-        self.text_bytes += text_bytes
-        pieces = list(split_pieces(text))
-        for number, piece in enumerate(pieces, start=1):
-            self._waiting.append((piece, number == len(pieces)))
-            self._waiting_characters += len(piece)
-            if self._waiting_characters >= _BATCH_CHARACTERS:
-                self._encode_waiting()
+    def add(self, pieces: Iterable[str]) -> None:
+        """Append a document, given in pieces."""
+        before, waiting = "", None
+        for piece in pieces:
+            self.text_bytes += len(piece.encode())
+            if waiting is not None:
+                self._wait(before, waiting, is_last=False)
+                before = waiting[-1:]
+            waiting = piece
+        self._wait(before, waiting or "", is_last=True)
+
+    def _wait(self, before: str, piece: str, *, is_last: bool) -> None:
+        self._waiting.append((before, piece, is_last))
+        self._waiting_characters += len(piece)
+        if self._waiting_characters >= _BATCH_CHARACTERS:
+            self._encode_waiting()
 
     @property
     def num_tokens(self) -> int:
@@ -83,10 +91,10 @@ class TokenFile:
             yield tokens[start : self.ends[index]]
 
     def _encode_waiting(self) -> None:
-        encoded = self._tokenizer.encode_batch([piece for piece, _ in self._waiting])
-        for ids, (_, is_last) in zip(encoded, self._waiting, strict=True):
+        encoded = self._tokenizer.encode_after([waiting[:2] for waiting in self._waiting])
+        for (_, ids), (_, _, is_last) in zip(encoded, self._waiting, strict=True):
             if is_last:
-                ids.append(self._tokenizer.end_of_document)
+                ids = [*ids, self._tokenizer.end_of_document]
             self._file.write(np.asarray(ids, self.dtype).tobytes())
             self._written += len(ids)
             if is_last:

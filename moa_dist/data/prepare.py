@@ -6,16 +6,16 @@ interrupted run never leaves a folder that looks complete.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+from moa_dist.data.hold_out import SPLITS, HoldOut, Split, Survey
+from moa_dist.data.input_files import LeftOut, find_files
 from moa_dist.data.manifest import (
-    SPLITS,
     Manifest,
     save_manifest,
     sha256_of,
@@ -23,7 +23,8 @@ from moa_dist.data.manifest import (
 )
 from moa_dist.data.output_folder import check_output, partial_folder, put_in_place
 from moa_dist.data.packing import TokenFile, write_shards
-from moa_dist.data.text import TextCounts, TextOptions, find_files, read_documents
+from moa_dist.data.text import read_documents
+from moa_dist.data.text_options import TextCounts, TextOptions
 from moa_dist.data.tokenizer import (
     DEFAULT_SAMPLE_BYTES,
     TOKENIZER_FILE,
@@ -48,6 +49,8 @@ class Prepared:
     """The manifest of each folder of shards."""
     counts: TextCounts
     """Counts of the text that was read."""
+    held_out: str | None
+    """What the validation split holds, in words; None without one."""
 
 
 def prepare(
@@ -57,6 +60,7 @@ def prepare(
     block_length: int,
     vocab_size: int = 8000,
     tokenizer: Path | None = None,
+    end_of_document: str | None = None,
     samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD,
     valid_share: float = 0.0,
     seed: int = 0,
@@ -77,9 +81,11 @@ def prepare(
         block_length: tokens per sequence (L); a sample stores one more.
         vocab_size: size of the tokenizer that is trained when `tokenizer` is None.
         tokenizer: `tokenizer.json` to use instead, or a folder that holds one.
+        end_of_document: token of `tokenizer` that ends documents; None to find it.
         samples_per_shard: maximum samples in a shard.
-        valid_share: share of the documents to hold out. A hash of the document's text decides, so
-            equal documents are never in both splits.
+        valid_share: share of the text to hold out: whole documents, chosen by a hash of their
+            text so that equal ones are never in both splits, or the end of the longest one if
+            that leaves too little for a sample.
         seed: seed of the tokenizer's sample, of the held-out documents and of the document order.
         text: how files become documents; None for the defaults of `TextOptions`.
         tokenizer_sample_bytes: maximum text that a tokenizer is trained on.
@@ -93,18 +99,30 @@ def prepare(
     """
     options = text or TextOptions()
     _check_options(block_length, samples_per_shard, valid_share, seed, options.max_bytes)
+    if end_of_document is not None and tokenizer is None:
+        raise DataError(
+            "--end-of-document names a token of a given tokenizer; give one with --tokenizer",
+            key="--end-of-document",
+        )
     check_output(output, force)
     with partial_folder(output) as partial:
         work = partial / "work"
         work.mkdir()
-        reader = _Reader(
-            find_files(inputs, stdin, work / "stdin.txt"), options, seed, valid_share, progress
-        )
-        if tokenizer is None:
-            used = reader.train_tokenizer(vocab_size, tokenizer_sample_bytes)
-        else:
-            used = load_tokenizer(tokenizer)
-        token_files, counts = reader.tokenize(used, work)
+        left_out = LeftOut()
+        files = find_files(inputs, stdin, work / "stdin", left_out)
+        corpus = _Corpus(files, options, progress)
+        used = None if tokenizer is None else load_tokenizer(tokenizer, end_of_document)
+        hold_out = None
+        if valid_share:
+            survey = corpus.survey(Survey(valid_share, seed, block_length))
+            hold_out = survey.share_of_documents(used) or survey.at_least_a_sample()
+        if used is None:
+            used = corpus.train_tokenizer(hold_out, vocab_size, tokenizer_sample_bytes, seed)
+            if hold_out and not survey.fits(hold_out, used):
+                hold_out = survey.at_least_a_sample()
+                used = corpus.train_tokenizer(hold_out, vocab_size, tokenizer_sample_bytes, seed)
+        counts = TextCounts(left_out=left_out)
+        token_files = corpus.tokenize(used, hold_out, work, counts)
         manifests = {}
         for split, tokens in token_files.items():
             folder = partial / split
@@ -114,60 +132,72 @@ def prepare(
             )
         shutil.rmtree(work)
         put_in_place(partial, output)
-    return Prepared(manifests, counts)
+    return Prepared(manifests, counts, hold_out.what if hold_out else None)
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """Reads the text: twice if a tokenizer is trained on it first."""
+class _Corpus:
+    """Reads the text once to plan what is held out, once to train a tokenizer, and once more."""
 
     files: Sequence[Path]
     options: TextOptions
-    seed: int
-    valid_share: float
     progress: Progress
 
-    def train_tokenizer(self, vocab_size: int, sample_bytes: int) -> Tokenizer:
-        documents = self._documents("sampling text for the tokenizer", TextCounts())
-        sample = sample_text(
-            (text for text, _, split in documents if split != "valid"), sample_bytes, self.seed
-        )
+    def survey(self, survey: Survey) -> Survey:
+        """Show all documents to the survey, and return it."""
+        for pieces in self._documents("reading the text", TextCounts()):
+            survey.add(pieces)
+        return survey
+
+    def train_tokenizer(
+        self, hold_out: HoldOut | None, vocab_size: int, sample_bytes: int, seed: int
+    ) -> Tokenizer:
+        """Train a tokenizer on a sample of the text that is not held out."""
+        parts = self._parts("sampling text for the tokenizer", hold_out, TextCounts())
+        pieces = (piece for split, pieces in parts if split != "valid" for piece in pieces)
+        sample = sample_text(pieces, sample_bytes, seed)
         self.progress("training the tokenizer", 0, 1)
         trained = train_tokenizer(sample, vocab_size)
         self.progress("training the tokenizer", 1, 1)
         return trained
 
-    def tokenize(self, tokenizer: Tokenizer, work: Path) -> tuple[dict[str, TokenFile], TextCounts]:
+    def tokenize(
+        self, tokenizer: Tokenizer, hold_out: HoldOut | None, work: Path, counts: TextCounts
+    ) -> dict[str, TokenFile]:
         """Write the token file of each split; the only split of undivided text is named "."."""
-        counts = TextCounts()
-        splits = SPLITS if self.valid_share else (".",)
         with ExitStack() as stack:
-            files = {
+            files: dict[str, TokenFile] = {
                 split: stack.enter_context(TokenFile(work / f"tokens{number}", tokenizer))
-                for number, split in enumerate(splits)
+                for number, split in enumerate(SPLITS if hold_out else (".",))
             }
-            for text, text_bytes, split in self._documents("tokenizing", counts):
-                files[split].add(text, text_bytes)
-        return files, counts
+            for split, pieces in self._parts("tokenizing", hold_out, counts):
+                files[split].add(pieces)
+        return files
 
-    def _documents(self, what: str, counts: TextCounts) -> Iterator[tuple[str, int, str]]:
-        """Yield each document with its number of bytes and its split."""
-        if self.options.max_bytes is None:
-            total = sum(file.stat().st_size for file in self.files)
-        else:
-            total = self.options.max_bytes
-        for text, text_bytes in read_documents(self.files, self.options, counts):
-            yield text, text_bytes, self._split_of(text)
-            limited = self.options.max_bytes is not None
-            self.progress(what, counts.text_bytes if limited else counts.input_bytes, total)
+    def _parts(
+        self, what: str, hold_out: HoldOut | None, counts: TextCounts
+    ) -> Iterator[tuple[Split | Literal["."], Iterator[str]]]:
+        """Yield each document, or its two parts, with the split."""
+        for number, pieces in enumerate(self._documents(what, counts)):
+            if hold_out is None:
+                yield ".", pieces
+            else:
+                yield from hold_out.parts(number, pieces)
+
+    def _documents(self, what: str, counts: TextCounts) -> Iterator[Iterator[str]]:
+        limit = self.options.max_bytes
+        total = sum(file.stat().st_size for file in self.files) if limit is None else limit
+
+        def reported(pieces: Iterator[str]) -> Iterator[str]:
+            for piece in pieces:
+                yield piece
+                # The last call comes below, since several documents may end the text.
+                done = counts.input_bytes if limit is None else counts.text_bytes
+                self.progress(what, min(done, total - 1), total)
+
+        for pieces in read_documents(self.files, self.options, counts):
+            yield reported(pieces)
         self.progress(what, total, total)
-
-    def _split_of(self, text: str) -> str:
-        if not self.valid_share:
-            return "."
-        key = str(self.seed).encode()
-        digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
-        return "valid" if int.from_bytes(digest) < self.valid_share * 2**64 else "train"
 
 
 def _write_split(

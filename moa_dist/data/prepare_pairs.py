@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from moa_dist.data.decoding import read_lines
 from moa_dist.data.manifest import (
     PairManifest,
     ShardEntry,
@@ -25,7 +26,6 @@ from moa_dist.data.output_folder import check_output, partial_folder, put_in_pla
 from moa_dist.data.pairs import write_pairs
 from moa_dist.data.prepare import Progress
 from moa_dist.data.shards import Tokens
-from moa_dist.data.text import read_lines
 from moa_dist.data.tokenizer import (
     DEFAULT_SAMPLE_BYTES,
     TOKENIZER_FILE,
@@ -57,6 +57,7 @@ def prepare_pairs(
     block_length: int,
     vocab_size: int = 8000,
     tokenizer: Path | None = None,
+    end_of_document: str | None = None,
     pairs_per_shard: int,
     seed: int = 0,
     force: bool = False,
@@ -73,6 +74,7 @@ def prepare_pairs(
         block_length: maximum tokens of a text, end token included (L).
         vocab_size: size of the tokenizer that is trained when `tokenizer` is None.
         tokenizer: `tokenizer.json` to use instead, or a folder that holds one.
+        end_of_document: token of `tokenizer` that ends texts; None to find it.
         pairs_per_shard: pairs in every shard but the last.
         seed: seed of the tokenizer's sample.
         force: replace an output that an earlier run wrote.
@@ -93,7 +95,7 @@ def prepare_pairs(
         if tokenizer is None:
             used = _train_tokenizer(files, vocab_size, seed, progress)
         else:
-            used = load_tokenizer(tokenizer)
+            used = load_tokenizer(tokenizer, end_of_document)
         encoder = _Encoder(used, block_length)
         groups = _in_groups(encoder.pairs(files, progress), pairs_per_shard)
         shards = [

@@ -1,295 +1,291 @@
-"""Reads documents from files, folders and stdin, one at a time.
+"""Turns any input into documents, one at a time.
 
-Formats are plain text and JSON Lines, optionally compressed with gzip, bzip2 or xz. Text is read
-line by line, so a file of any size can be read as long as each document fits in memory.
+What a file holds decides how it is read: its content, and its name where the content leaves it
+open. A file that cannot be read as text is refused by name; nothing is dropped without being
+counted. Documents come in pieces, so memory is bounded however large a file or a document is.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import json
-import lzma
-import shutil
-import sys
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from moa_dist.data.compression import (
+    content_suffix,
+    decompressed,
+    is_parquet,
+    read_errors_named,
+    read_head,
+)
+from moa_dist.data.decoding import Decoder
+from moa_dist.data.input_files import (
+    CSV_SUFFIXES,
+    JSON_SUFFIXES,
+    JSONL_SUFFIXES,
+    PARQUET_SUFFIXES,
+    PLAIN_SUFFIXES,
+)
+from moa_dist.data.records import (
+    Records,
+    field_of,
+    has_column,
+    is_json_lines,
+    looks_like_json,
+    read_csv,
+    read_json_lines,
+    read_json_values,
+    read_parquet,
+)
+from moa_dist.data.text_options import TextCounts, TextOptions
 from moa_dist.errors import DataError
 
-DocumentRule = Literal["file", "blank-line"]
-ErrorRule = Literal["strict", "replace"]
+Format = Literal["text", "json-lines", "json-values", "csv", "parquet"]
 
-# fmt: off
-PLAIN_SUFFIXES = frozenset({
-    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".csv", ".tsv", ".json",
-    ".yaml", ".yml", ".toml", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go",
-    ".java", ".js", ".ts", ".sh", ".sql",
-})
-# fmt: on
-JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-COMPRESSED_SUFFIXES = frozenset({".gz", ".bz2", ".xz"})
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class TextOptions:
-    """Configures how files become documents."""
-
-    documents: DocumentRule = "file"
-    """For plain text: a document is a whole file, or lines up to a blank line."""
-    json_field: str = "text"
-    """For JSON Lines: the field that holds the text. Every line is a document."""
-    errors: ErrorRule = "strict"
-    """Whether text that is not UTF-8 is an error, or is replaced and counted."""
-    max_bytes: int | None = None
-    """Stop after this many UTF-8 bytes of text; the last document is cut to fit."""
-
-
-@dataclass
-class TextCounts:
-    """Counts what `read_documents` has read so far; updated while documents are consumed."""
-
-    documents: int = 0
-    """Documents yielded."""
-    text_bytes: int = 0
-    """UTF-8 bytes yielded."""
-    empty: int = 0
-    """Documents skipped because they hold only white space."""
-    replaced: int = 0
-    """Lines in which something was not UTF-8 and was replaced."""
-    input_bytes: int = 0
-    """Bytes read from disk, compressed or not."""
-
-
-def find_files(inputs: Sequence[str], stdin: BinaryIO | None, spool: Path) -> list[Path]:
-    """Resolve files, folders (recursively, sorted, known suffixes) and `-` (stdin).
-
-    Args:
-        inputs: paths, or `-`.
-        stdin: stream to read `-` from; None for the process's stdin.
-        spool: file to copy stdin to, because text is read more than once.
-
-    Raises:
-        DataError: an input does not exist, or a folder holds no text file.
-    """
-    files: list[Path] = []
-    for name in inputs:
-        path = Path(name)
-        try:
-            is_folder, is_file = path.is_dir(), path.is_file()
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be opened ({error.strerror}); check --input", path=path
-            ) from error
-        if name == "-" and spool not in files:
-            with spool.open("wb") as out:
-                shutil.copyfileobj(stdin or sys.stdin.buffer, out)
-            files.append(spool)
-        elif is_folder:
-            files.extend(_files_in(path))
-        elif is_file:
-            files.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder; check --input", path=path)
-    return files
+_PIECE_CHARACTERS = 1 << 16
+_PROSE_SUFFIXES = frozenset({".txt", ".text"})
+_SOURCE_SUFFIXES = PLAIN_SUFFIXES - _PROSE_SUFFIXES
 
 
 def read_documents(
     files: Sequence[Path], options: TextOptions, counts: TextCounts
-) -> Iterator[tuple[str, int]]:
-    """Yield every document that is not empty, with its number of UTF-8 bytes.
+) -> Iterator[Iterator[str]]:
+    """Yield every document that is not empty, as an iterator over its pieces.
+
+    What is left of a document is skipped when the next one is asked for.
 
     Args:
         files: files to read, as returned by `find_files`.
         options: how to split and decode them.
-        counts: updated as documents are yielded.
+        counts: updated as pieces are consumed.
 
     Raises:
         DataError: a file cannot be read or decoded, or the input holds no text.
     """
-    for text in _all_documents(files, options, counts):
-        if not text.strip():
+    limit = options.max_bytes
+    for parts in _all_documents(files, options, counts):
+        opening = _up_to_text(parts)
+        if opening is None:
             counts.empty += 1
             continue
-        encoded = text.encode()
-        if options.max_bytes is not None:
-            encoded = encoded[: options.max_bytes - counts.text_bytes]
-            text = encoded.decode(errors="ignore")
-            encoded = text.encode()
-        if text:
-            counts.documents += 1
-            counts.text_bytes += len(encoded)
-            yield text, len(encoded)
-        if options.max_bytes is not None and counts.text_bytes > options.max_bytes - 4:
-            break  # the longest character may no longer fit
+        counts.documents += 1
+        pieces = split_pieces(_counted(chain(opening, parts), limit, counts))
+        yield pieces
+        deque(pieces, maxlen=0)
+        if limit is not None and counts.text_bytes > limit - 4:
+            # The longest character may no longer fit.
+            for path in files[counts.files_opened - 1 :]:
+                counts.left_out.add("not read to the end, as --max-bytes says", path)
+            break
     if counts.documents == 0:
+        bad = f", {counts.bad_lines} bad lines" if counts.bad_lines else ""
         raise DataError(
-            f"the input holds no text ({len(files)} files, {counts.empty} empty documents); "
+            f"the input holds no text ({len(files)} files, {counts.empty} empty documents{bad}); "
             "give --input files that hold text",
             key="--input",
         )
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield every line of a file, compressed or not, without its line end.
+def split_pieces(parts: Iterable[str], limit: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Regroup a text into pieces of at most `limit` characters, at line ends if possible.
 
-    Raises:
-        DataError: the file cannot be read, or is not UTF-8.
+    This bounds the tokenizer's memory (about 100 bytes per token) and lets it encode one huge
+    document in parallel. The concatenated pieces are the text, however it came in parts; only the
+    tokens next to a split may differ from those of the whole text.
     """
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise DataError(f"{path}: {what}; check the path", path=path)
-    with read_errors_named(path), path.open("rb") as raw:
-        for line in _decoded(path, decompressed(path, raw), None, TextCounts()):
-            yield line.rstrip("\r\n")
+    waiting: list[str] = []
+    length = 0
+    for part in parts:
+        waiting.append(part)
+        length += len(part)
+        if length > limit:
+            text, start = "".join(waiting), 0
+            while len(text) - start > limit:
+                end = text.rfind("\n", start, start + limit) + 1 or start + limit
+                yield text[start:end]
+                start = end
+            waiting, length = [text[start:]], len(text) - start
+    yield "".join(waiting)
 
 
 def _all_documents(
     files: Sequence[Path], options: TextOptions, counts: TextCounts
-) -> Iterator[str]:
+) -> Iterator[Iterator[str]]:
     finished_bytes = 0
     for path in files:
+        counts.files_opened += 1
         with read_errors_named(path), path.open("rb") as raw:
-            for text in _documents_of(path, decompressed(path, raw), options, counts):
-                counts.input_bytes = finished_bytes + raw.tell()
-                yield text
+            decoder = Decoder(path, options.errors, counts)
+            kind = recognize(path, read_head(path), options)
+            stream = raw if kind == "parquet" else decompressed(path, raw)
+            for parts in _documents_of(kind, decoder, stream, options, counts):
+                yield _located(parts, raw, finished_bytes, counts)
         finished_bytes += path.stat().st_size
         counts.input_bytes = finished_bytes
 
 
-def _files_in(folder: Path) -> list[Path]:
-    known = PLAIN_SUFFIXES | JSONL_SUFFIXES
-    found = sorted(f for f in folder.rglob("*") if content_suffix(f) in known and f.is_file())
-    if not found:
-        raise DataError(
-            f"{folder}: no text files in this folder; known suffixes are "
-            f"{' '.join(sorted(known))}, optionally followed by one of "
-            f"{' '.join(sorted(COMPRESSED_SUFFIXES))}. "
-            "A file given by name may have any suffix",
-            path=folder,
-        )
-    return found
+def _located(
+    parts: Iterator[str], raw: BinaryIO, finished_bytes: int, counts: TextCounts
+) -> Iterator[str]:
+    for part in parts:
+        counts.input_bytes = finished_bytes + raw.tell()
+        yield part
 
 
-def content_suffix(path: Path) -> str:
-    """Return the suffix of the decompressed content, in lower case."""
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED_SUFFIXES else path
-    return inner.suffix.lower()
+def recognize(path: Path, head: bytes, options: TextOptions) -> Format:
+    """Return how to read a file, from its first bytes, its name and the user's choice.
 
-
-def decompressed(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """Iterate over the decompressed lines of a file, each with its newline."""
-    match path.suffix.lower():
-        case ".gz":
-            return iter(gzip.GzipFile(fileobj=raw))
-        case ".bz2":
-            return iter(bz2.BZ2File(raw))
-        case ".xz":
-            return iter(lzma.LZMAFile(raw))
-        case _:
-            return iter(raw)
-
-
-@contextmanager
-def read_errors_named(path: Path) -> Iterator[None]:
-    """Convert errors raised while reading `path` to a DataError that names it."""
-    try:
-        yield
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(
-            f"{path}: cannot be read ({error}); it may be truncated or damaged, copy it again",
-            path=path,
-        ) from error
+    Raises:
+        DataError: a field was named, but nothing shows where this file has fields.
+    """
+    suffix, chosen = content_suffix(path), options.format
+    start = head.decode("utf-8-sig", errors="ignore")
+    if is_parquet(head) or (suffix in PARQUET_SUFFIXES and chosen == "auto"):
+        return "parquet"
+    if chosen == "auto":
+        if suffix in JSON_SUFFIXES:
+            chosen = "json"
+        elif suffix in CSV_SUFFIXES:
+            chosen = "csv"
+        elif suffix in _SOURCE_SUFFIXES:
+            chosen = "text"
+        elif looks_like_json(start):
+            chosen = "json"
+        elif options.json_field is None or suffix in _PROSE_SUFFIXES or not start.strip():
+            chosen = "text"
+        elif has_column(start.lstrip().partition("\n")[0], options.field):
+            chosen = "csv"
+        else:
+            raise DataError(
+                f"{path}: holds neither JSON nor a CSV column '{options.field}', though "
+                "--json-field names one; name the format with --format, or leave out --json-field",
+                path=path,
+                key="--json-field",
+            )
+    if chosen == "json":
+        lines = is_json_lines(start, suffix in JSONL_SUFFIXES)
+        return "json-lines" if lines else "json-values"
+    return chosen
 
 
 def _documents_of(
-    path: Path, raw_lines: Iterator[bytes], options: TextOptions, counts: TextCounts
-) -> Iterator[str]:
-    lines = _decoded(path, raw_lines, options.errors, counts)
-    if content_suffix(path) in JSONL_SUFFIXES:
-        return _json_documents(path, lines, options, counts)
-    if options.documents == "file":
-        return iter(["".join(lines)])
-    return _blank_line_documents(lines)
+    kind: Format, decoder: Decoder, stream: BinaryIO, options: TextOptions, counts: TextCounts
+) -> Iterator[Iterator[str]]:
+    """Yield the documents of a file, each as an iterator over parts of its text."""
+    records: Records
+    match kind:
+        case "json-lines":
+            records = read_json_lines(decoder, stream)
+        case "json-values":
+            records = read_json_values(decoder, stream)
+        case "csv":
+            records = read_csv(decoder, stream, options.field)
+        case "parquet":
+            records = read_parquet(decoder.path, stream, options.field)
+        case "text":
+            return _SPLITTERS[options.documents](decoder.parts(stream))
+    return _texts(decoder.path, records, options, counts)
 
 
-def _decoded(
-    path: Path, raw_lines: Iterator[bytes], errors: ErrorRule | None, counts: TextCounts
-) -> Iterator[str]:
-    """Decode lines; `errors` is None if the only remedy is to convert the file."""
-    offset = 0
-    for number, raw in enumerate(raw_lines, start=1):
-        # Splitting at newlines first is safe: no other UTF-8 character contains that byte.
-        line = raw.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else raw
+def _whole(parts: Iterator[str]) -> Iterator[Iterator[str]]:
+    yield parts
+
+
+def _by_blank_line(parts: Iterator[str]) -> Iterator[Iterator[str]]:
+    first = next((part for part in parts if part.strip()), None)
+    while first is not None:
+        yield _paragraph(first, parts)
+        first = next((part for part in parts if part.strip()), None)
+
+
+def _paragraph(first: str, parts: Iterator[str]) -> Iterator[str]:
+    """Yield the lines up to a blank one, without the end of the last."""
+    last = first
+    for part in parts:
+        if not part.strip() and last.endswith("\n"):
+            break
+        yield last
+        last = part
+    yield last.rstrip("\r\n")
+
+
+def _by_line(parts: Iterator[str]) -> Iterator[Iterator[str]]:
+    for part in parts:
+        yield _line(part, parts)
+
+
+def _line(first: str, parts: Iterator[str]) -> Iterator[str]:
+    part: str | None = first
+    while part is not None and not part.endswith("\n"):
+        yield part
+        part = next(parts, None)
+    if part is not None:
+        yield part.rstrip("\r\n")
+
+
+_SPLITTERS = {"file": _whole, "blank-line": _by_blank_line, "line": _by_line}
+
+
+def _texts(
+    path: Path, records: Records, options: TextOptions, counts: TextCounts
+) -> Iterator[Iterator[str]]:
+    """Yield the text of each record; bad ones are errors, or skipped and counted."""
+    for line, record in records:
         try:
-            if b"\0" in line:  # UTF-16 without a mark decodes as UTF-8 full of NUL characters
-                at = line.index(b"\0")
-                raise UnicodeDecodeError("utf-8", line, at, at + 1, "a NUL byte, as UTF-16 has")
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            if errors != "replace":
-                at = offset + len(raw) - len(line) + error.start
-                remedy = "convert the file" + (", or use --errors replace" if errors else "")
-                raise DataError(
-                    f"{path}: not UTF-8 at byte {at} of the text ({error.reason}); {remedy}",
-                    path=path,
-                    line=number,
-                ) from error
-            counts.replaced += 1
-            yield line.decode(errors="replace").replace("\0", "\ufffd")
-        offset += len(raw)
+            if isinstance(record, DataError):
+                raise record
+            text = field_of(path, line, record, options.field)
+            text = _valid_unicode(path, line, text, options, counts)
+        except DataError as error:
+            if options.bad_lines == "stop":
+                raise
+            counts.bad_lines += 1
+            counts.first_bad_line = counts.first_bad_line or str(error)
+        else:
+            yield iter((text,))
 
 
-def _blank_line_documents(lines: Iterator[str]) -> Iterator[str]:
-    document: list[str] = []
-    for line in lines:
-        if line.strip():
-            document.append(line)
-        elif document:
-            yield "".join(document).rstrip("\r\n")
-            document = []
-    if document:
-        yield "".join(document).rstrip("\r\n")
-
-
-def _json_documents(
-    path: Path, lines: Iterator[str], options: TextOptions, counts: TextCounts
-) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also absurdly long numbers
+def _valid_unicode(
+    path: Path, line: int, text: str, options: TextOptions, counts: TextCounts
+) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        if options.errors == "strict":
             raise DataError(
-                f"{path}, line {number}: not JSON ({error}); fix the line", path=path, line=number
-            ) from error
-        text = record.get(options.json_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            fields = ", ".join(record) if isinstance(record, dict) else "not an object"
-            raise DataError(
-                f"{path}, line {number}: no text in field '{options.json_field}' (the line has: "
-                f"{fields}); name the right field with --json-field",
+                f"{path}, line {line}: character {error.start} of the text is not valid "
+                "Unicode; fix the line, or use --errors replace",
                 path=path,
-                line=number,
-                key=options.json_field,
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            if options.errors == "strict":
-                raise DataError(
-                    f"{path}, line {number}: character {error.start} of the text is not valid "
-                    "Unicode; fix the line, or use --errors replace",
-                    path=path,
-                    line=number,
-                    key=options.json_field,
-                ) from error
-            counts.replaced += 1
-            text = text.encode(errors="replace").decode()
-        yield text
+                line=line,
+                key=options.field,
+            ) from error
+        counts.replaced += 1
+        return text.encode(errors="replace").decode()
+    return text
+
+
+def _up_to_text(parts: Iterator[str]) -> list[str] | None:
+    """Return the parts up to the first that is not white space; None if the document is empty."""
+    opening: list[str] = []
+    for part in parts:
+        opening.append(part)
+        if part and not part.isspace():
+            return opening
+    return None
+
+
+def _counted(parts: Iterator[str], limit: int | None, counts: TextCounts) -> Iterator[str]:
+    """Yield parts, counting their bytes, as far as the limit allows."""
+    for part in parts:
+        encoded = part.encode()
+        if limit is not None and counts.text_bytes + len(encoded) > limit:
+            encoded = encoded[: limit - counts.text_bytes]
+            part = encoded.decode(errors="ignore")
+            counts.text_bytes += len(part.encode())
+            if part:
+                yield part
+            return
+        counts.text_bytes += len(encoded)
+        yield part

@@ -1,4 +1,4 @@
-"""Trains, loads and applies byte-level BPE tokenizers.
+"""Trains byte-level BPE tokenizers, and loads and applies these and others that keep all text.
 
 Training is deterministic: the sample depends only on the seed and the text, and the library breaks
 ties between merges by token id.
@@ -7,15 +7,18 @@ ties between merges by token id.
 from __future__ import annotations
 
 import heapq
+import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moa_dist.data.manifest import read_regular_file
+from moa_dist.data.text import split_pieces
 from moa_dist.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -25,8 +28,13 @@ SMALLEST_VOCAB = 257
 LARGEST_VOCAB = 1 << 20
 """Sanity limit: the library spends memory and time on every id, used or not."""
 DEFAULT_SAMPLE_BYTES = 50_000_000
+_MARK = "end_of_document"
+"""Name, in the file's post-processor, of the token that ends documents; needed if it is not
+`END_OF_DOCUMENT`. Texts are not processed with it."""
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_WHOLE_TEXT = "The ship, No. 7:\n\n    sails at 10  (café, ж 日本)\t{x == 'y'}; 🚢\n"
+_PARTS_OF_TEXT = ("a", " b", "  c", "\n", " \n d", "é\n")
 _ANY_TEXT = ("a", "Z", "0", "~", "é", "ж", "日", "🚢")
-_PIECE_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,14 @@ class Tokenizer:
     """Size of the vocabulary; ids are below it."""
     end_of_document: int
     """Id of the token that ends each document; text never encodes to it."""
+    is_byte_level: bool
+    """Whether parts of a text can be encoded and decoded by themselves. Others add a space to a
+    text's beginning, or remove it, so that parts need the text before them."""
+
+    @property
+    def end_token(self) -> str:
+        """Return the token that ends each document."""
+        return str(self.backend.id_to_token(self.end_of_document))
 
     def encode(self, text: str) -> list[int]:
         """Encode one text, without the end-of-document token."""
@@ -55,6 +71,25 @@ class Tokenizer:
             ) from error
         return [encoding.ids for encoding in batch]
 
+    def encode_after(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Encode pairs of a context and the text that follows it.
+
+        A token that holds characters of both counts as text.
+        """
+        if self.is_byte_level:
+            distinct = list(dict.fromkeys(text for pair in texts for text in pair))
+            ids = dict(zip(distinct, self.encode_batch(distinct), strict=True))
+            return [(ids[context], ids[text]) for context, text in texts]
+        contexts = self.encode_batch([context for context, _ in texts])
+        both = self.encode_batch([context + text for context, text in texts])
+        result = []
+        for before, whole in zip(contexts, both, strict=True):
+            pairs = enumerate(zip(before, whole, strict=False))
+            shared = min(len(before), len(whole))
+            common = next((at for at, (one, other) in pairs if one != other), shared)
+            result.append((whole[:common], whole[common:]))
+        return result
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; bytes that are not UTF-8 become U+FFFD, special tokens are kept."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
@@ -64,16 +99,24 @@ class Tokenizer:
         return self.backend.to_str(pretty=True)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, end_of_document: str | None = None) -> Tokenizer:
     """Load a `tokenizer.json`, given its path or the folder that holds it.
 
+    Args:
+        path: the file or the folder.
+        end_of_document: token that ends documents; None to take the one that the file names,
+            <|endoftext|>, or the `eos_token` of the files next to it.
+
     Raises:
-        DataError: the file is missing, cannot be parsed, or has no end-of-document token.
+        DataError: the file is missing, cannot be parsed, does not keep all text, or has no
+            end-of-document token.
     """
     file = path
     try:
         file = path / TOKENIZER_FILE if path.is_dir() else path
-        backend = tokenizers.Tokenizer.from_str(read_regular_file(file).decode())
+        content = read_regular_file(file).decode()
+        backend = tokenizers.Tokenizer.from_str(content)
+        marked = _marked_end(json.loads(content))
     except OSError as error:
         raise DataError(
             f"{file}: no tokenizer here ({error.strerror}); give the tokenizer.json that "
@@ -86,7 +129,41 @@ def load_tokenizer(path: Path) -> Tokenizer:
             "moa-dist prepare wrote",
             path=file,
         ) from error
-    return _wrap(backend, file)
+    end = end_of_document or marked
+    if end is None and backend.token_to_id(END_OF_DOCUMENT) is None:
+        end = _end_in_settings(file.parent)
+    end = end or END_OF_DOCUMENT
+    tokenizer = _wrap(backend, file, end)
+    if end != END_OF_DOCUMENT or marked:
+        mark = {"id": _MARK, "ids": [tokenizer.end_of_document], "tokens": [end]}
+        tokenizer.backend.post_processor = processors.TemplateProcessing(
+            single="$A", pair="$A $B:1", special_tokens=[mark]
+        )
+    return tokenizer
+
+
+def _marked_end(content: Any) -> str | None:
+    """Return the token that the content of a `tokenizer.json` names as the end of documents."""
+    processor = content.get("post_processor") or {}
+    mark = processor.get("special_tokens", {}).get(_MARK) if isinstance(processor, dict) else None
+    if not mark:
+        return None
+    (end,) = mark["tokens"]
+    return str(end)
+
+
+def _end_in_settings(folder: Path) -> str | None:
+    """Return the `eos_token` of the settings of transformers next to a `tokenizer.json`."""
+    for name in _SETTINGS_FILES:
+        try:
+            end = json.loads(read_regular_file(folder / name)).get("eos_token")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(end, dict):
+            end = end.get("content")
+        if isinstance(end, str):
+            return end
+    return None
 
 
 def train_tokenizer(sample: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -122,7 +199,7 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(sample, trainer)
-    return _wrap(backend, None)
+    return _wrap(backend, None, END_OF_DOCUMENT)
 
 
 def sample_text(documents: Iterable[str], limit_bytes: int, seed: int) -> list[str]:
@@ -143,7 +220,7 @@ def sample_text(documents: Iterable[str], limit_bytes: int, seed: int) -> list[s
     priorities = random.Random(seed)  # random() is stable across Python versions
     kept: list[tuple[float, int, str]] = []
     kept_bytes = 0
-    pieces = (piece for document in documents for piece in split_pieces(document))
+    pieces = (piece for document in documents for piece in split_pieces([document]))
     for index, piece in enumerate(pieces):
         # heapq pops the smallest; negated, so that the highest number is dropped first.
         heapq.heappush(kept, (-priorities.random(), index, piece))
@@ -153,31 +230,18 @@ def sample_text(documents: Iterable[str], limit_bytes: int, seed: int) -> list[s
     return [piece for _, _, piece in sorted(kept, key=lambda item: item[1])]
 
 
-def split_pieces(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Split a text into pieces of at most `limit` characters, at line ends if possible.
-
-    This bounds the library's memory (about 100 bytes per token) and lets it encode one huge
-    document in parallel. The concatenated pieces are the text; only the tokens next to a split
-    may differ from those of the whole text.
-    """
-    start = 0
-    while len(text) - start > limit:
-        end = text.rfind("\n", start, start + limit) + 1 or start + limit
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _wrap(backend: tokenizers.Tokenizer, file: Path | None) -> Tokenizer:
+def _wrap(backend: tokenizers.Tokenizer, file: Path | None, end: str) -> Tokenizer:
     """Check and configure the library's tokenizer, read from `file` or newly trained."""
     source = file or "the new tokenizer"
-    end_of_document = backend.token_to_id(END_OF_DOCUMENT)
+    end_of_document = backend.token_to_id(end)
     if end_of_document is None:
+        special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
         raise DataError(
-            f"{source}: the tokenizer has no {END_OF_DOCUMENT} token, which ends each document; "
-            "train one with moa-dist prepare --vocab-size",
+            f"{source}: the tokenizer has no {end} token to end each document; name the token that "
+            f"does with --end-of-document (special tokens: {', '.join(special[:20]) or 'none'}), "
+            "or train one with moa-dist prepare --vocab-size",
             path=file,
-            key=END_OF_DOCUMENT,
+            key=end,
         )
     # Otherwise, a text that spells the special token would end its document.
     backend.encode_special_tokens = True
@@ -191,16 +255,33 @@ def _wrap(backend: tokenizers.Tokenizer, file: Path | None) -> Tokenizer:
             f"{source}: token id {largest} is beyond {LARGEST_VOCAB}; use another tokenizer",
             path=file,
         )
-    tokenizer = Tokenizer(backend, largest + 1, end_of_document)
+    tokenizer = Tokenizer(backend, largest + 1, end_of_document, is_byte_level=False)
     try:
-        encoded = tokenizer.encode_batch(_ANY_TEXT)
+        problem = _problem(tokenizer, end)
+        whole = "".join(_PARTS_OF_TEXT)
+        parts = [*_PARTS_OF_TEXT, whole]
+        encoded = tokenizer.encode_batch(parts)
+        joined = tokenizer.decode([token for ids in encoded[:-1] for token in ids])
+        is_byte_level = joined == whole and [tokenizer.decode(ids) for ids in encoded] == parts
     except DataError as error:
         raise DataError(f"{source}: {error}", path=file) from error
-    for text, ids in zip(_ANY_TEXT, encoded, strict=True):
+    if problem:
+        raise DataError(
+            f"{source}: {problem}; use one that encodes any text, such as a byte-level BPE of "
+            "moa-dist prepare",
+            path=file,
+        )
+    return replace(tokenizer, is_byte_level=is_byte_level)
+
+
+def _problem(tokenizer: Tokenizer, end: str) -> str | None:
+    """Return how the tokenizer would lose or misread text, if it would."""
+    for text, ids in zip(_ANY_TEXT, tokenizer.encode_batch(_ANY_TEXT), strict=True):
         if not ids:
-            raise DataError(
-                f"{source}: the tokenizer has no token for {text!a} and would drop it from the "
-                "text; use one that encodes any text, such as a byte-level BPE of moa-dist prepare",
-                path=file,
-            )
-    return tokenizer
+            return f"the tokenizer has no token for {text!a} and would drop it from the text"
+    ids = tokenizer.encode(_WHOLE_TEXT)
+    if (found := tokenizer.decode(ids).removeprefix(" ")) != _WHOLE_TEXT:
+        return f"the tokenizer changes text: {_WHOLE_TEXT!r} comes back as {found!r}"
+    if any(tokenizer.end_of_document in ids for ids in tokenizer.encode_batch([end, f"a {end}"])):
+        return f"text that spells {end} would end its document"
+    return None

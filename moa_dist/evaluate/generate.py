@@ -101,19 +101,31 @@ def _read(
     return output.logits[:, -1].double().cpu(), output.cache
 
 
-def stream_text(tokenizer: Tokenizer, drawn: Iterable[Drawn]) -> Iterator[tuple[int, str]]:
-    """Decode ids of a byte-level BPE as they arrive, in pieces of whole characters.
+def stream_text(
+    tokenizer: Tokenizer, drawn: Iterable[Drawn], prompts: Sequence[Sequence[int]] = ()
+) -> Iterator[tuple[int, str]]:
+    """Decode ids as they arrive, in pieces of whole characters.
 
-    Yields (index of the prompt, piece); a prompt's concatenated pieces are its decoded text.
+    Yields (index of the prompt, piece); a prompt's concatenated pieces are its decoded text. A
+    tokenizer that is not byte-level drops the space before a text's first word, so it needs the
+    ids of the prompts that the text continues.
     """
     held: dict[int, list[int]] = {}
+    before = {} if tokenizer.is_byte_level else {i: list(ids) for i, ids in enumerate(prompts)}
     for prompt, token in drawn:
         ids = [*held.pop(prompt, []), token]
-        text = tokenizer.decode(ids)
+        text = _decode_after(tokenizer, before.get(prompt, []), ids)
         # An incomplete character decodes to U+FFFD.
         if text.endswith("\ufffd"):
             held[prompt] = ids
         else:
             yield prompt, text
+            if not tokenizer.is_byte_level:
+                before[prompt] = ids
     for prompt, ids in held.items():
-        yield prompt, tokenizer.decode(ids)
+        yield prompt, _decode_after(tokenizer, before.get(prompt, []), ids)
+
+
+def _decode_after(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
+    """Decode ids that follow others."""
+    return tokenizer.decode([*before, *ids])[len(tokenizer.decode(before)) :]

@@ -87,9 +87,10 @@ class HarnessModel(LM):
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         tokenizer, chosen = self.scorer.tokenizer, normalize_gen_kwargs(options)
+        prompt = tokenizer.encode(context)
         drawn = generate(
             self.scorer.model,
-            [[tokenizer.end_of_document, *tokenizer.encode(context)]],
+            [[tokenizer.end_of_document, *prompt]],
             Sampling(
                 temperature=chosen.get("temperature", 0.0),
                 top_k=chosen.get("top_k") or None,  # Hugging Face's 0 is all
@@ -101,7 +102,7 @@ class HarnessModel(LM):
             max_length=self.scorer.max_length,
         )
         text = ""
-        for _, piece in stream_text(tokenizer, drawn):
+        for _, piece in stream_text(tokenizer, drawn, [prompt]):
             text += piece
             found = [at for stop in chosen["until"] if stop and (at := text.find(stop)) >= 0]
             if found:

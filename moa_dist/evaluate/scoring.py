@@ -4,7 +4,8 @@ Sequences: a sequence is the end-of-document token, which precedes every documen
 data, then the tokens of the context, then those of the continuation. The two texts are encoded
 separately, after moving white space from the end of the context to the start of the continuation:
 a byte-level BPE joins a space to the following word, so the tokens equal those of the whole text
-whenever the continuation starts with a space. The score is the sum of the continuation's
+whenever the continuation starts with a space. Other tokenizers encode the whole text, and a token
+that holds characters of both counts as continuation. The score is the sum of the continuation's
 log-probabilities, in nats.
 
 Truncation: a model sees at most as many tokens as it was trained on (L). The leftmost tokens are
@@ -116,14 +117,12 @@ class Scorer:
         return scores
 
     def _encode(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
-        """Encode context and continuation of each request, every distinct text once."""
+        """Encode context and continuation of each request."""
         split = []
         for context, continuation in requests:
             kept = context.rstrip()
             split.append((kept, context[len(kept) :] + continuation))
-        texts = list(dict.fromkeys(text for pair in split for text in pair))
-        ids = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-        return [(ids[context], ids[continuation]) for context, continuation in split]
+        return self.tokenizer.encode_after(split)
 
     def _pieces(self, context: list[int], continuation: list[int], first: int) -> list[_Piece]:
         """Split a request into pieces with indices from `first` on."""

@@ -26,7 +26,7 @@ from moa_dist.config.load import config_of
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import read_regular_file
-from moa_dist.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE, load_tokenizer
+from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.export import MODEL_FILE
 from moa_dist.models.language_model import LanguageModel
@@ -77,16 +77,17 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
     if problems := list(problems_of_model(model)):
         raise ConfigError(problems, f"{checkpoint} cannot be exported as JetMoE")
     tokenizer = tokenizer_of(checkpoint)
+    used = load_tokenizer(tokenizer)
     settings = settings_of(
         model,
         max_length=reader.index.config.data.sequence_length,
-        end_of_document=load_tokenizer(tokenizer).end_of_document,
+        end_of_document=used.end_of_document,
     )
     settings["dtype"] = str(dtype).removeprefix("torch.")
     for_tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_DOCUMENT,
-        "eos_token": END_OF_DOCUMENT,
+        "bos_token": used.end_token,
+        "eos_token": used.end_token,
     }
     shapes = _our_shapes(model)
     specs = [TensorSpec(e.theirs, dtype, _their_shape(e, shapes, model)) for e in entries(model)]
@@ -137,12 +138,13 @@ def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> 
     source.check({e.theirs: _their_shape(e, shapes, config.model) for e in table})
     specs = [TensorSpec(name, torch.float32, shapes[name]) for e in table for name in e.ours]
     values = (part.contiguous() for e in table for part in e.to_ours(source.read(e.theirs).float()))
-    tokenizer, problem = folder / TOKENIZER_FILE, None
+    tokenizer, problem = None, None
     try:
-        load_tokenizer(tokenizer)
+        # As `prepare` writes it, so that data prepared with either file fits the run.
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE).to_json().encode()
     except DataError as error:
         problem = str(error)
-    num_bytes = write_new_run(target, config, specs, values, None if problem else tokenizer)
+    num_bytes = write_new_run(target, config, specs, values, tokenizer)
     return Imported(config, num_bytes, problem)
 
 

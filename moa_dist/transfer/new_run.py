@@ -6,7 +6,6 @@ It holds no moments, because they are zero before the first update.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def write_new_run(
     config: Config,
     specs: list[TensorSpec],
     values: Iterable[Tensor],
-    tokenizer: Path | None,
+    tokenizer: bytes | None,
 ) -> int:
     """Create the run's folder `target`, which must not exist yet, with a checkpoint of step 0.
 
@@ -38,7 +37,7 @@ def write_new_run(
         config: the run's configuration.
         specs: every parameter and buffer of the model, in any order.
         values: the values of `specs`, one at a time, contiguous.
-        tokenizer: tokenizer to copy; None to create a run without one.
+        tokenizer: content of its file; None to create a run without one.
 
     Returns:
         Size of the weights in bytes.
@@ -66,6 +65,6 @@ def write_new_run(
     seal(folder, index, {_FILE: written.sha256})
     write_file(partial / CONFIG_FILE, [to_yaml(config).encode()])
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
+        write_file(partial / TOKENIZER_FILE, [tokenizer])
     move_into_place(partial, target)
     return written.num_bytes

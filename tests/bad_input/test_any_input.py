@@ -19,7 +19,8 @@ from moa_dist.analyze.summary import summary
 from moa_dist.config import load_config, to_yaml
 from moa_dist.data.manifest import Manifest, load_manifest, sha256_of
 from moa_dist.data.shards import read_shard
-from moa_dist.data.text import TextCounts, TextOptions, read_documents
+from moa_dist.data.text import read_documents
+from moa_dist.data.text_options import TextCounts, TextOptions
 from moa_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from moa_dist.errors import MoaDistError
 from moa_dist.report.analysis import analysis_page
@@ -208,9 +209,12 @@ def test_text_of_any_bytes(content: bytes, suffix: str, errors: Any, documents: 
         counts = TextCounts()
         with contextlib.suppress(MoaDistError):
             options = TextOptions(documents, errors=errors)
-            for text, num_bytes in read_documents([file], options, counts):
+            num_bytes = 0
+            for pieces in read_documents([file], options, counts):
+                text = "".join(pieces)
+                num_bytes += len(text.encode())
                 assert text.strip()
-                assert num_bytes == len(text.encode())
+                assert num_bytes == counts.text_bytes
                 assert "\0" not in text or suffix == ".jsonl"
 
 

@@ -12,7 +12,7 @@ from moa_dist.data import prepare as prepare_module
 from moa_dist.data.manifest import Manifest, load_manifest, sha256_of
 from moa_dist.data.prepare import Prepared, prepare
 from moa_dist.data.shards import read_shard
-from moa_dist.data.text import TextOptions
+from moa_dist.data.text_options import TextOptions
 from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.errors import DataError
 from tests.raises import raises_data_error

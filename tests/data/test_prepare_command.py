@@ -30,4 +30,4 @@ def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"{value:,}" in printed.out
     assert f"{valid.bytes_per_token:.2f}" in printed.out
     stages = re.findall(r"([a-z ]+): 100\.0 %", printed.err)
-    assert len(stages) == len(set(stages)) == 5, "each stage ends once"
+    assert len(stages) == len(set(stages)) == 6, "each stage ends once"

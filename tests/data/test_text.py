@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from moa_dist.data.text import TextCounts, TextOptions, find_files, read_documents
+from moa_dist.data.input_files import find_files
+from moa_dist.data.text import read_documents
+from moa_dist.data.text_options import TextCounts, TextOptions
 from tests.raises import raises_data_error
 
 
 def read(*files: Path, options: TextOptions | None = None) -> tuple[list[str], TextCounts]:
     counts = TextCounts()
     documents = read_documents(files, options or TextOptions(), counts)
-    return [text for text, _ in documents], counts
+    return ["".join(pieces) for pieces in documents], counts
 
 
 def test_a_file_is_a_document_unless_blank_lines_end_them(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moa_dist.data.text import split_pieces
 from moa_dist.data.tokenizer import (
     END_OF_DOCUMENT,
     load_tokenizer,
     sample_text,
-    split_pieces,
     train_tokenizer,
 )
 from tests.raises import raises_data_error

@@ -9,7 +9,7 @@ import torch
 
 from moa_dist.config.run import Config
 from moa_dist.data.prepare import prepare
-from moa_dist.data.text import TextOptions
+from moa_dist.data.text_options import TextOptions
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model

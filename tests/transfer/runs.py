@@ -42,5 +42,5 @@ def make_run(folder: Path, model: LanguageModel) -> Config:
     state = model.state_dict()
     specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in state.items()]
     values = (tensor.contiguous() for tensor in state.values())
-    write_new_run(folder, config, specs, values, folder.parent / TOKENIZER_FILE)
+    write_new_run(folder, config, specs, values, (folder.parent / TOKENIZER_FILE).read_bytes())
     return config

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moa_dist.data.text import content_suffix, decompressed, read_errors_named
+from moa_dist.data.compression import content_suffix, decompressed, read_errors_named
 from moa_dist.errors import DataError
 
 

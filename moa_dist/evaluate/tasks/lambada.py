@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from moa_dist.data.text import JSONL_SUFFIXES, content_suffix
+from moa_dist.data.compression import content_suffix
+from moa_dist.data.input_files import JSONL_SUFFIXES
 from moa_dist.evaluate.scoring import Request, Score
 from moa_dist.evaluate.tasks.files import Location, read_lines, read_records, text_field
 from moa_dist.evaluate.tasks.task import Mean, Result, Task, mean
