@@ -7,9 +7,9 @@ newest checkpoint. `runs/NAME/attempts.jsonl` lists all attempts. On SIGTERM, SI
 job saves and stops; the same command continues it.
 
 `--hostfile FILE` starts ranks on all its hosts through pdsh and ssh. Without ssh, start the same
-command once on every node with --nodes, --node-rank and --master-addr; node 0 leads, and all nodes
-exit with the same code. Both ways first check all hosts and report everything that is wrong. All
-hosts must share the run's folder.
+command once on every node with --nodes, --node-rank and --master-addr, and the same random text in
+MOA_DIST_JOB_SECRET; node 0 leads, and all nodes exit with the same code. Both ways first check all
+hosts and report everything that is wrong. All hosts must share the run's folder.
 
 Exit codes: 0 done, 1 gave up after restarts, 2 configuration or data error, 3 loss not finite,
 4 checkpoint not written, 75 preempted, 76 gave up after losing ranks; see
@@ -30,6 +30,7 @@ from moa_dist.distributed.network import host_name
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.doctor.environment import DEFAULT_PORT
 from moa_dist.errors import ExitCode, MoaDistError
+from moa_dist.launch.handshake import new_nonce, take_secret
 from moa_dist.launch.hostfile import read_hostfile
 from moa_dist.launch.leader import Node, NodesLauncher
 from moa_dist.launch.local import LocalLauncher
@@ -171,7 +172,8 @@ def launch(args: argparse.Namespace, config: Config, preemption: Preemption) -> 
         local = LocalLauncher(command, ranks)
         return supervise(config, local, policy, preemption, sys.stdout)
     port = args.master_port or DEFAULT_PORT
-    node = Node(args.nodes, args.node_rank, args.master_addr, port, ranks, host_name())
+    secret = take_secret(os.environ) if args.nodes > 1 else new_nonce()
+    node = Node(args.nodes, args.node_rank, args.master_addr, port, ranks, host_name(), secret)
     if node.rank:
         return follow(node, config, command, waiting)
     with NodesLauncher(node, config, command, wanted, waiting) as leader:

@@ -81,8 +81,9 @@ class NetworkLifeline:
         self._link: Link | None = None
         if os.environ["LOCAL_RANK"] == "0":
             supervisor = os.environ["SSH_CONNECTION"].split()[0]
-            self._link = connect(supervisor, start.port, _CONNECT_S)
-            self._link.send({"token": start.token, "node": int(os.environ["CROSS_RANK"])})
+            hello = {"node": int(os.environ["CROSS_RANK"])}
+            key = bytes.fromhex(start.key)
+            self._link = connect(supervisor, start.port, key, hello, _CONNECT_S)
 
     def poll(self, timeout_s: float) -> Event | None:
         """Wait for the next event, see `Lifeline.poll`."""
