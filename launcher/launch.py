@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +29,7 @@ from moa_dist.cli.arguments import between
 from moa_dist.config import Config, load_config
 from moa_dist.distributed.network import host_name
 from moa_dist.distributed.preemption import Preemption
+from moa_dist.distributed.process import SUPERVISOR_VARIABLE
 from moa_dist.doctor.environment import DEFAULT_PORT
 from moa_dist.errors import ExitCode, MoaDistError
 from moa_dist.launch.handshake import new_nonce, take_secret
@@ -152,6 +154,7 @@ def launch(args: argparse.Namespace, config: Config, preemption: Preemption) -> 
     """Supervise the job on this machine, on the hosts of a hostfile, or as one of several nodes."""
     script = Path(__file__).absolute().with_name("train.py")
     command = [sys.executable, str(script), "--config", args.config, *args.overrides]
+    os.environ[SUPERVISOR_VARIABLE] = f"{os.getpid()}@{host_name()}/{secrets.token_hex(4)}"
     policy = RestartPolicy(args.max_restarts)
     wanted = Wanted(
         config,

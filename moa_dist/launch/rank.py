@@ -30,6 +30,7 @@ from moa_dist.distributed.network import (
     is_loopback,
 )
 from moa_dist.distributed.preemption import PREEMPTION_SIGNALS
+from moa_dist.distributed.process import ATTEMPT_VARIABLE
 from moa_dist.launch.failure import count_oom_kills
 from moa_dist.launch.link import Link, LinkLostError, connect
 from moa_dist.launch.record import RankRecord, Start, read_start, write_record
@@ -118,6 +119,7 @@ def _run(folder: Path, command: list[str], lifeline: Lifeline) -> int:
     rank = int(os.environ["RANK"])
     if (visible := os.environ.pop(VISIBLE_VARIABLE, None)) is not None:
         os.environ[CUDA_VARIABLE] = visible
+    os.environ[ATTEMPT_VARIABLE] = folder.name
     started: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _frame: object) -> None:
