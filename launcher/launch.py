@@ -1,15 +1,15 @@
 """Train with automatic restarts: `python launcher/launch.py --config FILE [key.path=value ...]`.
 
-Starts one rank per GPU of this machine (`--ranks N` on CPUs) through the `deepspeed` launcher,
-shows rank 0's output, and logs that of every rank to `runs/NAME/logs/attempt-NN/rank-N.log`. If the
-job fails, it says why and restarts the job from the newest checkpoint. `runs/NAME/attempts.jsonl`
-lists all attempts. On SIGTERM, SIGUSR1 or Ctrl-C the job saves and stops; the same command
-continues it.
+Starts one rank per GPU of this machine, or per GPU that CUDA_VISIBLE_DEVICES lists (`--ranks N` on
+CPUs), through the `deepspeed` launcher, shows rank 0's output, and logs that of every rank to
+`runs/NAME/logs/attempt-NN/rank-N.log`. If the job fails, it says why and restarts the job from the
+newest checkpoint. `runs/NAME/attempts.jsonl` lists all attempts. On SIGTERM, SIGUSR1 or Ctrl-C the
+job saves and stops; the same command continues it.
 
 `--hostfile FILE` starts ranks on all its hosts through pdsh and ssh. Without ssh, start the same
-command once on every node with --nodes, --node-rank and --master-addr; node 0 leads, and all nodes
-exit with the same code. Both ways first check all hosts and report everything that is wrong. All
-hosts must share the run's folder.
+command once on every node with --nodes, --node-rank and --master-addr, and the same random text in
+MOA_DIST_JOB_SECRET; node 0 leads, and all nodes exit with the same code. Both ways first check all
+hosts and report everything that is wrong. All hosts must share the run's folder.
 
 Exit codes: 0 done, 1 gave up after restarts, 2 configuration or data error, 3 loss not finite,
 4 checkpoint not written, 75 preempted, 76 gave up after losing ranks; see
@@ -19,6 +19,8 @@ Exit codes: 0 done, 1 gave up after restarts, 2 configuration or data error, 3 l
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -27,8 +29,10 @@ from moa_dist.cli.arguments import between
 from moa_dist.config import Config, load_config
 from moa_dist.distributed.network import host_name
 from moa_dist.distributed.preemption import Preemption
+from moa_dist.distributed.process import SUPERVISOR_VARIABLE
 from moa_dist.doctor.environment import DEFAULT_PORT
 from moa_dist.errors import ExitCode, MoaDistError
+from moa_dist.launch.handshake import new_nonce, take_secret
 from moa_dist.launch.hostfile import read_hostfile
 from moa_dist.launch.leader import Node, NodesLauncher
 from moa_dist.launch.local import LocalLauncher
@@ -37,6 +41,7 @@ from moa_dist.launch.retry import HOST_WAIT_S, Waiting
 from moa_dist.launch.ssh import given_arguments
 from moa_dist.launch.ssh_launcher import HostsLauncher
 from moa_dist.launch.supervisor import RestartPolicy, supervise
+from moa_dist.launch.visible_devices import num_gpus, ranks_on_visible_devices
 from moa_dist.launch.worker_node import follow
 
 
@@ -51,7 +56,8 @@ def parse() -> argparse.Namespace:
         "--ranks",
         type=between(int, 1),
         metavar="N",
-        help="ranks to start on this machine; default: one per GPU, or one without GPUs",
+        help="ranks to start on this machine; default: one per GPU in CUDA_VISIBLE_DEVICES or, "
+        "if that is unset, per GPU; one without GPUs",
     )
     parser.add_argument(
         "--max-restarts",
@@ -148,6 +154,7 @@ def launch(args: argparse.Namespace, config: Config, preemption: Preemption) -> 
     """Supervise the job on this machine, on the hosts of a hostfile, or as one of several nodes."""
     script = Path(__file__).absolute().with_name("train.py")
     command = [sys.executable, str(script), "--config", args.config, *args.overrides]
+    os.environ[SUPERVISOR_VARIABLE] = f"{os.getpid()}@{host_name()}/{secrets.token_hex(4)}"
     policy = RestartPolicy(args.max_restarts)
     wanted = Wanted(
         config,
@@ -163,11 +170,13 @@ def launch(args: argparse.Namespace, config: Config, preemption: Preemption) -> 
         hosts = read_hostfile(args.hostfile)
         with closing(HostsLauncher(hosts, command, wanted, waiting, args.ssh_args)) as launcher:
             return supervise(config, launcher, policy, preemption, sys.stdout)
+    ranks = ranks_on_visible_devices(os.environ, args.ranks, num_gpus())
     if not is_node:
-        local = LocalLauncher(command, args.ranks)
+        local = LocalLauncher(command, ranks)
         return supervise(config, local, policy, preemption, sys.stdout)
     port = args.master_port or DEFAULT_PORT
-    node = Node(args.nodes, args.node_rank, args.master_addr, port, args.ranks, host_name())
+    secret = take_secret(os.environ) if args.nodes > 1 else new_nonce()
+    node = Node(args.nodes, args.node_rank, args.master_addr, port, ranks, host_name(), secret)
     if node.rank:
         return follow(node, config, command, waiting)
     with NodesLauncher(node, config, command, wanted, waiting) as leader:

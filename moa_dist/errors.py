@@ -103,6 +103,10 @@ class DataError(MoaDistError):
         """The separate problems, if this error reports several."""
 
 
+class RunInUseError(MoaDistError):
+    """Another job writes to the run's folder."""
+
+
 class ClusterError(MoaDistError):
     """The ranks, devices or network do not meet the needs of the run."""
 

@@ -1,9 +1,10 @@
 """Writes a job for Kubernetes: an indexed Job whose pods each run one launcher.
 
-There are three objects: a ConfigMap with the whole configuration, a headless Service that gives
-pods their names, and the Job. The launchers restart failed ranks themselves, so Kubernetes only
-replaces pods that are gone. Exit codes decide how: a pod that was preempted or lost a peer is
-replaced without counting as a failure, and one for which a restart cannot help fails the Job.
+There are four objects: a ConfigMap with the whole configuration, a Secret by which the pods of this
+job know each other, a headless Service that gives pods their names, and the Job. The launchers
+restart failed ranks themselves, so Kubernetes only replaces pods that are gone. Exit codes decide
+how: a pod that was preempted or lost a peer is replaced without counting as a failure, and one for
+which a restart cannot help fails the Job.
 Requires Kubernetes 1.31 or newer.
 """
 
@@ -19,6 +20,7 @@ import yaml
 from moa_dist.config import to_yaml
 from moa_dist.config.run import Config
 from moa_dist.errors import ConfigError, ExitCode
+from moa_dist.launch.handshake import SECRET_VARIABLE, new_nonce
 
 WORK_FOLDER = "/app"
 """Working folder of the image (docker/Dockerfile), to which relative paths refer."""
@@ -27,6 +29,7 @@ USER_ID = 10001
 PORT = 29500
 """Port of node 0's launcher. Every pod has its own address, so any port is free."""
 _CONFIG_FOLDER = "/etc/moa-dist"
+_SECRET_KEY = "job-secret"
 _MAX_LOST_LAUNCHERS = 20
 _MAX_NAME_LENGTH = 63
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -75,6 +78,13 @@ def manifest(config: Config, job: KubernetesJob) -> str:
             "metadata": metadata,
             "immutable": True,
             "data": {"config.yaml": to_yaml(config)},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": metadata,
+            "immutable": True,  # a pod that is replaced must get what the others have
+            "stringData": {_SECRET_KEY: new_nonce()},
         },
         {
             "apiVersion": "v1",
@@ -132,6 +142,12 @@ def _pod(name: str, job: KubernetesJob) -> dict[str, Any]:
                 "name": "launcher",
                 "image": job.image,
                 "args": _arguments(name, job),
+                "env": [
+                    {
+                        "name": SECRET_VARIABLE,
+                        "valueFrom": {"secretKeyRef": {"name": name, "key": _SECRET_KEY}},
+                    }
+                ],
                 "resources": {
                     "requests": ({"cpu": job.cpu} if job.cpu else {}) | memory,
                     "limits": gpus | memory,

@@ -5,18 +5,18 @@ and end their ranks on its command. A single node decides, so that all nodes sta
 and exit with the same status.
 
 Messages to a node: `ask`, a request for its checks; `start`, start an attempt; `preempt`, let the
-ranks save and stop; `end`, end the ranks; `exit`, the job is over. Messages from a node: `token`
-with a description of the node, once; `answer`, to a request; `ended`, its ranks have ended;
-`preempt`, it was asked to stop.
+ranks save and stop; `end`, end the ranks; `exit`, the job is over. Messages from a node: `answer`,
+to a request; `ended`, its ranks have ended; `preempt`, it was asked to stop. Only nodes that know
+the job's secret are connected (`handshake.py`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from moa_dist.config.run import Config, run_folder
 from moa_dist.distributed.network import free_port, is_loopback
@@ -24,15 +24,15 @@ from moa_dist.doctor.finding import Finding
 from moa_dist.errors import ClusterError, ExitCode
 from moa_dist.launch.checked_host import ANSWER_S, HostProcess, NoAnswerError
 from moa_dist.launch.failure import Cause
-from moa_dist.launch.link import Hub, Link, LinkLostError
+from moa_dist.launch.handshake import Message, derive_key
+from moa_dist.launch.hub import Hub
+from moa_dist.launch.link import Link, LinkLostError
 from moa_dist.launch.local import END_S, LocalJob, RankPlacement
 from moa_dist.launch.overdue import Overdue
 from moa_dist.launch.preflight import Preflight, Wanted, preflight
 from moa_dist.launch.retry import Waiting
 
 _POLL_S = 0.2
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class Node:
     """Number of ranks to start here; None for one per GPU, or one without GPUs."""
     host: str
     """Name of this machine in messages."""
+    secret: str = field(repr=False)
+    """The job's secret."""
 
-    def hello(self, config: Config) -> Message:
-        """Return the node's first message, which describes it."""
+    def key(self, config: Config) -> bytes:
+        """Return the key by which the nodes of this job recognize each other."""
+        return derive_key(self.secret, run_folder(config))
+
+    def hello(self) -> Message:
+        """Return the description of this node with which it connects."""
         return {
-            "token": token(config),
             "node": self.rank,
             "nodes": self.nodes,
             "ranks": self.ranks,
             "host": self.host,
         }
-
-
-def token(config: Config) -> str:
-    """Distinguish jobs that use the same address and port; it is not a secret."""
-    return str(run_folder(config))
 
 
 class RemoteNode:
@@ -172,10 +172,9 @@ class NodesLauncher:
         """
         self._node, self._command, self._waiting = node, command, waiting
         self._wanted, self._checked = wanted, Preflight()
-        self._token = token(config)
         address = node.address if is_loopback(node.address) else ""
         try:
-            self._hub = Hub(address, node.port, self._token)
+            self._hub = Hub(address, node.port, node.key(config), waiting.say)
         except OSError as error:
             raise ClusterError(
                 f"node 0 cannot listen on port {node.port} ({error.strerror}): end the process "

@@ -1,12 +1,12 @@
 """A connection between a job's supervisor and a node, which notices when the other end is lost.
 
-Messages are lines of JSON over TCP; `{}` is a heartbeat. Either end notices within `SILENCE_S` that
+Both ends first prove that they know the job's secret, see `moa_dist.launch.handshake`. Messages are
+lines of JSON over TCP; `{}` is a heartbeat. Either end notices within `SILENCE_S` that
 the other one is stopped or cut off, and immediately that its process has ended.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import queue
 import select
@@ -14,19 +14,16 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from moa_dist.errors import ExitCode
+from moa_dist.launch.handshake import Message, introduce
 
 HEARTBEAT_S = 2.0
 """Seconds between heartbeats."""
 SILENCE_S = 32.0
 """Silence after which the other end counts as lost. Longer than the ranks' own heartbeat needs to
 name a lost rank, see `moa_dist.distributed.heartbeat`."""
-_HELLO_S = 10.0
 _MAX_LINE = 2**24
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,8 @@ class Link:
         self._sending = threading.Lock()
         self._lost: Loss | None = None
         self._closed = threading.Event()
-        self.address = str(connection.getpeername()[0])
-        """Address of the other end."""
         self.hello: Message = {}
-        """The first message of the other end, on links of a hub."""
+        """Description of the node, on links of a hub; `reached` is the address that it used."""
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
 
@@ -114,6 +109,8 @@ class Link:
 
     def _run(self) -> None:
         heard, next_heartbeat, unfinished = time.monotonic(), 0.0, b""
+        arrivals = select.poll()  # select.select() fails with 1,024 open files
+        arrivals.register(self._socket, select.POLLIN)
         while not self._closed.is_set() and self._lost is None:
             now = time.monotonic()
             if now >= next_heartbeat:
@@ -124,7 +121,7 @@ class Link:
             if now - heard > self._silence_s:
                 seconds = f"{self._silence_s:g} s"
                 self._lose(Loss("silent", f"has been silent for {seconds}: stopped, or cut off"))
-            if not select.select([self._socket], [], [], 0.1)[0]:
+            if not arrivals.poll(100):
                 continue
             try:
                 data = self._socket.recv(65536)
@@ -145,73 +142,18 @@ class Link:
         return None
 
 
-def connect(address: str, port: int, timeout_s: float) -> Link:
-    """Connect to the hub that listens at an address and port.
+def connect(address: str, port: int, key: bytes, hello: Message, timeout_s: float) -> Link:
+    """Connect to the hub that listens at an address and port, as the node that `hello` describes.
 
     Raises:
+        WrongJobError: The hub belongs to another job.
         OSError: The connection failed.
     """
-    return Link(socket.create_connection((address, port), timeout=timeout_s))
-
-
-class Hub:
-    """The supervisor's end of the links to all nodes. Thread-safe."""
-
-    def __init__(self, address: str, port: int, token: str) -> None:
-        """Listen; port 0 picks a free port, and address "" means all addresses of this machine.
-
-        Raises:
-            OSError: The port is in use.
-        """
-        self.token = token
-        """Identifies the nodes of this job; others are rejected."""
-        self._listener = socket.create_server((address, port), backlog=4096)
-        self._listener.settimeout(0.2)
-        self.port: int = self._listener.getsockname()[1]
-        """The port it listens on."""
-        self.links: dict[int, Link] = {}
-        """The newest link of each node."""
-        self._closed = threading.Event()
-        threading.Thread(target=self._accept, name="hub", daemon=True).start()
-
-    def close_links(self) -> None:
-        """Close all links, upon which the nodes end their ranks."""
-        links, self.links = self.links, {}
-        for link in links.values():
-            link.close()
-
-    def close(self) -> None:
-        """Stop listening, and close all links."""
-        self._closed.set()
-        self._listener.close()
-        self.close_links()
-
-    def _accept(self) -> None:
-        while not self._closed.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # a timeout, or the listener was closed
-                continue
-            threading.Thread(target=self._admit, args=(connection,), daemon=True).start()
-
-    def _admit(self, connection: socket.socket) -> None:
-        link = Link(connection)
-        try:
-            hello = link.receive(_HELLO_S)
-        except LinkLostError:
-            hello = None
-        known = hello is not None and hmac.compare_digest(
-            str(hello.get("token", "")).encode(), self.token.encode()
-        )
-        if hello is None or not known or not isinstance(hello.get("node"), int):
-            text = "this port belongs to another job: start all nodes with another --master-port"
-            link.send({"exit": ExitCode.USER, "text": text})
-            link.close()
-            return
-        before = self.links.get(hello["node"])
-        link.hello = hello
-        self.links[hello["node"]] = link
-        if before is not None:  # restarted before its end was noticed, or started twice
-            text = f"another process replaced this one as node {hello['node']}"
-            before.send({"exit": ExitCode.USER, "text": text})
-            before.close()
+    connection = socket.create_connection((address, port), timeout=timeout_s)
+    reached = str(connection.getpeername()[0])
+    try:
+        introduce(connection, key, {**hello, "reached": reached}, timeout_s)
+    except BaseException:
+        connection.close()
+        raise
+    return Link(connection)

@@ -16,7 +16,7 @@ from moa_dist.distributed.network import HOST_VARIABLE, free_port
 from moa_dist.distributed.preemption import signals_blocked
 from moa_dist.launch.failure import Cause
 from moa_dist.launch.hostfile import Host, write_hostfile
-from moa_dist.launch.rank import VISIBLE_VARIABLE
+from moa_dist.launch.visible_devices import CUDA_VARIABLE, VISIBLE_VARIABLE
 
 LAUNCHER_LOG = "launcher.log"
 """File in an attempt's folder with the output of the launcher itself."""
@@ -40,13 +40,16 @@ class DeepSpeedLauncher:
         """Start with `arguments`, and with `environment` added to that of this process."""
         output, their_output = os.pipe()
         self._folder = folder
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        if (visible := env.pop(CUDA_VARIABLE, None)) is not None:
+            env[VISIBLE_VARIABLE] = visible
         with signals_blocked():  # DeepSpeed would end the ranks instead of letting them save
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "deepspeed.launcher.runner", *arguments],
                 stdin=stdin,
                 stdout=their_output,
                 stderr=their_output,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                env=env,
                 cwd=cwd,
                 start_new_session=True,  # so that Ctrl-C only reaches the supervisor
             )
@@ -119,8 +122,6 @@ class LocalJob:
             where = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(place.node)]
             where += ["--master_addr", place.master_addr, "--master_port", str(place.master_port)]
             environment[HOST_VARIABLE] = place.hosts[place.node].name
-            if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-                environment[VISIBLE_VARIABLE] = visible
         agent = ["--no_local_rank", "--module", "moa_dist.launch.rank", str(folder), *command]
         lifeline, self._lifeline = os.pipe()
         self._launcher = DeepSpeedLauncher(

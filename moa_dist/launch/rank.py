@@ -30,13 +30,12 @@ from moa_dist.distributed.network import (
     is_loopback,
 )
 from moa_dist.distributed.preemption import PREEMPTION_SIGNALS
+from moa_dist.distributed.process import ATTEMPT_VARIABLE
 from moa_dist.launch.failure import count_oom_kills
 from moa_dist.launch.link import Link, LinkLostError, connect
 from moa_dist.launch.record import RankRecord, Start, read_start, write_record
+from moa_dist.launch.visible_devices import CUDA_VARIABLE, VISIBLE_VARIABLE
 
-VISIBLE_VARIABLE = "MOA_DIST_VISIBLE_DEVICES"
-"""Environment variable with the GPUs that this node was assigned, for example by Slurm: with a
-hostfile, `deepspeed` ignores CUDA_VISIBLE_DEVICES and counts from the machine's first GPU."""
 _POLL_S = 0.2
 _CONNECT_S = 20.0
 _PR_SET_PDEATHSIG = 1
@@ -83,8 +82,9 @@ class NetworkLifeline:
         self._link: Link | None = None
         if os.environ["LOCAL_RANK"] == "0":
             supervisor = os.environ["SSH_CONNECTION"].split()[0]
-            self._link = connect(supervisor, start.port, _CONNECT_S)
-            self._link.send({"token": start.token, "node": int(os.environ["CROSS_RANK"])})
+            hello = {"node": int(os.environ["CROSS_RANK"])}
+            key = bytes.fromhex(start.key)
+            self._link = connect(supervisor, start.port, key, hello, _CONNECT_S)
 
     def poll(self, timeout_s: float) -> Event | None:
         """Wait for the next event, see `Lifeline.poll`."""
@@ -118,7 +118,8 @@ def _run(folder: Path, command: list[str], lifeline: Lifeline) -> int:
     """Run the command until it ends or the lifeline does, and record how it ended."""
     rank = int(os.environ["RANK"])
     if (visible := os.environ.pop(VISIBLE_VARIABLE, None)) is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        os.environ[CUDA_VARIABLE] = visible
+    os.environ[ATTEMPT_VARIABLE] = folder.name
     started: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, _frame: object) -> None:

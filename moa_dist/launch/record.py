@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class Start:
     """Names of hosts by node."""
     port: int
     """Port of the supervisor, on the host that ssh connected from."""
-    token: str
-    """Identifies the agents of this job."""
+    key: str = field(repr=False)
+    """Secret of this attempt, as hexadecimal digits, by which the supervisor knows its agents."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_records(folder: Path) -> list[RankRecord]:
 
 
 def write_start(folder: Path, start: Start) -> None:
-    """Write the instructions for agents, readable only by this user because of the token."""
+    """Write the instructions for agents, readable only by this user because of the key."""
     _replace(folder / START_FILE, asdict(start), mode=0o600)
 
 

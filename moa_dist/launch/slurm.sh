@@ -5,6 +5,11 @@
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + SLURM_JOB_ID % 10000)) # below the ephemeral range
 
+# By this secret the nodes know each other; Slurm passes it on in the environment of the step.
+[[ -n ${MOA_DIST_JOB_SECRET:-} ]] ||
+    MOA_DIST_JOB_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export MOA_DIST_JOB_SECRET
+
 # "Save and stop": sent by Slurm before the end, or by `scancel --signal=USR1 --batch JOB`.
 asked=0 step=
 forward() { [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null; }

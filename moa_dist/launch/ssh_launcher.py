@@ -24,8 +24,9 @@ from moa_dist.errors import ClusterError, ExitCode
 from moa_dist.launch import ssh
 from moa_dist.launch.checked_host import CheckedHost, HostProcess
 from moa_dist.launch.failure import Cause, CauseKind
+from moa_dist.launch.handshake import SECRET_VARIABLE
 from moa_dist.launch.hostfile import Host, write_hostfile
-from moa_dist.launch.link import Hub
+from moa_dist.launch.hub import Hub
 from moa_dist.launch.local import END_S, DeepSpeedLauncher
 from moa_dist.launch.overdue import Overdue
 from moa_dist.launch.preflight import Preflight, Wanted, preflight
@@ -35,7 +36,7 @@ from moa_dist.launch.retry import Waiting
 EXPORTED = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_", "OMP_", "MKL_", "MOA_DIST_")
 """Prefixes of the environment variables that are copied to other hosts. DeepSpeed itself copies
 those that start with PYTHON, and all of `.deepspeed_env`."""
-_NOT_EXPORTED = ("CUDA_VISIBLE_DEVICES", "MOA_DIST_HOST")
+_NOT_EXPORTED = ("CUDA_VISIBLE_DEVICES", "MOA_DIST_HOST", SECRET_VARIABLE)
 _HELLO_S = 120.0
 
 
@@ -123,7 +124,7 @@ class HostsLauncher:
         """Run `command` as every rank on `hosts`."""
         self._hosts, self._command, self._wanted = hosts, command, wanted
         self._waiting, self._ssh_args = waiting, ssh_args
-        self._hub = Hub("", 0, secrets.token_hex(16))
+        self._hub = Hub("", 0, secrets.token_bytes(32), waiting.say)
         self._checked = Preflight()
 
     def ready(self) -> Cause | None:
@@ -143,14 +144,14 @@ class HostsLauncher:
     def start(self, folder: Path) -> HostsJob:
         """Start an attempt that writes its logs to `folder`."""
         self._hub.close_links()
-        self._hub.token = secrets.token_hex(16)
+        self._hub.key = secrets.token_bytes(32)
         start = Start(
             command=self._command,
             folder=os.getcwd(),
             environment=exported(os.environ),
             hosts=[host.name for host in self._hosts],
             port=self._hub.port,
-            token=self._hub.token,
+            key=self._hub.key.hex(),
         )
         return HostsJob(folder, self._checked, start, self._hub, self._ssh_args)
 

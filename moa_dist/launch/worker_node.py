@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moa_dist.config.run import Config
 from moa_dist.errors import ExitCode
 from moa_dist.launch.checked_host import HostProcess, NoAnswerError
+from moa_dist.launch.handshake import Message, WrongJobError
 from moa_dist.launch.hostfile import Host
 from moa_dist.launch.leader import Node
 from moa_dist.launch.link import Link, LinkLostError, connect
@@ -21,8 +21,6 @@ from moa_dist.launch.retry import Waiting
 
 _POLL_S = 0.2
 _CONNECT_S = 10.0
-
-Message = dict[str, Any]
 
 
 class WorkerNode:
@@ -97,12 +95,15 @@ def follow(node: Node, config: Config, command: Sequence[str], waiting: Waiting)
 
     Waits for node 0 at the start and whenever it is lost, up to the limit.
     """
+    where, key = f"node 0 at {node.address}:{node.port}", node.key(config)
     since, announced = time.monotonic(), False
     while not waiting.preemption.requested:
         try:
-            link = connect(node.address, node.port, _CONNECT_S)
+            link = connect(node.address, node.port, key, node.hello(), _CONNECT_S)
+        except WrongJobError as error:
+            waiting.say(f"{where} refused this node: {error}")
+            return ExitCode.USER
         except OSError as error:
-            where = f"node 0 at {node.address}:{node.port}"
             if time.monotonic() - since > waiting.limit_s:
                 waiting.say(f"gave up waiting for {where} after {waiting.limit_s:g} s: {error}")
                 return ExitCode.LOST_PEER
@@ -111,7 +112,6 @@ def follow(node: Node, config: Config, command: Sequence[str], waiting: Waiting)
                 announced = True
             waiting.sleep(_POLL_S)
             continue
-        link.send({**node.hello(config), "reached": link.address})
         code = WorkerNode(link, command, waiting).run()
         if code is not None:
             return code

@@ -10,6 +10,7 @@ import torch
 
 from moa_dist.checkpoint.agreement import broadcast_from_rank0
 from moa_dist.checkpoint.checkpointer import Checkpointer
+from moa_dist.checkpoint.lease import hold_run_folder
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.corruption import CheckedData, check_all_data
 from moa_dist.data.order import exclude, read_exclusions
@@ -36,6 +37,7 @@ def open_run(config: Config, observer: Observer, preemption: Preemption) -> Iter
     """
     with ExitStack() as stack:
         context = stack.enter_context(init_distributed())
+        stack.enter_context(hold_run_folder(run_folder(config)))
         data = check_all_data(config, context.world_size)
         if config.train.deterministic:
             enable_determinism()

@@ -15,6 +15,7 @@ export BUILDAH_ISOLATION=chroot BUILDER=buildah # STORAGE_DRIVER=vfs where overl
 base=localhost/base:bookworm
 work=$(mktemp -d)
 containers=() images=() bridge=moa-image
+secret=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -116,6 +117,7 @@ import sys, yaml
 services = yaml.safe_load(open("docker/compose.yaml"))["services"]
 print(*services[sys.argv[1]]["command"], sep="\0", end="\0")' "$1")
     ip netns exec "$bridge-$1" buildah run --hostname "$1" --no-hosts \
+        --env MOA_DIST_JOB_SECRET="$secret" \
         --volume "$work/hosts:/etc/hosts:ro" \
         --volume "$work/data:/app/data" --volume "$work/runs:/app/runs" \
         "$container" -- docker/entrypoint.sh "${command[@]//\$\$/$}" "${@:2}"

@@ -86,6 +86,10 @@ class Pod:
             "PYTHONPATH": "/app",
             "OMP_NUM_THREADS": "1",  # the pods share this machine
         }
+        for variable in container["env"]:
+            reference = variable["valueFrom"]["secretKeyRef"]
+            assert reference["name"] == objects["Secret"]["metadata"]["name"]
+            environment[variable["name"]] = objects["Secret"]["stringData"][reference["key"]]
         arguments = [
             re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], argument)
             for argument in container["args"]

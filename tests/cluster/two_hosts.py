@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,8 @@ import psutil
 from tests.cluster.network import Host, missing_tools, two_hosts
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SECRET = {"MOA_DIST_JOB_SECRET": secrets.token_hex(32)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | SECRET
 LAUNCH = str(ROOT / "launcher/launch.py")
 PARTS = ("faults", "ssh", "no-ssh")
 STEPS = 60

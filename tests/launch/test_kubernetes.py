@@ -64,6 +64,19 @@ def test_objects_fit_each_other():
     assert mounts.keys() == {x["name"] for x in pod["volumes"]}
 
 
+def test_pods_share_a_secret_that_each_job_generates():
+    made, other = objects("name=a"), objects("name=a")
+    (container,) = made["Job"]["spec"]["template"]["spec"]["containers"]
+    (variable,) = container["env"]
+    assert variable["name"] == "MOA_DIST_JOB_SECRET"
+    reference = variable["valueFrom"]["secretKeyRef"]
+    assert reference["name"] == made["Secret"]["metadata"]["name"]
+    secret = made["Secret"]["stringData"][reference["key"]]
+    assert len(secret) == 64
+    assert secret != other["Secret"]["stringData"][reference["key"]]
+    assert made["Secret"]["immutable"] is True  # pods that are replaced get the same
+
+
 def test_configuration_travels_whole(tmp_path):
     text = objects("train.steps=77")["ConfigMap"]["data"]["config.yaml"]
     (tmp_path / "config.yaml").write_text(text)

@@ -24,6 +24,7 @@ from tests.launch.test_preflight import FakeHost
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
+SECRET = "s" * 16
 
 
 class Ranks:
@@ -75,17 +76,21 @@ class Cluster:
     def waiting(self, limit_s: float = WAIT_S) -> Waiting:
         return Waiting(limit_s, self.preemption, self.console, from_the_start=True)
 
-    def node(self, rank: int, num_nodes: int = 2) -> Node:
-        return Node(num_nodes, rank, "127.0.0.1", self.port, 1, f"host-{rank}")
+    def node(self, rank: int, num_nodes: int = 2, secret: str = SECRET) -> Node:
+        return Node(num_nodes, rank, "127.0.0.1", self.port, 1, f"host-{rank}", secret)
 
     def leader(self, limit_s: float = WAIT_S) -> NodesLauncher:
         return NodesLauncher(self.node(0), self.config, [], Wanted(None), self.waiting(limit_s))
 
     def follow(
-        self, rank: int = 1, num_nodes: int = 2, limit_s: float = WAIT_S
+        self,
+        rank: int = 1,
+        num_nodes: int = 2,
+        limit_s: float = WAIT_S,
+        secret: str = SECRET,
     ) -> threading.Thread:
         def run() -> None:
-            node = self.node(rank, num_nodes)
+            node = self.node(rank, num_nodes, secret)
             self.status = worker_node.follow(node, self.config, [], self.waiting(limit_s))
 
         thread = threading.Thread(target=run, daemon=True)
@@ -171,6 +176,27 @@ def test_node_of_another_size_of_job_is_rejected(config, started):
         assert cluster.status is ExitCode.USER
         assert "--nodes 2" in cluster.console.getvalue()
         cluster.preemption.requested = True
+
+
+def test_node_with_another_secret_takes_no_place_and_stops_nothing(config, started, tmp_path):
+    cluster = Cluster(config)
+    cluster.follow()
+    with cluster.leader() as leader:
+        assert leader.ready() is None
+        job = leader.start(tmp_path)
+        until(lambda: len(started) == 2)
+        link = leader._hub.links[1]
+        stranger = Cluster(config)
+        stranger.port = cluster.port
+        stranger.follow(secret="t" * 16).join(WAIT_S)
+        assert stranger.status is ExitCode.USER
+        assert "MOA_DIST_JOB_SECRET" in stranger.console.getvalue()
+        assert leader._hub.links == {1: link}
+        assert not job.wait(0.0)
+        assert not any(ranks.was_preempted for ranks in started)
+        assert link.lost is None
+        job.end()
+    assert SECRET not in cluster.console.getvalue() + repr(cluster.node(0))
 
 
 def test_taken_port_is_an_error_with_a_remedy(config, started):

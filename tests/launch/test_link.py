@@ -2,26 +2,28 @@
 
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from moa_dist.errors import ExitCode
-from moa_dist.launch.link import Hub, Link, LinkLostError, connect
+from moa_dist.launch.handshake import derive_key
+from moa_dist.launch.hub import Hub
+from moa_dist.launch.link import Link, LinkLostError, connect
 
 WAIT_S = 20.0
+KEY = derive_key("s" * 16, Path("runs/x"))
 
 
 @pytest.fixture
 def hub():
-    hub = Hub("127.0.0.1", 0, "secret")
+    hub = Hub("127.0.0.1", 0, KEY)
     yield hub
     hub.close()
 
 
-def join(hub: Hub, node: int, token: str = "secret") -> Link:
-    link = connect("127.0.0.1", hub.port, WAIT_S)
-    link.send({"token": token, "node": node, "host": "b"})
-    return link
+def join(hub: Hub, node: int) -> Link:
+    return connect("127.0.0.1", hub.port, KEY, {"node": node, "host": "b"}, WAIT_S)
 
 
 def linked(hub: Hub, node: int, before: Link | None = None) -> Link:
@@ -75,16 +77,6 @@ def test_other_end_that_falls_silent_is_lost():
     link.close()
     theirs.close()
     listener.close()
-
-
-def test_stranger_is_informed_and_rejected(hub):
-    stranger = join(hub, 1, token="wrong")
-    message = stranger.receive(WAIT_S)
-    assert message is not None
-    assert message["exit"] == ExitCode.USER
-    assert "--master-port" in message["text"]
-    assert not hub.links
-    stranger.close()
 
 
 def test_node_started_again_takes_its_place(hub):

@@ -30,6 +30,7 @@ COMMANDS = {
     """,
     "launcher": """
         printf '%s\\n' "$MOA_DIST_HOST" "$@" >launcher.arguments
+        echo "$MOA_DIST_JOB_SECRET" >>launcher.secrets
         echo start >>launcher.starts
         words=($LAUNCHES)
         word=${words[$(($(wc -l <launcher.starts) - 1))]}
@@ -158,6 +159,26 @@ def test_each_node_gets_one_launcher_that_knows_the_others(folder):
         *("--node-rank", "1"),
     ]
     assert "--container-image=a b" in batch.lines("srun.options")
+
+
+def test_all_starts_of_a_job_share_a_secret_that_is_not_on_a_command_line(folder, monkeypatch):
+    monkeypatch.delenv("MOA_DIST_JOB_SECRET", raising=False)
+    batch = Batch(folder, "76 0")
+    assert batch.end() == (0, 2, [])
+    first, second = batch.lines("launcher.secrets")
+    assert first == second
+    assert len(bytes.fromhex(first)) == 32
+    assert first not in (folder / "launcher.arguments").read_text()
+    (folder / "launcher.starts").unlink()
+    assert Batch(folder, "0").end()[0] == 0
+    assert batch.lines("launcher.secrets")[-1] != first
+
+
+def test_secret_of_the_user_is_kept(folder, monkeypatch):
+    monkeypatch.setenv("MOA_DIST_JOB_SECRET", "of the user, as it is")
+    batch = Batch(folder, "0")
+    assert batch.end()[0] == 0
+    assert batch.lines("launcher.secrets") == ["of the user, as it is"]
 
 
 @pytest.mark.parametrize("status", [1, 2, 3, 4])

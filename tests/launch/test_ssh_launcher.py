@@ -26,6 +26,7 @@ def test_variables_of_the_job_are_passed_on_and_those_of_the_machine_are_not():
         "OMP_NUM_THREADS": "4",
         "CUDA_VISIBLE_DEVICES": "0",
         "MOA_DIST_HOST": "here",
+        "MOA_DIST_JOB_SECRET": "x",
         "HOME": "/home/me",
         "AWS_SECRET_ACCESS_KEY": "x",
     }
