@@ -248,6 +248,7 @@ def _initialize(
 ) -> Any:
     """Make DeepSpeed's engine, without compiling and without printing."""
     deepspeed_hooks.disable_shm_comm_jit()
+    deepspeed_hooks.ignore_renamed_collectives()
     deepspeed_logger.setLevel(logging.WARNING)
     largest = max(parameter.numel() for parameter in model.parameters())
     # Some of DeepSpeed's optimizers print their memory while they are built.
