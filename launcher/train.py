@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from typing import TYPE_CHECKING
 
 from moa_dist.cli.rank_output import say_once, say_unless_rank_0_does
@@ -58,9 +57,6 @@ def run(args: argparse.Namespace, preemption: Preemption) -> int:
     """Check the configuration and train; turns errors into an exit status."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
-
-    # DeepSpeed 0.19 calls collectives by names that torch is renaming; users cannot fix that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
     from moa_dist.config import load_config
     from moa_dist.observe import Observers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,8 +111,28 @@ class ClusterError(MoaDistError):
     """The ranks, devices or network do not meet the needs of the run."""
 
 
+class PeerErrorKind(StrEnum):
+    """What happened to the rank that a PeerError is about."""
+
+    ABSENT = "absent"
+    """It did not join the job, or cannot be reached."""
+    DEAD = "dead"
+    """Its process ended without reporting a reason."""
+    SILENT = "silent"
+    """It sends no heartbeats: it is stopped, or cut off."""
+    FAILED = "failed"
+    """It ended with an error, which it reported."""
+    STUCK = "stuck"
+    """It is alive, but a collective or a step takes longer than allowed."""
+
+
 class PeerError(ClusterError):
-    """Another rank of the job is gone, silent, or did not join."""
+    """Another rank of the job is gone, silent, stuck, or did not join."""
+
+    def __init__(self, message: str, kind: PeerErrorKind) -> None:
+        super().__init__(message)
+        self.kind = kind
+        """What happened to that rank."""
 
 
 class MemoryLimitError(MoaDistError):
@@ -127,5 +147,24 @@ class SaveError(TrainingError):
     """A checkpoint could not be written: the disk is full, read-only or missing."""
 
 
+class BadStepReason(StrEnum):
+    """Why an optimizer step is rejected."""
+
+    LOSS = "loss"
+    """The loss, or one of its terms, is not finite."""
+    GRAD_NORM = "grad_norm"
+    """The loss is finite, but the norm of the gradient is not."""
+    SPIKE = "spike"
+    """The loss is above its limit."""
+
+
 class BadStepError(TrainingError):
     """An optimizer step was rejected on every rank; it left the state of training unchanged."""
+
+    def __init__(self, message: str, reason: BadStepReason, values: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """What was wrong."""
+        self.values = values
+        """The numbers at fault by name: terms of the loss, or the gradient norm, that are not
+        finite; or the loss and its limit."""

@@ -12,7 +12,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from moa_dist.config.model import MoEFFNConfig
-from moa_dist.train.deepspeed_hooks import disable_shm_comm_jit
+from moa_dist.train.deepspeed_hooks import disable_shm_comm_jit, ignore_renamed_collectives
 
 CAPACITY = 1.25
 """Capacity factor of the layer; its dropless mode would pad all experts to the fullest one."""
@@ -27,6 +27,7 @@ def deepspeed_moe(ffn: MoEFFNConfig, d_model: int, expert_parallel: int = 1) -> 
     num_experts = -(-ffn.router.num_experts // expert_parallel) * expert_parallel
     with contextlib.redirect_stdout(io.StringIO()):
         disable_shm_comm_jit()
+        ignore_renamed_collectives()
         deepspeed.init_distributed(verbose=False)
         layer = MoE(
             d_model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import gcd
@@ -31,8 +30,6 @@ _LOOK_S = 1.0
 
 def in_this_job(names: Sequence[str], setting: Setting) -> Iterator[Found]:
     """Measure together with all ranks of this process's job; yields tables on rank 0 only."""
-    # DeepSpeed 0.19 calls collectives that torch is renaming; users can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     with init_distributed() as context:
         yield from _measure(names, setting, context)
 

@@ -13,35 +13,38 @@ from moa_dist.errors import DataError
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
-def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Return a line for each problem with a checkpoint; empty if it is valid.
+def damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[DataError]:
+    """Return the problems of a checkpoint; empty if it is valid.
 
-    Reads every file. Ranks may share the work: each reads every `world_size`-th file.
+    Each names its file, and as its key `file` if that is missing, `bytes` or `sha256` if that is
+    not as it was written, or the entry at fault. Reads every file. Ranks may share the work: each
+    reads every `world_size`-th file.
     """
     try:
         index = Reader(folder).index
         sums = read_sums(folder)
     except DataError as error:
-        return [str(error)]
+        return [error]
     problems = incomplete(folder, index)
     for file in sorted({*index.files, INDEX_FILE} - sums.keys()):
-        problems.append(f"{folder / SUMS_FILE}: lacks {file}")
+        path = folder / SUMS_FILE
+        problems.append(DataError(f"{path}: lacks {file}", path=path, key=file))
     if problems:
         return problems
     return list(altered(folder, {file: sums[file] for file in sorted(sums)[rank::world_size]}))
 
 
-def altered(folder: Path, sums: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each file that is not as it was written."""
-    for file, expected in sums.items():
+def altered(folder: Path, sums: Mapping[str, str]) -> Iterator[DataError]:
+    """Yield a problem for each file that is not as it was written."""
+    for path, expected in ((folder / file, sha256) for file, sha256 in sums.items()):
         try:
-            with (folder / file).open("rb") as stream:
+            with path.open("rb") as stream:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            yield f"{folder / file}: cannot be read: {error.strerror}"
+            yield DataError(f"{path}: cannot be read: {error.strerror}", path=path, key="file")
         else:
             if found != expected:
-                yield f"{folder / file}: altered since it was written"
+                yield DataError(f"{path}: altered since it was written", path=path, key="sha256")
 
 
 def require_valid(folder: Path) -> None:
@@ -50,21 +53,25 @@ def require_valid(folder: Path) -> None:
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(
-            f"{folder} is damaged:{lines}\nUse an older checkpoint, or a copy", path=folder
+            f"{folder} is damaged:{lines}\nUse an older checkpoint, or a copy",
+            path=folder,
+            causes=problems,
         )
 
 
-def incomplete(folder: Path, index: Index) -> list[str]:
-    """Return a line for each file of the index that is missing or has another size."""
+def incomplete(folder: Path, index: Index) -> list[DataError]:
+    """Return a problem for each file of the index that is missing or has another size."""
     problems = []
-    for file, num_bytes in index.files.items():
+    for path, num_bytes in ((folder / file, size) for file, size in index.files.items()):
         try:
-            found = (folder / file).stat().st_size
+            found = path.stat().st_size
         except OSError as error:
-            problems.append(f"{folder / file}: missing ({error.strerror})")
+            text = f"{path}: missing ({error.strerror})"
+            problems.append(DataError(text, path=path, key="file"))
         else:
             if found != num_bytes:
-                problems.append(f"{folder / file}: {found} bytes instead of {num_bytes}")
+                text = f"{path}: {found} bytes instead of {num_bytes}"
+                problems.append(DataError(text, path=path, key="bytes"))
     return problems
 
 
@@ -74,7 +81,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError as error:
-        raise DataError(f"{path}: missing ({error.strerror})", path=path) from error
+        raise DataError(f"{path}: missing ({error.strerror})", path=path, key="file") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: damaged", path=path) from error
     matches = [_SUM.fullmatch(line) for line in lines]

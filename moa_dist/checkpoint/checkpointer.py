@@ -30,6 +30,7 @@ from moa_dist.checkpoint.format import (
     step_of,
 )
 from moa_dist.checkpoint.host_copy import HostCopy
+from moa_dist.checkpoint.note import Note, NoteKind
 from moa_dist.checkpoint.pending_write import Identity, PendingWrite, WriteProgress
 from moa_dist.checkpoint.state_source import StateSource
 from moa_dist.checkpoint.write import (
@@ -57,14 +58,14 @@ class Resumed:
     """Sequences consumed so far."""
     state: dict[str, JsonValue]
     """What was given to `save`."""
-    notes: list[str]
-    """What a person should know, a line each: from which checkpoint, and why no newer one."""
+    notes: list[Note]
+    """What a person should know: from which checkpoint, and why no newer one."""
 
 
 class Checkpointer:
     """The checkpoints of one run; at most one is being written.
 
-    Methods are collective unless they say otherwise. Those that return lines, and those that
+    Methods are collective unless they say otherwise. Those that return notes, and those that
     raise, do so alike on every rank.
     """
 
@@ -93,38 +94,46 @@ class Checkpointer:
         notes = self._settle()
         folders = broadcast_from_rank0(self._tidy_and_list)
         later = [f for f in folders if last_step is not None and step_of(f) > last_step]
-        damaged = []
+        damaged: list[Note] = []
         self._damaged = []
         for folder in reversed(folders[: len(folders) - len(later)]):
             rank, world_size = dist.get_rank(), dist.get_world_size()
             problems = [p for found in gather(damage(folder, rank, world_size)) for p in found]
             if problems:
-                damaged.append(f"{folder} is damaged ({problems[0]})")
+                text = f"{folder} is damaged ({problems[0]})"
+                damaged.append(Note(NoteKind.DAMAGED, folder, text))
                 self._damaged.append(folder)
                 continue
             index = load(self._source, folder)
             broadcast_from_rank0(partial(_discard_all, later))
             self._saved = Identity(index.step, index.samples, index.state)
-            notes += [*damaged, f"continuing from {folder}", *self._changes(index.provenance)]
+            resumed = Note(NoteKind.RESUMED, folder, f"continuing from {folder}")
+            notes += [*damaged, resumed, *self._changes(folder, index.provenance)]
             return Resumed(index.step, index.samples, index.state, notes)
         self._require_none(damaged, last_step)
         return Resumed(0, 0, {}, notes)
 
-    def _require_none(self, damaged: list[str], last_step: int | None) -> None:
+    def _require_none(self, damaged: list[Note], last_step: int | None) -> None:
         """Raise DataError if a checkpoint was needed, or some are there and none is valid."""
         if damaged:
-            lines = "\n  ".join(damaged)
+            lines = "\n  ".join(map(str, damaged))
             raise DataError(
                 f"{self._folder}: no checkpoint is valid:\n  {lines}\n"
-                "Restore one from a copy, or delete them all to start anew"
+                "Restore one from a copy, or delete them all to start anew",
+                path=self._folder,
+                causes=[DataError(note.text, path=note.checkpoint) for note in damaged],
             )
         if last_step is not None:
             raise DataError(
                 f"{self._folder}: no checkpoint up to step {last_step} to go back to; save more "
-                "often (checkpoint.every) or keep more of them (checkpoint.keep_last)"
+                "often (checkpoint.every) or keep more of them (checkpoint.keep_last)",
+                path=self._folder,
+                key="checkpoint.every",
             )
 
-    def save(self, step: int, samples: int, state: dict[str, JsonValue] | None = None) -> list[str]:
+    def save(
+        self, step: int, samples: int, state: dict[str, JsonValue] | None = None
+    ) -> list[Note]:
         """Begin to write a checkpoint; returns when the source may change again.
 
         Waits for the one before. With `checkpoint.asynchronous` false, waits for this one too.
@@ -135,7 +144,7 @@ class Checkpointer:
             state: whatever JSON can hold, given back by `resume`.
 
         Returns:
-            What became of writes, a line each.
+            What became of writes.
 
         Raises:
             SaveError: a write failed, and `checkpoint.on_failure` is `stop`.
@@ -154,7 +163,7 @@ class Checkpointer:
             notes += self._settle()
         return notes
 
-    def poll(self) -> list[str]:
+    def poll(self) -> list[Note]:
         """See whether the pending write has ended, without waiting; for now and then.
 
         Returns and raises like `save`.
@@ -165,7 +174,7 @@ class Checkpointer:
         dist.all_reduce(progress, op=dist.ReduceOp.MAX)
         return [] if progress.item() == WriteProgress.RUNNING else self._settle()
 
-    def finish(self) -> list[str]:
+    def finish(self) -> list[Note]:
         """Wait for the pending write.
 
         Returns like `save`. Raises SaveError if the last checkpoint could not be written,
@@ -176,10 +185,11 @@ class Checkpointer:
             raise SaveError(self._failed)
         return notes
 
-    def _changes(self, then: Provenance | None) -> list[str]:
-        """A line if it was saved by other sources or packages than rank 0's of now."""
+    def _changes(self, folder: Path, then: Provenance | None) -> list[Note]:
+        """Return a note if it was saved by other sources or packages than rank 0 has now."""
         changes = then and differences(then, self.provenance)
-        return [f"changed since that was saved: {changes}"] if changes else []
+        text = f"changed since that was saved: {changes}"
+        return [Note(NoteKind.CHANGED, folder, text)] if changes else []
 
     def _tidy_and_list(self) -> list[Path]:
         # Where the folder cannot be changed, saving will say so; reading may go on.
@@ -202,7 +212,7 @@ class Checkpointer:
         canceled = Event()
         if rank > 0:
             return PendingWrite(target, identity, part, None, canceled)
-        notes: list[str] = []
+        notes: list[Note] = []
         make_index = self._index_maker(identity, updates)
         publication = partial(self._publish_and_prune, target, make_index, canceled, notes)
         return PendingWrite(target, identity, part, Background(publication), canceled, notes)
@@ -224,7 +234,7 @@ class Checkpointer:
         return lambda files, tensors: index(files=files, tensors=tensors)
 
     def _publish_and_prune(
-        self, target: Path, make_index: IndexMaker, canceled: Event, notes: list[str]
+        self, target: Path, make_index: IndexMaker, canceled: Event, notes: list[Note]
     ) -> None:
         """Make the parts of all ranks a checkpoint and delete old ones; runs in a thread."""
         publish(target, dist.get_world_size(), make_index, canceled)
@@ -233,9 +243,10 @@ class Checkpointer:
         try:
             prune(self._folder, newest, keep.keep_last, keep.keep_every, self._damaged)
         except OSError as error:  # such as one that somebody reads, on a network file system
-            notes.append(f"an old checkpoint stays: {describe_write_error(error)}")
+            text = f"an old checkpoint stays: {describe_write_error(error)}"
+            notes.append(Note(NoteKind.STAYS, target, text))
 
-    def _settle(self) -> list[str]:
+    def _settle(self) -> list[Note]:
         """Wait for the pending write, and agree on what became of it."""
         write, self._write = self._write, None
         if write is None:  # on every rank alike
@@ -252,16 +263,18 @@ class Checkpointer:
         if error is not None:
             return [self._note_failure(write.target, "; ".join(errors) or error)]
         self._saved, self._failed = write.identity, None
-        return [f"saved {write.target} in {seconds:.1f} s", *notes]
+        text = f"saved {write.target} in {seconds:.1f} s"
+        return [Note(NoteKind.SAVED, write.target, text), *notes]
 
-    def _note_failure(self, target: Path, error: str) -> str:
+    def _note_failure(self, target: Path, error: str) -> Note:
         """Count it; raises SaveError if that is the policy."""
         self.num_failures += 1
         self._failed = f"{target} was not saved: {error}"
         if self._config.checkpoint.on_failure == "stop":
             raise SaveError(self._failed)
         times = "once" if self.num_failures == 1 else f"{self.num_failures} times"
-        return f"{self._failed} (failed {times}; checkpoint.on_failure lets training go on)"
+        text = f"{self._failed} (failed {times}; checkpoint.on_failure lets training go on)"
+        return Note(NoteKind.FAILED, target, text)
 
 
 def _discard_all(folders: list[Path]) -> None:

@@ -121,7 +121,8 @@ class Reader:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: not a checkpoint: {error.strerror}", path=path) from error
+            text = f"{path}: not a checkpoint: {error.strerror}"
+            raise DataError(text, path=path, key="file") from error
         self.index = parse(Index, content, path)
         if self.index.format != FORMAT:
             raise DataError(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pydantic import JsonValue
 
 from moa_dist.checkpoint.background import Background
+from moa_dist.checkpoint.note import Note
 from moa_dist.checkpoint.write import describe_write_error, partial_folder
 
 
@@ -41,8 +42,8 @@ class Outcome(NamedTuple):
     """Why there is no checkpoint, if there is none."""
     seconds: float
     """How long it took."""
-    notes: list[str]
-    """What else happened, a line each."""
+    notes: list[Note]
+    """What else happened."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PendingWrite:
     """On rank 0, waits for all parts and makes them a checkpoint."""
     canceled: Event
     """Set when a part will never come."""
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     """What else it met, to be reported with its success."""
 
     def progress(self) -> WriteProgress:

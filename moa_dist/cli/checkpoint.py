@@ -124,7 +124,7 @@ def _report(folders: list[Path]) -> dict[str, Any]:
                 },
                 "provenance": index.provenance and asdict(index.provenance),
                 "state": state,
-                "problem": problems[0] if problems else None,
+                "problem": str(problems[0]) if problems else None,
             }
         )
     return {"checkpoints": rows[::-1], "continue_from": chosen}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from typing import TYPE_CHECKING
 
 from moa_dist.cli.arguments import add_overrides
@@ -39,8 +38,6 @@ def run(args: argparse.Namespace) -> int:
         say_once(rank, str(error))
         return 2
     os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny: threads would only add overhead
-    # DeepSpeed 0.19 calls collectives that torch is renaming; users can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         return _verify(config)
     except TrainingError as error:

@@ -28,7 +28,7 @@ class CheckedData(NamedTuple):
     """Manifest of the training data."""
     valid: AnyManifest | None
     """Manifest of the validation data, if there is any."""
-    damaged: dict[int, str]
+    damaged: dict[int, DataError]
     """Training shards to leave out: their indices and what is wrong."""
 
     def notes(self, exclusions: Exclusions, samples: int) -> Iterator[str]:
@@ -55,7 +55,7 @@ def check_all_data(config: Config, world_size: int) -> CheckedData:
 
 def find_corrupt_shards(
     data: DataConfig, train: AnyManifest, valid: AnyManifest | None
-) -> dict[int, str]:
+) -> dict[int, DataError]:
     """Training shards to leave out: their indices and what is wrong. Collective.
 
     Rank r reads shards r, r + W, ... of folders that all ranks share; a shard that one rank
@@ -68,7 +68,8 @@ def find_corrupt_shards(
         valid: manifest of the validation data.
 
     Raises:
-        DataError: a shard is damaged that may not be left out, or no training shard is whole.
+        DataError: a shard is damaged that may not be left out, or no training shard is whole;
+            `causes` holds every damaged shard, and what else is to be said.
     """
     if data.verify == "sizes":
         return {}
@@ -77,43 +78,54 @@ def find_corrupt_shards(
             read_pairs(Path(data.valid), valid)
         return {}
     damaged = _damaged_shards(Path(data.train), train)
-    problems = []
-    if damaged and data.on_damage == "stop":
-        problems = [*summary(damaged), SKIP_REMEDY]
-    elif len(damaged) == len(train.shards):
-        problems = [*summary(damaged), f"{data.train}: no shard is whole; copy the folder again"]
+    lines: list[str] = []
+    causes: list[DataError] = []
+    if end := _reason_to_stop(data, train, damaged):
+        lines, causes = [*summary(damaged), str(end)], [*damaged.values(), end]
     if isinstance(valid, Manifest) and data.valid:
-        problems += summary(_damaged_shards(Path(data.valid), valid))
-    if problems:
-        raise DataError("\n".join(problems))
+        held_out = _damaged_shards(Path(data.valid), valid)
+        lines, causes = [*lines, *summary(held_out)], [*causes, *held_out.values()]
+    if causes:
+        raise DataError("\n".join(lines), causes=causes)
     return damaged
 
 
-def summary(damaged: dict[int, str]) -> Iterator[str]:
+def _reason_to_stop(
+    data: DataConfig, train: AnyManifest, damaged: dict[int, DataError]
+) -> DataError | None:
+    if damaged and data.on_damage == "stop":
+        return DataError(SKIP_REMEDY, key="data.on_damage")
+    if len(damaged) == len(train.shards):
+        text = f"{data.train}: no shard is whole; copy the folder again"
+        return DataError(text, path=Path(data.train))
+    return None
+
+
+def summary(damaged: dict[int, DataError]) -> Iterator[str]:
     """What is wrong with the first few shards, and how many more there are."""
     for _, problem in zip(range(_MOST_NAMED), damaged.values(), strict=False):
-        yield problem
+        yield str(problem)
     if len(damaged) > _MOST_NAMED:
         yield f"and {len(damaged) - _MOST_NAMED} more shards are damaged"
 
 
-def _damaged_shards(folder: Path, manifest: Manifest) -> dict[int, str]:
+def _damaged_shards(folder: Path, manifest: Manifest) -> dict[int, DataError]:
     """What is wrong with which shard, by ascending index. Collective."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    found: dict[int, str] = {}
+    found: dict[int, DataError] = {}
     for first in range(0, len(manifest.shards), _SHARDS_PER_ROUND * world_size):
         stop = min(first + _SHARDS_PER_ROUND * world_size, len(manifest.shards))
         mine = dict(_problems(folder, manifest, range(first + rank, stop, world_size)))
-        gathered: list[dict[int, str]] = [{}] * world_size
+        gathered: list[dict[int, DataError]] = [{}] * world_size
         dist.all_gather_object(gathered, mine)
         for part in gathered:
             found |= part
     return dict(sorted(found.items()))
 
 
-def _problems(folder: Path, manifest: Manifest, shards: range) -> Iterator[tuple[int, str]]:
+def _problems(folder: Path, manifest: Manifest, shards: range) -> Iterator[tuple[int, DataError]]:
     for shard in shards:
         try:
             read_shard(folder, manifest, shard)
         except DataError as error:
-            yield shard, str(error)
+            yield shard, error

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 
 from moa_dist.distributed.network import host_name
-from moa_dist.distributed.peer import BadMessageError, Message, Peer, parse
-from moa_dist.errors import ExitCode, PeerError
+from moa_dist.distributed.peer import BadMessageError, Failure, Message, Peer, parse
+from moa_dist.errors import ExitCode, PeerError, PeerErrorKind
 
 INTERVAL_S = 2.0
 """Seconds between heartbeats."""
@@ -76,21 +76,23 @@ class Heartbeat:
         self._closing = threading.Event()
         self._failed = threading.Event()
         self._handled = threading.Event()
-        self._failure = ""
+        self.failure: Failure | None = None
+        """The first failure, if any. Reading it, unlike `lost`, leaves the end of the process to
+        this object."""
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def lost(self, timeout_s: float = 0.0) -> str | None:
-        """Return the first failure, such as `rank 1 (host a) is gone`; waits up to `timeout_s`.
+    def lost(self, timeout_s: float = 0.0) -> Failure | None:
+        """Return the first failure, such as a rank that is gone; waits up to `timeout_s`.
 
         A caller that receives a failure must end the process, which is otherwise ended here.
         """
         if not self._failed.wait(timeout_s):
             return None
         self._handled.set()
-        return self._failure
+        return self.failure
 
     def send(self, payload: Message) -> None:
         """Send a short payload to rank 0 or, on rank 0, to all other ranks."""
@@ -102,16 +104,16 @@ class Heartbeat:
 
     def end_job(self, message: str) -> None:
         """End all ranks, including this one, as if one was lost; `message` says why."""
-        self._report_failure(message)
+        self._report_failure(Failure(PeerErrorKind.STUCK, message))
 
-    def close(self, failure: str | None = None) -> None:
+    def close(self, failure: Failure | None = None) -> None:
         """Say goodbye, or tell the others why this rank fails, and close all connections."""
         if self._closing.is_set():
             return
         self._closing.set()
         self._handled.set()
         self._thread.join(timeout=2 * INTERVAL_S)
-        farewell: Message = {"bye": True} if failure is None else {"lost": failure}
+        farewell: Message = {"bye": True} if failure is None else failure.as_message()
         for peer in list(self._peers.values()):
             peer.send(farewell)
             peer.connection.close()
@@ -144,13 +146,13 @@ class Heartbeat:
             if now - peer.heard > self._silence_s:
                 if peer.known:
                     seconds = f"{self._silence_s:g} s"
-                    self._report_failure(
-                        f"{peer.name} has been silent for {seconds}: stopped, or cut off"
-                    )
+                    text = f"{peer.name} has been silent for {seconds}: stopped, or cut off"
+                    self._report_failure(Failure(PeerErrorKind.SILENT, text))
                 self._disconnect(peer)
         if self._expected and now - self._started > _HELLO_S:
             ranks = ", ".join(map(str, sorted(self._expected)))
-            self._report_failure(f"rank {ranks} did not connect within {_HELLO_S:g} s")
+            text = f"rank {ranks} did not connect within {_HELLO_S:g} s"
+            self._report_failure(Failure(PeerErrorKind.ABSENT, text))
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -167,7 +169,8 @@ class Heartbeat:
             lines = peer.receive()
             if lines is None:
                 if peer.known:
-                    self._report_failure(f"{peer.name} is gone: its process ended without a word")
+                    text = f"{peer.name} is gone: its process ended without a word"
+                    self._report_failure(Failure(PeerErrorKind.DEAD, text))
                 self._disconnect(peer)
                 return
             for line in lines:
@@ -184,24 +187,24 @@ class Heartbeat:
         elif message.get("bye"):
             return False
         elif "lost" in message:
-            self._report_failure(str(message["lost"]))
+            self._report_failure(Failure.of_message(message))
             return False
         elif isinstance(message.get("payload"), dict):
             self._inbox.put(message["payload"])
         return True
 
-    def _report_failure(self, failure: str) -> None:
+    def _report_failure(self, failure: Failure) -> None:
         """Keep the first failure, forward it to all peers, and make sure that this process ends."""
         if self._failed.is_set() or self._closing.is_set():
             return
-        self._failure = failure
+        self.failure = failure
         self._failed.set()
-        self._send_all({"lost": failure})
-        threading.Thread(target=self._exit_if_hanging, daemon=True).start()
+        self._send_all(failure.as_message())
+        threading.Thread(target=self._exit_if_hanging, args=(failure,), daemon=True).start()
 
-    def _exit_if_hanging(self) -> None:
+    def _exit_if_hanging(self, failure: Failure) -> None:
         if not self._handled.wait(NOTICE_S):
-            print(f"rank {self.rank}: {self._failure}", file=sys.stderr, flush=True)
+            print(f"rank {self.rank}: {failure.text}", file=sys.stderr, flush=True)
             os._exit(ExitCode.LOST_PEER)
 
     def _send_all(self, message: Message) -> None:
@@ -239,15 +242,17 @@ def heartbeat(device: torch.device, *, silence_s: float = SILENCE_S) -> Iterator
         lost = monitor.lost(NOTICE_S) if is_effect else None
         if lost is None:
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-            monitor.close(f"rank {rank} (host {host_name()}) failed: {reason}")
+            text = f"rank {rank} (host {host_name()}) failed: {reason}"
+            monitor.close(Failure(PeerErrorKind.FAILED, text))
             if is_effect and "timed out" in str(error).lower():
                 raise PeerError(
                     "a collective timed out though every rank is alive: one of them is stuck, or "
-                    f"did not enter it ({reason})"
+                    f"did not enter it ({reason})",
+                    PeerErrorKind.STUCK,
                 ) from error
             raise
         monitor.close()
-        raise PeerError(f"{lost}; this rank ends") from error
+        raise PeerError(f"{lost.text}; this rank ends", lost.kind) from error
     monitor.close()
 
 
@@ -269,7 +274,8 @@ def _connect(rank: int, device: torch.device, silence_s: float) -> Heartbeat:
     except OSError as error:
         raise PeerError(
             f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}; allow connections on all "
-            "ports between the nodes of the job"
+            "ports between the nodes of the job",
+            PeerErrorKind.ABSENT,
         ) from error
     connection.settimeout(INTERVAL_S)
     hub = Peer(connection, f"rank 0 (host {hub_host})", known=True)

@@ -1,8 +1,8 @@
 """One end of a heartbeat connection: framing, identification and the time of the last message.
 
 Messages are lines of JSON: `{}` is a heartbeat, `{"hello": token, "rank": r, "host": h}` the first
-message, `{"bye": true}` a clean exit, `{"lost": message}` a failure. Other users of the connection
-exchange `{"payload": ...}` between rank 0 and any other rank.
+message, `{"bye": true}` a clean exit, `{"lost": text, "kind": kind}` a failure. Other users of the
+connection exchange `{"payload": ...}` between rank 0 and any other rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import secrets
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
+
+from moa_dist.errors import PeerErrorKind
 
 Message = dict[str, Any]
 
@@ -21,6 +23,31 @@ _MAX_LINE = 4096
 
 class BadMessageError(Exception):
     """The other end sent something that is not a message of this protocol."""
+
+
+class Failure(NamedTuple):
+    """Why all ranks of a job must end."""
+
+    kind: PeerErrorKind
+    """What happened."""
+    text: str
+    """The rank that it happened to, and details, in one line."""
+
+    def as_message(self) -> Message:
+        """Return the message that reports the failure to another rank."""
+        return {"lost": self.text, "kind": self.kind}
+
+    @staticmethod
+    def of_message(message: Message) -> Failure:
+        """Read a message that reports a failure.
+
+        Raises:
+            BadMessageError: It has no known kind.
+        """
+        try:
+            return Failure(PeerErrorKind(message["kind"]), str(message["lost"]))
+        except (KeyError, ValueError) as error:
+            raise BadMessageError(f"not a report of a failure: {error!r}") from error
 
 
 class Peer:

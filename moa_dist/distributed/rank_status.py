@@ -11,12 +11,36 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Literal, NamedTuple
 
 from moa_dist.distributed.comm_timer import Progress, described
 
 _PACKAGE = f"{Path(__file__).parents[1]}/"
 _MAX_CHARS = 300
 """Maximum length of a text in a message."""
+
+
+Wait = Literal["silent", "behind", "past", "slow", "waiting", "alone"]
+"""Why a step takes too long: some ranks do not answer; they have begun fewer collectives; they have
+left the collective that the others are in; all compute; all are in the same collective; or there
+is only one rank."""
+_REASONS: dict[Wait, str] = {
+    "behind": "has not reached the collective that the others are waiting in",
+    "past": "is past the collective that the others are waiting in",
+    "slow": "no rank is behind and none is waiting in a collective: all of them are slow",
+    "waiting": "all ranks are waiting in the same collective: check the network between them",
+}
+
+
+class Conclusion(NamedTuple):
+    """What the status of all ranks says about a step that takes too long."""
+
+    kind: Wait
+    """What was found."""
+    ranks: tuple[int, ...]
+    """Ranks that the others are waiting for; empty if none stands out."""
+    text: str
+    """Both in one line."""
 
 
 @dataclass(frozen=True)
@@ -86,35 +110,37 @@ def all_stacks() -> str:
     )
 
 
-def find_stragglers(known: Sequence[RankStatus]) -> tuple[list[RankStatus], str]:
-    """Return the ranks that the others are waiting for, and the reason.
+def find_stragglers(known: Sequence[RankStatus]) -> tuple[Wait, list[RankStatus]]:
+    """Return the reason for a wait among several ranks, and the ranks that the others wait for.
 
     The list is empty if no single rank stands out.
     """
     fewest = min(status.begun for status in known)
     behind = [status for status in known if status.begun == fewest]
     if len(behind) < len(known):
-        return behind, "has not reached the collective that the others are waiting in"
+        return "behind", behind
     working = [status for status in known if not status.inside]
     if working and len(working) < len(known):
-        return working, "is past the collective that the others are waiting in"
-    if working:
-        return [], "no rank is behind and none is waiting in a collective: all of them are slow"
-    return [], "all ranks are waiting in the same collective: check the network between them"
+        return "past", working
+    return ("slow" if working else "waiting"), []
 
 
-def summary(known: Sequence[RankStatus], silent: Iterable[int]) -> tuple[str, str]:
-    """Summarize all ranks: the conclusion in one line, and one line per rank that answered."""
-    lines = [str(status) for status in sorted(known, key=lambda s: s.rank)]
-    missing = sorted(silent)
-    if missing:
-        names = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
-        first = f"{names} did not answer: stopped, or stuck in native code"
-    elif len(known) == 1:
-        first = str(known[0])
-    else:
-        culprits, why = find_stragglers(known)
-        first = "; ".join(f"{culprit}, and {why}" for culprit in culprits[:4]) or why
-        if len(culprits) > 4:
-            first += f"; and {len(culprits) - 4} more"
-    return first, "\n".join(lines)
+def summary(known: Sequence[RankStatus], silent: Iterable[int]) -> tuple[Conclusion, str]:
+    """Summarize all ranks: the conclusion, and one line per rank that answered."""
+    known = sorted(known, key=lambda status: status.rank)
+    return _conclude(known, tuple(sorted(silent))), "\n".join(map(str, known))
+
+
+def _conclude(known: Sequence[RankStatus], silent: tuple[int, ...]) -> Conclusion:
+    if silent:
+        names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        text = f"{names} did not answer: stopped, or stuck in native code"
+        return Conclusion("silent", silent, text)
+    if len(known) == 1:
+        return Conclusion("alone", (), str(known[0]))
+    kind, culprits = find_stragglers(known)
+    why = _REASONS[kind]
+    text = "; ".join(f"{culprit}, and {why}" for culprit in culprits[:4]) or why
+    if len(culprits) > 4:
+        text += f"; and {len(culprits) - 4} more"
+    return Conclusion(kind, tuple(culprit.rank for culprit in culprits), text)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from moa_dist.distributed.heartbeat import Heartbeat, heartbeat
 from moa_dist.distributed.store import local_store
-from moa_dist.errors import ClusterError, PeerError
+from moa_dist.errors import ClusterError, PeerError, PeerErrorKind
 
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for other ranks in one collective before the job fails."""
@@ -113,7 +113,8 @@ def init_distributed() -> Iterator[DistContext]:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerError(
             f"rank {rank} of {world_size} could not join the job at {where}: {error}. Check that "
-            "every rank was started, that the address is reachable and that the port is free"
+            "every rank was started, that the address is reachable and that the port is free",
+            PeerErrorKind.ABSENT,
         ) from error
     with heartbeat(device) as monitor:
         yield DistContext(rank, world_size, device, backend, monitor)

@@ -129,7 +129,8 @@ class Watchdog:
                 if "status" in message:
                     status = RankStatus(**message["status"])
                     known[status.rank] = status
-        first, lines = summary(list(known.values()), self._others - set(known))
+        conclusion, lines = summary(list(known.values()), self._others - set(known))
+        first = conclusion.text
         if is_end:
             first = f"no step ended within train.step_limit = {self._limit_s:g} s: {first}"
         text = f"{first}\n{lines}\nstacks of all threads: {self._folder / name}/rank-*.txt"

@@ -80,9 +80,11 @@ def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:
     try:
         problems = list(altered(folder, read_sums(folder)))
     except DataError as error:
-        problems = [str(error)]
+        problems = [error]
     if problems:
-        raise DataError(f"{problems[0]}; export it again, or use a copy", path=folder)
+        raise DataError(
+            f"{problems[0]}; export it again, or use a copy", path=folder, causes=problems
+        )
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)
     expected, path = model.state_dict(), folder / MODEL_FILE

@@ -15,6 +15,7 @@ ZeRO 3 run models that were written without it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +44,14 @@ def disable_shm_comm_jit() -> None:
     on which every later run hangs.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def ignore_renamed_collectives() -> None:
+    """Hide torch's warnings that collectives get new names, which users cannot do anything about.
+
+    DeepSpeed 0.19 calls them by their old ones.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _group_name(mesh: Mesh) -> str:

@@ -24,7 +24,7 @@ from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.errors import BadStepError
+from moa_dist.errors import BadStepError, BadStepReason
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import RouterCall
@@ -143,7 +143,11 @@ class Engine:
             values = self._finite_values(sums, batches)
             loss = values.pop("cross_entropy") / totals.targets
             if loss > loss_limit:
-                raise BadStepError(f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}")
+                raise BadStepError(
+                    f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}",
+                    BadStepReason.SPIKE,
+                    {"loss": loss, "limit": loss_limit},
+                )
         except BadStepError:
             self._discard_gradients()
             raise
@@ -215,9 +219,12 @@ class Engine:
         values = dict(zip(sums, total.tolist(), strict=True))
         if bool(total.isfinite().all()):
             return values
-        broken = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
+        broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+        terms = ", ".join(f"{name} = {value}" for name, value in broken.items())
         first = first_not_finite(self.deepspeed, batches, self.mesh)
-        raise BadStepError(f"the loss is not finite ({broken}); first seen in {first}")
+        raise BadStepError(
+            f"the loss is not finite ({terms}); first seen in {first}", BadStepReason.LOSS, broken
+        )
 
     def _sum_over_ranks(self, value: Tensor, what: str) -> Tensor:
         value = value.to(self.device)
@@ -241,6 +248,7 @@ def _initialize(
 ) -> Any:
     """Make DeepSpeed's engine, without compiling and without printing."""
     deepspeed_hooks.disable_shm_comm_jit()
+    deepspeed_hooks.ignore_renamed_collectives()
     deepspeed_logger.setLevel(logging.WARNING)
     largest = max(parameter.numel() for parameter in model.parameters())
     # Some of DeepSpeed's optimizers print their memory while they are built.

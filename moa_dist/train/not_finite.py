@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.errors import BadStepError
+from moa_dist.errors import BadStepError, BadStepReason
 from moa_dist.models.objective import Batch, objective
 
 
@@ -48,6 +48,8 @@ def require_finite(grad_norm: float) -> float:
     if not math.isfinite(grad_norm):
         raise BadStepError(
             f"the loss is finite, but the gradient norm is {grad_norm}: lower optimizer.lr or the "
-            "auxiliary coefficients, warm up for longer, or train in fp32 to see where it starts"
+            "auxiliary coefficients, warm up for longer, or train in fp32 to see where it starts",
+            BadStepReason.GRAD_NORM,
+            {"grad_norm": grad_norm},
         )
     return grad_norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from moa_dist.checkpoint.note import Note
 from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
 
 
@@ -33,11 +34,11 @@ class Reporter:
         for listener in self._listeners:
             listener.rewind(step)
 
-    def notes(self, lines: Iterable[str]) -> None:
+    def notes(self, notes: Iterable[Note | str]) -> None:
         """Report what a person should know, a line each."""
-        for line in lines:
+        for note in notes:
             for listener in self._listeners:
-                listener.note(line)
+                listener.note(str(note))
 
     def close(self) -> None:
         """Close the observer."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from moa_dist.checkpoint.checkpointer import Checkpointer
+from moa_dist.checkpoint.note import Note
 from moa_dist.config.run import Config
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.corruption import CheckedData
@@ -204,7 +205,7 @@ class Run:
             tokens=result.tokens,
         )
 
-    def _save(self) -> list[str]:
+    def _save(self) -> list[Note]:
         state = {"exclusions": as_json(self.exclusions), "bad_steps": self.bad_steps.state()}
         return self.checkpointer.save(self.progress.step, self.progress.samples, state)
 

@@ -11,6 +11,7 @@ import torch
 from moa_dist.checkpoint.agreement import broadcast_from_rank0
 from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.checkpoint.lease import hold_run_folder
+from moa_dist.checkpoint.note import Note
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.corruption import CheckedData, check_all_data
 from moa_dist.data.order import exclude, read_exclusions
@@ -64,8 +65,8 @@ def _resume(
     built: Built,
     observer: Observer,
     preemption: Preemption,
-) -> tuple[Run, list[str]]:
-    """Load the newest checkpoint; returns the run that continues it, and lines to report."""
+) -> tuple[Run, list[Note | str]]:
+    """Load the newest checkpoint; returns the run that continues it, and notes to report."""
     folder, mesh = run_folder(config), built.engine.mesh
     checkpointer = Checkpointer(built.engine.state, config, folder)
     resumed = checkpointer.resume()

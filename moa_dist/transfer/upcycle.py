@@ -34,6 +34,7 @@ from moa_dist.config.model import (
     RouterConfig,
     SwitchHeadConfig,
 )
+from moa_dist.errors import Problem
 from moa_dist.models.attention import DenseAttention
 from moa_dist.models.block import Block
 from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
@@ -67,32 +68,43 @@ class UpcycledPart(NamedTuple):
     """One-line description."""
 
 
-def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
-    """Yield a line for each reason why `dense` cannot be upcycled to `config`."""
+def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[Problem]:
+    """Yield each reason why `dense` cannot be upcycled to `config`."""
     for name in ModelConfig.model_fields:
         before, now = getattr(dense, name), getattr(config, name)
         if name not in PARTS and before != now:
             now, before = ("null" if value is None else value for value in (now, before))
-            yield f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
+            text = f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
+            yield Problem(text, (f"model.{name}",), {f"model.{name}": [getattr(dense, name)]})
     changed = [name for name in PARTS if getattr(dense, name) != getattr(config, name)]
     if not changed:
-        yield "`model.attention` and `model.ffn` equal those of the dense model: nothing to upcycle"
+        text = (
+            "`model.attention` and `model.ffn` equal those of the dense model: nothing to upcycle"
+        )
+        yield Problem(text, ("model.attention", "model.ffn"))
     for name in changed:
         before, now = getattr(dense, name), getattr(config, name)
         if before.kind != "dense":
-            yield (
+            yield Problem(
                 f"`model.{name}` of the run is {before.kind}, but only dense layers can be "
-                "upcycled; keep its settings unchanged"
+                "upcycled; keep its settings unchanged",
+                (f"model.{name}",),
+                {f"model.{name}": [before]},
             )
         elif now.kind == "dense":
-            yield (
+            yield Problem(
                 f"`model.{name}` is dense, but its settings differ from the run's; keep them "
-                "unchanged, or choose a kind with experts"
+                "unchanged, or choose a kind with experts",
+                (f"model.{name}",),
+                {f"model.{name}": [before]},
             )
         elif type(now) not in _HEADS_FIELD:
-            yield (
+            kinds = [str(kind.model_fields["kind"].default) for kind in _HEADS_FIELD]
+            yield Problem(
                 f"`model.{name}.kind` is {now.kind}, which a dense part cannot be upcycled to; use "
-                + ", ".join(str(kind.model_fields["kind"].default) for kind in _HEADS_FIELD)
+                + ", ".join(kinds),
+                (f"model.{name}.kind",),
+                {f"model.{name}.kind": kinds},
             )
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
         yield from _attention_problems(dense.attention, config)
@@ -100,7 +112,7 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[str]:
         yield from _ffn_problems(dense.ffn, config.ffn)
 
 
-def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Iterator[str]:
+def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Iterator[Problem]:
     attention = config.attention
     heads = _HEADS_FIELD.get(type(attention))
     if heads is None:
@@ -108,25 +120,30 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
     wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope}
     for name, value in wanted.items():
         if getattr(attention, name) != value:
-            yield (
+            yield Problem(
                 f"`model.attention.{name}` is {getattr(attention, name)}; copies of the dense "
-                f"attention need {value}"
+                f"attention need {value}",
+                (f"model.attention.{name}",),
+                {f"model.attention.{name}": [value]},
             )
 
 
-def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[str]:
+def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[Problem]:
     for name in ("activation", "gated"):
         if getattr(ffn, name) != getattr(dense, name):
-            yield (
+            yield Problem(
                 f"`model.ffn.{name}` is {getattr(ffn, name)}, but {getattr(dense, name)} in the "
-                "dense model; make them equal"
+                "dense model; make them equal",
+                (f"model.ffn.{name}",),
+                {f"model.ffn.{name}": [getattr(dense, name)]},
             )
     slices, rest = divmod(dense.d_ff, ffn.d_expert)
     if rest or ffn.router.num_experts % slices:
-        yield (
+        yield Problem(
             f"`model.ffn`: {ffn.router.num_experts} experts of width {ffn.d_expert} are not whole "
             f"copies of an FFN of width {dense.d_ff}; choose `d_expert` so that {dense.d_ff} = "
-            "m x `d_expert`, and `router.num_experts` as a multiple of m"
+            "m x `d_expert`, and `router.num_experts` as a multiple of m",
+            ("model.ffn.d_expert", "model.ffn.router.num_experts"),
         )
 
 

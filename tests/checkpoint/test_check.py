@@ -24,46 +24,61 @@ def alter(path, position: int) -> None:
     path.write_bytes(content)
 
 
-DAMAGE = {
-    "missing file": (TENSORS, lambda p: p.unlink()),
-    "truncated file": (TENSORS, lambda p: p.write_bytes(p.read_bytes()[:-4])),
-    "altered value": (TENSORS, lambda p: alter(p, -1)),
-    "altered header": (TENSORS, lambda p: alter(p, 12)),
-    "no index": ("checkpoint.json", lambda p: p.unlink()),
-    "index cut": ("checkpoint.json", lambda p: p.write_bytes(p.read_bytes()[:99])),
+INDEX, SUMS = "checkpoint.json", "SHA256SUMS"
+DAMAGE = {  # the file, what happens to it, and the key of the problem
+    "missing file": (TENSORS, lambda p: p.unlink(), "file"),
+    "truncated file": (TENSORS, lambda p: p.write_bytes(p.read_bytes()[:-4]), "bytes"),
+    "altered value": (TENSORS, lambda p: alter(p, -1), "sha256"),
+    "altered header": (TENSORS, lambda p: alter(p, 12), "sha256"),
+    "no index": (INDEX, lambda p: p.unlink(), "file"),
+    "index cut": (INDEX, lambda p: p.write_bytes(p.read_bytes()[:99]), None),
     "altered number": (
-        "checkpoint.json",
+        INDEX,
         lambda p: p.write_text(p.read_text().replace('"samples": 1', '"samples": 3')),
+        "sha256",
     ),
-    "binary index": ("checkpoint.json", lambda p: p.write_bytes(b"\xff\xfe")),
-    "no checksums": ("SHA256SUMS", lambda p: p.unlink()),
-    "altered checksum": ("SHA256SUMS", lambda p: alter(p, 3)),
-    "checksums cut": ("SHA256SUMS", lambda p: p.write_bytes(p.read_bytes()[:50])),
+    "binary index": (INDEX, lambda p: p.write_bytes(b"\xff\xfe"), None),
+    "no checksums": (SUMS, lambda p: p.unlink(), "file"),
+    "checksums cut": (SUMS, lambda p: p.write_bytes(p.read_bytes()[:50]), None),
     "a checksum less": (
-        "SHA256SUMS",
+        SUMS,
         lambda p: p.write_text("\n".join(p.read_text().splitlines()[:-1])),
+        TENSORS,
     ),
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_and_named(tmp_path, kind):
-    file, do = DAMAGE[kind]
-    checkpoint = save(tmp_path, 1)
+def problems_after(checkpoint, file, do) -> list[DataError]:
     assert damage(checkpoint) == []
-    size = (checkpoint / file).stat().st_size
     do(checkpoint / file)
     problems = [p for rank in range(2) for p in damage(checkpoint, rank, 2)]
     assert problems
     for problem in problems:
-        assert "\n" not in problem
-        assert problem.startswith(str(checkpoint))
-    # A wrong checksum cannot be distinguished from a wrong file.
-    assert file in problems[0] or kind == "altered checksum"
+        assert "\n" not in str(problem)
+        assert str(problem).startswith(str(problem.path))
+    return problems
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_named(tmp_path, kind):
+    file, do, key = DAMAGE[kind]
+    checkpoint = save(tmp_path, 1)
+    size = (checkpoint / file).stat().st_size
+    problem, *others = problems_after(checkpoint, file, do)
+    assert (problem.path, problem.key) == (checkpoint / file, key)
+    assert all((other.path, other.key) == (problem.path, problem.key) for other in others)
     if kind == "truncated file":
-        assert all(str(number) in problems[0] for number in (size - 4, size))
-    if kind == "a checksum less":  # names the file whose checksum is missing, too
-        assert TENSORS in problems[0]
+        assert all(str(number) in str(problem) for number in (size - 4, size))
+
+
+def test_a_wrong_checksum_cannot_be_distinguished_from_a_wrong_file(tmp_path):
+    checkpoint = save(tmp_path, 1)
+    sha256, first = (checkpoint / SUMS).read_text().split()[:2]
+    other = ("1" if sha256[0] == "0" else "0") + sha256[1:]
+    (problem,) = problems_after(
+        checkpoint, SUMS, lambda p: p.write_text(p.read_text().replace(sha256, other))
+    )
+    assert (problem.path, problem.key) == (checkpoint / first, "sha256")
 
 
 def test_checksums_are_those_of_common_tools(tmp_path):

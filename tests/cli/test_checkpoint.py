@@ -159,7 +159,7 @@ def test_nothing_is_made_of_damage_or_over_something(run, tmp_path, capsys, comm
         assert str(place) in capsys.readouterr().err
     alter(run / "step-00000002")
     assert main([*command, str(run), str(tmp_path / "new")]) == 2
-    assert str(run / "step-00000002") in capsys.readouterr().err
+    assert str(run / "step-00000002/rank-00000.safetensors") in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -168,7 +168,7 @@ def test_what_was_altered_is_not_used(run, capsys, command):
     """A single flipped bit, which no other check would see."""
     alter(run / "step-00000002")
     assert main([*command, str(run)]) == 2
-    assert str(run / "step-00000002") in capsys.readouterr().err
+    assert str(run / "step-00000002/rank-00000.safetensors") in capsys.readouterr().err
     assert main([*command, str(run / "step-00000001")]) == 0
 
 

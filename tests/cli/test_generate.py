@@ -63,20 +63,22 @@ def test_no_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("option", "value", "bound"),
     [
-        ("--tokens", "0"),
-        ("--temperature", "-1"),
-        ("--temperature", "nan"),
-        ("--temperature", "inf"),
-        ("--top-p", "1.1"),
-        ("--top-k", "0"),
-        ("--seed", "x"),
-        ("--prompt", "\udcff"),
+        ("--tokens", "0", "1"),
+        ("--temperature", "-1", "0"),
+        ("--temperature", "nan", "0"),
+        ("--temperature", "inf", "0"),
+        ("--top-p", "1.1", "0 to 1"),
+        ("--top-k", "0", "1"),
+        ("--seed", "x", "'x'"),
+        ("--prompt", "\udcff", "UTF-8"),
     ],
 )
-def test_wrong_values(capsys, option, value):
+def test_wrong_values(capsys, option, value, bound):
     with pytest.raises(SystemExit) as exit:
         main(["generate", "run", "--prompt", "a", option, value])
     assert exit.value.code == 2
-    assert f"argument {option}:" in capsys.readouterr().err
+    _, named, reason = capsys.readouterr().err.partition(f"argument {option}:")
+    assert named
+    assert bound in reason

@@ -1,6 +1,7 @@
 """`moa-dist plan` prints counts as text and as JSON."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_there_is_no_layout_of_zero_ranks(capsys, option):
     with pytest.raises(SystemExit) as exit:
         main(["plan", CONFIG, option, "0"])
     assert exit.value.code == 2
-    assert f"argument {option}:" in capsys.readouterr().err
+    assert re.search(rf"argument {option}: .*\b1\b", capsys.readouterr().err)
 
 
 def test_changes_may_stand_anywhere(capsys):
@@ -132,4 +133,4 @@ def test_configuration_that_does_not_fit_the_cluster(capsys):
     assert main(["plan", CONFIG, "--gpus", "12"]) == 2
     assert "--gpus-per-node" in capsys.readouterr().err
     assert main(["plan", CONFIG, "--gpus", "8", "train.precision=fp64", "--zero-stage", "0"]) == 2
-    assert "train.precision" in capsys.readouterr().err
+    assert "train.precision=bf16" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 Every rank has data of its own, some of it padding, and some experts get few tokens.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from moa_dist.checkpoint.format import checkpoints, read_model
+from moa_dist.errors import BadStepReason
 from tests.distributed.layouts import (
     MOA,
     Case,
@@ -58,8 +60,9 @@ def test_bias_changes_the_choice():
 def test_refused_step_moves_no_bias(pools, zero_stage):
     precision = "fp64" if zero_stage == 0 else "fp32"
     case = replace(BIASED, zero_stage=zero_stage, precision=precision)
-    for message, changed in pools(2).run(poisoned_step, case):
-        assert "inf" in message or "nan" in message
+    for reason, grad_norm, changed in pools(2).run(poisoned_step, case):
+        assert reason is BadStepReason.GRAD_NORM
+        assert not math.isfinite(grad_norm)
         assert not changed  # biases included
 
 

@@ -1,6 +1,9 @@
 """Ranks agree on which shards are damaged, whoever reads them, or all stop with the same error."""
 
 import os
+import re
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -28,12 +31,32 @@ def damage(folder, *shards: int) -> None:
             file.write_bytes(content)
 
 
-def find(data: DataConfig, train: Manifest, valid: Manifest | None):
-    """On a rank: what it found, or the error's message."""
+class Problem(NamedTuple):
+    """What a DataError says; unlike errors of two ranks, two of them can be compared."""
+
+    path: Path | None
+    key: str | None
+    text: str
+
+
+def problem(error: DataError) -> Problem:
+    return Problem(error.path, error.key, str(error))
+
+
+class Stopped(NamedTuple):
+    """An error that reports several problems."""
+
+    text: str
+    causes: list[Problem]
+
+
+def find(data: DataConfig, train: Manifest, valid: Manifest | None) -> dict[int, Problem] | Stopped:
+    """On a rank: what it found, or the error."""
     try:
-        return find_corrupt_shards(data, train, valid)
+        found = find_corrupt_shards(data, train, valid)
     except DataError as error:
-        return str(error)
+        return Stopped(str(error), [problem(cause) for cause in error.causes])
+    return {shard: problem(error) for shard, error in found.items()}
 
 
 @pytest.fixture
@@ -58,21 +81,29 @@ def test_whole_data_has_no_damage(run):
     assert run() == run(on_damage="stop") == {}
 
 
+def shard(folder, number: int):
+    return folder / f"shard-{number:06d}.tar"
+
+
 def test_all_ranks_leave_out_what_any_of_them_found(run, tmp_path):
     damage(tmp_path / "train", 39, 4, 7)
     damaged = run()
     assert list(damaged) == [4, 7, 39]
-    assert all(f"shard-{shard:06d}.tar" in problem for shard, problem in damaged.items())
-    assert "600 bytes" in damaged[4]
+    assert all(found.path == shard(tmp_path / "train", n) for n, found in damaged.items())
+    assert [found.key for found in damaged.values()] == ["bytes", "sha256", "file"]
+    assert "600 bytes" in damaged[4].text
 
 
 def test_stop_names_the_shards_and_the_remedies(run, tmp_path):
     damage(tmp_path / "train", *range(8))
-    message = run(on_damage="stop").splitlines()
-    assert len(message) == 7
-    assert message[0].startswith(str(tmp_path / "train/shard-000000.tar"))
-    assert "3" in message[5]
-    assert message[6] == SKIP_REMEDY
+    stopped = run(on_damage="stop")
+    *damaged, remedy = stopped.causes
+    assert [found.path for found in damaged] == [shard(tmp_path / "train", n) for n in range(8)]
+    assert [found.key for found in damaged] == (["file", "bytes", "sha256"] * 3)[:8]
+    assert remedy == (None, "data.on_damage", SKIP_REMEDY)
+    *named, more, last = stopped.text.splitlines()
+    assert [*named, last] == [found.text for found in (*damaged[:5], remedy)]
+    assert re.findall(r"\d+", more) == ["3"]  # not named
 
 
 def test_nothing_is_read_for_sizes_alone(run, tmp_path):
@@ -82,11 +113,14 @@ def test_nothing_is_read_for_sizes_alone(run, tmp_path):
 
 def test_validation_data_is_never_left_out(run, tmp_path):
     damage(tmp_path / "valid", 9)
-    assert "valid/shard-000009.tar" in run()
+    (found,) = run().causes
+    assert (found.path, found.key) == (shard(tmp_path / "valid", 9), "file")
 
 
 def test_no_whole_shard_is_an_error(run, tmp_path):
     damage(tmp_path / "train", *range(NUM_SHARDS))
-    message = run().splitlines()
-    assert message[-1].startswith(f"{tmp_path / 'train'}: ")
-    assert message[-1] != SKIP_REMEDY
+    stopped = run()
+    assert len(stopped.causes) == NUM_SHARDS + 1
+    last = stopped.causes[-1]
+    assert (last.path, last.key) == (tmp_path / "train", None)
+    assert stopped.text.endswith(last.text)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from moa_dist.distributed.heartbeat import Heartbeat, heartbeat
-from moa_dist.errors import ExitCode, PeerError
+from moa_dist.errors import ExitCode, PeerError, PeerErrorKind
 from tests.distributed.pool import _free_port
 
 WAIT_S = 60
@@ -41,11 +42,20 @@ def _rank_main(rank: int, world_size: int, port: int, folder: Path, limits, body
     )
     try:
         with heartbeat(torch.device("cpu"), silence_s=limits.silence_s) as beat:
+            threading.Thread(target=_record_failure, args=(beat, folder), daemon=True).start()
             (folder / f"rank-{rank}.joined").touch()
             body(rank, beat)
     except PeerError as lost:
+        (folder / f"rank-{rank}.kind").write_text(lost.kind)
         print(f"rank {rank}: {lost}", file=sys.stderr, flush=True)
         os._exit(ExitCode.LOST_PEER)
+
+
+def _record_failure(beat: Heartbeat, folder: Path) -> None:
+    """Write the failure's kind for a main thread that hangs, so that its process is ended."""
+    while beat.failure is None:
+        time.sleep(0.02)
+    (folder / f"rank-{beat.rank}.kind").write_text(beat.failure.kind)
 
 
 class Ranks:
@@ -81,6 +91,10 @@ class Ranks:
 
     def said(self) -> list[str]:
         return [path.read_text() for path in sorted(self.folder.glob("*.err"))]
+
+    def kind(self, rank: int) -> PeerErrorKind:
+        """What a rank knew to have happened to the one that was lost."""
+        return PeerErrorKind((self.folder / f"rank-{rank}.kind").read_text())
 
 
 def hang(rank: int, beat: Heartbeat | None = None) -> None:
@@ -125,6 +139,7 @@ def test_killed_rank_ends_the_others_which_name_it(tmp_path, body, victim):
     for rank in others:
         text = ranks.said()[rank]
         assert named(text) == {rank, victim}
+        assert ranks.kind(rank) is PeerErrorKind.DEAD
         assert "Traceback" not in text
 
 
@@ -134,7 +149,9 @@ def test_stopped_rank_ends_the_others_which_name_it(tmp_path, victim):
     ranks.signal(victim, signal.SIGSTOP)
     others = [r for r in range(3) if r != victim]
     assert ranks.wait(others) == [ExitCode.LOST_PEER] * 2, ranks.said()
-    assert all(named(ranks.said()[rank]) == {rank, victim} for rank in others)
+    for rank in others:
+        assert named(ranks.said()[rank]) == {rank, victim}
+        assert ranks.kind(rank) is PeerErrorKind.SILENT
 
 
 def test_failing_rank_tells_the_others_why(tmp_path):
@@ -142,12 +159,16 @@ def test_failing_rank_tells_the_others_why(tmp_path):
     assert ranks.wait([0, 1, 2]) == [ExitCode.LOST_PEER, ExitCode.DEFECT, ExitCode.LOST_PEER]
     for rank in (0, 2):
         assert named(ranks.said()[rank]) == {rank, 1}
+        assert ranks.kind(rank) is PeerErrorKind.FAILED
         assert "ValueError: wrong number" in ranks.said()[rank]
 
 
 def test_collective_that_a_living_rank_never_enters_ends_all(tmp_path):
     ranks = Ranks(tmp_path, stay_away_on_rank_1)
     assert ranks.wait([0, 1, 2]) == [ExitCode.LOST_PEER] * 3, ranks.said()
+    # Of ranks 0 and 2, the second one may hear of the first one's end before its own timeout.
+    assert PeerErrorKind.STUCK in (ranks.kind(0), ranks.kind(2))
+    assert ranks.kind(1) is PeerErrorKind.FAILED
     assert "RuntimeError" in ranks.said()[1]
 
 

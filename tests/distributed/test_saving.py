@@ -1,6 +1,7 @@
 """Saves that fail, on every rank alike; and which checkpoint a run continues from."""
 
 import errno
+import os
 import resource
 import subprocess
 import time
@@ -18,12 +19,14 @@ import torch.distributed as dist
 from moa_dist.checkpoint import checkpointer
 from moa_dist.checkpoint.check import damage
 from moa_dist.checkpoint.checkpointer import Checkpointer
-from moa_dist.checkpoint.format import Reader, checkpoints
+from moa_dist.checkpoint.format import Reader, checkpoint_folder, checkpoints, step_of
+from moa_dist.checkpoint.note import Note, NoteKind
 from moa_dist.config.run import Config
 from moa_dist.errors import DataError, SaveError
-from moa_dist.provenance import provenance
+from moa_dist.provenance import Change, provenance
 from tests.distributed.layouts import Case
 from tests.distributed.test_reshard import make_engine, owned_state, take_step
+from tests.raises import raises_data_error
 
 CASE = Case(optimizer="adamw", precision="fp32", zero_stage=1)
 
@@ -94,7 +97,12 @@ def failing(how: str, folder: Path) -> Iterator[None]:
         dist.barrier()
 
 
-def settle(checkpointer: Checkpointer) -> list[str]:
+def events(notes: list[Note]) -> list[tuple[NoteKind, int]]:
+    """Kind and step of each note."""
+    return [(note.kind, step_of(note.checkpoint)) for note in notes]
+
+
+def settle(checkpointer: Checkpointer) -> list[Note]:
     """Poll as training does, until something is known."""
     deadline = time.monotonic() + 60
     while not (notes := checkpointer.poll()):
@@ -132,14 +140,14 @@ def test_what_takes_a_damaged_one_s_place_is_kept(pools, tmp_path):
         assert left == ["step-00000002", "step-00000003"]
 
 
-def save_while_an_old_one_is_held(config: Config, folder: Path) -> tuple[list[str], list[str]]:
+def save_while_an_old_one_is_held(config: Config, folder: Path) -> tuple[list[Note], list[str]]:
     """Notes on rank 0's side, and what is left."""
     engine = make_engine(CASE, seed=0)
     checkpointer = Checkpointer(engine.state, config, folder)
     checkpointer.save(1, 8)
     checkpointer.finish()
     take_step(engine, CASE, 1)
-    busy = OSError(errno.EBUSY, "Device or resource busy", str(folder))
+    busy = OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
     with patch("moa_dist.checkpoint.write.discard", side_effect=busy):
         checkpointer.save(2, 16)
         notes = checkpointer.finish()
@@ -153,8 +161,8 @@ def test_an_old_checkpoint_that_stays_is_no_failure(pools, tmp_path):
     """Such as one that somebody reads, on a network file system."""
     config = with_policy(CASE, keep_last=1)
     for notes, left in pools(2).run(save_while_an_old_one_is_held, config, tmp_path / "run"):
-        assert "step-00000002" in notes[0]
-        assert "Device or resource busy" in notes[1]
+        assert events(notes) == [(NoteKind.SAVED, 2), (NoteKind.STAYS, 2)]
+        assert os.strerror(errno.EBUSY) in notes[1].text
         assert left == ["step-00000001", "step-00000002"]
 
 
@@ -170,20 +178,23 @@ def save_while_failing(config: Config, how: str, folder: Path):
     stopped = False
     with failing(how, folder):
         try:
-            notes = checkpointer.save(2, 16) or settle(checkpointer)
+            (note,) = checkpointer.save(2, 16) or settle(checkpointer)
         except SaveError as error:
-            notes, stopped = [str(error)], True
+            text, stopped = str(error), True
+        else:
+            assert events([note]) == [(NoteKind.FAILED, 2)]
+            text = note.text
         with pytest.raises(SaveError) as raised:  # no run ends well without its last checkpoint
             checkpointer.finish()
-    assert str(raised.value) in notes[0]
+    assert str(raised.value) in text
     left = sorted(p.name for p in run.iterdir())
     assert checkpointer.num_failures == 1
     dist.barrier()
     take_step(engine, CASE, 3)
     checkpointer.save(3, 24)
-    assert "step-00000003" in checkpointer.finish()[0]
+    assert events(checkpointer.finish()) == [(NoteKind.SAVED, 3)]
     engine.close()
-    return notes, stopped, left
+    return text, stopped, left
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
@@ -203,11 +214,11 @@ def test_a_failed_save_is_one_decision(pools, tmp_path, small_disk, how, cause, 
     config = with_policy(CASE, on_failure=policy)
     results = pools(2).run(save_while_failing, config, how, folder)
     assert results[0] == results[1]
-    notes, stopped, left = results[0]
+    text, stopped, left = results[0]
     partial = folder / "run/step-00000002.partial"
-    assert cause.format(partial / "rank-00001.safetensors") in notes[0]
-    assert f"{folder / 'run/step-00000002'} " in notes[0]
-    assert str(partial) in notes[0]
+    assert cause.format(partial / "rank-00001.safetensors") in text
+    assert f"{folder / 'run/step-00000002'} " in text
+    assert str(partial) in text
     assert stopped == (policy == "stop")
     assert left == ["step-00000001"]
     steps = [Reader(c).index.step for c in checkpoints(folder / "run")]
@@ -237,7 +248,7 @@ def resume(config: Config, folder: Path, last_step: int | None = None):
     try:
         resumed = Checkpointer(engine.state, config, folder).resume(last_step)
     except DataError as error:
-        return str(error)
+        return error.path, error.key, [cause.path for cause in error.causes]
     else:
         return resumed, owned_state(engine)
     finally:
@@ -255,8 +266,7 @@ def test_newest_valid_one_is_continued(pools, tmp_path):
     saved = pools(2).run(save_steps, config, tmp_path, 3)
     for _, notes, again in saved:
         assert notes[0] == []  # still being written
-        for step, lines in enumerate(notes[1:], start=1):
-            assert f"step-0000000{step}" in lines[0]
+        assert list(map(events, notes[1:])) == [[(NoteKind.SAVED, step)] for step in (1, 2, 3)]
         assert again == []  # is there already
     (tmp_path / "step-00000004.partial").mkdir()
     alter(tmp_path / "step-00000003/rank-00001.safetensors")  # rank 1's to check
@@ -265,18 +275,17 @@ def test_newest_valid_one_is_continued(pools, tmp_path):
     ):
         assert (resumed.step, resumed.samples) == (2, 16)
         assert resumed.state == {"skipped": [2, "x"]}
-        damaged, continuing = resumed.notes
-        assert "step-00000003" in damaged
-        assert "rank-00001.safetensors" in damaged
-        assert continuing.endswith(str(tmp_path / "step-00000002"))
+        assert events(resumed.notes) == [(NoteKind.DAMAGED, 3), (NoteKind.RESUMED, 2)]
+        assert str(tmp_path / "step-00000003/rank-00001.safetensors") in resumed.notes[0].text
+        assert str(tmp_path / "step-00000002") in resumed.notes[1].text
         assert state.keys() == states[2].keys()
         assert all(torch.equal(state[key], states[2][key]) for key in state)
     assert len(list(tmp_path.iterdir())) == 3
     for step in (1, 2):
         (tmp_path / f"step-0000000{step}/checkpoint.json").unlink()
-    for message in pools(2).run(resume, config, tmp_path):
-        for step in (1, 2, 3):
-            assert f"step-0000000{step}" in message
+    all_damaged = [checkpoint_folder(tmp_path, step) for step in (3, 2, 1)]
+    for refused in pools(2).run(resume, config, tmp_path):
+        assert refused == (tmp_path, None, all_damaged)
 
 
 def resume_with_another_numpy(config: Config, folder: Path):
@@ -292,17 +301,15 @@ def test_other_packages_than_it_was_saved_with_are_noted(pools, tmp_path):
     config = with_policy(CASE)
     pools(2).run(save_steps, config, tmp_path, 1)
     for resumed, _ in pools(2).run(resume_with_another_numpy, config, tmp_path):
-        continuing, changed = resumed.notes
-        assert continuing.endswith("step-00000001")
-        assert "numpy 1.0" in changed
-        assert metadata.version("numpy") in changed
+        assert events(resumed.notes) == [(NoteKind.RESUMED, 1), (NoteKind.CHANGED, 1)]
+        assert str(Change("numpy", metadata.version("numpy"), "1.0")) in resumed.notes[1].text
 
 
 def test_going_back_forgets_what_came_later(pools, tmp_path):
     config = with_policy(CASE, keep_last=3, asynchronous=False)
     _, notes, _ = pools(2).run(save_steps, config, tmp_path, 3)[0]
-    for step, lines in enumerate(notes[:3], start=1):  # each before training went on
-        assert f"step-0000000{step}" in lines[0]
+    saved = [[(NoteKind.SAVED, step)] for step in (1, 2, 3)]
+    assert list(map(events, notes[:3])) == saved  # each before training went on
     for resumed, _ in pools(2).run(resume, config, tmp_path, 2):
         assert resumed.step == 2
     assert [c.name for c in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
@@ -316,7 +323,7 @@ def go_back_at_once(config: Config, folder: Path):
     checkpointer.save(1, 8)
     resumed = checkpointer.resume()  # what is being written is what it goes back to
     same = all(torch.equal(value, state[key]) for key, value in owned_state(engine).items())
-    with pytest.raises(DataError, match=r"\bstep 0\b"):
+    with raises_data_error("step 0", path=folder, key="checkpoint.every"):
         checkpointer.resume(last_step=0)
     engine.close()
     return resumed.step, same, resumed.notes
@@ -325,8 +332,7 @@ def go_back_at_once(config: Config, folder: Path):
 def test_going_back_waits_for_what_is_being_written(pools, tmp_path):
     for step, same, notes in pools(2).run(go_back_at_once, with_policy(CASE), tmp_path):
         assert (step, same) == (1, True)
-        assert len(notes) == 2
-        assert all("step-00000001" in note for note in notes)
+        assert events(notes) == [(NoteKind.SAVED, 1), (NoteKind.RESUMED, 1)]
     assert damage(checkpoints(tmp_path)[-1]) == []
 
 

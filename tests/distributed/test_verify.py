@@ -155,6 +155,8 @@ def test_one_wrong_weight_of_one_rank_is_named(pools):
     report = report_of(pools, config, 2, partial(with_fault, move_a_shard))
     found = {check.what: check for check in differences(report)}
     assert found["initial parameters"].where == "stack.layers.1.ffn.down.weight"
+    assert found["initial parameters"].deviation == pytest.approx(1e-3, rel=0.1)
+    assert not report.equal
     assert "logits" in found
     text = as_text(config, DistContext(0, 2, torch.device("cpu"), "gloo"), report)
     last = text.splitlines()[-1]

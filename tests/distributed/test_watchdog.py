@@ -16,7 +16,7 @@ from moa_dist.distributed.heartbeat import Heartbeat
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.rank_status import RankStatus, summary
 from moa_dist.distributed.watchdog import FOLDER, SUMMARY, Watchdog
-from moa_dist.errors import ExitCode
+from moa_dist.errors import ExitCode, PeerErrorKind
 from moa_dist.models.language_model import build_model
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.sharding import shard_experts
@@ -67,6 +67,7 @@ def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
     assert "time.sleep" in (report / "rank-1.txt").read_text()
     assert "thread heartbeat" in (report / "rank-0.txt").read_text()
     for rank, text in enumerate(ranks.said()):
+        assert ranks.kind(rank) is PeerErrorKind.STUCK
         assert f"rank {rank}: {first}" in text
         assert "Traceback" not in text
 
@@ -93,24 +94,29 @@ def status(rank: int, begun: int, inside: bool) -> RankStatus:
 
 
 @pytest.mark.parametrize(
-    ("known", "silent", "culprits"),
+    ("known", "silent", "kind", "culprits"),
     [
         # On GPUs the host waits outside of the collective that it began.
-        ([(0, 9, False), (1, 8, False)], [], [1]),
-        ([(0, 9, True), (1, 9, False)], [], [1]),
-        ([(0, 9, True), (1, 9, True)], [], []),
-        ([(0, 9, False), (1, 9, False)], [], []),
-        ([(0, 9, True), (2, 9, True)], [1], [1]),
-        ([(0, 9, True)], [1, 2], [1, 2]),
+        ([(0, 9, False), (1, 8, False)], [], "behind", (1,)),
+        ([(0, 9, True), (1, 9, False)], [], "past", (1,)),
+        ([(0, 9, True), (1, 9, True)], [], "waiting", ()),
+        ([(0, 9, False), (1, 9, False)], [], "slow", ()),
+        ([(0, 9, True), (2, 9, True)], [1], "silent", (1,)),
+        ([(0, 9, True)], [1, 2], "silent", (1, 2)),
+        ([(0, 9, True)], [], "alone", ()),
     ],
 )
-def test_whom_the_others_wait_for(known, silent, culprits):
-    line, lines = summary([status(*values) for values in known], silent)
-    named = re.match(r"ranks? (\d+(?:, \d+)*)", line)
-    assert (list(map(int, named[1].split(", "))) if named else []) == culprits
-    assert len(lines.splitlines()) == len(known)
+def test_whom_the_others_wait_for(known, silent, kind, culprits):
+    statuses = [status(*values) for values in known]
+    conclusion, lines = summary(statuses, silent)
+    assert (conclusion.kind, conclusion.ranks) == (kind, culprits)
+    named = re.match(r"ranks? (\d+(?:, \d+)*)", conclusion.text)
+    shown = tuple(map(int, named[1].split(", "))) if named else ()
+    assert shown == (culprits if kind != "alone" else (0,))
+    assert lines.splitlines() == [str(each) for each in statuses]
 
 
-def test_ranks_that_all_wait_and_ranks_that_all_work_are_different_troubles():
-    waiting, working = ([status(r, 9, inside) for r in (0, 1)] for inside in (True, False))
-    assert summary(waiting, [])[0] != summary(working, [])[0]
+def test_a_status_shows_whether_its_rank_is_in_a_collective():
+    assert str(status(0, 9, True)) != str(status(0, 9, False))
+    assert "collective 9, losses" in str(status(0, 9, True))
+    assert not re.search(r"collective \d", str(status(0, 0, False)))
