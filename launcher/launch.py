@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -138,7 +139,7 @@ def main() -> int:
     args = parse()
     try:
         config = load_config(args.config, args.overrides)
-        with Preemption(by_keyboard=True) as preemption:
+        with Preemption(second_interrupt=signal.default_int_handler) as preemption:
             return launch(args, config, preemption)
     except MoaDistError as error:
         print(error, file=sys.stderr)

@@ -7,16 +7,22 @@ configuration, checks what can be checked without other ranks, and calls the tra
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from moa_dist.cli.rank_output import say_once, say_unless_rank_0_does
+from moa_dist.distributed.launcher_watch import launchers, watch_launchers
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import ExitCode, MoaDistError, PeerError, SaveError, TrainingError
 
 if TYPE_CHECKING:
     from moa_dist.config import Config
+
+STOPPING = "stopping: this step is finished and saved; Ctrl-C again ends at once, without saving"
 
 
 def share_cores() -> None:
@@ -49,8 +55,20 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     if args.world_size is not None and (args.world_size < 1 or not args.dry_run):
         parser.error("--world-size requires --dry-run, and must be at least 1")
-    with Preemption() as preemption:
-        return run(args, preemption)
+    if args.dry_run:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save, and no traceback
+        return run(args, Preemption())
+    rank = int(os.environ.get("RANK", 0))
+    with Preemption(notice="" if rank else STOPPING) as preemption:
+
+        def stop() -> None:
+            preemption.requested = True
+            if rank == 0:
+                with suppress(OSError):  # it may have read this process's output
+                    print("the launcher is gone: this job saves and ends", file=sys.stderr)
+
+        with watch_launchers(launchers(os.environ), stop):
+            return run(args, preemption)
 
 
 def run(args: argparse.Namespace, preemption: Preemption) -> int:
@@ -94,12 +112,33 @@ def _dry_run(config: Config, world_size: int | None, rank: int) -> int:
     return ExitCode.DONE
 
 
+def flush_output() -> None:
+    """Flush what was printed; drop it if its reader, such as `tee`, ended by the same Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def leave(statuses: list[int]) -> None:
+    """End this process without tearing down its modules, if it has come to an exit status.
+
+    Unloading torch takes seconds on a busy host, out of the time that launchers grant for saving.
+    """
+    if statuses:
+        flush_output()
+        os._exit(statuses[0])
+
+
 if __name__ == "__main__":
+    statuses: list[int] = []
+    atexit.register(leave, statuses)  # registered first, it is called last
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     if status not in (ExitCode.DONE, ExitCode.PREEMPTED):
-        # Skip the interpreter's shutdown: process groups are still open, NCCL may wait there for a
-        # lost rank, and running threads may turn the status into an abort.
+        # Skip all of the interpreter's shutdown: process groups are still open, NCCL may wait there
+        # for a lost rank, and running threads may turn the status into an abort.
         os._exit(status)
+    statuses.append(status)
     sys.exit(status)

@@ -29,8 +29,8 @@ class ExitCode(IntEnum):
     """A checkpoint could not be written and the policy is to stop: free disk space, then start
     again."""
     PREEMPTED = 75
-    """SIGTERM or SIGUSR1 arrived: the step was finished and saved. Run the same command to
-    continue."""
+    """Ctrl-C, SIGTERM or SIGUSR1 arrived, or the launcher is gone: the step was finished and saved.
+    Run the same command to continue."""
     LOST_PEER = 76
     """A rank is gone, silent, or stuck in a step; a supervisor restarts the job."""
 
