@@ -60,7 +60,7 @@ def assert_slow(by_rank, check, rank):
     (finding,) = (f for f in by_rank[0] if f.check == check)
     others = [seconds for other, seconds in enumerate(finding.seconds) if other != rank]
     assert finding.is_fault
-    assert f"rank {rank} (host {HOST})" in finding.text
+    assert rank in finding.ranks  # a busy machine may make another one slow as well
     assert finding.seconds[rank] > 0.49 > max(others)
 
 
