@@ -14,6 +14,7 @@ from moa_dist.checkpoint.lease import hold_run_folder
 from moa_dist.checkpoint.note import Note
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.corruption import CheckedData, check_all_data
+from moa_dist.data.notes import data_notes
 from moa_dist.data.order import exclude, read_exclusions
 from moa_dist.distributed.device import enable_determinism
 from moa_dist.distributed.preemption import Preemption
@@ -100,6 +101,7 @@ def _resume(
         preemption=preemption,
     )
     notes = [*resumed.notes, *describe(changed, before, config, resumed.step)]
+    notes += data_notes(config)
     return run, [*notes, *data.notes(exclusions, resumed.samples)]
 
 
