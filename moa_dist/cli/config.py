@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import sys
 import textwrap
 
 from moa_dist.cli.arguments import add_overrides, between
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(problems, f"{args.path} on {args.world_size} ranks")
     print(f"{args.path}: ok")
     for note in data_notes(config):
-        print(f"note: {note}")
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

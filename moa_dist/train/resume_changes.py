@@ -54,6 +54,8 @@ def refusals(config: Config, newest: Index) -> list[str]:
 def _what_it_makes(change: Change) -> str:
     if covers("model", change.path):
         return "another model of the checkpoint's parameters"
+    if change.path == DATA:
+        return "a run on other data than the checkpoint was trained on"
     if covers("data", change.path):
         return "another order of samples, which repeats some and skips others"
     return "another run than the checkpoint's"
