@@ -172,12 +172,13 @@ class Watchdog:
             return found.text, lines
         if healthy := progress(earlier, later, seconds):
             return healthy, lines
-        step = self._step
+        step, longest = self._step, self._longest_s
         age = 0.0 if step is None else time.monotonic() - step[1]
-        if age < self._longest_s:
-            longest = f"earlier ones up to {self._longest_s:.0f} s"
-            return f"no sign of a hang yet: this step has taken {age:.0f} s, {longest}", lines
-        return f"stuck: not every rank has moved in {seconds:.0f} s: {found.text}", lines
+        if step is not None and age < longest:
+            ages = f"this step has taken {age:.0f} s, earlier ones up to {longest:.0f} s"
+            return f"no sign of a hang yet: {ages}", lines
+        verdict = "stuck" if longest else "stuck, or still in the first step"
+        return f"{verdict}: not every rank has moved in {seconds:.0f} s: {found.text}", lines
 
     def _look(self, name: str) -> dict[int, RankStatus]:
         """Let every rank write its stacks; returns the status of those that answer in time."""

@@ -128,7 +128,7 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out
     assert re.search(r"\bstep 7\b.*\bcollective 1, losses\b.* cli/hang\.py:\d", answer)
-    assert answer.startswith("stuck: ")
+    assert answer.startswith("stuck, or still in the first step: ")
     assert said == [answer.rstrip("\n")]
     watchdog.close()
     monkeypatch.setattr(hang, "_TAKEN_S", 0.3)
