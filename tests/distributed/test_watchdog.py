@@ -83,10 +83,10 @@ def test_a_job_whose_steps_go_on_is_healthy(tmp_path, capsys):
         step = 0
         while not ended.wait(0.1):
             step += 1
-            watchdog.begin(step)
+            watchdog.arm(step)
             with comm_timer.begin("losses"):
                 time.sleep(0.1)
-            watchdog.rest()
+            watchdog.disarm()
 
     steps = Thread(target=take_steps)
     steps.start()
@@ -100,10 +100,10 @@ def test_a_job_whose_steps_go_on_is_healthy(tmp_path, capsys):
 def test_a_step_no_longer_than_earlier_ones_is_no_hang(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(moa_dist.distributed.watchdog, "WATCH_S", 0.2)
     watchdog = Watchdog(None, CommTimer(), tmp_path, limit_s=None, say=lambda _: None)
-    watchdog.begin(1)
+    watchdog.arm(1)
     watchdog._step = (1, time.monotonic() - 1000.0)  # as if it had taken so long
-    watchdog.rest()
-    watchdog.begin(2)
+    watchdog.disarm()
+    watchdog.arm(2)
     assert main(["hang", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("no sign of a hang yet: ")
     watchdog.close()
