@@ -100,9 +100,8 @@ def _resume(
         ),
         preemption=preemption,
     )
-    notes = [*resumed.notes, *describe(changed, before, config, resumed.step)]
-    notes += data_notes(config)
-    return run, [*notes, *data.notes(exclusions, resumed.samples)]
+    notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
+    return run, [*resumed.notes, *notes, *data.notes(exclusions, resumed.samples)]
 
 
 def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
