@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     DONE = 0
     """The last step was taken and saved."""
     DEFECT = 1
-    """An unexpected error, with a traceback; a supervisor restarts the job."""
+    """An unexpected error, with a traceback, or a crash; a supervisor restarts the job."""
     USER = 2
     """The configuration, the data or the devices are wrong: a restart would not help."""
     NOT_FINITE = 3
@@ -32,7 +32,7 @@ class ExitCode(IntEnum):
     """Ctrl-C, SIGTERM or SIGUSR1 arrived, or the launcher is gone: the step was finished and saved.
     Run the same command to continue."""
     LOST_PEER = 76
-    """A rank is gone, silent, or stuck in a step; a supervisor restarts the job."""
+    """A rank was killed, is gone, silent, or stuck in a step; a supervisor restarts the job."""
 
 
 class MoaDistError(Exception):

@@ -26,6 +26,8 @@ IMAGE_VARIABLE = "MOA_DIST_IMAGE"
 """Environment variable with the path of an image's record (written by `docker/record.py`)."""
 _GIT_S = 10.0
 _MAX_LISTED = 6
+NUMERIC_PACKAGES = ("deepspeed", "flash-attn", "numpy", "torch", "triton")
+"""Packages that the numbers of a run depend on, besides NVIDIA's libraries."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,18 @@ def changes(then: Provenance, now: Provenance) -> list[Change]:
 
 
 def differences(then: Provenance, now: Provenance) -> str | None:
-    """Describe the first changes in one line; None if nothing differs."""
-    found = changes(then, now)
+    """Describe the first changes that numbers may depend on in one line; None without any."""
+    found = [change for change in changes(then, now) if _matters(change)]
     if not found:
         return None
     rest = len(found) - _MAX_LISTED
     more = [f"and {rest} more"] if rest > 0 else []
     return ", ".join([*map(str, found[:_MAX_LISTED]), *more])
+
+
+def _matters(change: Change) -> bool:
+    named = ("Python", "sources", *NUMERIC_PACKAGES)
+    return change.name in named or change.name.startswith("nvidia-")
 
 
 def changed_since_build(image: Image) -> list[Change]:

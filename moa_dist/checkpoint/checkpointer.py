@@ -43,7 +43,7 @@ from moa_dist.checkpoint.write import (
     remove_leftovers,
     write_part,
 )
-from moa_dist.config.run import Config
+from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.errors import DataError, SaveError
 from moa_dist.provenance import Provenance, differences, provenance
 
@@ -58,6 +58,8 @@ class Resumed:
     """Sequences consumed so far."""
     state: dict[str, JsonValue]
     """What was given to `save`."""
+    config: Config | None
+    """The configuration that it was saved with; None for a new run."""
     notes: list[Note]
     """What a person should know: from which checkpoint, and why no newer one."""
 
@@ -104,14 +106,14 @@ class Checkpointer:
                 damaged.append(Note(NoteKind.DAMAGED, folder, text))
                 self._damaged.append(folder)
                 continue
-            index = load(self._source, folder)
+            index = load(self._source, folder, self._config.optimizer)
             broadcast_from_rank0(partial(_discard_all, later))
             self._saved = Identity(index.step, index.samples, index.state)
             resumed = Note(NoteKind.RESUMED, folder, f"continuing from {folder}")
             notes += [*damaged, resumed, *self._changes(folder, index.provenance)]
-            return Resumed(index.step, index.samples, index.state, notes)
+            return Resumed(index.step, index.samples, index.state, index.config, notes)
         self._require_none(damaged, last_step)
-        return Resumed(0, 0, {}, notes)
+        return Resumed(0, 0, {}, None, notes)
 
     def _require_none(self, damaged: list[Note], last_step: int | None) -> None:
         """Raise DataError if a checkpoint was needed, or some are there and none is valid."""
@@ -186,7 +188,7 @@ class Checkpointer:
         return notes
 
     def _changes(self, folder: Path, then: Provenance | None) -> list[Note]:
-        """Return a note if it was saved by other sources or packages than rank 0 has now."""
+        """Return a note if other sources, Python or `NUMERIC_PACKAGES` saved it than rank 0's."""
         changes = then and differences(then, self.provenance)
         text = f"changed since that was saved: {changes}"
         return [Note(NoteKind.CHANGED, folder, text)] if changes else []
@@ -283,19 +285,28 @@ def _discard_all(folders: list[Path]) -> None:
 
 
 @torch.no_grad()
-def load(source: StateSource, folder: Path) -> Index:
+def load(source: StateSource, folder: Path, optimizer: OptimizerConfig) -> Index:
     """Restore parameters and optimizer state, saved in any layout. Collective.
 
-    Reads just the ranges that this rank holds.
+    Reads just the ranges that this rank holds. Moments are zero, as in a new run, if weights come
+    from elsewhere or `optimizer` keeps others than the one that was saved.
     """
     reader = Reader(folder)
     reader.check_shapes(source.global_shapes())
-    source.make_optimizer_state(reader.index.updates)
+    are_new = reader.index.step == 0 or _moments(reader.index.config.optimizer) != _moments(
+        optimizer
+    )
+    source.make_optimizer_state(0 if are_new else reader.index.updates)
     for fragment in source.fragments(owned_only=False):
-        if fragment.state != MASTER and reader.index.step == 0:
-            fragment.view.zero_()  # weights from elsewhere come without moments
+        if fragment.state != MASTER and are_new:
+            fragment.view.zero_()
             continue
         name = f"{fragment.parameter}/{fragment.state}"
         reader.read_into(name, fragment.start, fragment.view)
     source.publish_masters()
     return reader.index
+
+
+def _moments(optimizer: OptimizerConfig) -> tuple[str, bool]:
+    """Return what decides which moments an optimizer keeps."""
+    return optimizer.kind, optimizer.momentum > 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import sys
 import textwrap
 
 from moa_dist.cli.arguments import add_overrides, between
 from moa_dist.config import find_layout_problems, load_config, to_yaml
 from moa_dist.config.schema import SchemaField, describe, section_types, walk
+from moa_dist.data.notes import data_notes
 from moa_dist.errors import ConfigError
 
 
@@ -25,12 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--world-size", type=between(int, 1), metavar="W", help="also check that it fits W ranks"
     )
+    check.add_argument(
+        "--data", action="store_true", help="also check that the prepared data is here and fits"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit status.
 
-    Raises ConfigError if the configuration is invalid.
+    Raises ConfigError if the configuration is invalid, DataError if its data are, where asked.
     """
     if args.action == "fields":
         print("\n".join(_field_lines(field) for field in walk()))
@@ -39,10 +44,21 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "show":
         print(to_yaml(config), end="")
         return 0
+    if args.data:
+        from moa_dist.data.check import check_data  # needs torch, which the rest does not
+
+        check_data(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            world_size=args.world_size or 1,
+            objective=config.model.objective,
+        )
     problems = find_layout_problems(config, args.world_size) if args.world_size else []
     if problems:
         raise ConfigError(problems, f"{args.path} on {args.world_size} ranks")
     print(f"{args.path}: ok")
+    for note in data_notes(config):
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

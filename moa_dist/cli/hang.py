@@ -1,4 +1,4 @@
-"""`moa-dist hang`: asks a running job which of its ranks waits for what."""
+"""`moa-dist hang`: asks a running job whether it goes on, and if not, which rank it waits for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moa_dist.distributed.watchdog import FOLDER, REQUEST, SUMMARY
 from moa_dist.errors import ClusterError, DataError
 
 _TAKEN_S = 10.0
-_ANSWER_S = 20.0
+_ANSWER_S = 30.0
 _POLL_S = 0.1
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
 from moa_dist.config.run import Config
@@ -299,6 +300,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _optimizer,
     _precision,
     _kept_checkpoints,
+    unknown_permissions,
     _enough_experts,
 )
 """Each is independent of the others, so an invalid field skips only the checks that read it."""

@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from moa_dist.config.model import ModelConfig
-from moa_dist.config.section import Section
+from moa_dist.config.section import MAY_CHANGE, Section
 
 
 class DataConfig(Section):
     """Prepared shards to train and validate on (see `moa-dist prepare`)."""
 
-    train: str
-    """Folder with the training shards and their manifest."""
-    valid: str | None = None
+    train: Annotated[str, MAY_CHANGE]
+    """Folder with the training shards and their manifest. A resumed run may find it elsewhere."""
+    valid: Annotated[str | None, MAY_CHANGE] = None
     """Folder with the validation shards; null for no validation."""
     sequence_length: PositiveInt
     """Tokens per sequence; must equal the block length that the shards were prepared with."""
@@ -28,16 +28,16 @@ class DataConfig(Section):
     """Shards that all ranks together read in parallel; must be a multiple of the number of ranks.
     The order of samples depends on it, and on nothing else in the layout. Ignored for translation,
     where every rank holds all pairs in memory."""
-    workers: NonNegativeInt = 1
+    workers: Annotated[NonNegativeInt, MAY_CHANGE] = 1
     """Background processes per rank that prefetch; 0 reads in the training process. Ignored for
     translation."""
     seed: NonNegativeInt = 0
     """Seed of the sample order."""
-    verify: Literal["sizes", "checksums"] = "sizes"
+    verify: Annotated[Literal["sizes", "checksums"], MAY_CHANGE] = "sizes"
     """What is checked before the first step: the size of every shard, or its checksum, which reads
     all data once, divided among the ranks. In both cases a shard's checksum is verified whenever
     the shard is opened, and damage found then stops the run."""
-    on_damage: Literal["stop", "skip"] = "stop"
+    on_damage: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What to do when damaged training shards are found before the first step: `stop` lists them
     and ends, `skip` lists them and excludes them on every rank. `skip` needs `verify: checksums`:
     damage found later stops the run, and its next start excludes the shard. Validation shards are
@@ -124,11 +124,11 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """The training loop."""
 
-    steps: PositiveInt
+    steps: Annotated[PositiveInt, MAY_CHANGE]
     """Optimizer steps."""
-    global_batch: PositiveInt
+    global_batch: Annotated[PositiveInt, MAY_CHANGE]
     """Sequences (translation: buckets of pairs) per optimizer step, over all ranks."""
-    micro_batch: PositiveInt
+    micro_batch: Annotated[PositiveInt, MAY_CHANGE]
     """Sequences (or buckets) per rank in one forward and backward. Gradients are accumulated over
     `global_batch / (W * micro_batch)` micro-batches."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -137,26 +137,26 @@ class TrainConfig(Section):
     not."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, MAY_CHANGE] = False
     """Make two runs of one layout on the same GPUs equal to the bit. Rows are then summed in sorted
     order instead of by atomic additions, which is slower; on CPUs this is always the case."""
-    recompute: bool = False
+    recompute: Annotated[bool, MAY_CHANGE] = False
     """Recompute each block's activations in the backward pass to save memory."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of expert dropout."""
-    step_limit: PositiveFloat | None = 300.0
+    step_limit: Annotated[PositiveFloat | None, MAY_CHANGE] = 300.0
     """Maximum duration of a step in seconds, reading its data included. If a step exceeds it, every
     rank writes its stack, the rank that the others wait for is named, and the job ends. null for
     no limit; `moa-dist hang` then shows where ranks are. A collective times out after ten minutes
     in any case."""
-    on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    on_bad_step: Annotated[Literal["stop", "skip", "rewind"], MAY_CHANGE] = "stop"
     """What to do when the loss or the gradient norm is not finite, or the loss spikes. The step is
     never applied. `stop` ends the run; `skip` repeats the step with the next samples; `rewind`
     loads the newest checkpoint and continues with the samples after the offending ones. The samples
     without effect are listed in every later checkpoint."""
-    bad_step_limit: PositiveInt = 10
+    bad_step_limit: Annotated[PositiveInt, MAY_CHANGE] = 10
     """Number of consecutive bad steps, or rewinds, that ends the run."""
-    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    spike_factor: Annotated[Annotated[float, Field(gt=1)] | None, MAY_CHANGE] = None
     """A step is also bad if its loss is more than this many times the median of the last 100 steps;
     null accepts any finite loss."""
 
@@ -211,20 +211,26 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest valid checkpoint in the run's folder, if any; `never`
     rejects a folder that has one."""
+    allow_changes: tuple[str, ...] = ()
+    """Fields, or whole sections, that may differ from the checkpoint that a run continues from,
+    such as `[model.ffn.activation, optimizer]`. They make another model or another run, so a change
+    is refused unless it is named here; `data.train` stands for other data there. Layout, micro- and
+    global batch, number of steps, validation, logging and checkpoints may always change. Every
+    change is logged and recorded in later checkpoints."""
 
 
 class Config(Section):
     """A whole run."""
 
-    name: str
+    name: Annotated[str, MAY_CHANGE]
     """Name of the run."""
-    output: str = "runs"
+    output: Annotated[str, MAY_CHANGE] = "runs"
     """Folder in which the run's folder, called `name`, is created."""
     model: ModelConfig
     """The model."""
     data: DataConfig
     """The data."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()
     """The layout."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimizer."""
@@ -232,13 +238,13 @@ class Config(Section):
     """The learning rate schedule."""
     train: TrainConfig
     """The training loop."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: Annotated[EvaluationConfig, MAY_CHANGE] = EvaluationConfig()
     """Validation."""
-    logging: LoggingConfig = LoggingConfig()
+    logging: Annotated[LoggingConfig, MAY_CHANGE] = LoggingConfig()
     """Reports."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     """Checkpoints."""
-    profile: ProfileConfig = ProfileConfig()
+    profile: Annotated[ProfileConfig, MAY_CHANGE] = ProfileConfig()
     """Traces."""
 
 

@@ -130,7 +130,9 @@ def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
     if get_origin(value) is Literal:
         return "one of " + ", ".join(map(str, get_args(value)))
     if get_origin(value) is tuple:
-        return f"a list of {len(get_args(value))} numbers"
+        first, *rest = get_args(value)
+        noun = "texts" if first is str else "numbers"
+        return f"a list of {noun}" if rest == [Ellipsis] else f"a list of {1 + len(rest)} {noun}"
     if value is bool:
         return "true or false"
     if value is str:

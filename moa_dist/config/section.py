@@ -9,6 +9,15 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 from pydantic import model_validator as validator
 
 
+class _MayChange:
+    """Marks a field, or all fields of a section, that a resumed run may change freely."""
+
+
+MAY_CHANGE = _MayChange()
+"""Put in a field's `Annotated`. Unmarked fields make another model or another run: a resumed run
+changes them only if `checkpoint.allow_changes` names them."""
+
+
 class InvalidFieldError(Exception):
     """A field was read for which the configuration holds no valid value."""
 

@@ -70,6 +70,12 @@ def parse_yaml(text: str, name: str, override_of: str = "") -> Document:
     document = Document(None)
     converter = _Converter(document, name, has_lines=not override_of)
     try:
+        if override_of and _has_comment(text):
+            raise UnreadableError(
+                "` #` begins a comment in YAML and would cut the value short; put the value in "
+                f"quotes: '{override_of}=\"...\"'",
+                converter.source(None),
+            )
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
             document.data = converter.convert(node, override_of)
@@ -83,6 +89,16 @@ def parse_yaml(text: str, name: str, override_of: str = "") -> Document:
         text = "nested too deeply for a configuration"
         raise UnreadableError(text, converter.source(None)) from None
     return document
+
+
+def _has_comment(text: str) -> bool:
+    """Whether a comment lies between two tokens."""
+    end = 0
+    for token in yaml.scan(text, Loader=_Loader):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return False
 
 
 class _Converter:

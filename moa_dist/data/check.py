@@ -10,8 +10,7 @@ from moa_dist.config.run import DataConfig
 from moa_dist.data.manifest import (
     AnyManifest,
     PairManifest,
-    load_manifest,
-    load_pair_manifest,
+    load_any_manifest,
     read_regular_file,
     sha256_of,
 )
@@ -72,12 +71,8 @@ def _checked_manifest(
 ) -> AnyManifest | None:
     """Load the manifest of folder `name` and append what is wrong with the folder to `problems`."""
     folder = Path(name)
-    manifest: AnyManifest
     try:
-        if objective == "translation":
-            manifest = load_pair_manifest(folder)
-        else:
-            manifest = load_manifest(folder)
+        manifest = load_any_manifest(folder, objective)
     except DataError as error:
         problems.append(error)
         return None

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from moa_dist.config.model import Objective
 from moa_dist.errors import DataError
 
 FORMAT_VERSION = 1
@@ -157,6 +158,11 @@ class PairManifest(ShardFolder):
 
 AnyManifest = Manifest | PairManifest
 AnyKind = TypeVar("AnyKind", Manifest, PairManifest)
+
+
+def load_any_manifest(folder: Path, objective: Objective) -> AnyManifest:
+    """Load the manifest of a folder prepared for this objective. Raises DataError."""
+    return load_pair_manifest(folder) if objective == "translation" else load_manifest(folder)
 
 
 def sha256_of(data: bytes) -> str:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -144,3 +144,19 @@ def _conclude(known: Sequence[RankStatus], silent: tuple[int, ...]) -> Conclusio
     if len(culprits) > 4:
         text += f"; and {len(culprits) - 4} more"
     return Conclusion(kind, tuple(culprit.rank for culprit in culprits), text)
+
+
+def progress(
+    earlier: Mapping[int, RankStatus], later: Mapping[int, RankStatus], seconds: float
+) -> str | None:
+    """Describe how far the ranks have come between two looks; None if one has not moved.
+
+    Ranks that answered only once do not count.
+    """
+    twice = sorted(earlier.keys() & later.keys())
+    if any((earlier[r].begun, earlier[r].step) == (later[r].begun, later[r].step) for r in twice):
+        return None
+    begun = later[twice[0]].begun - earlier[twice[0]].begun
+    now = later[twice[0]].step
+    where = "between steps" if now is None else f"in step {now}"
+    return f"healthy: every rank goes on, {begun} collectives in {seconds:.0f} s, now {where}"

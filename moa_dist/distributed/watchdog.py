@@ -21,7 +21,13 @@ from typing import Any
 
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.heartbeat import Heartbeat
-from moa_dist.distributed.rank_status import RankStatus, all_stacks, own_status, summary
+from moa_dist.distributed.rank_status import (
+    RankStatus,
+    all_stacks,
+    own_status,
+    progress,
+    summary,
+)
 from moa_dist.errors import ExitCode
 
 FOLDER = "hangs"
@@ -33,6 +39,8 @@ SUMMARY = "summary.txt"
 _POLL_S = 0.5
 _ANSWER_S = 5.0
 """Longest wait for the answers of the other ranks."""
+WATCH_S = 10.0
+"""Longest time between the two looks of a report that was requested."""
 _MAX_CHARS = 2000
 """Maximum length of the message that every rank prints when it ends."""
 
@@ -69,6 +77,11 @@ class Watchdog:
         self._resumed = 0.0
         """When this process resumed after being stopped; that time does not count for a step."""
         self._notified = False
+        self._is_overdue_elsewhere = False
+        self._num_steps = 0
+        """Steps begun by this process."""
+        self._longest_s = 0.0
+        """The longest of those that have ended."""
         self._closing = threading.Event()
         if self._rank == 0:  # left over from a job that has ended
             (self._folder / REQUEST).unlink(missing_ok=True)
@@ -78,9 +91,12 @@ class Watchdog:
     def arm(self, step: int) -> None:
         """Mark the start of a step (counted from 1), before its data is read."""
         self._step = (step, time.monotonic())
+        self._num_steps += 1
 
     def disarm(self) -> None:
         """Mark that no step is running; validation and checkpoints have no time limit."""
+        if self._step is not None:
+            self._longest_s = max(self._longest_s, time.monotonic() - self._step[1])
         self._step = None
 
     def close(self) -> None:
@@ -100,6 +116,7 @@ class Watchdog:
                 if "report" in message:
                     self._answer(str(message["report"]))
                 overdue |= "overdue" in message
+            overdue |= self._is_overdue_elsewhere
             if self._rank != 0:
                 if overdue and not self._notified:
                     self._notified = True
@@ -120,19 +137,7 @@ class Watchdog:
     def _report(self, *, is_end: bool) -> None:
         name = self._new_name()
         (self._folder / REQUEST).unlink(missing_ok=True)
-        self._send({"report": name})
-        known = {0: self._write_stacks(name)}
-        deadline = time.monotonic() + _ANSWER_S
-        while self._others - set(known) and time.monotonic() < deadline:
-            time.sleep(0.05)
-            for message in self._received():
-                if "status" in message:
-                    status = RankStatus(**message["status"])
-                    known[status.rank] = status
-        conclusion, lines = summary(list(known.values()), self._others - set(known))
-        first = conclusion.text
-        if is_end:
-            first = f"no step ended within train.step_limit = {self._limit_s:g} s: {first}"
+        first, lines = self._conclude_at_once(name) if is_end else self._compare_two_looks(name)
         text = f"{first}\n{lines}\nstacks of all threads: {self._folder / name}/rank-*.txt"
         self._say(text)
         with suppress(OSError):  # a full disk must not keep the job from ending
@@ -145,6 +150,49 @@ class Watchdog:
             self._heartbeat.end_job(first[:_MAX_CHARS])
         else:
             os._exit(ExitCode.LOST_PEER)
+
+    def _conclude_at_once(self, name: str) -> tuple[str, str]:
+        """Return which rank the others wait for, as no step has ended in time, and all lines."""
+        known = self._look(name)
+        found, lines = summary(list(known.values()), self._others - known.keys())
+        return f"no step ended within train.step_limit = {self._limit_s:g} s: {found.text}", lines
+
+    def _compare_two_looks(self, name: str) -> tuple[str, str]:
+        """Return whether the job goes on, or which rank it waits for, and a line per rank."""
+        began, earlier, num_steps = time.monotonic(), self._look(name), self._num_steps
+        # A step that has begun and ended meanwhile has passed through all ranks.
+        while self._num_steps < num_steps + 2 and time.monotonic() - began < WATCH_S:
+            if self._closing.wait(0.05):
+                break
+        later = self._look(name)
+        seconds = time.monotonic() - began
+        silent = self._others - later.keys()
+        found, lines = summary(list(later.values()), silent)
+        if silent:
+            return found.text, lines
+        if healthy := progress(earlier, later, seconds):
+            return healthy, lines
+        step, longest = self._step, self._longest_s
+        age = 0.0 if step is None else time.monotonic() - step[1]
+        if step is not None and age < longest:
+            ages = f"this step has taken {age:.0f} s, earlier ones up to {longest:.0f} s"
+            return f"no sign of a hang yet: {ages}", lines
+        verdict = "stuck" if longest else "stuck, or still in the first step"
+        return f"{verdict}: not every rank has moved in {seconds:.0f} s: {found.text}", lines
+
+    def _look(self, name: str) -> dict[int, RankStatus]:
+        """Let every rank write its stacks; returns the status of those that answer in time."""
+        self._send({"report": name})
+        known = {self._rank: self._write_stacks(name)}
+        deadline = time.monotonic() + _ANSWER_S
+        while self._others - known.keys() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            for message in self._received():
+                self._is_overdue_elsewhere |= "overdue" in message
+                if "status" in message:
+                    status = RankStatus(**message["status"])
+                    known[status.rank] = status
+        return known
 
     def _new_name(self) -> str:
         now = name = time.strftime("%Y%m%d-%H%M%S")

@@ -46,6 +46,16 @@ class CauseKind(StrEnum):
     FAILED = "failed"  # an unexpected error
 
 
+_LOST = (
+    CauseKind.ORPHANED,
+    CauseKind.VANISHED,
+    CauseKind.KILLED,
+    CauseKind.KILLED_OR_MEMORY,
+    CauseKind.LOST_PEER,
+)
+"""Causes that lie outside of the rank at fault: the job has lost it."""
+
+
 @dataclass(frozen=True)
 class Cause:
     """Why an attempt ended."""
@@ -88,7 +98,7 @@ def find_cause(folder: Path, problem: str | None = None) -> Cause:
         return Cause(CauseKind.LAUNCHER, problem, ExitCode.LOST_PEER)
     kind, text = _explain(culprit, folder)
     who = f"rank {culprit.rank} (host {culprit.host})"
-    return Cause(kind, f"{who} {text}", _exit_code(culprit), culprit.rank)
+    return Cause(kind, f"{who} {text}", _exit_code(kind, culprit), culprit.rank)
 
 
 def _culprit(records: list[RankRecord]) -> RankRecord:
@@ -113,11 +123,12 @@ def _when(record: RankRecord) -> float:
     return math.inf if record.ended is None else record.ended
 
 
-def _exit_code(record: RankRecord) -> ExitCode:
-    reported = (ExitCode.USER, ExitCode.NOT_FINITE, ExitCode.NOT_SAVED, ExitCode.LOST_PEER)
-    if record.orphaned or record.status not in reported:
-        return ExitCode.DEFECT
-    return ExitCode(record.status)
+def _exit_code(kind: CauseKind, record: RankRecord) -> ExitCode:
+    """Return the job's exit code: that of the rank, if it is one of those it chooses itself."""
+    if kind in _LOST:
+        return ExitCode.LOST_PEER
+    reported = (ExitCode.USER, ExitCode.NOT_FINITE, ExitCode.NOT_SAVED)
+    return ExitCode(record.status) if record.status in reported else ExitCode.DEFECT
 
 
 def _explain(record: RankRecord, folder: Path) -> tuple[CauseKind, str]:

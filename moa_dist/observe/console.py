@@ -144,7 +144,8 @@ def _describe(run: RunStart) -> Iterator[tuple[str, str]]:
     active = f"{short(run.num_active_parameters)} active per token"
     flops = f"{short(run.flops_per_token)} FLOPs per token, forward and backward"
     yield "model", f"{short(run.num_parameters)} parameters, {active}, {flops}"
-    tokens = config.train.steps * config.train.global_batch * tokens_per_sample(config)
+    left = max(config.train.steps - run.first_step, 0) * config.train.global_batch
+    tokens = (run.first_sample + left) * tokens_per_sample(config)
     if run.excluded_shards:
         yield "data", f"{run.excluded_shards} damaged shards left out, because of data.on_damage"
     at_most = " at most" if config.model.objective == "translation" else ""

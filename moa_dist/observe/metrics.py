@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pydantic import JsonValue
+
 from moa_dist.config.run import Config
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.stack import RouterCall
@@ -40,6 +42,10 @@ class RunStart:
     """0, or the step that training resumes after."""
     provenance: Provenance
     """Sources, packages and container image."""
+    first_sample: int = 0
+    """Sequences consumed before the next step; batches may have had other sizes."""
+    changes: Sequence[JsonValue] = ()
+    """What resuming has changed in the configuration, each with the step it follows."""
     excluded_shards: int = 0
     """Number of damaged training shards that are excluded from the order of samples."""
     exchange: Mapping[str, str] = field(default_factory=dict)

@@ -33,12 +33,7 @@ class TensorBoard:
     def start(self, run: RunStart) -> None:
         """Open the event file and write the configuration."""
         self._run = run
-        self._writer = SummaryWriter(
-            str(Path(run.folder) / FOLDER_NAME),
-            # Hides what an earlier run wrote for the steps that are now repeated.
-            purge_step=run.first_step + 1,
-            flush_secs=30,
-        )
+        self._writer = _open(run, run.first_step)
         yaml = "    " + to_yaml(run.config).replace("\n", "\n    ")  # a Markdown code block
         self._writer.add_text("config", yaml, run.first_step)
 
@@ -92,7 +87,11 @@ class TensorBoard:
             self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")
 
     def rewind(self, step: int) -> None:
-        """Do nothing: curves show everything that happened, including discarded steps."""
+        """Go on in a new event file, which hides all points after this step."""
+        assert self._run is not None, "start comes first"
+        self._events.close()
+        self._writer = _open(self._run, step)
+        self._routing = {}
 
     def note(self, message: str) -> None:
         """Do nothing: TensorBoard shows curves, not messages."""
@@ -119,3 +118,9 @@ class TensorBoard:
     def _scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+
+def _open(run: RunStart, step: int) -> SummaryWriter:
+    """Open a new event file; it hides what others hold for the steps after `step`."""
+    folder = str(Path(run.folder) / FOLDER_NAME)
+    return SummaryWriter(folder, purge_step=step + 1, flush_secs=30)

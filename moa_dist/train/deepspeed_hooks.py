@@ -14,6 +14,7 @@ ZeRO 3 run models that were written without it.
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator
@@ -232,6 +233,14 @@ def restore_backend() -> None:
     """Restore DeepSpeed's backend."""
     if isinstance(deepspeed_comm.cdb, _TimedBackend):
         deepspeed_comm.cdb = deepspeed_comm.cdb.backend
+
+
+def reports_no_overflow(record: logging.LogRecord) -> bool:
+    """Filter out DeepSpeed's line about a step with an overflow.
+
+    It is printed for every step that we reject, also for finite ones, and we report these.
+    """
+    return "OVERFLOW" not in record.getMessage()
 
 
 def discard_step(engine: Any) -> None:

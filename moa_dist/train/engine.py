@@ -250,6 +250,7 @@ def _initialize(
     deepspeed_hooks.disable_shm_comm_jit()
     deepspeed_hooks.ignore_renamed_collectives()
     deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.addFilter(deepspeed_hooks.reports_no_overflow)
     largest = max(parameter.numel() for parameter in model.parameters())
     # Some of DeepSpeed's optimizers print their memory while they are built.
     with contextlib.redirect_stdout(io.StringIO()):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 
 from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.checkpoint.note import Note
@@ -19,7 +20,7 @@ from moa_dist.data.order import Exclusions, as_json
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.watchdog import Watchdog
-from moa_dist.errors import BadStepError, ExitCode
+from moa_dist.errors import BadStepError, DataError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
 from moa_dist.models.objective import Batch
 from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
@@ -29,6 +30,7 @@ from moa_dist.train.optimizer import learning_rate
 from moa_dist.train.out_of_memory import explain_out_of_memory
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
+from moa_dist.train.resume_changes import History
 from moa_dist.train.step_sync import StepSync, gather_interval, names_of_hosts, sync_step
 from moa_dist.train.step_timer import StepTimer
 
@@ -58,6 +60,8 @@ class Run:
     exclusions: Exclusions
     """Shards that are left out, and since which sample."""
     progress: Progress
+    history: History
+    """What resuming has changed so far."""
     bad_steps: BadSteps
     checkpointer: Checkpointer
     reporter: Reporter
@@ -68,11 +72,13 @@ class Run:
     _hosts: list[str] = field(init=False)
     _timer: StepTimer = field(init=False)
     _tokens_read: int = field(init=False)
+    _first_step: int = field(init=False)
 
     def begin(self) -> None:
         """Open the stream of samples and start the clock; called once, before the first step."""
         self._stream = self._open_stream()
         self._hosts = names_of_hosts()
+        self._first_step = self.progress.step
         self._restart_timer()
 
     @property
@@ -180,10 +186,20 @@ class Run:
             self.reporter.notes(self._save())
         self.reporter.notes(self.checkpointer.finish())
         if self.done:
+            if self.progress.step == self._first_step:
+                self.reporter.notes([self._nothing_left()])
             return ExitCode.DONE
         again = "the same command goes on from there"
         self.reporter.notes([f"preempted after step {self.progress.step}: {again}"])
         return ExitCode.PREEMPTED
+
+    def _nothing_left(self) -> str:
+        step, steps = self.progress.step, self.config.train.steps
+        fewer = " is fewer than that" if steps < step else ""
+        return (
+            f"nothing left to do: {step} steps have been taken, and train.steps = {steps}{fewer}; "
+            "raise it to train on"
+        )
 
     def _validation_metrics(self, manifest: AnyManifest) -> ValidationMetrics:
         assert self.config.data.valid is not None
@@ -206,7 +222,11 @@ class Run:
         )
 
     def _save(self) -> list[Note]:
-        state = {"exclusions": as_json(self.exclusions), "bad_steps": self.bad_steps.state()}
+        state: dict[str, JsonValue] = {
+            "exclusions": as_json(self.exclusions),
+            "bad_steps": self.bad_steps.state(),
+            **self.history.state(),
+        }
         return self.checkpointer.save(self.progress.step, self.progress.samples, state)
 
     def _reject(self, error: BadStepError) -> None:
@@ -215,7 +235,12 @@ class Run:
         self.bad_steps.reject(error, bad)
         first = stop - self.config.train.global_batch
         if self.config.train.on_bad_step == "rewind":
-            first = self._rollback()
+            try:
+                first = self._rollback()
+            except DataError as cannot:
+                raise TrainingError(
+                    f"step {bad} was rejected: {error}; and rewinding failed: {cannot}"
+                ) from error
         self.reporter.notes([self.bad_steps.discard(first, stop, bad, error)])
 
     def _rollback(self) -> int:

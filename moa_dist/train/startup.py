@@ -14,6 +14,7 @@ from moa_dist.checkpoint.lease import hold_run_folder
 from moa_dist.checkpoint.note import Note
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.corruption import CheckedData, check_all_data
+from moa_dist.data.notes import data_notes
 from moa_dist.data.order import exclude, read_exclusions
 from moa_dist.distributed.device import enable_determinism
 from moa_dist.distributed.preemption import Preemption
@@ -25,6 +26,7 @@ from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
+from moa_dist.train.resume_changes import DATA, History, describe, find_changes
 from moa_dist.train.run import Progress, Run
 from moa_dist.train.run_folder import describe_run
 
@@ -47,7 +49,8 @@ def open_run(config: Config, observer: Observer, preemption: Preemption) -> Iter
         run, notes = _resume(config, context, data, built, observer, preemption)
         for part in (run.tracer, run.watchdog, run.reporter):
             stack.callback(part.close)  # the last one first
-        broadcast_from_rank0(partial(describe_run, config, run.folder))
+        if not run.done:  # else the folder stays as the run left it
+            broadcast_from_rank0(partial(describe_run, config, run.folder))
         run.reporter.start(_run_start(run, context, built))
         run.reporter.notes(notes)
         run.begin()
@@ -70,7 +73,11 @@ def _resume(
     folder, mesh = run_folder(config), built.engine.mesh
     checkpointer = Checkpointer(built.engine.state, config, folder)
     resumed = checkpointer.resume()
-    earlier = read_exclusions(resumed.state.get("exclusions"))
+    before = resumed.config or config
+    changed = find_changes(before, resumed.state, config)
+    # Excluded shards are numbers of the data that were read before.
+    is_other_data = any(change.path == DATA for change in changed.deciding)
+    earlier = read_exclusions(None if is_other_data else resumed.state.get("exclusions"))
     exclusions = exclude(earlier, resumed.samples, tuple(data.damaged))
     run = Run(
         config=config,
@@ -79,6 +86,7 @@ def _resume(
         data=data,
         exclusions=exclusions,
         progress=Progress(resumed.step, resumed.samples),
+        history=History.after(resumed.state, changed, resumed.step, config),
         bad_steps=BadSteps(config.train, resumed.state.get("bad_steps")),
         checkpointer=checkpointer,
         reporter=Reporter(observer, mesh.rank),
@@ -92,7 +100,8 @@ def _resume(
         ),
         preemption=preemption,
     )
-    return run, [*resumed.notes, *data.notes(exclusions, resumed.samples)]
+    notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
+    return run, [*resumed.notes, *notes, *data.notes(exclusions, resumed.samples)]
 
 
 def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
@@ -110,6 +119,8 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         num_active_parameters=built.counts.active,
         flops_per_token=built.counts.flops_per_token,
         first_step=run.progress.step,
+        first_sample=run.progress.samples,
+        changes=run.history.changes,
         provenance=run.checkpointer.provenance,
         excluded_shards=len(run.data.damaged),
         exchange=built.decision.because,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moa_dist.cli.main import COMMANDS, main
 from moa_dist.config import load_config
 from moa_dist.config.schema import walk
+from tests.small_shards import write_folder
 
 
 def test_help_lists_every_command_without_importing_torch():
@@ -83,3 +85,19 @@ def test_fields_explains_every_kind(capsys):
     for field in ("scope", "mutual_information", "bias_rate"):
         assert f"model.ffn.router.balance.{field} (kind moe)" in printed
     assert "model.ffn.d_expert (kind moe): an integer of at least 1; required" in printed
+
+
+def test_check_notes_a_missing_folder_and_fails_where_data_are_to_be_checked(base, capsys):
+    assert main(["config", "check", base]) == 0
+    assert "data.train: there is no folder data/train" in capsys.readouterr().err
+    assert main(["config", "check", base, "--data"]) == 2
+    assert "data/train" in capsys.readouterr().err
+
+
+def test_check_notes_token_ids_that_never_occur(base, capsys):
+    manifest = write_folder(Path("data/train"))
+    fitting = ["model.vocab_size=%d", "data.sequence_length=3", "parallel.expert_parallel=1"]
+    for unused in (0, 5):
+        overrides = [o.replace("%d", str(manifest.vocab_size + unused)) for o in fitting]
+        assert main(["config", "check", base, "--data", *overrides]) == 0
+        assert (f"{unused} ids never occur" in capsys.readouterr().err) is (unused > 0)

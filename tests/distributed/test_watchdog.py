@@ -5,16 +5,18 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
 
+import moa_dist.distributed.watchdog
 from moa_dist.cli import hang
 from moa_dist.cli.main import main
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.heartbeat import Heartbeat
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.distributed.rank_status import RankStatus, summary
+from moa_dist.distributed.rank_status import RankStatus, progress, summary
 from moa_dist.distributed.watchdog import FOLDER, SUMMARY, Watchdog
 from moa_dist.errors import ExitCode, PeerErrorKind
 from moa_dist.models.language_model import build_model
@@ -72,7 +74,52 @@ def test_the_rank_that_hangs_is_named_with_its_collective(tmp_path):
         assert "Traceback" not in text
 
 
+def test_a_job_whose_steps_go_on_is_healthy(tmp_path, capsys):
+    """Whatever it is doing at the moment of a look."""
+    comm_timer, ended = CommTimer(), Event()
+    watchdog = Watchdog(None, comm_timer, tmp_path, limit_s=None, say=lambda _: None)
+
+    def take_steps() -> None:
+        step = 0
+        while not ended.wait(0.1):
+            step += 1
+            watchdog.arm(step)
+            with comm_timer.begin("losses"):
+                time.sleep(0.1)
+            watchdog.disarm()
+
+    steps = Thread(target=take_steps)
+    steps.start()
+    assert main(["hang", str(tmp_path)]) == 0
+    ended.set()
+    steps.join()
+    assert capsys.readouterr().out.startswith("healthy: ")
+    watchdog.close()
+
+
+def test_a_step_no_longer_than_earlier_ones_is_no_hang(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(moa_dist.distributed.watchdog, "WATCH_S", 0.2)
+    watchdog = Watchdog(None, CommTimer(), tmp_path, limit_s=None, say=lambda _: None)
+    watchdog.arm(1)
+    watchdog._step = (1, time.monotonic() - 1000.0)  # as if it had taken so long
+    watchdog.disarm()
+    watchdog.arm(2)
+    assert main(["hang", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("no sign of a hang yet: ")
+    watchdog.close()
+
+
+def test_progress_needs_every_rank_to_move():
+    earlier = {rank: status(rank, 9, inside=True) for rank in (0, 1)}
+    half = {0: status(0, 10, inside=True), 1: status(1, 9, inside=False)}
+    whole = {rank: status(rank, 12, inside=True) for rank in (0, 1)}
+    assert progress(earlier, half, 2.0) is None
+    assert progress(earlier, earlier, 2.0) is None
+    assert progress(earlier, whole, 2.0)
+
+
 def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(moa_dist.distributed.watchdog, "WATCH_S", 0.2)
     said: list[str] = []
     comm_timer = CommTimer()
     watchdog = Watchdog(None, comm_timer, tmp_path, limit_s=None, say=said.append)
@@ -81,6 +128,7 @@ def test_a_running_job_answers_and_goes_on(tmp_path, capsys, monkeypatch):
         assert main(["hang", str(tmp_path)]) == 0
     answer = capsys.readouterr().out
     assert re.search(r"\bstep 7\b.*\bcollective 1, losses\b.* cli/hang\.py:\d", answer)
+    assert answer.startswith("stuck, or still in the first step: ")
     assert said == [answer.rstrip("\n")]
     watchdog.close()
     monkeypatch.setattr(hang, "_TAKEN_S", 0.3)

@@ -36,9 +36,9 @@ LOST = (ExitCode.LOST_PEER, "rank 0: rank 1 (host node-a) is gone; this rank end
         ([(0, ""), (0, "")], 0, ExitCode.DONE, None, CauseKind.DONE, ""),
         ([(75, ""), (75, "")], 0, ExitCode.PREEMPTED, None, CauseKind.PREEMPTED, ""),
         ([(75, ""), (0, "")], 0, ExitCode.PREEMPTED, None, CauseKind.PREEMPTED, ""),
-        ([LOST, (-9, "")], 0, ExitCode.DEFECT, 1, CauseKind.KILLED, "SIGKILL"),
+        ([LOST, (-9, "")], 0, ExitCode.LOST_PEER, 1, CauseKind.KILLED, "SIGKILL"),
         ([LOST, (-9, "")], 1, ExitCode.DEFECT, 1, CauseKind.HOST_MEMORY, "data.workers"),
-        ([LOST, (-9, "")], None, ExitCode.DEFECT, 1, CauseKind.KILLED_OR_MEMORY, "SIGKILL"),
+        ([LOST, (-9, "")], None, ExitCode.LOST_PEER, 1, CauseKind.KILLED_OR_MEMORY, "SIGKILL"),
         (
             [LOST, (-11, "Segmentation")],
             *(0, ExitCode.DEFECT, 1, CauseKind.CRASHED, "SIGSEGV: Segmentation"),
@@ -47,8 +47,8 @@ LOST = (ExitCode.LOST_PEER, "rank 0: rank 1 (host node-a) is gone; this rank end
             [LOST, (None, "")],
             *(0, ExitCode.LOST_PEER, 0, CauseKind.LOST_PEER, "rank 1 (host node-a) is"),
         ),
-        ([(None, "")], 0, ExitCode.DEFECT, 0, CauseKind.VANISHED, ""),
-        ([(None, ""), (-9, "")], 0, ExitCode.DEFECT, 1, CauseKind.KILLED, "SIGKILL"),
+        ([(None, "")], 0, ExitCode.LOST_PEER, 0, CauseKind.VANISHED, ""),
+        ([(None, ""), (-9, "")], 0, ExitCode.LOST_PEER, 1, CauseKind.KILLED, "SIGKILL"),
         (
             [LOST, (2, "a.yaml: 1 problem")],
             *(0, ExitCode.USER, 1, CauseKind.USER, "a.yaml: 1 problem"),
@@ -99,7 +99,7 @@ def test_a_rank_killed_long_after_another_lost_it_was_hanging(tmp_path):
 def test_ranks_without_a_launcher_do_not_blame_each_other(tmp_path):
     cause = find_cause(attempt(tmp_path, (-9, ""), (-9, ""), orphaned=True))
     assert cause.kind is CauseKind.ORPHANED
-    assert cause.exit_code is ExitCode.DEFECT
+    assert cause.exit_code is ExitCode.LOST_PEER
 
 
 def test_job_without_ranks_shows_the_launcher_s_output(tmp_path):

@@ -74,7 +74,7 @@ def test_failed_job_is_restarted_until_it_is_done(config, tmp_path):
     script = Script(tmp_path / "x", (-9, None), (1, 2), (0, 4))
     code, output, attempts = run(config, script)
     assert code is ExitCode.DONE
-    assert [a["exit_code"] for a in attempts] == ["defect", "defect", "done"]
+    assert [a["exit_code"] for a in attempts] == ["lost_peer", "defect", "done"]
     assert [a["kind"] for a in attempts] == ["killed_or_memory", "failed", "done"]
     assert [a["rank"] for a in attempts] == [1, 1, None]
     assert [a["restarts"] for a in attempts] == [True, True, False]

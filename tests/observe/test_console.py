@@ -68,6 +68,12 @@ def test_start_of_other_layouts(run_start):
     assert re.search(r"^650 .*\b120$", found["steps"])
 
 
+def test_tokens_count_the_batches_that_were_really_read(run_start):
+    """600 steps of 16 sequences of 64 tokens, and then 50 of 32."""
+    found = rows(run_start(first_step=600, first_sample=600 * 16))
+    assert f"({short((600 * 16 + 50 * 32) * 64)} tokens)" in found["steps"]
+
+
 def test_step_line(run_start):
     now = [100.0]
     console, stream = start(run_start(), clock=lambda: now[0])

@@ -87,6 +87,23 @@ def test_resuming_repeats_no_point(run_start):
     assert [image.step for image in events.Images("load/ffn")] == [40]
 
 
+def test_rewinding_hides_the_points_of_discarded_steps(run_start):
+    run = run_start()
+    board = TensorBoard()
+    board.start(run)
+    for step in (10, 20, 30):
+        board.step(step_metrics(step))
+    board.validation(validation_metrics(30))
+    board.rewind(10)
+    board.step(step_metrics(20, loss=9.0))
+    board.close()
+    events = EventAccumulator(str(Path(run.folder) / FOLDER_NAME))
+    events.Reload()
+    assert [step for step, _ in values(events, "train/loss")] == [10, 20]
+    assert values(events, "train/loss")[-1] == (20, 9.0)
+    assert values(events, "validation/loss") == []
+
+
 def test_utilization_only_where_the_peak_is_known(run_start):
     events = record(run_start(), 10)
     flops = 12345.678 * 1.5e7

@@ -1,0 +1,31 @@
+"""What may look wrong about a run's data, and may be on purpose; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moa_dist.config.run import Config
+from moa_dist.data.manifest import load_any_manifest
+from moa_dist.errors import DataError
+
+
+def data_notes(config: Config) -> Iterator[str]:
+    """Name what may well be on purpose: folders that are not here, and token ids that never occur.
+
+    Folders that cannot be read otherwise are left to `check_data`.
+    """
+    for name, path in (("train", config.data.train), ("valid", config.data.valid)):
+        if path is not None and not Path(path).is_dir():
+            yield f"data.{name}: there is no folder {path} here"
+    try:
+        manifest = load_any_manifest(Path(config.data.train), config.model.objective)
+    except DataError:
+        return
+    reserved = 1 if config.model.objective == "masked" else 0
+    unused = config.model.vocab_size - manifest.vocab_size - reserved
+    if unused > 0:
+        yield (
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of "
+            f"{config.data.train} has {manifest.vocab_size} tokens: {unused} ids never occur"
+        )

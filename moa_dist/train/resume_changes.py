@@ -1,0 +1,117 @@
+"""What a run changes when it continues from a checkpoint: what is refused, and what follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from pydantic import JsonValue
+
+from moa_dist.checkpoint.format import Index
+from moa_dist.config.changes import Change, Changes, changes, covers, refused
+from moa_dist.config.run import Config
+from moa_dist.data.manifest import MANIFEST_FILE, sha256_of
+from moa_dist.train.optimizer import learning_rate
+
+DATA = "data.train"
+"""Path of a change to other data, wherever they are."""
+_ORDER = (DATA, "data.seed", "data.readers", "data.bucket_tokens")
+_JUMP = 0.01
+"""Relative change of the learning rate from which it is reported."""
+
+
+def find_changes(before: Config, state: Mapping[str, JsonValue], config: Config) -> Changes:
+    """List what `config` changes in a run whose checkpoint has this configuration and state.
+
+    The same data may be elsewhere; other data at the same place are a change of `DATA`.
+    """
+    found = changes(before, config)
+    if state.get("data") in (None, _data_id(config)):
+        return found
+    other = Change(DATA, before.data.train, config.data.train)
+    return Changes([c for c in found.free if c.path != DATA], [*found.deciding, other])
+
+
+def refusals(config: Config, newest: Index) -> list[str]:
+    """Explain which changes need permission, a line each; empty if the run may continue."""
+    found = find_changes(newest.config, newest.state, config)
+    # A run that consists of weights has no optimizer state, and has read no data.
+    deciding = found.deciding if newest.samples else found.under("model")
+    problems = refused(deciding, config)
+    if not problems:
+        return []
+    names = ",".join(change.path for change in problems)
+    remedy = (
+        "set it back, choose another `name`, or change it on purpose with "
+        f"'checkpoint.allow_changes=[{names}]'"
+    )
+    *lines, last = [f"{change} makes {_what_it_makes(change)}" for change in problems]
+    return [*lines, f"{last}; {remedy}"]
+
+
+def _what_it_makes(change: Change) -> str:
+    if covers("model", change.path):
+        return "another model of the checkpoint's parameters"
+    if change.path == DATA:
+        return "a run on other data than the checkpoint was trained on"
+    if covers("data", change.path):
+        return "another order of samples, which repeats some and skips others"
+    return "another run than the checkpoint's"
+
+
+def describe(found: Changes, before: Config, config: Config, step: int) -> Iterator[str]:
+    """Name all changes of a run that continues after `step`, and what follows, a line each."""
+    every = [*found.deciding, *found.free]
+    if every:
+        yield f"changed since step {step}: {', '.join(map(str, every))}"
+    if not 0 < step < config.train.steps:
+        return
+    yield from _learning_rate(before, config, step)
+    if any(change.path in _ORDER for change in found.deciding):
+        yield "the order of samples is another: some may be repeated, and others skipped"
+    if before.optimizer.kind != config.optimizer.kind:
+        yield f"{config.optimizer.kind} begins with moments of zero"
+
+
+def _learning_rate(before: Config, config: Config, step: int) -> Iterator[str]:
+    old, new = (_rate(c, step) for c in (before, config))
+    if not math.isclose(old, new, rel_tol=_JUMP):
+        yield (
+            f"the learning rate jumps from {old:.2e} at step {step} to "
+            f"{_rate(config, step + 1):.2e} at step {step + 1}"
+        )
+    ends = before.train.steps, config.train.steps
+    if config.schedule.kind == "cosine" and ends[0] != ends[1]:
+        yield f"the cosine of the learning rate ends at step {ends[1]} instead of {ends[0]}"
+
+
+def _rate(config: Config, step: int) -> float:
+    return learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
+
+
+class History(NamedTuple):
+    """What the resumptions of a run have changed; part of the state of its checkpoints."""
+
+    changes: list[JsonValue]
+    """All changes, in order: `step` that they follow, `path`, `before` and `after`."""
+    data: str
+    """Identifies the training data."""
+
+    @staticmethod
+    def after(state: Mapping[str, JsonValue], found: Changes, step: int, config: Config) -> History:
+        """Extend the history in the state of the checkpoint of `step` by what was found."""
+        past = cast(list[JsonValue], state.get("changes", []))
+        new: list[JsonValue] = [
+            {"step": step, **change._asdict()} for change in (*found.deciding, *found.free)
+        ]
+        return History([*past, *new], _data_id(config))
+
+    def state(self) -> dict[str, JsonValue]:
+        """Return what a checkpoint keeps."""
+        return {"changes": self.changes, "data": self.data}
+
+
+def _data_id(config: Config) -> str:
+    return sha256_of((Path(config.data.train) / MANIFEST_FILE).read_bytes())
