@@ -80,7 +80,7 @@ def test_a_new_field_needs_permission_until_it_is_marked(base):
 
 
 def test_permission_for_a_field_that_does_not_exist_is_a_problem(base, problems):
-    (problem,) = problems(base, "checkpoint.allow_changes=[optimzer]")
+    (problem,) = problems(base, "checkpoint.allow_changes=[optimzer]")  # codespell:ignore optimzer
     assert problem.keys == ("checkpoint.allow_changes",)
     assert problem.suggestions == {"checkpoint.allow_changes": ["optimizer"]}
 
