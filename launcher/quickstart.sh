@@ -7,7 +7,7 @@
 #     bash launcher/quickstart.sh --input FILES --documents line --json-field body ...
 #                                                  any option of `moa-dist prepare` may follow
 #
-# Requires Python 3.11 and, once, network access. PYTHON=/path/to/python3 selects the interpreter.
+# Requires Python 3.11 or newer and, once, network access. PYTHON=/path/to/python3 selects the interpreter.
 set -euo pipefail
 started_in=$PWD
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 """MoA: mixture of attention heads (Zhang et al. 2022, arXiv 2210.05144, section 3).
 
-An expert is a query projection and an output projection. Each query token routes to K
-experts; keys and values are shared by all. Only projections travel between ranks: the
+An expert is a query projection and an output projection. Each query token routes to K experts; keys
+and values are shared by all. Ranks exchange only what goes into and comes out of projections: the
 softmax runs where the token's sequence is.
 
 Shapes: B sequences, T queries, S keys, K chosen experts, h heads per expert, d head width.

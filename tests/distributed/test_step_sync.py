@@ -12,7 +12,10 @@ from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.step_sync import Interval, gather_interval, sync_step
 from moa_dist.train.step_timer import StepInterval
 
-SITE, FLOW = RouterCall(0, 0, "ffn"), TrafficKey("stack.layers.0.ffn", "dispatch", False)
+ROUTER_CALL, TRAFFIC_KEY = (
+    RouterCall(0, 0, "ffn"),
+    TrafficKey("stack.layers.0.ffn", "dispatch", False),
+)
 CPU = torch.device("cpu")
 SAMPLES = torch.arange(8 * 5).view(8, 5) % 7
 
@@ -50,8 +53,8 @@ def _gather(routed: bool) -> Interval:
     mesh = make_mesh(1)
     rank = mesh.rank
     load = torch.tensor([[rank, 10]])
-    routing = {SITE: RoutingReport(load, load // 2, torch.tensor([0.5, 1.0]).double())}
-    traffic = {FLOW: TrafficVolume(2, 100 + rank)}
+    routing = {ROUTER_CALL: RoutingReport(load, load // 2, torch.tensor([0.5, 1.0]).double())}
+    traffic = {TRAFFIC_KEY: TrafficVolume(2, 100 + rank)}
     lap = StepInterval(steps=2, seconds=8.0, waited=1.0 + 2 * rank)
     return gather_interval(routing if routed else {}, traffic if routed else {}, lap, mesh, CPU)
 
@@ -61,6 +64,6 @@ def test_counts_are_summed_and_times_kept_apart_by_rank(pools, routed):
     for interval in pools(2).run(_gather, routed):
         assert interval.work == [3.5, 2.5]
         assert interval.wait == [0.5, 1.5]
-        assert interval.traffic == ({FLOW: TrafficVolume(4, 201)} if routed else {})
+        assert interval.traffic == ({TRAFFIC_KEY: TrafficVolume(4, 201)} if routed else {})
         loads = [report.load.tolist() for report in interval.routing.values()]
         assert loads == ([[[1, 20]]] if routed else [])
