@@ -199,6 +199,21 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         )
 
 
+def _init(config: Config) -> Iterator[Problem]:
+    init = config.init
+    if init.weights is not None and init.branch is not None:
+        yield Problem(
+            "`init.weights` starts a run at step 0 and `init.branch` continues one; give one",
+            ("init.weights", "init.branch"),
+        )
+    for field in ("new", "unused"):
+        if getattr(init, field) and init.weights is None:
+            yield Problem(
+                f"`init.{field}` has no effect without `init.weights`",
+                (f"init.{field}", "init.weights"),
+            )
+
+
 def _precision(config: Config) -> Iterator[Problem]:
     if config.train.precision == "bf16" and config.parallel.zero_stage == 0:
         yield Problem(
@@ -323,6 +338,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _decay,
     _fractions_of_the_peak,
     _optimizer,
+    _init,
     _precision,
     _kept_checkpoints,
     unknown_permissions,

@@ -237,6 +237,22 @@ class CheckpointConfig(Section):
     change is logged and recorded in later checkpoints."""
 
 
+class InitConfig(Section):
+    """What a new run starts from, instead of random weights; without effect once it has saved."""
+
+    weights: str | None = None
+    """Checkpoint, export, or run (its newest checkpoint) whose weights the run starts from, at step
+    0 and on its own data: to fine-tune, or for a second phase."""
+    new: tuple[str, ...] = ()
+    """Parameters that start with initial weights nevertheless, as names or patterns
+    (`stack.layers.*.ffn.router.*`): those that `weights` lacks or holds in another shape."""
+    unused: tuple[str, ...] = ()
+    """Parameters in `weights` that the model does not have, as names or patterns."""
+    branch: str | None = None
+    """Checkpoint, or run, whose whole state the run continues in a folder of its own: weights,
+    moments, steps and samples."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -248,6 +264,8 @@ class Config(Section):
     """The model."""
     data: DataConfig
     """The data."""
+    init: Annotated[InitConfig, MAY_CHANGE] = InitConfig()
+    """What it starts from."""
     parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()
     """The layout."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -37,7 +37,7 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "attention": ("moa", "switchhead", "dense"),
     "ffn": ("sigma-moe", "softmax-moe", "dense"),
     "norm_placement": ("pre", "post", "peri"),
-    "step": ("sgd", "sgd-clipped", "adamw", "muon"),
+    "step": ("sgd", "sgd-clipped", "adamw"),
 }
 """A dimension named like a field of `Case` sets that field."""
 
@@ -146,7 +146,7 @@ def case_of(cell: Cell) -> Case:
         expert_parallel=expert_parallel,
         micro_batch=SEQUENCES // (world_size * cell["accumulation"]),
         precision="fp64" if cell["zero_stage"] == 0 else "fp32",
-        optimizer=cell["step"].removesuffix("-clipped"),
+        optimizer="adamw" if cell["step"] == "adamw" else "sgd",
         clip_norm=None if cell["step"] == "sgd" else 0.1,
         eps=1e-3,
         skewed=True,

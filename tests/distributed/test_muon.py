@@ -52,7 +52,8 @@ def test_steps_equal_one_process(pools, layout, zero_stage):
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_takes_the_fp32_step_to_bf16_accuracy(pools, zero_stage):
-    case = replace(case_of((2, 2), zero_stage, precision="bf16"), steps=1)
+    # A high rate: masters start from weights in bf16, which are off by their rounding.
+    case = replace(case_of((2, 2), zero_stage, precision="bf16"), steps=1, lr=0.1)
     ours, reference = distributed(pools, case), one_process(case)
     initial = build_model(case.config().model).double().state_dict()
     for part in ("q.weight", "v.weight", "up.weight", "down.weight"):

@@ -114,8 +114,8 @@ def test_branch_that_decays_equals_the_run_that_decayed(trained):
         assert code == ExitCode.DONE, text
     runs = trained / "runs"
     assert learning_rates(runs / "stable")[:4] == [learning_rates(runs / "decayed")[0]] * 4
-    shutil.copytree(runs / "stable/step-00000002", runs / "branch/step-00000002")
-    code, text = train(trained, "branch", *schedule, "train.steps=4")
+    start = "init.branch=runs/stable/step-00000002"
+    code, text = train(trained, "branch", *schedule, "train.steps=4", start)
     assert code == ExitCode.DONE, text
     ours, theirs = (Reader(runs / f"{name}/step-00000004") for name in ("branch", "decayed"))
     assert ours.index.tensors.keys() == theirs.index.tensors.keys()
