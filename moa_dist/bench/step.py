@@ -16,7 +16,7 @@ from moa_dist.models.counts import Counts, count
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import objective
 from moa_dist.peak_flops import peak_flops
-from moa_dist.train.optimizer import make_optimizer
+from moa_dist.train.optimizer import make_optimizer, parameter_groups
 from moa_dist.units import short
 
 
@@ -55,7 +55,8 @@ def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) 
     model.to(setting.device, setting.dtype).train()
     if even:
         balance(model)
-    optimizer = make_optimizer(setting.config.optimizer, [{"params": list(model.parameters())}])
+    settings = setting.config.optimizer
+    optimizer = make_optimizer(settings, parameter_groups(model, settings))
     batch = setting.batch()
 
     def once() -> None:

@@ -8,7 +8,7 @@ Main threads alone communicate with other ranks; the threads that write do so th
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -99,21 +99,39 @@ class Checkpointer:
         damaged: list[Note] = []
         self._damaged = []
         for folder in reversed(folders[: len(folders) - len(later)]):
-            rank, world_size = dist.get_rank(), dist.get_world_size()
-            problems = [p for found in gather(damage(folder, rank, world_size)) for p in found]
-            if problems:
-                text = f"{folder} is damaged ({problems[0]})"
-                damaged.append(Note(NoteKind.DAMAGED, folder, text))
+            if problem := self._damage(folder):
+                damaged.append(problem)
                 self._damaged.append(folder)
                 continue
-            index = load(self._source, folder, self._config.optimizer)
+            resumed = self._load(folder)
             broadcast_from_rank0(partial(_discard_all, later))
-            self._saved = Identity(index.step, index.samples, index.state)
-            resumed = Note(NoteKind.RESUMED, folder, f"continuing from {folder}")
-            notes += [*damaged, resumed, *self._changes(folder, index.provenance)]
-            return Resumed(index.step, index.samples, index.state, index.config, notes)
+            self._saved = Identity(resumed.step, resumed.samples, resumed.state)
+            return replace(resumed, notes=[*notes, *damaged, *resumed.notes])
         self._require_none(damaged, last_step)
         return Resumed(0, 0, {}, None, notes)
+
+    def branch(self, folder: Path) -> Resumed:
+        """Load the checkpoint `folder` of another run, whose state this one continues.
+
+        Raises DataError if it is damaged or of another model.
+        """
+        if problem := self._damage(folder):
+            raise DataError(f"{problem}; use an older checkpoint, or a copy", path=folder)
+        return self._load(folder)
+
+    def _damage(self, folder: Path) -> Note | None:
+        """Check a checkpoint's files, divided among the ranks."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        problems = [p for found in gather(damage(folder, rank, world_size)) for p in found]
+        if not problems:
+            return None
+        return Note(NoteKind.DAMAGED, folder, f"{folder} is damaged ({problems[0]})")
+
+    def _load(self, folder: Path) -> Resumed:
+        index = load(self._source, folder, self._config.optimizer)
+        resumed = Note(NoteKind.RESUMED, folder, f"continuing from {folder}")
+        notes = [resumed, *self._changes(folder, index.provenance)]
+        return Resumed(index.step, index.samples, index.state, index.config, notes)
 
     def _require_none(self, damaged: list[Note], last_step: int | None) -> None:
         """Raise DataError if a checkpoint was needed, or some are there and none is valid."""

@@ -148,6 +148,30 @@ def _warmup(config: Config) -> Iterator[Problem]:
         )
 
 
+def _decay(config: Config) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.kind != "wsd":
+        if schedule.decay_steps:
+            yield Problem(
+                f"`schedule.decay_steps` has no effect with `schedule.kind` {schedule.kind}; "
+                "remove it, or set `schedule.kind` to wsd",
+                ("schedule.decay_steps", "schedule.kind"),
+                {"schedule.kind": ("wsd",)},
+            )
+    elif schedule.decay_steps == 0:
+        yield Problem(
+            "`schedule.kind` wsd needs `schedule.decay_steps`, the number of steps of its decay",
+            ("schedule.decay_steps", "schedule.kind"),
+        )
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        yield Problem(
+            f"`schedule.warmup_steps` = {schedule.warmup_steps} and `schedule.decay_steps` = "
+            f"{schedule.decay_steps} are more than `train.steps` = {steps}; shorten them, or train "
+            "longer",
+            ("schedule.warmup_steps", "schedule.decay_steps", "train.steps"),
+        )
+
+
 def _fractions_of_the_peak(config: Config) -> Iterator[Problem]:
     for name in ("final", "warmup_start"):
         fraction = getattr(config.schedule, name)
@@ -166,13 +190,28 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             f"`optimizer.betas` is {list(optimizer.betas)}; each must be at least 0 and below 1",
             ("optimizer.betas",),
         )
-    if optimizer.kind == "adamw" and optimizer.momentum:
+    if optimizer.kind != "sgd" and optimizer.momentum:
         yield Problem(
-            f"`optimizer.momentum` is {optimizer.momentum:g}, which adamw does not use; "
+            f"`optimizer.momentum` is {optimizer.momentum:g}, which {optimizer.kind} does not use; "
             "remove it, or set `optimizer.kind` to sgd",
             ("optimizer.momentum", "optimizer.kind"),
             {"optimizer.kind": ("sgd",)},
         )
+
+
+def _init(config: Config) -> Iterator[Problem]:
+    init = config.init
+    if init.weights is not None and init.branch is not None:
+        yield Problem(
+            "`init.weights` starts a run at step 0 and `init.branch` continues one; give one",
+            ("init.weights", "init.branch"),
+        )
+    for field in ("new", "unused"):
+        if getattr(init, field) and init.weights is None:
+            yield Problem(
+                f"`init.{field}` has no effect without `init.weights`",
+                (f"init.{field}", "init.weights"),
+            )
 
 
 def _precision(config: Config) -> Iterator[Problem]:
@@ -296,8 +335,10 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     translation,
     _trace,
     _warmup,
+    _decay,
     _fractions_of_the_peak,
     _optimizer,
+    _init,
     _precision,
     _kept_checkpoints,
     unknown_permissions,

@@ -92,33 +92,51 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and its constant hyper-parameters."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """Which optimizer."""
+    kind: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Which optimizer. `muon` orthogonalizes the updates of the weight matrices in layers, of each
+    expert by itself; routers, embeddings, head, norms and biases use AdamW."""
     lr: PositiveFloat = 2.5e-4
-    """Peak learning rate."""
+    """Peak learning rate, of Muon and AdamW alike."""
+    router_lr: PositiveFloat = 1.0
+    """Learning rate of routers, relative to `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW's denominator offset."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """SGD's momentum."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon's Nesterov momentum."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay (AdamW) or L2 (SGD), on every parameter as in MoEUT."""
+    """Decoupled decay (AdamW, Muon) or L2 (SGD)."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: every parameter, as in MoEUT, or all but norms and biases."""
     clip_norm: PositiveFloat | None = 0.25
     """Maximum gradient norm over dense and expert parameters together; null for no limit."""
+
+
+DecayShape = Literal["linear", "sqrt", "cosine"]
+"""How a learning rate goes from one value to another; `sqrt` has gone sqrt(progress) of the way
+(Haegele et al. 2024)."""
 
 
 class ScheduleConfig(Section):
     """Learning rate over steps, relative to `optimizer.lr`."""
 
-    kind: Literal["constant", "cosine", "inverse_sqrt"] = "cosine"
-    """Shape after the warm-up."""
+    kind: Literal["constant", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape after the warm-up. `wsd` (warm-up, stable, decay) stays at the peak until the last
+    `decay_steps` steps."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     warmup_start: NonNegativeFloat = 0.0
     """Fraction of the peak at step 0 of the warm-up."""
     final: NonNegativeFloat = 0.1
-    """Fraction of the peak at the end of the cosine."""
+    """Fraction of the peak at the end of the cosine or of the decay."""
+    decay_steps: NonNegativeInt = 0
+    """Steps of the decay of `wsd`, which ends at `train.steps`. A run that is continued from an
+    earlier checkpoint with other steps decays later, or earlier."""
+    decay_shape: DecayShape = "sqrt"
+    """Shape of that decay."""
 
 
 class TrainConfig(Section):
@@ -219,6 +237,22 @@ class CheckpointConfig(Section):
     change is logged and recorded in later checkpoints."""
 
 
+class InitConfig(Section):
+    """What a new run starts from, instead of random weights; without effect once it has saved."""
+
+    weights: str | None = None
+    """Checkpoint, export, or run (its newest checkpoint) whose weights the run starts from, at step
+    0 and on its own data: to fine-tune, or for a second phase."""
+    new: tuple[str, ...] = ()
+    """Parameters that start with initial weights nevertheless, as names or patterns
+    (`stack.layers.*.ffn.router.*`): those that `weights` lacks or holds in another shape."""
+    unused: tuple[str, ...] = ()
+    """Parameters in `weights` that the model does not have, as names or patterns."""
+    branch: str | None = None
+    """Checkpoint, or run, whose whole state the run continues in a folder of its own: weights,
+    moments, steps and samples."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -230,6 +264,8 @@ class Config(Section):
     """The model."""
     data: DataConfig
     """The data."""
+    init: Annotated[InitConfig, MAY_CHANGE] = InitConfig()
+    """What it starts from."""
     parallel: Annotated[ParallelConfig, MAY_CHANGE] = ParallelConfig()
     """The layout."""
     optimizer: OptimizerConfig = OptimizerConfig()

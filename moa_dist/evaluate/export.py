@@ -7,7 +7,7 @@ file, `SHA256SUMS`, detects altered tensors.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -64,6 +64,27 @@ def _values(reader: Reader, specs: list[TensorSpec]) -> Iterator[Tensor]:
         values = torch.empty(shape)
         reader.read_into(f"{name}/{MASTER}", 0, values.view(-1))
         yield values.to(dtype)
+
+
+class ExportedWeights:
+    """Reads ranges of an export's tensors; one tensor at a time is in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read names and shapes; raises DataError if the file is damaged."""
+        self._path = folder / MODEL_FILE
+        try:
+            self._file = safe_open(self._path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self._path}: damaged: {error}", path=self._path) from error
+        names = list(self._file.keys())
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(self._file.get_slice(name).get_shape()) for name in names
+        }
+        """Shape of every parameter and buffer, by name."""
+
+    def read_into(self, name: str, start: int, view: Tensor) -> None:
+        """Fill the 1-D `view` with elements of a parameter from `start` on."""
+        view.copy_(self._file.get_tensor(name).view(-1)[start : start + view.numel()])
 
 
 def load_export(folder: Path) -> tuple[LanguageModel, Config, int]:

@@ -22,6 +22,7 @@ from moa_dist.config.model import PARTS
 from moa_dist.config.run import Config, OptimizerConfig, tokens_per_sample
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.parameter_roles import Role, parameter_roles
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.plan.activations import Activations
@@ -45,6 +46,8 @@ class Sizes(NamedTuple):
     """Parameters that all ranks hold."""
     experts: tuple[int, ...]
     """Shards of expert tensors, which are padded to the largest."""
+    is_matrix: tuple[bool, ...]
+    """Whether each of `dense` is a weight matrix of a layer, which Muon updates."""
 
     @property
     def whole(self) -> int:
@@ -55,16 +58,17 @@ class Sizes(NamedTuple):
 def sizes_of(model: nn.Module, expert_parallel: int) -> Sizes:
     """Return the sizes of a whole `model`, on any device, once its experts are sharded."""
     experts = dict(expert_layers(model))
-    dense = tuple(
-        parameter.numel()
+    dense = {
+        name: parameter.numel()
         for name, parameter in model.named_parameters()
         if name.removesuffix(".weight") not in experts
-    )
+    }
+    roles = parameter_roles(model)
     shards = tuple(
         -(-layer.num_experts // expert_parallel) * layer.macs_per_row()
         for layer in experts.values()
     )
-    return Sizes(dense, shards)
+    return Sizes(tuple(dense.values()), shards, tuple(roles[n] is Role.MATRIX for n in dense))
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,8 @@ def states(
     """Return the exact bytes of the fullest rank, as deepspeed 0.19 keeps them."""
     result = States([], [], [], [])
     element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
-    moments = ("moments", num_moments(optimizer))
-    copies = layout.world_size // layout.expert_parallel
-    for name, numels, num_ranks in (
-        ("dense", sizes.dense, layout.world_size),
-        ("experts", sizes.experts, copies),
-    ):
-        if not numels:
-            continue
+    for name, numels, num_ranks, num_moments in _groups(sizes, layout, optimizer):
+        moments = ("moments", num_moments)
         plain = ("elements", sum(numels))
         if zero_stage == 0:
             result.parameters.append(term(name, plain, element))
@@ -139,11 +137,28 @@ def states(
     return result
 
 
-def num_moments(optimizer: OptimizerConfig) -> int:
-    """Count the values that the optimizer keeps per parameter."""
-    if optimizer.kind == "adamw":
-        return 2
-    return 1 if optimizer.momentum else 0
+def _groups(
+    sizes: Sizes, layout: Layout, optimizer: OptimizerConfig
+) -> Iterator[tuple[str, Sequence[int], int, int]]:
+    """Yield what is partitioned together: name, sizes, ranks, and moments per parameter.
+
+    Groups that differ in their decay or learning rate alone count as one.
+    """
+    ranks, copies = layout.world_size, layout.world_size // layout.expert_parallel
+    pairs = list(zip(sizes.dense, sizes.is_matrix, strict=True))
+    vectors = [n for n, is_matrix in pairs if not is_matrix]
+    matrices = [n for n, is_matrix in pairs if is_matrix]
+    match optimizer.kind:
+        case "muon":
+            groups = [
+                ("dense", vectors, ranks, 2),
+                ("dense matrices", matrices, ranks, 1),
+                ("experts", sizes.experts, copies, 1),
+            ]
+        case kind:
+            num = 2 if kind == "adamw" else int(optimizer.momentum > 0)
+            groups = [("dense", sizes.dense, ranks, num), ("experts", sizes.experts, copies, num)]
+    return (group for group in groups if group[1])
 
 
 def _touched(numels: Sequence[int], part: int, num_ranks: int) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from moa_dist.checkpoint.check import newest_index
-from moa_dist.checkpoint.format import checkpoints
+from moa_dist.checkpoint.format import Index, Reader, checkpoints
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.check import check_data
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError
+from moa_dist.evaluate.export import is_export
+from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.train.resume_changes import refusals
 
 
@@ -32,6 +34,7 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
     """Check that this run can continue from what its folder holds."""
     folder = run_folder(config)
     if not checkpoints(folder):
+        _check_start(config, world_size)
         return
     if config.checkpoint.resume == "never":
         raise ConfigError(
@@ -48,8 +51,21 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
             "another `name`"
         )
     newest = newest_index(folder)
-    if newest is None:  # the checkpointer will explain
-        return
+    if newest is not None:  # else the checkpointer will explain
+        _check_continuation(config, newest, folder, world_size)
+
+
+def _check_start(config: Config, world_size: int) -> None:
+    """Check what a new run starts from."""
+    if config.init.branch is not None:
+        folder = find_checkpoint(Path(config.init.branch))
+        _check_continuation(config, Reader(folder).index, folder, world_size)
+    elif config.init.weights is not None and not is_export(Path(config.init.weights)):
+        find_checkpoint(Path(config.init.weights))
+
+
+def _check_continuation(config: Config, newest: Index, folder: Path, world_size: int) -> None:
+    """Check that a run of `config` can continue a checkpoint."""
     problems = refusals(config, newest)
     translates = config.model.objective == "translation"
     if newest.samples % world_size and not translates:  # whose buckets ranks share from any sample

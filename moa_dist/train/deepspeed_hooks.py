@@ -106,14 +106,11 @@ def tag_expert_parameters(parameters: Iterable[nn.Parameter], mesh: Mesh) -> Non
             setattr(parameter, key, value)
 
 
-def parameter_groups(model: nn.Module, expert_names: set[str], mesh: Mesh) -> list[dict[str, Any]]:
-    """Make optimizer groups: dense, then experts under the name that ZeRO 1 and 2 look for."""
-    dense = [p for name, p in model.named_parameters() if name not in expert_names]
-    experts = [p for name, p in model.named_parameters() if name in expert_names]
-    result: list[dict[str, Any]] = [{"params": dense}]
-    if experts:
-        result.append({"params": experts, "moe": True, "name": _group_name(mesh)})
-    return result
+def name_expert_groups(parameter_groups: Iterable[dict[str, Any]], mesh: Mesh) -> None:
+    """Mark optimizer groups of experts in the way that ZeRO 1 and 2 look for."""
+    for group in parameter_groups:
+        if group["experts"]:
+            group |= {"moe": True, "name": _group_name(mesh)}
 
 
 def prepare_for_zero_3(model: nn.Module) -> None:
@@ -235,12 +232,14 @@ def restore_backend() -> None:
         deepspeed_comm.cdb = deepspeed_comm.cdb.backend
 
 
-def reports_no_overflow(record: logging.LogRecord) -> bool:
-    """Filter out DeepSpeed's line about a step with an overflow.
+def is_worth_showing(record: logging.LogRecord) -> bool:
+    """Filter out two of DeepSpeed's lines.
 
-    It is printed for every step that we reject, also for finite ones, and we report these.
+    One reports an overflow for every step that we reject, also for finite ones, and we report
+    these. The other warns of every optimizer but its own.
     """
-    return "OVERFLOW" not in record.getMessage()
+    message = record.getMessage()
+    return "OVERFLOW" not in message and "untested optimizer" not in message
 
 
 def discard_step(engine: Any) -> None:

@@ -36,8 +36,9 @@ from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
 from moa_dist.train.deepspeed_config import deepspeed_config
 from moa_dist.train.engine_state import EngineState
+from moa_dist.train.muon import Muon
 from moa_dist.train.not_finite import first_not_finite, require_finite
-from moa_dist.train.optimizer import make_optimizer
+from moa_dist.train.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from moa_dist.train.zero0 import reduce_and_clip
 
 
@@ -108,13 +109,15 @@ class Engine:
         deepspeed_hooks.tag_expert_parameters(experts, mesh)
         if self.zero_stage == 3:
             deepspeed_hooks.prepare_for_zero_3(model)
-        self.optimizer = make_optimizer(
-            config.optimizer, deepspeed_hooks.parameter_groups(model, self.expert_names, mesh)
-        )
+        groups = parameter_groups(model, config.optimizer, self.expert_names)
+        deepspeed_hooks.name_expert_groups(groups, mesh)
+        self.optimizer = make_optimizer(config.optimizer, groups)
         with deepspeed_hooks.expert_marker(model, mesh, bool(experts)):
             self.deepspeed = _initialize(model, self.optimizer, config, mesh, zero_sizes)
         self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
         """The state that checkpoints save and restore."""
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.set_partitions(list(self.state.matrix_partitions()))
         deepspeed_hooks.time_collectives(mesh.comm_timer)
         if self.zero_stage == 0:
             self.deepspeed.enable_backward_allreduce = False  # see zero0.py
@@ -136,8 +139,7 @@ class Engine:
         totals = self._totals(batches)
         self.deepspeed.train()
         self.mesh.traffic_counter.take()  # what evaluation has sent
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         sums, routing = self._forward_and_backward(batches, totals)
         try:
             values = self._finite_values(sums, batches)
@@ -250,7 +252,7 @@ def _initialize(
     deepspeed_hooks.disable_shm_comm_jit()
     deepspeed_hooks.ignore_renamed_collectives()
     deepspeed_logger.setLevel(logging.WARNING)
-    deepspeed_logger.addFilter(deepspeed_hooks.reports_no_overflow)
+    deepspeed_logger.addFilter(deepspeed_hooks.is_worth_showing)
     largest = max(parameter.numel() for parameter in model.parameters())
     # Some of DeepSpeed's optimizers print their memory while they are built.
     with contextlib.redirect_stdout(io.StringIO()):

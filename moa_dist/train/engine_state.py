@@ -6,7 +6,8 @@ keeps them; checkpoints know it as a `StateSource`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from moa_dist.checkpoint.format import MASTER
 from moa_dist.checkpoint.state_source import Fragment
 from moa_dist.distributed.mesh import Mesh
+from moa_dist.models.parameter_roles import Role, parameter_roles
 from moa_dist.moe.experts import expert_layers
+from moa_dist.train.muon import MatrixPiece, Muon, Partition
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,41 @@ class EngineState:
         """Create the moments that torch creates in its first step, as if after so many updates."""
         for piece in self._pieces():
             state: dict[str, Any] = self._optimizer.state[piece.flat]
-            if isinstance(self._optimizer, torch.optim.AdamW):
+            by_muon = isinstance(self._optimizer, Muon) and piece.name in self._matrices()
+            if by_muon or self._optimizer.defaults.get("momentum"):
+                keys = ["momentum_buffer"]
+            elif isinstance(self._optimizer, torch.optim.AdamW):
                 state["step"] = torch.tensor(float(num_updates))
                 keys = ["exp_avg", "exp_avg_sq"]
             else:
-                keys = ["momentum_buffer"] if self._optimizer.defaults["momentum"] else []
+                keys = []
             for key in keys:
                 if key not in state:
                     state[key] = torch.zeros_like(piece.flat.detach())
+
+    def matrix_partitions(self) -> Iterator[Partition]:
+        """Yield what ZeRO made of every group of parameters, for an update of whole matrices."""
+        if self._zero_stage == 0:
+            return
+        names, shapes = self._names(), self._matrices()
+        pieces: dict[Tensor, list[MatrixPiece]] = defaultdict(list)
+        for piece in self._pieces():
+            if shape := shapes.get(piece.name):
+                pieces[piece.flat].append(
+                    MatrixPiece(piece.name, shape, piece.offset, piece.start, piece.numel)
+                )
+        for parameters, flat in self._partitioned_groups():
+            is_expert = names[parameters[0]] in self._experts
+            yield Partition(flat, pieces[flat], self._mesh.edp_group if is_expert else None)
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        """Return rows and columns of all weight matrices of layers, by name."""
+        roles = parameter_roles(self._model)
+        return {
+            name: (shape[-2], shape[-1])
+            for name, shape in self.global_shapes().items()
+            if roles.get(name) is Role.MATRIX
+        }
 
     def publish_masters(self) -> None:
         """Bring the model's parameters in line with overwritten masters. Collective."""
@@ -136,13 +166,20 @@ class EngineState:
             replicated = dist.get_rank(group) != 0
             yield _Piece(name, parameter, 0, parameter.numel(), 0, replicated)
 
-    def _partitions(self) -> Iterator[_Piece]:
-        optimizer, names = self._deepspeed.optimizer, self._names()
-        if hasattr(optimizer, "bf16_groups"):  # DeepSpeed's own class for bf16 at stage 1
+    def _partitioned_groups(self) -> Iterator[tuple[Sequence[Any], Tensor]]:
+        """Yield parameters that ZeRO partitions together, and this rank's flat partition."""
+        optimizer = self._deepspeed.optimizer
+        if self._zero_stage == 3:
+            groups, flats = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
+        elif hasattr(optimizer, "bf16_groups"):  # DeepSpeed's own class for bf16 at stage 1
             groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
         else:
             groups, flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
-        for parameters, flat in zip(groups, flats, strict=True):
+        return zip(groups, flats, strict=True)
+
+    def _partitions(self) -> Iterator[_Piece]:
+        names = self._names()
+        for parameters, flat in self._partitioned_groups():
             for parameter in parameters:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # None: this rank owns nothing of it
@@ -151,9 +188,8 @@ class EngineState:
                     yield _Piece(name, flat, high.start, high.numel, low.start, False)
 
     def _partitions_of_zero_3(self) -> Iterator[_Piece]:
-        optimizer, names = self._deepspeed.optimizer, self._names()
-        flats = optimizer.fp32_partitioned_groups_flat
-        for parameters, flat in zip(optimizer.fp16_groups, flats, strict=True):
+        names = self._names()
+        for parameters, flat in self._partitioned_groups():
             offset = 0
             for parameter in parameters:
                 size = parameter.partition_numel()  # equal over ranks, the last one padded

@@ -1,52 +1,53 @@
-"""Optimizer and learning rate schedule; the rate is a function of the step, not a state."""
+"""Optimizers, and which parameters they treat alike."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Set
 from typing import Any
 
 import torch
+from torch import nn
 
-from moa_dist.config.run import OptimizerConfig, ScheduleConfig
+from moa_dist.config.run import OptimizerConfig
+from moa_dist.models.parameter_roles import Role, parameter_roles
+from moa_dist.train.muon import Muon
 
 
-def make_optimizer(
-    config: OptimizerConfig, parameter_groups: list[dict[str, Any]]
-) -> torch.optim.Optimizer:
-    """Make torch's own AdamW or SGD; ZeRO partitions their state."""
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, expert_names: Set[str] = frozenset()
+) -> list[dict[str, Any]]:
+    """Group parameters that are updated alike; those of `expert_names` come last, by themselves."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    parameters = dict(model.named_parameters())
+    for name, role in parameter_roles(model).items():
+        decays = config.decay == "all" or role is not Role.VECTOR
+        options = {
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr_factor": config.router_lr if role is Role.ROUTER else 1.0,
+            "muon": config.kind == "muon" and role is Role.MATRIX,
+            "experts": name in expert_names,
+        }
+        group = groups.setdefault(tuple(options.values()), {"params": [], **options})
+        group["params"].append(parameters[name])
+    return sorted(groups.values(), key=lambda group: bool(group["experts"]))
+
+
+def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Make the optimizer of `parameter_groups`; ZeRO partitions its state."""
     if config.kind == "sgd":
-        return torch.optim.SGD(
-            parameter_groups,
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    if config.kind == "muon":
+        return Muon(
+            groups,
             lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
+            betas=config.betas,
+            eps=config.eps,
+            momentum=config.muon_momentum,
         )
-    return torch.optim.AdamW(
-        parameter_groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def learning_rate(step: int, peak: float, config: ScheduleConfig, num_steps: int) -> float:
-    """Compute the rate of a step from 1 to `num_steps`.
-
-    Warm-up: linear from `warmup_start` to 1 (times the peak), reached at step `warmup_steps`.
-    Then constant, a half cosine down to `final` at the last step, or `sqrt(warmup / step)`
-    (Vaswani et al. 2017, section 5.3).
-    """
-    warmup = config.warmup_steps
-    if step < warmup:
-        return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
-    match config.kind:
-        case "constant":
-            return peak
-        case "cosine":
-            progress = (step - warmup) / max(num_steps - warmup, 1)
-            return peak * (
-                config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
-            )
-        case "inverse_sqrt":
-            return peak * math.sqrt(max(warmup, 1) / step)
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group, relative to `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]

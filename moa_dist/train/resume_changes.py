@@ -13,7 +13,7 @@ from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change, Changes, changes, covers, refused
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import MANIFEST_FILE, sha256_of
-from moa_dist.train.optimizer import learning_rate
+from moa_dist.train.schedule import learning_rate
 
 DATA = "data.train"
 """Path of a change to other data, wherever they are."""
@@ -83,8 +83,10 @@ def _learning_rate(before: Config, config: Config, step: int) -> Iterator[str]:
             f"{_rate(config, step + 1):.2e} at step {step + 1}"
         )
     ends = before.train.steps, config.train.steps
-    if config.schedule.kind == "cosine" and ends[0] != ends[1]:
-        yield f"the cosine of the learning rate ends at step {ends[1]} instead of {ends[0]}"
+    kind = config.schedule.kind
+    if kind in ("cosine", "wsd") and ends[0] != ends[1]:
+        shape = "cosine" if kind == "cosine" else "decay"
+        yield f"the {shape} of the learning rate ends at step {ends[1]} instead of {ends[0]}"
 
 
 def _rate(config: Config, step: int) -> float:

@@ -26,11 +26,11 @@ from moa_dist.models.objective import Batch
 from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.engine import Engine, StepResult
-from moa_dist.train.optimizer import learning_rate
 from moa_dist.train.out_of_memory import explain_out_of_memory
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
 from moa_dist.train.resume_changes import History
+from moa_dist.train.schedule import learning_rate
 from moa_dist.train.step_sync import StepSync, gather_interval, names_of_hosts, sync_step
 from moa_dist.train.step_timer import StepTimer
 

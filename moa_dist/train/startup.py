@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import TrainingError
+from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.observe.metrics import Observer, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
@@ -29,6 +31,7 @@ from moa_dist.train.reporter import Reporter
 from moa_dist.train.resume_changes import DATA, History, describe, find_changes
 from moa_dist.train.run import Progress, Run
 from moa_dist.train.run_folder import describe_run
+from moa_dist.train.start_from import load_weights
 
 
 @contextmanager
@@ -73,6 +76,11 @@ def _resume(
     folder, mesh = run_folder(config), built.engine.mesh
     checkpointer = Checkpointer(built.engine.state, config, folder)
     resumed = checkpointer.resume()
+    begun: list[str] = []
+    if resumed.config is None and config.init.branch is not None:
+        resumed = checkpointer.branch(find_checkpoint(Path(config.init.branch)))
+    elif resumed.config is None and config.init.weights is not None:
+        begun = load_weights(built.engine.state, config)
     before = resumed.config or config
     changed = find_changes(before, resumed.state, config)
     # Excluded shards are numbers of the data that were read before.
@@ -101,7 +109,7 @@ def _resume(
         preemption=preemption,
     )
     notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
-    return run, [*resumed.notes, *notes, *data.notes(exclusions, resumed.samples)]
+    return run, [*resumed.notes, *begun, *notes, *data.notes(exclusions, resumed.samples)]
 
 
 def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:

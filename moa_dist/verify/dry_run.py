@@ -36,7 +36,7 @@ from moa_dist.plan.exchange_choice import layout_of
 from moa_dist.plan.memory import Budget, Device, budget, sizes_of
 from moa_dist.train.build import build_as_configured
 from moa_dist.train.engine import Engine
-from moa_dist.train.optimizer import learning_rate
+from moa_dist.train.schedule import learning_rate
 
 
 @dataclass(frozen=True)

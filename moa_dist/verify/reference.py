@@ -19,6 +19,7 @@ from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, b
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.verify.plain_optimizer import plain_optimizers
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def one_process(
 ) -> Outcome:
     """Take one step over each global batch; returns the values of the last step."""
     model = initial_model(config)
-    update = _plain_optimizer(model, optimizer, lr)
+    updates = plain_optimizers(model, optimizer, lr)
     for batch in batches:
-        outcome = _step(config, model, batch, update, optimizer.clip_norm)
+        outcome = _step(config, model, batch, updates, optimizer.clip_norm)
     return outcome
 
 
@@ -65,11 +66,11 @@ def _step(
     config: Config,
     model: LanguageModel,
     batch: Batch,
-    update: torch.optim.Optimizer,
+    updates: Sequence[torch.optim.Optimizer],
     clip_norm: float | None,
 ) -> Outcome:
     """Take a step on the whole batch at once, or by parts if balance losses are per micro-batch."""
-    update.zero_grad()
+    model.zero_grad()
     initial = _state(model)
     token_mask, labels = input_mask(batch), batch.labels()
     size = config.train.micro_batch if _balanced_by_parts(config) else batch.num_sequences
@@ -93,7 +94,8 @@ def _step(
     if clip_norm is not None:
         for gradient in gradients:
             gradient *= min(1.0, clip_norm / (norm + 1e-6))
-    update.step()
+    for update in updates:
+        update.step()
     _move_biases(model, load)
     with torch.no_grad():
         after = model(*batch.inputs()).logits[token_mask]
@@ -138,15 +140,6 @@ def _move_biases(model: LanguageModel, load: dict[RouterCall, Tensor]) -> None:
         if router.bias is not None:
             repeats = [value for call, value in load.items() if call.key == key]
             router.bias.update(torch.stack(repeats).sum(0))
-
-
-def _plain_optimizer(model: nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    parameters, decay = model.parameters(), config.weight_decay
-    if config.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay)
-    return torch.optim.AdamW(
-        parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay
-    )
 
 
 def is_clear_of_rounding(

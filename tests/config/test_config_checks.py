@@ -61,6 +61,17 @@ EP = "parallel.expert_parallel"
         (["schedule.warmup_steps=101"], ("schedule.warmup_steps", "train.steps"), {}),
         (["schedule.kind=inverse_sqrt"], ("schedule.kind", "schedule.warmup_steps"), {}),
         (["schedule.final=1.5"], ("schedule.final",), {}),
+        (["schedule.kind=wsd"], ("schedule.decay_steps", "schedule.kind"), {}),
+        (
+            ["schedule.decay_steps=5"],
+            ("schedule.decay_steps", "schedule.kind"),
+            {"schedule.kind": ["wsd"]},
+        ),
+        (
+            ["schedule.kind=wsd", "schedule.warmup_steps=60", "schedule.decay_steps=50"],
+            ("schedule.warmup_steps", "schedule.decay_steps", "train.steps"),
+            {},
+        ),
         (["train.label_smoothing=1"], ("train.label_smoothing",), {}),
         (
             [*TRANSLATION, "data.bucket_tokens=1"],

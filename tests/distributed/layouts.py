@@ -30,6 +30,8 @@ def router(num_experts: int, top_k: int, score: str = "sigmoid", **more: Any) ->
 
 SWITCHHEAD = {"kind": "switchhead", "num_heads": 2, "d_head": 8}
 MOA = {"kind": "moa", "d_head": 8}
+RATES = {"sgd": 1.0, "adamw": 1e-2, "muon": 1e-3}
+"""With SGD, the step is the gradient. Muon enlarges rounding in its small singular values."""
 CAPACITY = {"factor": 1.0, "policy": "probability"}
 
 
@@ -68,6 +70,8 @@ class Case:
     eps: float = 1e-8
     """Of AdamW. A large one makes its first step feel the size of a gradient, and tiny ones
     less of their rounding."""
+    lr: float | None = None
+    """Learning rate; None for that of `RATES`."""
     model: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> Config:
@@ -92,10 +96,9 @@ class Case:
                     "zero_stage": self.zero_stage,
                     "expert_exchange": {"attention": self.exchange, "ffn": self.exchange},
                 },
-                # SGD with rate 1: the step is the gradient.
                 "optimizer": {
                     "kind": self.optimizer,
-                    "lr": 1.0 if self.optimizer == "sgd" else 1e-2,
+                    "lr": self.lr or RATES[self.optimizer],
                     "weight_decay": 0.0 if self.optimizer == "sgd" else 0.1,
                     "clip_norm": self.clip_norm,
                     "momentum": self.momentum,

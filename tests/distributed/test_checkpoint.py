@@ -56,6 +56,8 @@ SAME_LAYOUT = {
     "ZeRO 2, bf16": replace(ADAM, zero_stage=2, precision="bf16"),
     "ZeRO 3": replace(ADAM, zero_stage=3),
     "ZeRO 3, bf16": replace(ADAM, zero_stage=3, precision="bf16"),
+    "ZeRO 1, Muon": replace(ADAM, zero_stage=1, optimizer="muon"),
+    "ZeRO 3, Muon": replace(ADAM, zero_stage=3, optimizer="muon"),
     "ZeRO 2, momentum": replace(ADAM, zero_stage=2, optimizer="sgd", momentum=0.9),
 }
 

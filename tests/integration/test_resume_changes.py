@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moa_dist.checkpoint.format import Reader
 from moa_dist.errors import ExitCode
@@ -100,3 +101,31 @@ def test_a_spike_before_the_first_checkpoint_is_named_and_is_no_overflow(job):
     assert "the loss spikes" in text
     assert "no checkpoint up to step" in text
     assert "OVERFLOW" not in text
+
+
+@pytest.mark.full
+def test_branch_that_decays_equals_the_run_that_decayed(trained):
+    """From a checkpoint of the stable phase, bit for bit."""
+    schedule = ("schedule.kind=wsd", "schedule.decay_steps=2", "checkpoint.every=2")
+    for name, steps in (("decayed", 4), ("stable", 8)):
+        code, text = train(
+            trained, name, *schedule, f"train.steps={steps}", "checkpoint.keep_every=2"
+        )
+        assert code == ExitCode.DONE, text
+    runs = trained / "runs"
+    assert learning_rates(runs / "stable")[:4] == [learning_rates(runs / "decayed")[0]] * 4
+    start = "init.branch=runs/stable/step-00000002"
+    code, text = train(trained, "branch", *schedule, "train.steps=4", start)
+    assert code == ExitCode.DONE, text
+    ours, theirs = (Reader(runs / f"{name}/step-00000004") for name in ("branch", "decayed"))
+    assert ours.index.tensors.keys() == theirs.index.tensors.keys()
+    for name, pieces in ours.index.tensors.items():
+        a, b = (torch.empty(sum(piece.numel for piece in pieces)) for _ in range(2))
+        ours.read_into(name, 0, a)
+        theirs.read_into(name, 0, b)
+        assert torch.equal(a, b), name
+
+
+def learning_rates(run: Path) -> list[float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["lr"] for record in records if record["kind"] == "step"]

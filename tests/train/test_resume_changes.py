@@ -8,8 +8,8 @@ from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change
 from moa_dist.config.run import Config
 from moa_dist.provenance import Provenance, differences
-from moa_dist.train.optimizer import learning_rate
 from moa_dist.train.resume_changes import History, describe, find_changes, refusals
+from moa_dist.train.schedule import learning_rate
 from tests.observe.reports import make_config
 from tests.small_shards import write_folder
 
