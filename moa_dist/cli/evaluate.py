@@ -31,7 +31,7 @@ from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
 from moa_dist.evaluate.tasks.task import Mean, Result
 from moa_dist.evaluate.trained import Trained, load_trained, require
 from moa_dist.evaluate.translate import Search
-from moa_dist.evaluate.zero_shot import TASKS
+from moa_dist.evaluate.zero_shot import TASKS, Examples, parse_task, read_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,14 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _task(text: str) -> tuple[str, Path]:
-    name, separator, path = text.partition("=")
-    if not separator or not path:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be NAME=PATH, such as blimp=blimp.jsonl; put the run before --tasks"
-        )
-    if name not in TASKS:
-        raise argparse.ArgumentTypeError(f"unknown task {name!r}; available: {', '.join(TASKS)}")
-    return name, Path(path)
+    try:
+        return parse_task(text)
+    except DataError as error:
+        raise argparse.ArgumentTypeError(f"{error}; put the run before --tasks") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +78,7 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
             "--sequences counts sequences of held-out text, but --tasks and --bleu use whole "
             "files: omit it, or add --data"
         )
-    examples = _read_tasks(args.tasks)
+    examples = read_tasks(args.tasks)
     trained = load_trained(args.path)
     if args.tasks:
         require(trained, "causal", "--tasks")
@@ -143,17 +139,7 @@ def _perplexity(
     }
 
 
-def _read_tasks(tasks: list[tuple[str, Path]]) -> dict[str, dict[Path, list[Any]]]:
-    """Read examples by task and file, so that a wrong file is reported before the work."""
-    paths: dict[str, list[Path]] = {}
-    for name, path in tasks:
-        paths.setdefault(name, []).append(path)
-    return {name: TASKS[name].examples(several) for name, several in paths.items()}
-
-
-def _run_tasks(
-    examples: dict[str, dict[Path, list[Any]]], scorer: Scorer, rank: int
-) -> dict[str, Result]:
+def _run_tasks(examples: Examples, scorer: Scorer, rank: int) -> dict[str, Result]:
     line = ProgressLine()
 
     def score(name: str, requests: list[Request]) -> list[Score]:

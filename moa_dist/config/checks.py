@@ -9,6 +9,12 @@ from contextlib import suppress
 from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
+from moa_dist.config.optimization_checks import (
+    decay,
+    fractions_of_the_peak,
+    optimizer,
+    warmup,
+)
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
 from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of
@@ -132,73 +138,6 @@ def _trace(config: Config) -> Iterator[Problem]:
         )
 
 
-def _warmup(config: Config) -> Iterator[Problem]:
-    warmup, steps = config.schedule.warmup_steps, config.train.steps
-    if warmup > steps:
-        yield Problem(
-            f"`schedule.warmup_steps` is {warmup}, more than `train.steps` = {steps}, so the peak "
-            "would never be reached; warm up for fewer steps or train longer",
-            ("schedule.warmup_steps", "train.steps"),
-        )
-    if config.schedule.kind == "inverse_sqrt" and warmup == 0:
-        yield Problem(
-            "`schedule.kind` inverse_sqrt decays relative to the end of the warm-up, but "
-            "`schedule.warmup_steps` is 0; use at least 1",
-            ("schedule.kind", "schedule.warmup_steps"),
-        )
-
-
-def _decay(config: Config) -> Iterator[Problem]:
-    schedule, steps = config.schedule, config.train.steps
-    if schedule.kind != "wsd":
-        if schedule.decay_steps:
-            yield Problem(
-                f"`schedule.decay_steps` has no effect with `schedule.kind` {schedule.kind}; "
-                "remove it, or set `schedule.kind` to wsd",
-                ("schedule.decay_steps", "schedule.kind"),
-                {"schedule.kind": ("wsd",)},
-            )
-    elif schedule.decay_steps == 0:
-        yield Problem(
-            "`schedule.kind` wsd needs `schedule.decay_steps`, the number of steps of its decay",
-            ("schedule.decay_steps", "schedule.kind"),
-        )
-    elif schedule.warmup_steps + schedule.decay_steps > steps:
-        yield Problem(
-            f"`schedule.warmup_steps` = {schedule.warmup_steps} and `schedule.decay_steps` = "
-            f"{schedule.decay_steps} are more than `train.steps` = {steps}; shorten them, or train "
-            "longer",
-            ("schedule.warmup_steps", "schedule.decay_steps", "train.steps"),
-        )
-
-
-def _fractions_of_the_peak(config: Config) -> Iterator[Problem]:
-    for name in ("final", "warmup_start"):
-        fraction = getattr(config.schedule, name)
-        if fraction > 1:
-            yield Problem(
-                f"`schedule.{name}` is {fraction:g}, but it is a fraction of the peak, "
-                "`optimizer.lr`; use 0 to 1",
-                (f"schedule.{name}",),
-            )
-
-
-def _optimizer(config: Config) -> Iterator[Problem]:
-    optimizer = config.optimizer
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        yield Problem(
-            f"`optimizer.betas` is {list(optimizer.betas)}; each must be at least 0 and below 1",
-            ("optimizer.betas",),
-        )
-    if optimizer.kind != "sgd" and optimizer.momentum:
-        yield Problem(
-            f"`optimizer.momentum` is {optimizer.momentum:g}, which {optimizer.kind} does not use; "
-            "remove it, or set `optimizer.kind` to sgd",
-            ("optimizer.momentum", "optimizer.kind"),
-            {"optimizer.kind": ("sgd",)},
-        )
-
-
 def _init(config: Config) -> Iterator[Problem]:
     init = config.init
     if init.weights is not None and init.branch is not None:
@@ -212,6 +151,22 @@ def _init(config: Config) -> Iterator[Problem]:
                 f"`init.{field}` has no effect without `init.weights`",
                 (f"init.{field}", "init.weights"),
             )
+
+
+def _tasks(config: Config) -> Iterator[Problem]:
+    if not config.evaluation.tasks:
+        return
+    if config.data.valid is None:
+        yield Problem(
+            "`evaluation.tasks` are scored with every validation, but `data.valid` is null",
+            ("evaluation.tasks", "data.valid"),
+        )
+    if config.model.objective != "causal":
+        yield Problem(
+            f"`evaluation.tasks` score continuations, which `model.objective` "
+            f"{config.model.objective} does not predict",
+            ("evaluation.tasks", "model.objective"),
+        )
 
 
 def _precision(config: Config) -> Iterator[Problem]:
@@ -334,11 +289,12 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _skipping,
     translation,
     _trace,
-    _warmup,
-    _decay,
-    _fractions_of_the_peak,
-    _optimizer,
+    warmup,
+    decay,
+    fractions_of_the_peak,
+    optimizer,
     _init,
+    _tasks,
     _precision,
     _kept_checkpoints,
     unknown_permissions,

@@ -186,6 +186,9 @@ class EvaluationConfig(Section):
     """Steps between validations; the last step is always followed by one."""
     sequences: PositiveInt | None = None
     """Number of validation sequences, counted from the first; null for all."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks to score with every validation, each as `NAME=PATH` like those of
+    `moa-dist eval --tasks`: `[lambada=eval/lambada.jsonl, blimp=eval/blimp]`."""
 
 
 class LoggingConfig(Section):

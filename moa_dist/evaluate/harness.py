@@ -4,9 +4,9 @@ To run the harness's own command with the model `moa_dist` registered:
 
     python -m moa_dist.evaluate.harness run --model moa_dist --model_args path=runs/one --tasks piqa
 
-In Python: `lm_eval.simple_evaluate(HarnessModel(scorer), tasks=["piqa"])`. Log-likelihoods come
-from the scorer of `moa-dist eval`, so every sequence starts with the end-of-document token, which
-the harness's own models put only before an empty context.
+In Python: `lm_eval.simple_evaluate(HarnessModel(model, scorer), tasks=["piqa"])`. Log-likelihoods
+come from the scorer of `moa-dist eval`, so every sequence starts with the end-of-document token,
+which the harness's own models put only before an empty context.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from moa_dist.evaluate.generate import generate, stream_text
 from moa_dist.evaluate.sampling import Sampling
 from moa_dist.evaluate.scoring import Request, Scorer, scorer_of
 from moa_dist.evaluate.trained import load_trained, require
+from moa_dist.models.language_model import LanguageModel
 
 _MICRO_BATCH = 8
 
@@ -40,8 +41,9 @@ _MICRO_BATCH = 8
 class HarnessModel(LM):
     """Answers the harness's three kinds of requests, on one process."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, model: LanguageModel, scorer: Scorer) -> None:
         super().__init__()
+        self.model = model
         self.scorer = scorer
 
     @classmethod
@@ -62,7 +64,7 @@ class HarnessModel(LM):
         micro_batch = int(batch) if batch.isdecimal() else _MICRO_BATCH  # it may be `auto`
         trained = load_trained(Path(str(arg_dict["path"])))
         require(trained, "causal", "lm-evaluation-harness")
-        return cls(scorer_of(trained, micro_batch))
+        return cls(trained.model, scorer_of(trained, micro_batch))
 
     @classmethod
     def create_from_arg_string(
@@ -89,7 +91,7 @@ class HarnessModel(LM):
         tokenizer, chosen = self.scorer.tokenizer, normalize_gen_kwargs(options)
         prompt = tokenizer.encode(context)
         drawn = generate(
-            self.scorer.model,
+            self.model,
             [[tokenizer.end_of_document, *prompt]],
             Sampling(
                 temperature=chosen.get("temperature", 0.0),

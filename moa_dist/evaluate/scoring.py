@@ -25,14 +25,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from moa_dist.config.model import sequences_per_group
+from moa_dist.config.model import ModelConfig, sequences_per_group
 from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.evaluate.trained import Trained
-from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.language_model import LanguageModelOutput
 
 
 class Request(NamedTuple):
@@ -81,8 +81,10 @@ class _Piece(NamedTuple):
 class Scorer:
     """Scores requests with one model."""
 
-    model: LanguageModel
-    """The model, in evaluation mode, whole on every rank."""
+    model: nn.Module
+    """A `LanguageModel` in evaluation mode, whole or sharded over the ranks, or its engine."""
+    config: ModelConfig
+    """The model's configuration."""
     tokenizer: Tokenizer
     """The model's tokenizer."""
     max_length: int
@@ -95,7 +97,8 @@ class Scorer:
 
         Pieces of similar length share a batch. Batch i goes to rank i mod W; batches, and hence
         scores, do not depend on the number of ranks. Collective if a process group exists: every
-        rank passes the same requests and gets all scores.
+        rank passes the same requests, enters the same number of forwards, since experts and
+        parameters may be elsewhere, and gets all scores.
 
         Raises:
             DataError: a text cannot be encoded.
@@ -140,11 +143,15 @@ class Scorer:
         ranked = dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if ranked else (0, 1)
         sums = torch.zeros(len(pieces), 2, dtype=torch.float64)
+        batches = self._batches(pieces)
         done = 0
-        for number, batch in enumerate(self._batches(pieces)):
-            if number % world_size == rank:
-                sums[[piece.number for piece in batch]] = self._run(batch)
-            done += len(batch)
+        for first in range(0, len(batches), world_size):
+            together = batches[first : first + world_size]
+            if rank < len(together):
+                sums[[piece.number for piece in together[rank]]] = self._run(together[rank])
+            else:  # nothing is left for this rank, but the others may need it
+                self._run(together[0][:1])
+            done += sum(map(len, together))
             if progress is not None:
                 progress(done, len(pieces))
         if ranked:  # each piece is zero on all ranks but one
@@ -168,7 +175,7 @@ class Scorer:
         """Return the row of `_sums` for each piece, [len(batch), 2] in fp64 on the CPU."""
         # A group of sequences shares the experts' capacity. Each group gets one piece and rows of
         # padding, so that no score depends on the rest of the batch.
-        stride = sequences_per_group(self.model.config)
+        stride = sequences_per_group(self.config)
         rows, length = len(batch) * stride, max(len(piece.tokens) for piece in batch) - 1
         tokens = torch.zeros(rows, length + 1, dtype=torch.int64)
         token_mask = torch.zeros(rows, length, dtype=torch.bool)
@@ -180,7 +187,8 @@ class Scorer:
             scored[row, end - piece.num_scored : end] = True
         device = next(self.model.parameters()).device
         padded = None if bool(token_mask.all()) else token_mask.to(device)
-        logits_NV = self.model(tokens[:, :-1].to(device), padded).logits[scored.to(device)]
+        output: LanguageModelOutput = self.model(tokens[:, :-1].to(device), padded)
+        logits_NV = output.logits[scored.to(device)]
         targets_N = tokens[:, 1:][scored].to(device)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         loss_N = F.cross_entropy(logits_NV.to(wide), targets_N, reduction="none")
@@ -193,4 +201,4 @@ class Scorer:
 def scorer_of(trained: Trained, micro_batch: int) -> Scorer:
     """Create a scorer for a trained model with the context length that it was trained on."""
     length = trained.config.data.sequence_length
-    return Scorer(trained.model, trained.tokenizer, length, micro_batch)
+    return Scorer(trained.model, trained.config.model, trained.tokenizer, length, micro_batch)

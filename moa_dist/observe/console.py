@@ -82,6 +82,7 @@ class Console:
             f"valid {metrics.step:>{width - 1}}/{self._num_steps}        "
             f"loss {metrics.loss:6.3f}  perplexity {metrics.perplexity:.2f}  "
             f"{in_bytes}over {short(metrics.tokens)} tokens"
+            + "".join(f"  {name} {value:.3f}" for name, value in metrics.tasks.items())
         )
 
     def rewind(self, step: int) -> None:

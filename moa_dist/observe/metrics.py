@@ -139,6 +139,8 @@ class ValidationMetrics:
     """Cross-entropy in bits per byte of the text; None for masked language models."""
     tokens: int
     """Number of target tokens evaluated."""
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    """Results of zero-shot tasks, as `task/metric`."""
 
 
 class Observer(Protocol):

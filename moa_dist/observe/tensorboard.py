@@ -82,6 +82,7 @@ class TensorBoard:
         }
         if metrics.bits_per_byte is not None:
             values["validation/bits_per_byte"] = metrics.bits_per_byte
+        values |= {f"tasks/{name}": value for name, value in metrics.tasks.items()}
         self._scalars(values, metrics.step)
         for router, picture in load_heatmaps(self._routing).items():
             self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")

@@ -13,6 +13,7 @@ from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.export import is_export
 from moa_dist.evaluate.trained import find_checkpoint
+from moa_dist.evaluate.zero_shot import task_evaluation
 from moa_dist.train.resume_changes import refusals
 
 
@@ -27,6 +28,7 @@ def check_run(config: Config, world_size: int) -> None:
         world_size=world_size,
         objective=config.model.objective,
     )
+    task_evaluation(config)
     _check_earlier_run(config, world_size)
 
 

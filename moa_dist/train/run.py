@@ -22,6 +22,7 @@ from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, DataError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
+from moa_dist.evaluate.zero_shot import TaskEvaluation
 from moa_dist.models.objective import Batch
 from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
@@ -57,6 +58,8 @@ class Run:
     """The run's folder."""
     engine: Engine
     data: CheckedData
+    tasks: TaskEvaluation | None
+    """Zero-shot tasks to score with every validation."""
     exclusions: Exclusions
     """Shards that are left out, and since which sample."""
     progress: Progress
@@ -219,6 +222,7 @@ class Run:
             perplexity=result.perplexity,
             bits_per_byte=bits_per_byte(result, self.config.model, manifest),
             tokens=result.tokens,
+            tasks=self.tasks.run(self.engine.deepspeed) if self.tasks is not None else {},
         )
 
     def _save(self) -> list[Note]:

@@ -23,6 +23,7 @@ from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import TrainingError
 from moa_dist.evaluate.trained import find_checkpoint
+from moa_dist.evaluate.zero_shot import task_evaluation
 from moa_dist.observe.metrics import Observer, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
@@ -92,6 +93,7 @@ def _resume(
         folder=folder,
         engine=built.engine,
         data=data,
+        tasks=task_evaluation(config),
         exclusions=exclusions,
         progress=Progress(resumed.step, resumed.samples),
         history=History.after(resumed.state, changed, resumed.step, config),

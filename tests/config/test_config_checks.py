@@ -61,6 +61,9 @@ EP = "parallel.expert_parallel"
         (["schedule.warmup_steps=101"], ("schedule.warmup_steps", "train.steps"), {}),
         (["schedule.kind=inverse_sqrt"], ("schedule.kind", "schedule.warmup_steps"), {}),
         (["schedule.final=1.5"], ("schedule.final",), {}),
+        (["init.weights=a", "init.branch=b"], ("init.weights", "init.branch"), {}),
+        (["init.new=[a]"], ("init.new", "init.weights"), {}),
+        (["evaluation.tasks=[piqa=a]"], ("evaluation.tasks", "data.valid"), {}),
         (["schedule.kind=wsd"], ("schedule.decay_steps", "schedule.kind"), {}),
         (
             ["schedule.decay_steps=5"],

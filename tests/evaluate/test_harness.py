@@ -76,7 +76,8 @@ def write_task(name: str, folder: Path) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def model():
-    return HarnessModel(make_scorer())
+    scorer = make_scorer()
+    return HarnessModel(scorer.model, scorer)
 
 
 def test_log_likelihoods_are_the_scorers(model):

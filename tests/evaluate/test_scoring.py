@@ -45,7 +45,7 @@ def make_scorer(micro_batch=3, **router_changes):
         }
     )
     model = build_model(config, seed=1).double().eval()
-    return Scorer(model, tokenizer, LENGTH, micro_batch)
+    return Scorer(model, config, tokenizer, LENGTH, micro_batch)
 
 
 @torch.no_grad()
