@@ -40,9 +40,7 @@ def on_rank(case: Case, config) -> dict[str, float]:
     """Runs on every rank: the tasks of a model in this layout."""
     mesh = make_mesh(case.expert_parallel)
     shard = partial(shard_experts, mesh=mesh, exchange=config.parallel.expert_exchange)
-    engine = Engine(
-        build_model(config.model, parallelize=shard), config, mesh, torch.device("cpu")
-    )
+    engine = Engine(build_model(config.model, parallelize=shard), config, mesh, torch.device("cpu"))
     results = task_evaluation(config).run(engine.deepspeed)
     assert engine.deepspeed.training
     engine.close()
