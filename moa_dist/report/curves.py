@@ -22,7 +22,7 @@ _LOSS = "nats per token"
 _LONG = 24
 """Characters from which names of runs are shortened."""
 _BEGINNING = 0.1
-"""Share of a loss that may lie above its picture: else the first steps would flatten the rest."""
+"""Share of a curve that may lie above its picture: else the first steps would flatten the rest."""
 _PURPOSES = ("plan", "dispatch", "combine", "gather", "reduce")
 """Known purposes of traffic, in a fixed order so that each keeps its color."""
 
@@ -61,7 +61,7 @@ def shared_curves(runs: Sequence[Run]) -> Iterator[str]:
         ]
         axes = Axes(unit, marks=marks, clock=clock)
         if name == "grad_norm":
-            axes = replace(axes, limits=_clip_norms(runs))
+            axes = replace(axes, limits=_clip_norms(runs), beginning=_BEGINNING)
             yield curves(title, f"{about}; {_clipping(runs)}", lines, axes)
         else:
             yield curves(title, about, lines, axes)

@@ -90,7 +90,9 @@ def _collapsed(run: Run, router: str, imbalance: float) -> str:
     most = size.experts / size.choices if size else 0.0
     if most <= 2 or imbalance < _COLLAPSED * most:
         return ""
-    return f"one expert gets {imbalance:.1f} x the mean, where all tokens were {most:.1f} x"
+    return (
+        f"one expert has {imbalance:.1f} x the mean load; with all tokens it would be {most:.1f} x"
+    )
 
 
 def _speed(run: Run) -> Iterator[str]:

@@ -111,8 +111,13 @@ def line_chart(
     y_axis = fit(np.append(values, [limit.value for limit in limits]), bottom, _TOP)
     inside = [*_frame(x_axis, y_axis, axes.unit, ticks), *_marks(axes.marks, x_axis, bottom)]
     places = [_places(series, x_axis, y_axis) for _, series in drawn]
-    for (line, series), place, dash in zip(drawn, places, _dashes(places), strict=True):
-        inside += _curve(line, series, place, x_axis, y_axis, dash)
+    averages = [
+        None if average is None else _places(downsample(average, _SMOOTH_POINTS), x_axis, y_axis)
+        for average in (smoothed(line.series) if line.is_noisy else None for line, _ in drawn)
+    ]
+    dashes = _dashes([bold or place for bold, place in zip(averages, places, strict=True)])
+    for curve, place, average, dash in zip(drawn, places, averages, dashes, strict=True):
+        inside += _curve(*curve, place, average, dash)
     inside += _limits(limits, x_axis, y_axis)
     if (top := float(known.max())) > y_axis.high:
         text = f"↑ up to {readable(top)}"
@@ -234,19 +239,14 @@ def _covers(upper: Places, lower: Places) -> bool:
 
 
 def _curve(
-    line: Line, series: Series, place: Places, x_axis: Axis, y_axis: Axis, dash: str
+    line: Line, series: Series, place: Places, average: Places | None, dash: str
 ) -> list[str]:
     x, y = place
-    name = f"<title>{escape(_summary(line))}</title>"
-    average = smoothed(line.series) if line.is_noisy else None
-    if average is None:
-        parts = [f'<path class="line s{line.color}"{dash} d="{_path(x, y)}">{name}</path>']
-    else:
-        over = _path(*_places(downsample(average, _SMOOTH_POINTS), x_axis, y_axis))
-        parts = [
-            f'<path class="line faint s{line.color}" d="{_path(x, y)}"/>',
-            f'<path class="line s{line.color}"{dash} d="{over}">{name}</path>',
-        ]
+    parts = []
+    if average:
+        parts.append(f'<path class="line faint s{line.color}" d="{_path(x, y)}"/>')
+    name, bold = f"<title>{escape(_summary(line))}</title>", _path(*(average or place))
+    parts.append(f'<path class="line s{line.color}"{dash} d="{bold}">{name}</path>')
     if line.is_dotted or len(series.finite()) == 1:
         parts += [
             f'<circle class="f{line.color}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="3">'

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from moa_dist.peak_flops import peak_flops
-from moa_dist.report.progress import date, finite, over, progress, tokens_by_step
+from moa_dist.report.progress import finite, over, progress, tokens_by_step
 from moa_dist.report.read import Run
 from moa_dist.report.routing import num_experts
 from moa_dist.report.scale import readable
@@ -106,8 +106,7 @@ def _layout(run: Run) -> Iterator[str]:
 def _steps(run: Run) -> Number:
     so_far, tokens = progress(run), ""
     if so_far.tokens is not None:
-        translates = run.setting("model.objective") == "translation"
-        tokens = f"{'at most ' if translates else ''}{short(so_far.tokens)} tokens"
+        tokens = f"{'at most ' if so_far.is_bound else ''}{short(so_far.tokens)} tokens"
     if so_far.total is None:
         return Number("Steps", f"{so_far.step:,}", tokens)
     share = f"{100 * so_far.step // so_far.total} % of {so_far.total:,}"
@@ -121,8 +120,6 @@ def _time(run: Run) -> Number:
     detail = "without the time between attempts"
     if so_far.remaining:
         detail = f"about {duration(so_far.remaining)} left"
-        if so_far.updated is not None:
-            detail += f", until {date(so_far.updated + so_far.remaining)}"
     return Number("Time", duration(so_far.seconds), detail)
 
 
@@ -255,5 +252,7 @@ def dead_experts(run: Run) -> dict[str, tuple[int, int]]:
 def _restarts(run: Run) -> Number:
     count = num_restarts(run)
     causes = [str(attempt.get("cause")) for attempt in run.attempts if attempt.get("restarts")]
-    detail = f"last: {causes[-1]}" if causes else "" if count else "uninterrupted"
+    detail = f"last: {causes[-1]}" if causes else "uninterrupted"
+    if count and not causes:
+        detail = f"last after step {run.starts[-1]:,}" if len(run.starts) > 1 else ""
     return Number("Restarts", str(count), detail, float(count))

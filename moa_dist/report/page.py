@@ -18,6 +18,8 @@ from moa_dist.report.routing import routing_figures
 from moa_dist.report.time import time_figures
 from moa_dist.units import duration, short
 
+_MOST_DIFFERENT = 16
+"""Settings that differ, from which they are folded."""
 _IN_HEAD = ("Steps", "Time")
 """Numbers that the bar at the top of a run shows."""
 
@@ -59,7 +61,7 @@ def _head(run: Run, now: float) -> Iterator[str]:
     if so_far.total is not None:
         bar = (
             f'<progress max="{so_far.total}" value="{min(so_far.step, so_far.total)}"></progress>'
-            f"<p class='far'>{escape(_far(so_far))}</p>"
+            f"<p class='far'>{escape(_far(so_far, goes_on=not is_bad))}</p>"
         )
     yield f"<header><h1>{breakable(run.name)}</h1><p>{chip}</p>{bar}{about}</header>"
     found = warnings(run, now)
@@ -70,18 +72,23 @@ def _head(run: Run, now: float) -> Iterator[str]:
         yield '<p class="card good attention">✓ Nothing needs attention</p>'
 
 
-def _far(so_far: Progress) -> str:
-    """Describe steps, tokens and time, each with what is left or what the whole is."""
+def _far(so_far: Progress, *, goes_on: bool) -> str:
+    """Describe steps, tokens and time, each with what is left or what the whole is.
+
+    When a run that does not go on would end is not said.
+    """
     total = so_far.total or 1
     parts = [f"step {so_far.step:,} of {total:,} ({100 * so_far.step // total} %)"]
     if so_far.tokens is not None:
         whole = f" of {short(so_far.total_tokens)}" if so_far.total_tokens else ""
-        parts.append(f"{short(so_far.tokens)}{whole} tokens")
+        at_most = "at most " if so_far.is_bound else ""
+        parts.append(f"{at_most}{short(so_far.tokens)}{whole} tokens")
     if so_far.seconds is not None:
         parts.append(f"{duration(so_far.seconds)} spent")
     if so_far.remaining:
-        end = "" if so_far.updated is None else f", until {date(so_far.updated + so_far.remaining)}"
-        parts.append(f"about {duration(so_far.remaining)} left{end}")
+        parts.append(f"about {duration(so_far.remaining)} left")
+        if goes_on and so_far.updated is not None:
+            parts[-1] += f", until {date(so_far.updated + so_far.remaining)}"
     return " · ".join(parts)
 
 
@@ -122,12 +129,14 @@ def _comparison(runs: Sequence[Run], now: float) -> Iterator[str]:
         for name in names
         if len({values.get(name) for values in settings}) > 1
     ]
-    yield _wide(
-        "What differs",
-        table(["", *head], different, "compare")
-        if different
-        else nothing("Nothing: configurations, layout, hosts and software are the same."),
-    )
+    if not different:
+        why = "Nothing: configurations, layout, hosts and software are the same."
+        yield _wide("What differs", nothing(why))
+        return
+    # Models of different kinds have dozens of settings that the others lack.
+    is_short = len(different) <= _MOST_DIFFERENT
+    body = table(["", *head], different, "compare")
+    yield section("What differs", [fold(f"{len(different)} settings", body, is_open=is_short)])
 
 
 def _wide(title: str, body: str, about: str = "") -> str:

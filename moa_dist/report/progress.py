@@ -28,9 +28,11 @@ class Progress:
     total: int | None
     """Steps of the whole run."""
     tokens: float | None
-    """Tokens read so far; at most so many in a model that translates."""
+    """Tokens read so far."""
     total_tokens: float | None
     """Tokens of the whole run."""
+    is_bound: bool
+    """Whether tokens are the most that can have been read: buckets of pairs are rarely full."""
     seconds: float | None
     """Time spent on these steps, including validation and checkpoints, but not between attempts."""
     seconds_per_step: float | None
@@ -69,6 +71,7 @@ def progress(run: Run) -> Progress:
         total,
         float(tokens.values[-1]) if len(tokens) else None,
         total_tokens,
+        _translates(run),
         float(elapsed.values[-1]) if len(elapsed) else None,
         _seconds_per_step(elapsed),
         run.updated,
@@ -140,9 +143,12 @@ def finite(run: Run, name: str) -> Series:
     return Series.of([], []) if series is None else series.finite()
 
 
+def _translates(run: Run) -> bool:
+    return bool(run.setting("model.objective") == "translation")
+
+
 def _tokens_per_sample(run: Run) -> int:
-    translates = run.setting("model.objective") == "translation"
-    length = run.setting("data.bucket_tokens" if translates else "data.sequence_length")
+    length = run.setting("data.bucket_tokens" if _translates(run) else "data.sequence_length")
     return length if isinstance(length, int) else 0
 
 

@@ -83,6 +83,15 @@ def test_noise_does_not_hide_the_trend():
     assert constant.values == pytest.approx(np.full(200, 3.0))
 
 
+def test_averages_that_coincide_are_dashed_whatever_the_noise():
+    steps = np.arange(2000)
+    noisy = [Series.of(steps, 5 - steps / 500 + RNG.normal(0, 0.2, 2000)) for _ in range(2)]
+    lines = [Line(f"run {i}", series, i, is_noisy=True) for i, series in enumerate(noisy)]
+    drawn = curves_of(line_chart("Loss", lines, Axes("nats")))
+    assert [css for css, _, _ in drawn] == ["faint s0", "s0", "faint s1", "s1"]
+    assert [bool(dashes) for _, dashes, _ in drawn] == [False, False, False, True]
+
+
 def test_an_average_does_not_bridge_values_that_are_not_finite():
     values = FALLING.copy()
     values[100:110] = np.nan
