@@ -31,8 +31,7 @@ _STRAGGLES, _MOSTLY = 1.3, 0.8
 def warnings(run: Run, now: float) -> list[str]:
     """Return what needs attention, the worst first; `now` is in seconds since 1970."""
     text, is_bad = state(run, now)
-    found = [f"The run is {text}"] if is_bad and text.startswith("silent") else []
-    found += [f"The run {text}"] if is_bad and not found else []
+    found = [f"The run is {text}"] if is_bad else []
     return [*found, *_losses(run), *_routing(run), *_speed(run), *_interruptions(run)]
 
 

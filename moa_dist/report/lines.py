@@ -19,7 +19,7 @@ from moa_dist.report.scale import Axis, fit, readable, time_ticks
 from moa_dist.report.series import Series, downsample, smoothed
 from moa_dist.units import duration, short
 
-_LEFT, _RIGHT, _TOP, _ROW = 80, 26, 26, 18
+_LEFT, _RIGHT, _TOP, _ROW = 80, 34, 26, 18
 _MOST_MISSING = 100
 _DIGITS = 5
 _NEAR = 1.5

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 from moa_dist.report.analysis import analysis_sections
+from moa_dist.report.comparison import comparison
 from moa_dist.report.curves import full_names, labels, own_curves, shared_curves
 from moa_dist.report.events import events
 from moa_dist.report.health import warnings
-from moa_dist.report.html import breakable, document, fold, nothing, section, table
-from moa_dist.report.numbers import Number, at_equal_tokens, headline, hosts, layout, software
+from moa_dist.report.html import breakable, document, fold, section
+from moa_dist.report.numbers import headline, hosts, layout, software
 from moa_dist.report.progress import Progress, date, progress, state
 from moa_dist.report.read import Run
 from moa_dist.report.routing import routing_figures
 from moa_dist.report.time import time_figures
 from moa_dist.units import duration, short
 
-_MOST_DIFFERENT = 16
-"""Settings that differ, from which they are folded."""
 _IN_HEAD = ("Steps", "Time")
 """Numbers that the bar at the top of a run shows."""
 
@@ -41,7 +39,7 @@ def page(runs: Sequence[Run], now: float) -> str:
         f"<p>{escape(name if label == name else f'{label}: {name}')}</p>" for label, name in names
     )
     body = [f"<header><h1>{len(runs)} runs compared</h1>{lines}</header>"]
-    body += [*_comparison(runs, now), section("Curves", [*shared_curves(runs)])]
+    body += [*comparison(runs, now), section("Curves", [*shared_curves(runs)])]
     for run, label in zip(runs, labels(runs), strict=True):
         own = section("Tasks, auxiliary losses and traffic", [*own_curves(run)])
         time = section("Time", [*time_figures(run)])
@@ -109,55 +107,6 @@ def _tiles(run: Run) -> str:
     return f'<dl class="tiles">{tiles}</dl>'
 
 
-def _comparison(runs: Sequence[Run], now: float) -> Iterator[str]:
-    head = labels(runs)
-    rows = [
-        ["State", *(state(run, now)[0] for run in runs)],
-        ["Needs attention", *("\n".join(warnings(run, now)) or "nothing" for run in runs)],
-    ]
-    numbers = [*zip(*(headline(run) for run in runs), strict=True), at_equal_tokens(runs)]
-    rows += [[each[0].label, *marked(each)] for each in numbers]
-    about = "★ is the best where all runs compare: the same data, tokens read, experts or hardware"
-    yield _wide("Side by side", table(["", *head], rows, "compare numbers"), about)
-    settings = [
-        {"layout": layout(run), "hosts": hosts(run), "software": software(run)} | _flat(run.config)
-        for run in runs
-    ]
-    names = dict.fromkeys(name for values in settings for name in values if name != "name")
-    different = [
-        [name, *(values.get(name, "-") for values in settings)]
-        for name in names
-        if len({values.get(name) for values in settings}) > 1
-    ]
-    if not different:
-        why = "Nothing: configurations, layout, hosts and software are the same."
-        yield _wide("What differs", nothing(why))
-        return
-    # Models of different kinds have dozens of settings that the others lack.
-    is_short = len(different) <= _MOST_DIFFERENT
-    body = table(["", *head], different, "compare")
-    yield section("What differs", [fold(f"{len(different)} settings", body, is_open=is_short)])
-
-
-def _wide(title: str, body: str, about: str = "") -> str:
-    return section(title, [f'<div class="card wide">{body}</div>'], about)
-
-
-def marked(numbers: Sequence[Number]) -> Iterator[str]:
-    """Yield the runs' values and, below, details; the best gets a star if all compare and differ.
-
-    Values that read the same do not differ.
-    """
-    known = {n.value: n for n in numbers if n.value is not None}
-    bases = {n.basis for n in known.values()}
-    compares = len(bases) == 1 and None not in bases and len({n.text for n in numbers}) > 1
-    best = (max if numbers[0].better == "high" else min)(known, default=None)
-    for number in numbers:
-        is_best = compares and best is not None and number.text == known[best].text
-        warning, star = "⚠ " if number.warns else "", " ★" if is_best else ""
-        yield "\n".join(filter(None, [f"{warning}{number.text}{star}", number.detail]))
-
-
 def _problems(run: Run) -> str:
     items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
     warning = f'<ul class="card wide warn">{items}</ul>'
@@ -176,14 +125,3 @@ def _about(run: Run) -> Iterator[str]:
     yield section("What happened", [*events(run)])
     text = f"<pre>{escape(run.config_text)}</pre>"
     yield section("Configuration", [fold("config.yaml", text)])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the settings of a nested configuration as text by path."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat

@@ -5,9 +5,10 @@ import re
 import pytest
 
 from moa_dist.observe.metrics import Timing
+from moa_dist.report.comparison import marked
 from moa_dist.report.curves import labels
 from moa_dist.report.numbers import at_equal_tokens, headline
-from moa_dist.report.page import marked, page
+from moa_dist.report.page import page
 from moa_dist.report.read import read_run
 from tests.observe.reports import routing
 from tests.report.outline import NOW, outline
