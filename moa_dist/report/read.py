@@ -87,8 +87,8 @@ class Run:
     starts: list[int] = field(default_factory=list)
     """Steps after which training started or resumed."""
     series: dict[str, Series] = field(default_factory=dict)
-    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `tasks/NAME`, `traffic/PURPOSE/LAYER` in MiB,
-    `elapsed` in seconds without the time between attempts, ..."""
+    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `tasks/NAME`,
+    `traffic/PURPOSE/LAYER` in MiB, `elapsed` in seconds without the time between attempts, ..."""
     routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
     """Series of each router application, by measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
