@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from moa_dist.cli.output import not_written
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     name = "report.html" if len(runs) == 1 else "comparison.html"
     output: Path = args.output or args.runs[0] / name
     # File names may contain bytes that are not text.
-    content = page(runs).encode("utf-8", errors="replace")
+    content = page(runs, time.time()).encode("utf-8", errors="replace")
     try:
         output.write_bytes(content)
     except OSError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -26,10 +28,10 @@ class MetricsFile:
     """Writes `metrics.jsonl`: objects of kind `start`, `step`, `validation` and `note`.
 
     Each object has a `step`: for a start, the step that training resumes after; for a note, the
-    last step written. A float is written with enough digits that reading it back gives the same
-    bits; one that is not finite becomes null, because JSON cannot represent it. A run that resumes
-    or rolls back truncates the file after its first step, so the file always reads like that of
-    one uninterrupted run.
+    last step written. Its `time` is when it was written, in seconds since 1970. A float is written
+    with enough digits that reading it back gives the same bits; one that is not finite becomes
+    null, because JSON cannot represent it. A run that resumes or rolls back truncates the file
+    after its first step, so the file always reads like that of one uninterrupted run.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,8 @@ class MetricsFile:
         values = _shallow(run)
         values["config"] = run.config.model_dump(mode="json")
         values["provenance"] = asdict(run.provenance)
+        values["hosts"] = Counter(run.hosts)
+        values["routers"] = {name: size._asdict() for name, size in run.routers.items()}
         self._write("start", run.first_step, values)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -93,7 +97,7 @@ class MetricsFile:
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         assert self._file is not None, "start comes first"
         self._step = step
-        record = _strict({"kind": kind, "step": step} | values)
+        record = _strict({"kind": kind, "step": step, "time": round(time.time(), 1)} | values)
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         # Whole lines at once: a concurrent reader, or one after a crash, misses one line at most,
         # and a line that a full disk cuts short is removed.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pydantic import JsonValue
 
@@ -16,6 +16,17 @@ from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.provenance import Provenance
+
+
+class RouterSize(NamedTuple):
+    """How many experts a router chooses among, and how many it chooses."""
+
+    groups: int
+    """Router groups (G): heads in SwitchHead, else 1."""
+    experts: int
+    """Experts per router group (E)."""
+    choices: int
+    """Experts chosen per token and router group (K)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,10 @@ class RunStart:
     """Part of a layer -> what ranks exchange for its experts (tokens or weights), and why."""
     overlap: bool = False
     """Whether this exchange overlaps with computation."""
+    hosts: Sequence[str] = ()
+    """Name of the machine of every rank, in rank order."""
+    routers: Mapping[str, RouterSize] = field(default_factory=dict)
+    """Sizes of the routers by their name within a layer, such as `ffn`."""
 
 
 @dataclass(frozen=True)

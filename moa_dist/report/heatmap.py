@@ -27,6 +27,7 @@ HALF, QUARTER = 520, 250
 _LABELS, _BOTTOM, _HEIGHT = 46, 18, 132
 _LABEL_HEIGHT = 12
 _GAP = 4
+_KEY_BOX, _KEY_INSET = 23, 16
 _DIGITS = 3
 
 
@@ -38,6 +39,11 @@ class Shades:
     high: float
     has_middle: bool = False
     """Colors diverge from the middle instead of growing from low to high."""
+    inner: tuple[float, ...] | None = None
+    """NUM_SHADES - 1 ascending values between `low` and `high` that separate the shades, each of
+    which belongs to the lower one; None spaces them evenly."""
+    is_share: bool = False
+    """Values are shares, which read as percent."""
 
     @property
     def css(self) -> str:
@@ -46,17 +52,39 @@ class Shades:
 
     def of(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return shades 0 ... NUM_SHADES - 1, and -1 for NaN."""
-        share = (values - self.low) / ((self.high - self.low) or 1.0)
-        share = np.nan_to_num(np.clip(share, 0, 1))
-        shades = np.minimum(share * NUM_SHADES, NUM_SHADES - 1).astype(np.int64)
+        shades = np.searchsorted(self._inner, np.nan_to_num(values))
         return np.where(np.isnan(values), -1, shades)
+
+    @property
+    def _inner(self) -> Sequence[float]:
+        if self.inner is not None:
+            return self.inner
+        return np.linspace(self.low, self.high, NUM_SHADES + 1)[1:-1].tolist()
+
+    @property
+    def edges(self) -> list[str]:
+        """The values at the NUM_SHADES + 1 edges of all shades, as text."""
+        return [self.text(value) for value in (self.low, *self._inner, self.high)]
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """Short texts for the edges to label, by number of the edge."""
+        edges, last = self.edges, NUM_SHADES
+        if self.inner is None:
+            return {0: edges[0], last: edges[last]}
+        short = {i: edge.removesuffix("%") for i, edge in enumerate(edges) if i < last}
+        # The lowest shade may stand for one value only.
+        return {
+            i: text.replace("0.", ".") for i, text in short.items() if i != 1 or text != short[0]
+        } | {last: edges[last]}
+
+    def text(self, value: float) -> str:
+        """Format a value."""
+        return f"{100 * value:.3g}%" if self.is_share else readable(value)
 
     def meaning(self, shade: int) -> str:
         """Describe the values of a shade, such as `0.5 to 0.75`."""
-        low, high = (
-            readable(self.low + (self.high - self.low) * edge / NUM_SHADES)
-            for edge in (shade, shade + 1)
-        )
+        low, high = self.edges[shade : shade + 2]
         if shade == 0:
             return f"up to {high}"
         return f"{low} or more" if shade == NUM_SHADES - 1 else f"{low} to {high}"
@@ -76,8 +104,8 @@ class Grid:
     """Labels drawn below the first and the last column."""
     num_groups: int = 1
     """Equal groups of columns, set apart by a gap."""
-    crossed_RC: NDArray[np.bool_] | None = None
-    """Cells to cross out."""
+    blackened_RC: NDArray[np.bool_] | None = None
+    """Cells whose lower half is black."""
 
 
 def heatmap_figure(
@@ -88,17 +116,15 @@ def heatmap_figure(
     *,
     about: str,
     numbers: str,
-    ends: tuple[str, str] | None = None,
     is_half: bool = False,
 ) -> str:
     """Return a heatmap as a figure with a color key and a folded table `numbers`.
 
-    `about` is what screen readers say; `ends` names both ends of the key, if not its numbers.
+    `about` is what screen readers say.
     """
     drawn = heatmap(title, grid, shades, about=about, width=HALF if is_half else QUARTER)
-    low, high = ends or (readable(shades.low), readable(shades.high))
     css = "half" if is_half else ""
-    return figure(title, caption, drawn + _key(shades, low, high), numbers, css=css)
+    return figure(title, caption, drawn + _key(shades), numbers, css=css)
 
 
 def heatmap(title: str, grid: Grid, shades: Shades, *, about: str, width: int = QUARTER) -> str:
@@ -121,10 +147,11 @@ def heatmap(title: str, grid: Grid, shades: Shades, *, about: str, width: int = 
         "</title></path>"
         for shade, d in sorted(paths.items())
     ]
-    if grid.crossed_RC is not None and grid.crossed_RC.any():
-        crossed = np.argwhere(grid.crossed_RC)
-        crosses = "".join(f"M{_short(left_C[c])} {r}l1 1" for r, c in crossed)
-        cells.append(f'<path class="cross" d="{crosses}"/>')
+    if grid.blackened_RC is not None and grid.blackened_RC.any():
+        # A cross would fill a narrow cell, whose own color must stay visible.
+        places = np.argwhere(grid.blackened_RC)
+        halves = "".join(f"M{_short(left_C[c])} {r}.5h1v.5h-1z" for r, c in places)
+        cells.append(f'<path class="dead" d="{halves}"/>')
     size = num_columns // grid.num_groups
     hover = hover_attribute(
         "cells",
@@ -134,6 +161,7 @@ def heatmap(title: str, grid: Grid, shades: Shades, *, about: str, width: int = 
             "values": [rounded(values_C, _DIGITS) for values_C in grid.values_RC],
             "size": size,
             "gap": gap,
+            "percent": shades.is_share,
         },
     )
     # One cell is one unit inside, which keeps the paths short.
@@ -158,16 +186,21 @@ def _short(x: float) -> str:
     return f"{x:.2f}".rstrip("0").rstrip(".")
 
 
-def _key(shades: Shades, low: str, high: str) -> str:
-    """Return a line that shows all shades between the labels of their ends."""
+def _key(shades: Shades) -> str:
+    """Return a picture of all shades with the values at their edges."""
     boxes = "".join(
-        f'<rect class="{shades.css}{i}" x="{12 * i}" width="12" height="10"/>'
+        f'<rect class="{shades.css}{i}" x="{_KEY_INSET + _KEY_BOX * i}" width="{_KEY_BOX}" '
+        'height="9"/>'
         for i in range(NUM_SHADES)
     )
-    width = 12 * NUM_SHADES
+    texts = "".join(
+        f'<text class="mid" x="{_KEY_INSET + _KEY_BOX * i}" y="20">{escape(text)}</text>'
+        for i, text in shades.labels.items()
+    )
+    width = 2 * _KEY_INSET + _KEY_BOX * NUM_SHADES
     return (
-        f'<p class="key">{escape(low)} <svg aria-hidden="true" width="{width}" height="10" '
-        f'viewBox="0 0 {width} 10">{boxes}</svg> {escape(high)}</p>'
+        f'<svg class="key" aria-hidden="true" width="{width}" height="22" '
+        f'viewBox="0 0 {width} 22">{boxes}{texts}</svg>'
     )
 
 

@@ -24,7 +24,7 @@ function nearest(steps, wanted) {
 }
 
 // What to show at a point of a line chart: a vertical line, and the value of every curve there.
-function findOnCurves({ x: [first, last, left, right], y: [top, bottom], lines }, point) {
+function findOnCurves({ x: [first, last, left, right], y: [top, bottom], name, lines }, point) {
   if (point.x < left || point.x > right) return null;
   const wanted = first + ((point.x - left) / (right - left)) * (last - first);
   const found = lines.map(({ label, steps, values }) => {
@@ -37,22 +37,23 @@ function findOnCurves({ x: [first, last, left, right], y: [top, bottom], lines }
   const text = found.map(
     (each) =>
       `${each.label}: ${readable(each.value)}` +
-      (each.step === step ? "" : ` (step ${each.step.toLocaleString("en-US")})`),
+      (each.step === step ? "" : ` (${name} ${each.step.toLocaleString("en-US")})`),
   );
-  return { outline: `M${x} ${top}V${bottom}`, text: [`step ${step.toLocaleString("en-US")}`, ...text] };
+  return { outline: `M${x} ${top}V${bottom}`, text: [`${name} ${step.toLocaleString("en-US")}`, ...text] };
 }
 
 // What to show at a point of a heatmap: the cell's outline, names and value. One cell is one unit;
 // groups of `size` columns have `gap` units between them.
-function findOnCells({ rows, columns, values, size, gap }, point) {
+function findOnCells({ rows, columns, values, size, gap, percent }, point) {
   const group = Math.floor(point.x / (size + gap));
   const x = group * (size + gap), inside = Math.floor(point.x - x);
   const row = Math.floor(point.y), column = group * size + inside;
   if (inside >= size || !(row in rows) || !(column in columns)) return null;
   const value = values[row][column];
+  const shown = percent ? `${Number((100 * value).toPrecision(3))}%` : readable(value);
   return {
     outline: `M${x + inside} ${row}h1v1h-1z`,
-    text: [`${rows[row]}, ${columns[column]}`, value === null ? "no value" : readable(value)],
+    text: [`${rows[row]}, ${columns[column]}`, value === null ? "no value" : shown],
   };
 }
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
-from moa_dist.report.charts import Line
+from moa_dist.report.lines import Line
 from moa_dist.report.scale import readable
 from moa_dist.report.series import downsample
 
@@ -45,7 +46,7 @@ def section(title: str, parts: Sequence[str], about: str = "", css: str = "") ->
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
     """Return a table of text cells; the first cell of each row names the row."""
-    columns = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    columns = "".join(f'<th scope="col">{breakable(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
@@ -89,22 +90,30 @@ def legend(entries: Iterable[tuple[str, int, str, bool]]) -> str:
     return f'<ul class="legend">{items}</ul>'
 
 
-def curve_table(lines: Sequence[Line]) -> str:
-    """Return a table of some steps of every curve, and of its extremes."""
+def curve_table(
+    lines: Sequence[Line], clock: Callable[[list[int]], Mapping[str, list[str]]] | None = None
+) -> str:
+    """Return a table of some steps of every curve, and of its extremes.
+
+    `clock` returns what else to say about steps, by column.
+    """
+    columns: Mapping[str, list[str]] = {}
     rows: list[Sequence[str]] = []
     if lines:
         chosen = sorted({int(s) for ln in lines for s in downsample(ln.series, _MOST_ROWS).steps})
         if len(chosen) > _MOST_ROWS:
-            chosen = chosen[:: -(-len(chosen) // _MOST_ROWS)] + chosen[-1:]
+            every = -(-len(chosen) // _MOST_ROWS)
+            chosen = sorted({*chosen[::every], chosen[-1]})
         by_step = [
             dict(zip(ln.series.steps.tolist(), ln.series.values.tolist(), strict=True))
             for ln in lines
         ]
-        for step in dict.fromkeys(chosen):
+        columns = clock(chosen) if clock else {}
+        for i, step in enumerate(chosen):
             values = [readable(v[step]) if step in v else "" for v in by_step]
-            rows.append([f"{step:,}", *values])
+            rows.append([f"{step:,}", *(texts[i] for texts in columns.values()), *values])
     for name, pick in (("lowest", "argmin"), ("highest", "argmax")):
-        cells = [name]
+        cells = [name, *[""] * len(columns)]
         for line in lines:
             finite = line.series.finite()
             if not len(finite):
@@ -113,7 +122,12 @@ def curve_table(lines: Sequence[Line]) -> str:
             i = int(getattr(finite.values, pick)())
             cells.append(f"{readable(finite.values[i])} (step {finite.steps[i]:,})")
         rows.append(cells)
-    return table(["step", *(line.label for line in lines)], rows)
+    return table(["step", *columns, *(line.label for line in lines)], rows)
+
+
+def breakable(name: str) -> str:
+    """Escape a name, and let lines break after its separators before anywhere else."""
+    return re.sub(r"([-_./]+)(?=\w)", r"\1<wbr>", escape(name))
 
 
 def card(title: str, body: str) -> str:

@@ -2,93 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
 
 from moa_dist.report.analysis import analysis_sections
-from moa_dist.report.curves import labels, own_curves, shared_curves
+from moa_dist.report.comparison import comparison
+from moa_dist.report.curves import full_names, labels, own_curves, shared_curves
 from moa_dist.report.events import events
-from moa_dist.report.html import document, fold, nothing, section, table
-from moa_dist.report.numbers import Number, headline, last_step, layout
+from moa_dist.report.health import warnings
+from moa_dist.report.html import breakable, document, fold, section
+from moa_dist.report.numbers import headline, hosts, layout, software
+from moa_dist.report.progress import Progress, date, progress, state
 from moa_dist.report.read import Run
 from moa_dist.report.routing import routing_figures
 from moa_dist.report.time import time_figures
+from moa_dist.units import duration, short
+
+_IN_HEAD = ("Steps", "Time")
+"""Numbers that the bar at the top of a run shows."""
 
 
-def page(runs: Sequence[Run]) -> str:
-    """Return HTML about one run, or several compared, that loads nothing."""
-    title = " · ".join(labels(runs))
-    body = [_header(runs, title)]
-    curves = section(
-        "Curves", [*shared_curves(runs), *(own_curves(runs[0]) if len(runs) == 1 else ())]
-    )
+def page(runs: Sequence[Run], now: float) -> str:
+    """Return HTML about one run, or several compared, that loads nothing.
+
+    `now` is the current time in seconds since 1970: it tells runs that stopped from others.
+    """
+    title = " · ".join(full_names(runs))
     if len(runs) == 1:
         (run,) = runs
-        body += [_tiles(run), _problems(run), curves, section("Time", [*time_figures(run)])]
-        body += _about(run)
-    else:
-        body += [*_comparison(runs), curves]
-        for run, label in zip(runs, labels(runs), strict=True):
-            own = section("Auxiliary losses and traffic", [*own_curves(run)])
-            time = section("Time", [*time_figures(run)])
-            parts = "".join([_problems(run), own, time, *_about(run)])
-            body.append(f'<section class="run"><h2>{escape(label)}</h2>{parts}</section>')
+        curves = section("Curves", [*shared_curves(runs), *own_curves(run)])
+        time = section("Time", [*time_figures(run)])
+        body = [*_head(run, now), _tiles(run), _problems(run), curves, time, *_about(run)]
+        return document(title, body)
+    names = zip(labels(runs), full_names(runs), strict=True)
+    lines = "".join(
+        f"<p>{escape(name if label == name else f'{label}: {name}')}</p>" for label, name in names
+    )
+    body = [f"<header><h1>{len(runs)} runs compared</h1>{lines}</header>"]
+    body += [*comparison(runs, now), section("Curves", [*shared_curves(runs)])]
+    for run, label in zip(runs, labels(runs), strict=True):
+        own = section("Tasks, auxiliary losses and traffic", [*own_curves(run)])
+        time = section("Time", [*time_figures(run)])
+        parts = "".join([*_head(run, now), _problems(run), own, time, *_about(run)])
+        body.append(f'<section class="run" aria-label="{escape(label)}">{parts}</section>')
     return document(title, body)
 
 
-def _header(runs: Sequence[Run], title: str) -> str:
-    if len(runs) > 1:
-        return f"<header><h1>{escape(title)}</h1><p>{len(runs)} runs compared</p></header>"
-    (run,) = runs
-    is_done = last_step(run) == run.setting("train.steps")
-    state = '<span class="chip good">done</span>' if is_done else '<span class="chip">open</span>'
-    about = " · ".join(filter(None, [layout(run), str(run.folder)]))
-    return f"<header><h1>{escape(title)} {state}</h1><p>{escape(about)}</p></header>"
+def _head(run: Run, now: float) -> Iterator[str]:
+    """Yield a run's name, how far it is, what it ran on, and what needs attention."""
+    text, is_bad = state(run, now)
+    so_far = progress(run)
+    css = "bad" if is_bad else "good" if so_far.is_done else ""
+    chip = f'<span class="chip {css}">{"⚠ " if is_bad else ""}{escape(text)}</span>'
+    about = "".join(f"<p>{escape(line)}</p>" for line in _facts(run))
+    bar = ""
+    if so_far.total is not None:
+        bar = (
+            f'<progress max="{so_far.total}" value="{min(so_far.step, so_far.total)}"></progress>'
+            f"<p class='far'>{escape(_far(so_far, goes_on=not is_bad))}</p>"
+        )
+    yield f"<header><h1>{breakable(run.name)}</h1><p>{chip}</p>{bar}{about}</header>"
+    found = warnings(run, now)
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    if found:
+        yield f'<ul class="card warn attention">{items}</ul>'
+    elif "loss" in run.series:
+        yield '<p class="card good attention">✓ Nothing needs attention</p>'
+
+
+def _far(so_far: Progress, *, goes_on: bool) -> str:
+    """Describe steps, tokens and time, each with what is left or what the whole is.
+
+    When a run that does not go on would end is not said.
+    """
+    total = so_far.total or 1
+    parts = [f"step {so_far.step:,} of {total:,} ({100 * so_far.step // total} %)"]
+    if so_far.tokens is not None:
+        whole = f" of {short(so_far.total_tokens)}" if so_far.total_tokens else ""
+        at_most = "at most " if so_far.is_bound else ""
+        parts.append(f"{at_most}{short(so_far.tokens)}{whole} tokens")
+    if so_far.seconds is not None:
+        parts.append(f"{duration(so_far.seconds)} spent")
+    if so_far.remaining:
+        parts.append(f"about {duration(so_far.remaining)} left")
+        if goes_on and so_far.updated is not None:
+            parts[-1] += f", until {date(so_far.updated + so_far.remaining)}"
+    return " · ".join(parts)
+
+
+def _facts(run: Run) -> Iterator[str]:
+    """Yield lines about layout, hosts, commit and folder, as far as known."""
+    yield " · ".join(filter(None, [layout(run), hosts(run)]))
+    yield " · ".join(filter(None, [software(run), str(run.folder)]))
 
 
 def _tiles(run: Run) -> str:
     tiles = "".join(
-        f"<div class='tile'><dt>{escape(n.label)}</dt><dd><strong>{escape(n.text)}</strong>"
+        f"<div class='tile{' warn' if n.warns else ''}'><dt>{escape(n.label)}"
+        f"{' ⚠' if n.warns else ''}</dt><dd><strong>{escape(n.text)}</strong>"
         f"<span>{escape(n.detail)}</span></dd></div>"
         for n in headline(run)
+        if n.label not in _IN_HEAD
     )
     return f'<dl class="tiles">{tiles}</dl>'
-
-
-def _comparison(runs: Sequence[Run]) -> Iterator[str]:
-    head = labels(runs)
-    rows = [["layout", *(layout(run) for run in runs)]]
-    for numbers in zip(*(headline(run) for run in runs), strict=True):
-        rows.append([numbers[0].label, *_marked(numbers)])
-    yield _wide("Side by side", table(["", *head], rows, "compare"))
-    settings = [_flat(run.config) for run in runs]
-    names = sorted({name for values in settings for name in values} - {"name"})
-    different = [
-        [name, *(values.get(name, "-") for values in settings)]
-        for name in names
-        if len({values.get(name) for values in settings}) > 1
-    ]
-    yield _wide(
-        "Settings that differ",
-        table(["setting", *head], different, "compare")
-        if different
-        else nothing("None: the configurations are the same."),
-    )
-
-
-def _wide(title: str, body: str) -> str:
-    return section(title, [f'<div class="card wide">{body}</div>'])
-
-
-def _marked(numbers: Sequence[Number]) -> Iterator[str]:
-    """Yield the runs' values as text; the best gets a star if they differ."""
-    known = [n.value for n in numbers if n.value is not None]
-    best = (max if numbers[0].better == "high" else min)(known, default=None)
-    for number in numbers:
-        is_best = number.value == best is not None and len(set(known)) > 1
-        detail = f" ({number.detail})" if number.detail else ""
-        yield f"{number.text}{' ★' if is_best else ''}{detail}"
 
 
 def _problems(run: Run) -> str:
@@ -100,23 +116,12 @@ def _problems(run: Run) -> str:
 def _about(run: Run) -> Iterator[str]:
     about = (
         "Rows are layers L and their repeats R; where steps share a column, the worst of them is "
-        "shown"
+        "shown. Colors mean the same for all routers"
     )
-    for router, routing in routing_figures(run).items():
-        yield section(f"Routing: {router}", routing, about, css="quarters")
+    for i, (router, routing) in enumerate(routing_figures(run).items()):
+        yield section(f"Routing: {router}", routing, "" if i else about, css="quarters")
     if run.analysis is not None:
         yield from analysis_sections(run.analysis)
     yield section("What happened", [*events(run)])
     text = f"<pre>{escape(run.config_text)}</pre>"
     yield section("Configuration", [fold("config.yaml", text)])
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the settings of a nested configuration as text by path."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat

@@ -22,6 +22,7 @@ from moa_dist.errors import DataError
 from moa_dist.launch.supervisor import ATTEMPTS_FILE
 from moa_dist.models.stack import RouterCall
 from moa_dist.observe.jsonl import FILE_NAME, read_metrics
+from moa_dist.observe.metrics import RouterSize
 from moa_dist.observe.routing import router_call_of
 from moa_dist.observe.traffic_names import layer_and_purpose
 from moa_dist.report.series import Series
@@ -86,7 +87,8 @@ class Run:
     starts: list[int] = field(default_factory=list)
     """Steps after which training started or resumed."""
     series: dict[str, Series] = field(default_factory=dict)
-    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `traffic/PURPOSE/LAYER` in MiB..."""
+    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `tasks/NAME`,
+    `traffic/PURPOSE/LAYER` in MiB, `elapsed` in seconds without the time between attempts, ..."""
     routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
     """Series of each router application, by measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
@@ -105,6 +107,8 @@ class Run:
     """Indices of checkpoints, oldest first."""
     analysis: Analysis | None = None
     """Result of `moa-dist analyze`, if it was run."""
+    updated: float | None = None
+    """When the last record was written, in seconds since 1970, if known."""
     problems: list[str] = field(default_factory=list)
     """Parts of the run that could not be read, and why."""
 
@@ -119,6 +123,13 @@ class Run:
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+    def router_size(self, router: str) -> RouterSize | None:
+        """Return the sizes of the routers of this name, if the run recorded them."""
+        sizes = _mapping(_mapping(self.facts.get("routers")).get(router))
+        values = [sizes.get(name) for name in RouterSize._fields]
+        known = [value for value in values if isinstance(value, int) and value > 0]
+        return RouterSize(*known) if len(known) == len(values) else None
 
     def group(self, prefix: str) -> dict[str, Series]:
         """Return the series whose names begin with `prefix`, by the rest of their names."""
@@ -160,19 +171,23 @@ def read_run(folder: Path) -> Run:
 
 def _read_metrics(run: Run) -> None:
     columns: dict[str, _Column] = defaultdict(_Column)
+    elapsed = _Stopwatch()
     routing: dict[str, dict[RouterCall, _Column]] = defaultdict(lambda: defaultdict(_Column))
     try:
         for record in read_metrics(run.folder / FILE_NAME):
             kind, step = record["kind"], record["step"]
+            elapsed.pass_to(record.get("time"), is_start=kind == "start")
             if kind == "start":
                 run.starts.append(step)
                 run.facts = record
+                columns["elapsed"].add(step, elapsed.seconds)
                 run.config = _mapping(record.get("config"))
             elif kind == "note":
                 run.notes.append(Note(step, str(record.get("message"))))
             elif kind == "step":
                 if slowest := _mapping(record.get("slowest")):
                     run.slowest.append(f"rank {slowest.get('rank')} ({slowest.get('host')})")
+                columns["elapsed"].add(step, elapsed.seconds)
                 for name, value in _step_values(record):
                     columns[name].add(step, value)
                 for name, summary in _mapping(record.get("routing")).items():
@@ -182,11 +197,14 @@ def _read_metrics(run: Run) -> None:
             elif kind == "validation":
                 for name in _VALIDATION:
                     columns[f"validation/{name}"].add(step, record.get(name))
+                for name, value in _mapping(record.get("tasks")).items():
+                    columns[f"tasks/{name}"].add(step, value)
                 if load := _load(record.get("load")):
                     # The page shows only the first and the last.
                     run.loads = [*run.loads[:1], (step, load)]
     except (OSError, DataError) as error:
         run.problems.append(_what_happened(error))
+    run.updated = None if math.isnan(elapsed.last) else elapsed.last
     run.series = {name: column.series() for name, column in columns.items()}
     run.routing = {
         measure: {call: column.series() for call, column in sorted(calls.items())}
@@ -258,6 +276,21 @@ def _what_happened(error: Exception, path: Path | None = None) -> str:
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
     return f"{path}: damaged: {error}" if path else str(error)
+
+
+class _Stopwatch:
+    """Adds up the time between records, without that between attempts; NaN if one has none."""
+
+    def __init__(self) -> None:
+        self.seconds, self.last = 0.0, math.nan
+
+    def pass_to(self, time: Any, *, is_start: bool) -> None:
+        now = _number(time)
+        if math.isnan(now):
+            self.seconds = math.nan
+        elif not is_start:
+            self.seconds += max(now - self.last, 0.0)
+        self.last = now
 
 
 class _Column:

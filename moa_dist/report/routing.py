@@ -5,6 +5,7 @@ Shapes: R rows, C columns; G router groups, E experts each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,36 +13,91 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moa_dist.models.stack import RouterCall
+from moa_dist.observe.metrics import RouterSize
 from moa_dist.report.heatmap import MOST_CELLS, Grid, Shades, heatmap_figure, merge_factor
 from moa_dist.report.html import empty_figure, table
 from moa_dist.report.read import Load, Run
-from moa_dist.report.scale import readable
 from moa_dist.report.series import Series
 
 _MOST_COLUMNS = 90
 
 
+_SHARE = Shades(0.0, 1.0, inner=(0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5), is_share=True)
+_ENTROPY = Shades(0.0, 1.0, inner=(0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99), is_share=True)
+_LOAD = (0.12, 0.25, 0.5, 0.8, 1.25, 2.0, 4.0, 8.0)
+_IMBALANCE = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+
+
 @dataclass(frozen=True)
 class _Measure:
+    """One quantity, whose colors mean the same in the figures of all routers, layers and runs."""
+
     name: str
     title: str
-    about: str
+    about: Callable[[RouterSize], str]
+    """Says what the quantity is, and its possible maximum."""
+    shades: Callable[[float], Shades]
+    """The scale of colors, given the largest possible imbalance of any router of the run."""
     worst: Callable[[NDArray[np.float64]], np.float64]
     """Chooses which of several steps in one column is shown."""
     floor: float
     """The least possible value."""
     if_floor: str | None
     """What the figure says if all values are at the floor."""
+    whole: Callable[[RouterSize], float] = lambda size: 1.0
+    """What values are divided by to make them shares of their possible maximum."""
 
 
 _MEASURES = (
-    _Measure("drop_share", "Drop share", "Assignments dropped", np.max, 0.0, "Nothing dropped."),
-    _Measure("load_imbalance", "Load imbalance", "Fullest expert over mean", np.max, 1.0, None),
-    _Measure("entropy", "Router entropy", "Nats per token", np.min, 0.0, None),
     _Measure(
-        "dead_experts", "Dead experts", "Experts without a token", np.max, 0.0, "None, at any step."
+        "drop_share",
+        "Drop share",
+        lambda size: "Share of assignments dropped",
+        lambda most: _SHARE,
+        np.max,
+        0.0,
+        "Nothing dropped.",
+    ),
+    _Measure(
+        "load_imbalance",
+        "Load imbalance",
+        lambda size: f"Fullest expert over mean; at most {_most_load(size):.3g}, all tokens",
+        lambda most: Shades(1.0, max(most, 2 * _IMBALANCE[-1]), inner=_IMBALANCE),
+        np.max,
+        1.0,
+        None,
+    ),
+    _Measure(
+        "entropy",
+        "Router entropy",
+        lambda size: f"Share of the maximum, ln {size.experts} = {math.log(size.experts):.2f} nats",
+        lambda most: _ENTROPY,
+        np.min,
+        0.0,
+        None,
+        lambda size: math.log(size.experts) or 1.0,
+    ),
+    _Measure(
+        "dead_experts",
+        "Dead experts",
+        lambda size: f"Share of {num_experts(size):,} experts without a token",
+        lambda most: _SHARE,
+        np.max,
+        0.0,
+        "None, at any step.",
+        lambda size: float(num_experts(size)),
     ),
 )
+
+
+def num_experts(size: RouterSize) -> int:
+    """Return the number of experts of all router groups."""
+    return size.groups * size.experts
+
+
+def _most_load(size: RouterSize) -> float:
+    """Return the largest possible load over the mean: if every token chooses the same experts."""
+    return size.experts / size.choices
 
 
 def routing_figures(run: Run) -> dict[str, list[str]]:
@@ -52,28 +108,43 @@ def routing_figures(run: Run) -> dict[str, list[str]]:
 
 
 def _measures(run: Run, router: str) -> Iterator[str]:
+    size = run.router_size(router)
     for measure in _MEASURES:
         calls = {
             call: series
             for call, series in run.routing.get(measure.name, {}).items()
             if call.router == router and len(series.finite())
         }
-        if calls:
-            yield _over_time(measure, calls)
+        if calls and size is None:
+            yield empty_figure(measure.title, "", "The run did not record the router's size.")
+        elif calls and size is not None:
+            yield _over_time(measure, calls, size, measure.shades(_most_of_all(run)))
 
 
 def _loads(run: Run, router: str) -> Iterator[str]:
     for i, (step, load) in enumerate(run.loads):
         mine = {call: load[call] for call in sorted(load) if call.router == router}
         which = "last" if i else "first" if len(run.loads) > 1 else "only"
-        yield from _over_experts(f"{which} validation, step {step:,}", mine)
+        when = f"{which} validation, step {step:,}"
+        yield from _over_experts(when, mine, run.router_size(router), _most_of_all(run))
 
 
-def _over_time(measure: _Measure, calls: dict[RouterCall, Series]) -> str:
+def _most_of_all(run: Run) -> float:
+    """Return the largest possible imbalance of any router; 1 if none recorded its size."""
+    names = {call.router for calls in run.routing.values() for call in calls}
+    return max((_most_load(s) for s in map(run.router_size, names) if s), default=1.0)
+
+
+def _over_time(
+    measure: _Measure, calls: dict[RouterCall, Series], size: RouterSize, shades: Shades
+) -> str:
+    whole = measure.whole(size)
+    calls = {call: Series(each.steps, each.values / whole) for call, each in calls.items()}
     low = min(float(series.finite().values.min()) for series in calls.values())
     high = max(float(series.finite().values.max()) for series in calls.values())
+    about = measure.about(size)
     if measure.if_floor and high <= measure.floor:
-        return empty_figure(measure.title, measure.about, measure.if_floor)
+        return empty_figure(measure.title, about, measure.if_floor)
     longest = max(calls.values(), key=len)
     num_columns = min(_MOST_COLUMNS, len(longest), max(MOST_CELLS // len(calls), 1))
     rows = row_labels(list(calls))
@@ -84,19 +155,19 @@ def _over_time(measure: _Measure, calls: dict[RouterCall, Series]) -> str:
         np.stack([_columns(series, measure, num_columns) for series in calls.values()]),
         rows,
         [_steps(int(steps[0]), int(steps[-1])) for steps in stretches],
-        ends=(f"step {first:,}", f"{last:,}"),
+        ends=(f"step {first:,}", f"step {last:,}"),
     )
     numbers = table(
         ["layer, repeat", "first", "last", "mean", "lowest", "highest"],
-        [[row, *_summary(series)] for row, series in zip(rows, calls.values(), strict=True)],
+        [[row, *_summary(each, shades)] for row, each in zip(rows, calls.values(), strict=True)],
     )
     return heatmap_figure(
         measure.title,
-        measure.about,
+        about,
         grid,
-        # From the least possible, so that what is harmless looks harmless; entropies lie close.
-        Shades(low if measure.name == "entropy" else measure.floor, high),
-        about=f"{measure.title}, {readable(low)} to {readable(high)}; the table has the numbers",
+        shades,
+        about=f"{measure.title}, {shades.text(low)} to {shades.text(high)}; the table has the "
+        "numbers",
         numbers=numbers,
     )
 
@@ -114,25 +185,29 @@ def _columns(series: Series, measure: _Measure, num_columns: int) -> NDArray[np.
     return np.array(columns)
 
 
-def _summary(series: Series) -> list[str]:
+def _summary(series: Series, shades: Shades) -> list[str]:
     values = series.finite().values
-    return [readable(v) for v in (values[0], values[-1], values.mean(), values.min(), values.max())]
+    chosen = (values[0], values[-1], values.mean(), values.min(), values.max())
+    return [shades.text(float(value)) for value in chosen]
 
 
-def _over_experts(when: str, load: Load) -> Iterator[str]:
+def _over_experts(when: str, load: Load, size: RouterSize | None, most: float) -> Iterator[str]:
     """Yield a figure for each shape that routers of one name have."""
     for shape in sorted({counts.shape for counts in load.values()}):
         calls = [call for call, counts in load.items() if counts.shape == shape]
-        num_groups, num_experts = shape
+        num_groups, group_size = shape
         flat_RC = np.stack([load[call].reshape(-1) for call in calls])
         mean_R1 = flat_RC.mean(1, keepdims=True)
         relative_RC = flat_RC / np.where(mean_R1 > 0, mean_R1, 1.0)
         rows = row_labels(calls)
-        title, experts = "Load of every expert", f"{num_experts} experts"
+        title, experts = "Load of every expert", f"{group_size} experts"
         if num_groups > 1:
             experts = f"{num_groups} heads of {experts}"
-        caption = f"{when}; {experts}, relative to the mean; crossed out: without a token"
-        factor = merge_factor((len(calls), num_groups * num_experts), num_groups)
+        caption = f"{when}; {experts}, relative to the mean"
+        if size is not None:
+            caption += f", at most {_most_load(size):.3g}"
+        caption += f"; black: {(flat_RC == 0).sum():,} of {flat_RC.size:,} without a token"
+        factor = merge_factor((len(calls), num_groups * group_size), num_groups)
         if factor > 1:
             caption += f"; {factor} neighbors share a cell, which shows the fullest"
         numbers = table(
@@ -143,10 +218,9 @@ def _over_experts(when: str, load: Load) -> Iterator[str]:
             title,
             caption,
             load_grid(relative_RC, rows, num_groups, factor),
-            Shades(0.0, 2.0, has_middle=True),
+            Shades(0.0, max(most, 2 * _LOAD[-1]), has_middle=True, inner=_LOAD),
             about=f"{title}, {caption}; the table has the fullest and the emptiest",
             numbers=numbers,
-            ends=("0", "2 x mean or more"),
             is_half=True,
         )
 
@@ -156,20 +230,20 @@ def load_grid(
 ) -> Grid:
     """Join `factor` neighboring experts of a group into each cell."""
     num_rows, num_columns = load_RC.shape
-    num_experts = num_columns // num_groups
-    padding = ((0, 0), (0, 0), (0, -num_experts % factor))
+    group_size = num_columns // num_groups
+    padding = ((0, 0), (0, 0), (0, -group_size % factor))
     # Copies of the last expert change neither the fullest nor whether one is dead.
-    padded = np.pad(load_RC.reshape(num_rows, num_groups, num_experts), padding, mode="edge")
+    padded = np.pad(load_RC.reshape(num_rows, num_groups, group_size), padding, mode="edge")
     cells = padded.reshape(num_rows, -1, factor)
     names = [
         (f"head {group}, " if num_groups > 1 else "")
         + (
             f"expert {first}"
             if factor == 1
-            else f"experts {first} to {min(first + factor, num_experts) - 1}"
+            else f"experts {first} to {min(first + factor, group_size) - 1}"
         )
         for group in range(num_groups)
-        for first in range(0, num_experts, factor)
+        for first in range(0, group_size, factor)
     ]
     return Grid(
         cells.max(2),
@@ -177,7 +251,7 @@ def load_grid(
         names,
         ends=("expert 0", f"{num_columns - 1}"),
         num_groups=num_groups,
-        crossed_RC=(cells == 0).any(2),
+        blackened_RC=(cells == 0).any(2),
     )
 
 

@@ -12,6 +12,10 @@ _WIDE = 100.0
 """Ratio of largest to smallest value from which a linear axis would hide the small ones."""
 
 
+_UNITS = (86400.0, 3600.0, 60.0)
+"""Seconds in a day, an hour and a minute."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """Maps values between `low` and `high` to coordinates between `start` and `stop`."""
@@ -53,6 +57,12 @@ def fit(values: NDArray[np.float64], start: float, stop: float) -> Axis:
     # Quantities that are never negative keep zero as their floor.
     floor = 0.0 if 0 <= low < (high - low) / 2 else low - margin
     return Axis(floor, high + margin, start, stop)
+
+
+def time_ticks(axis: Axis, count: int) -> list[float]:
+    """Return about `count` round times in seconds: whole minutes, hours or days where they fit."""
+    unit = next((u for u in _UNITS if axis.high - axis.low >= count * u), 1.0)
+    return [unit * value for value in _round_values(axis.low / unit, axis.high / unit, count)]
 
 
 def _round_values(low: float, high: float, count: int) -> list[float]:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _LARGEST = 1e300
+_SMOOTH = 40
+"""Windows of the moving average over a whole curve."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,25 @@ class Series:
         """Return the points at these positions."""
         chosen = np.asarray(positions, dtype=np.int64)
         return Series(self.steps[chosen], self.values[chosen])
+
+
+def smoothed(series: Series) -> Series | None:
+    """Return the moving average of finite values; None if there are too few to need one.
+
+    Values that are not finite stay so: the gap is not bridged.
+    """
+    finite = series.finite()
+    width = len(finite) // _SMOOTH
+    if width < 2:
+        return None
+    sums = np.cumsum(np.insert(finite.values, 0, 0.0))
+    middle = np.arange(len(finite))
+    # At both ends the window shrinks, but stays centered: it must not lag behind a spike.
+    half = np.minimum(np.minimum(middle, middle[::-1]), width // 2)
+    means = (sums[middle + half + 1] - sums[middle - half]) / (2 * half + 1)
+    values = np.full(len(series), np.nan)
+    values[np.isfinite(series.values)] = means
+    return Series(series.steps, values)
 
 
 def downsample(series: Series, limit: int) -> Series:

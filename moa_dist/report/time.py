@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
-from moa_dist.report.charts import Bar, Line
+from moa_dist.report.charts import Bar
 from moa_dist.report.curves import bars_figure, curves
 from moa_dist.report.html import table
+from moa_dist.report.lines import Axes, Line
+from moa_dist.report.progress import clock_texts
 from moa_dist.report.read import Run, Trace
 from moa_dist.report.scale import readable
 
 _GPU = (
-    ("memory_used_gib", "GPU memory", "GiB in use on rank 0's device"),
-    ("power_watts", "GPU power", "Watts, rank 0's device"),
-    ("temperature_celsius", "GPU temperature", "Degrees Celsius, rank 0's device"),
-    ("utilization_percent", "GPU utilization", "Percent, rank 0's device"),
+    ("memory_used_gib", "GPU memory", "GiB in use"),
+    ("power_watts", "GPU power", "watts"),
+    ("temperature_celsius", "GPU temperature", "degrees Celsius"),
+    ("utilization_percent", "GPU utilization", "percent"),
 )
 _PASSES = {"forward": 0, "backward": 1}
 _OF_BACKWARD = " (backward)"
@@ -26,26 +29,30 @@ _MOST_BARS, _MOST_ROWS = 16, 100
 
 def time_figures(run: Run) -> Iterator[str]:
     """Yield the figures that the run has values for."""
+    clock = partial(clock_texts, run)
     if "communication_share" in run.series:
         about = "Share of step time that ranks spend in collectives, sending or waiting for others"
-        share = Line("share", run.series["communication_share"], 0)
-        yield curves("Communication share", about, [share], marks=run.starts)
+        share = Line("share", run.series["communication_share"], 0, is_noisy=True)
+        axes = Axes("share of step time", marks=run.starts, clock=clock)
+        yield curves("Communication share", about, [share], axes)
     work = [
-        Line(f"{which} rank", run.series[f"{which}/seconds"], color)
+        Line(f"{which} rank", run.series[f"{which}/seconds"], color, is_noisy=True)
         for color, which in enumerate(("slowest", "fastest"))
         if f"{which}/seconds" in run.series
     ]
     if work:
-        about = "Seconds per step of a rank's own work, without waiting for others"
-        yield curves("Slowest and fastest rank", about, work, marks=run.starts)
+        about = "A rank's own work, without waiting for others"
+        axes = Axes("seconds per step", marks=run.starts, clock=clock)
+        yield curves("Slowest and fastest rank", about, work, axes)
     if run.slowest:
         yield _stragglers(run)
     for trace in run.traces:
         yield _parts(trace)
-    for name, title, about in _GPU:
+    for name, title, unit in _GPU:
         if f"gpu/{name}" in run.series:
-            line = Line(title.lower(), run.series[f"gpu/{name}"], 0)
-            yield curves(title, about, [line], marks=run.starts)
+            about = "Rank 0's device"
+            line = Line(title.lower(), run.series[f"gpu/{name}"], 0, is_noisy=True)
+            yield curves(title, about, [line], Axes(unit, marks=run.starts, clock=clock))
 
 
 def most_often_slowest(run: Run) -> tuple[str, str]:

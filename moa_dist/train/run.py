@@ -32,7 +32,7 @@ from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
 from moa_dist.train.resume_changes import History
 from moa_dist.train.schedule import learning_rate
-from moa_dist.train.step_sync import StepSync, gather_interval, names_of_hosts, sync_step
+from moa_dist.train.step_sync import StepSync, gather_interval, sync_step
 from moa_dist.train.step_timer import StepTimer
 
 
@@ -71,8 +71,9 @@ class Run:
     tracer: Tracer
     watchdog: Watchdog
     preemption: Preemption
+    hosts: list[str]
+    """Name of the machine of every rank, in rank order."""
     _stream: Iterator[Batch] = field(init=False)
-    _hosts: list[str] = field(init=False)
     _timer: StepTimer = field(init=False)
     _tokens_read: int = field(init=False)
     _first_step: int = field(init=False)
@@ -80,7 +81,6 @@ class Run:
     def begin(self) -> None:
         """Open the stream of samples and start the clock; called once, before the first step."""
         self._stream = self._open_stream()
-        self._hosts = names_of_hosts()
         self._first_step = self.progress.step
         self._restart_timer()
 
@@ -157,7 +157,7 @@ class Run:
                 digest=digest,
                 tokens=result.tokens,
                 tokens_per_second=self._tokens_read / lap.seconds,
-                timing=Timing.of(interval.work, interval.wait, self._hosts),
+                timing=Timing.of(interval.work, interval.wait, self.hosts),
                 routing=interval.routing,
                 traffic=interval.traffic,
             )

@@ -24,7 +24,7 @@ from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import TrainingError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
-from moa_dist.observe.metrics import Observer, RunStart
+from moa_dist.observe.metrics import Observer, RouterSize, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
 from moa_dist.train.profile import Tracer
@@ -33,6 +33,7 @@ from moa_dist.train.resume_changes import DATA, History, describe, find_changes
 from moa_dist.train.run import Progress, Run
 from moa_dist.train.run_folder import describe_run
 from moa_dist.train.start_from import load_weights
+from moa_dist.train.step_sync import names_of_hosts
 
 
 @contextmanager
@@ -109,6 +110,7 @@ def _resume(
             world_size=mesh.world_size,
         ),
         preemption=preemption,
+        hosts=names_of_hosts(),
     )
     notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
     return run, [*resumed.notes, *begun, *notes, *data.notes(exclusions, resumed.samples)]
@@ -135,4 +137,9 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         excluded_shards=len(run.data.damaged),
         exchange=built.decision.because,
         overlap=built.overlap,
+        hosts=run.hosts,
+        routers={
+            name: RouterSize(router.num_groups, router.config.num_experts, router.config.top_k)
+            for (_, name), router in run.engine.model.routers().items()
+        },
     )

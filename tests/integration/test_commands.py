@@ -96,6 +96,10 @@ def test_training_reports_what_it_did(trained):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in steps)
     assert [line["step"] for line in lines(trained / "runs/tiny", "validation")] == [3, 6]
+    (start,) = lines(trained / "runs/tiny", "start")
+    assert sum(start["hosts"].values()) == start["world_size"]
+    assert start["routers"]["ffn"] == {"groups": 1, "experts": 5, "choices": 2}
+    assert start["routers"]["attention.value"]["groups"] == 2
     assert list((trained / "runs/tiny/tensorboard").glob("events*"))
 
 

@@ -73,6 +73,7 @@ def test_round_trip_keeps_every_bit(run_start):
         "layer0.repeat0.ffn": [[6, 4, 0, 0]],
         "layer0.repeat1.ffn": [[3, 3, 2, 2]],
     }
+    assert note.pop("time") >= validation["time"] >= step["time"] >= start["time"] > 1.7e9
     assert note == {"kind": "note", "step": 7, "message": "saved step 7"}
 
 

@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 from moa_dist.report.page import page
 from moa_dist.report.read import read_run
 
+NOW = 2e9
+"""The current time, long after that of any test: runs that are not done are silent."""
 VOID = {"meta", "link", "br", "img", "input", "hr", "wbr"}
 
 
@@ -18,6 +20,9 @@ class Outline(HTMLParser):
     def __init__(self, content: str) -> None:
         super().__init__()
         self.open, self.tags, self.attributes, self.text, self.scripts = [], [], [], "", []
+        self.by_class: list[tuple[str, str]] = []
+        """Classes of the innermost open element with any, and its text."""
+        self._classes: list[str] = []
         self.feed(content)
         self.close()
         assert self.open == []
@@ -27,6 +32,7 @@ class Outline(HTMLParser):
         self.attributes += attrs
         if tag not in VOID:
             self.open.append(tag)
+            self._classes.append(dict(attrs).get("class") or "")
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
@@ -34,15 +40,21 @@ class Outline(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self._classes.pop()
 
     def handle_data(self, data):
         if self.open[-1:] == ["script"]:
             self.scripts.append(data)
         else:
             self.text += data
+            self.by_class.append((self._classes[-1] if self._classes else "", data))
 
     def values(self, name: str) -> list[str]:
         return [value for attribute, value in self.attributes if attribute == name]
+
+    def texts(self, css: str) -> list[str]:
+        """Return the texts directly within elements of this class."""
+        return [text for classes, text in self.by_class if css in classes.split()]
 
     def hover(self, kind: str) -> list[dict]:
         """What the script shows of pictures of this kind, `curves` or `cells`."""
@@ -50,7 +62,7 @@ class Outline(HTMLParser):
 
 
 def outline(*folders) -> Outline:
-    content = page([read_run(folder) for folder in folders])
+    content = page([read_run(folder) for folder in folders], NOW)
     found = Outline(content)
     names = {name for name, _ in found.attributes}
     assert not names & {"src", "href", "xlink:href", "style"}

@@ -1,6 +1,7 @@
 """Pictures tell the values under the pointer, and stay small whatever the run is like."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -11,8 +12,8 @@ from moa_dist.observe.jsonl import FILE_NAME
 from moa_dist.report.heatmap import MOST_CELLS, Grid, Shades, heatmap, merge_factor
 from moa_dist.report.page import page
 from moa_dist.report.read import read_run
-from moa_dist.report.routing import load_grid
-from tests.report.outline import Outline, labels_of, outline
+from moa_dist.report.routing import load_grid, routing_figures
+from tests.report.outline import NOW, Outline, labels_of, outline
 
 
 def test_what_the_pointer_is_over(write_run):
@@ -43,14 +44,14 @@ def test_loads_of_thousands_of_experts_share_cells(write_run):
     run = read_run(folder)
     grid = load_grid(run.loads[0][1][RouterCall(0, 0, "ffn")].reshape(1, -1), ["L0"], 2, 4)
     assert grid.values_RC.tolist() == [[1, 1, 1, 2, 11, 2]]
-    assert grid.crossed_RC.tolist() == [[False, False, False, False, True, False]]
+    assert grid.blackened_RC.tolist() == [[False, False, False, False, True, False]]
     assert len(set(grid.columns)) == 6
     assert merge_factor((48, 1920), 1) * MOST_CELLS >= 48 * 1920
     assert merge_factor((48, 85), 1) == 1
 
 
 def test_a_long_run_stays_small(write_run):
-    found = page([read_run(write_run(steps=range(1, 3001)))])
+    found = page([read_run(write_run(steps=range(1, 3001)))], NOW)
     assert len(found) < 400_000
     longest = max(len(path) for path in re.findall(r'class="line[^>]* d="([^"]*)"', found))
     assert longest < 500 * 14
@@ -87,13 +88,74 @@ def test_a_long_run_of_a_large_model_stays_below_the_limit(write_run):
     run = read_run(folder)
     assert not run.problems
     assert len(run.loads) == 2
-    assert 500_000 < len(page([run]).encode()) < 1_500_000
+    assert 500_000 < len(page([run], NOW).encode()) < 1_500_000
 
 
 def test_heatmap_joins_equal_neighbors_of_one_group():
     values = np.array([[0.0, 0.0, 0.0, 2.0], [1.0, np.nan, 1.0, 1.0]])
     shades = Shades(0.0, 2.0, has_middle=True)
-    grid = Grid(values, ["a", "b"], [*"0123"], ("0", "3"), num_groups=2, crossed_RC=values == 0)
+    grid = Grid(values, ["a", "b"], [*"0123"], ("0", "3"), num_groups=2, blackened_RC=values == 0)
     drawn = heatmap("t", grid, shades, about="x")
     boxes = {c: d.count("M") for c, d in re.findall(r'<path class="(\w+)" d="([^"]*)"', drawn)}
-    assert boxes == {"d0": 2, "d4": 2, "d8": 1, "cross": 3}
+    assert boxes == {"d0": 2, "d4": 2, "d8": 1, "dead": 3}
+
+
+def test_colors_mean_the_same_for_all_routers(write_run):
+    """Equal shares of routers of other sizes have equal colors; the possible maximum fits."""
+    folder = write_run()
+    records = [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "start":
+            record["routers"] = {
+                "ffn": {"groups": 1, "experts": 400, "choices": 4},
+                "attention": {"groups": 2, "experts": 4, "choices": 2},
+            }
+        if record["kind"] == "step":
+            shared = {"drop_share": 0.03, "load_imbalance": 1.7}
+            record["routing"] = {
+                "layer0.repeat0.ffn": shared
+                | {"dead_experts": 100.0, "entropy": 0.6 * math.log(400)},
+                "layer0.repeat0.attention": shared
+                | {"dead_experts": 2.0, "entropy": 0.6 * math.log(4)},
+            }
+    (folder / FILE_NAME).write_text("".join(json.dumps(r) + "\n" for r in records))
+    figures = routing_figures(read_run(folder))
+
+    def colors(figure: str) -> list[str]:
+        return re.findall(r'<path class="([qd]\d)"', figure)
+
+    measures = zip(figures["ffn"][:4], figures["attention"][:4], strict=True)
+    keys = []
+    for ffn, attention in measures:
+        assert colors(ffn) == colors(attention) != []
+        assert keys_of(ffn) == keys_of(attention)
+        keys.append(keys_of(ffn))
+    dropped, imbalance, entropy, dead = keys
+    assert dropped == dead
+    assert dropped[-1] == entropy[-1] == "100%"
+    assert imbalance[-1] == "100"  # 400 experts of which a token chooses 4
+    assert "25%" in figures["ffn"][3]  # 100 of 400
+    assert [plot["percent"] for plot in outline(folder).hover("cells")][:2] == [True, False]
+
+
+def keys_of(figure: str) -> list[str]:
+    """Return the labels below the colors of a figure."""
+    return re.findall(r">([^<>]+)</text>", figure[figure.index('<svg class="key"') :])
+
+
+def test_a_router_whose_size_is_unknown_has_no_shares(write_run):
+    folder = write_run()
+    records = [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
+    records[0]["routers"] = {"ffn": {"groups": 1, "experts": 0, "choices": "2"}}
+    (folder / FILE_NAME).write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert outline(folder).texts("none").count("The run did not record the router's size.") == 4
+
+
+def test_scales_hold_their_values():
+    values = np.array([0.0, 1e-9, 0.001, 0.0011, 0.5, 0.51, 1.0, np.nan])
+    shades = Shades(0.0, 1.0, inner=(0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5), is_share=True)
+    assert shades.of(values).tolist() == [0, 1, 1, 2, 7, 8, 8, -1]
+    assert shades.labels == {
+        0: "0", 2: ".1", 3: "1", 4: "2", 5: "5", 6: "10", 7: "25", 8: "50", 9: "100%",
+    }  # fmt: skip
+    assert Shades(0.0, 9.0).labels == {0: "0", 9: "9"}
