@@ -104,17 +104,25 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
     return written
 
 
-def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> Imported:
+def import_jetmoe(
+    folder: Path,
+    target: Path,
+    overrides: Sequence[str] = (),
+    end_of_document: str | None = None,
+) -> Imported:
     """Create a run at step 0 from a folder that `JetMoeForCausalLM` saved.
 
     Args:
         folder: the JetMoE folder.
         target: folder of the run to create.
         overrides: `key.path=value` for the run's configuration, except for `model`.
+        end_of_document: token that ends documents, if the folder does not name it; see
+            `load_tokenizer`.
 
     Raises:
         ConfigError: our model cannot express this JetMoE, or an override is invalid.
-        DataError: a file is missing or damaged, or `target` exists.
+        DataError: a file is missing or damaged, `target` exists, or the tokenizer does not fit
+            `end_of_document`.
     """
     settings = _read_settings(folder)
     config = config_of(
@@ -141,8 +149,11 @@ def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> 
     tokenizer, problem = None, None
     try:
         # As `prepare` writes it, so that data prepared with either file fits the run.
-        tokenizer = load_tokenizer(folder / TOKENIZER_FILE).to_json().encode()
+        used = load_tokenizer(folder / TOKENIZER_FILE, end_of_document)
+        tokenizer = used.to_json().encode()
     except DataError as error:
+        if end_of_document is not None:
+            raise
         problem = str(error)
     num_bytes = write_new_run(target, config, specs, values, tokenizer)
     return Imported(config, num_bytes, problem)
