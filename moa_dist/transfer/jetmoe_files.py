@@ -29,6 +29,7 @@ from moa_dist.data.manifest import read_regular_file
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.export import MODEL_FILE
+from moa_dist.evaluate.trained import require_fit
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.transfer.jetmoe import (
     Entry,
@@ -88,6 +89,9 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": used.end_token,
         "eos_token": used.end_token,
+        "pad_token": used.end_token,
+        "padding_side": "left",  # to generate from several prompts
+        "split_special_tokens": True,  # text that spells one stays text, as in training
     }
     shapes = _our_shapes(model)
     specs = [TensorSpec(e.theirs, dtype, _their_shape(e, shapes, model)) for e in entries(model)]
@@ -150,6 +154,7 @@ def import_jetmoe(
     try:
         # As `prepare` writes it, so that data prepared with either file fits the run.
         used = load_tokenizer(folder / TOKENIZER_FILE, end_of_document)
+        require_fit(used, config.model, folder / TOKENIZER_FILE)
         tokenizer = used.to_json().encode()
     except DataError as error:
         if end_of_document is not None:

@@ -95,7 +95,7 @@ def test_export_says_the_same(tmp_path, capsys, tied):
     assert theirs.dtype == torch.float32
     assert_equal(ours, theirs)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    assert tokenizer.eos_token_id == theirs.config.eos_token_id == 0
+    assert tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer("the cat sat").input_ids) == "the cat sat"
 
 
@@ -185,6 +185,21 @@ def test_a_jetmoe_with_a_tokenizer_of_llama_can_be_evaluated(tmp_path, capsys, n
     capsys.readouterr()
     assert main(["eval", run, "--data", data, "--sequences", "4"]) == 0
     assert f"{4 * LENGTH} tokens" in capsys.readouterr().out
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_left_out(tmp_path, capsys):
+    make_jetmoe(tmp_path / "jetmoe", vocab_size=VOCABULARY)
+    used = load_tokenizer(llama_like(tmp_path / "jetmoe"), "</s>")
+    assert used.vocab_size > VOCABULARY
+    folders = [str(tmp_path / "jetmoe"), str(tmp_path / "run")]
+    (tmp_path / "jetmoe/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert main(["import", "jetmoe", *folders]) == 0
+    out = capsys.readouterr().out
+    assert all(str(number) in out for number in (used.vocab_size, VOCABULARY))
+    assert not (tmp_path / "run/tokenizer.json").exists()
+    (tmp_path / "run/tokenizer.json").write_text(used.to_json())
+    assert main(["generate", folders[1], "--prompt", "The"]) == 2
+    assert str(used.vocab_size) in capsys.readouterr().err
 
 
 def test_import_refuses_an_end_of_document_that_the_tokenizer_does_not_have(tmp_path, capsys):
