@@ -84,7 +84,7 @@ say "4/4 Generate a sample"
 moa-dist generate "runs/$name" --prompt "$prompt" --tokens 120
 
 say "Done. Results and next steps:"
-echo "curves       tensorboard --logdir runs/$name/tensorboard"
+echo "curves       tensorboard --logdir runs"
 echo "metrics      runs/$name/metrics.jsonl"
 echo "checkpoints  $(ls -d runs/$name/step-* | tail -n 1)"
 echo "next         moa-dist plan configs/moeut/244m.yaml; README.md, from \"Train your own\""

@@ -26,10 +26,14 @@ class Panel:
     title: str
     values_RC: NDArray[np.float64]
     """Values; NaN is left blank."""
+    axes: tuple[str, str]
+    """What rows and columns are."""
     rows: list[str]
     """Label of each row."""
-    columns: tuple[str, str]
-    """Labels of the first and the last column."""
+    columns: list[str]
+    """Label of each column."""
+    quantity: str
+    """What the values are, with their unit."""
     low: float
     high: float
     """Ends of the color scale; values outside are clipped."""
@@ -59,14 +63,14 @@ def plates(analysis: Analysis) -> list[Plate]:
             "load",
             "Load of every expert",
             "Relative to the mean, which is the middle of the color scale; rows are layers (L) and "
-            "their repeats (R)",
+            "their repeats (R), and lines separate heads with experts of their own",
             list(_loads(routers)),
         ),
         Plate(
             "depth",
             "Which repeats use an expert",
             "Share of each expert's load in each repeat; an even share is the middle of the color "
-            "scale; experts ordered by mean repeat",
+            "scale; experts ordered by mean repeat, blank if never chosen",
             [_depth(router) for router in repeated],
         ),
         Plate(
@@ -78,8 +82,8 @@ def plates(analysis: Analysis) -> list[Plate]:
         Plate(
             "together",
             "Experts chosen together",
-            "Pointwise mutual information of two experts, from -1 to 1 nats, over tokens that "
-            "choose both; experts of shared layers ordered by mean repeat",
+            "Pointwise mutual information of two experts, over tokens that choose both; experts of "
+            "shared layers ordered by mean repeat, blank if never chosen",
             [_together(router) for router in routers if router.choices > 1],
         ),
         Plate(
@@ -114,24 +118,46 @@ def _loads(routers: list[RouterResult]) -> Iterator[Panel]:
         load_RE = np.concatenate([router.load_RE for router in alike])
         relative_RE = load_RE / np.maximum(load_RE.mean(1, keepdims=True), 1e-9)
         rows = [f"L{router.layer} {repeat}" for router in alike for repeat in _repeats(router)]
-        columns = ("expert 0", str(num_experts - 1))
         yield Panel(
-            name, relative_RE, rows, columns, 0.0, 2.0, has_middle=True, num_groups=num_groups
+            title=name,
+            values_RC=relative_RE,
+            axes=("layer and repeat", "expert"),
+            rows=rows,
+            columns=_numbers(num_experts),
+            quantity="load / mean",
+            low=0.0,
+            high=2.0,
+            has_middle=True,
+            num_groups=num_groups,
         )
 
 
 def _depth(router: RouterResult) -> Panel:
-    shares_RE = repeat_shares(router.load_RE)[:, depth_order(router.load_RE)]
-    columns = ("early experts", "late experts")
-    high = 2 / router.num_repeats
-    rows = _repeats(router)
-    return Panel(router_title(router), shares_RE, rows, columns, 0.0, high, has_middle=True)
+    order = depth_order(router.load_RE)
+    return Panel(
+        title=router_title(router),
+        values_RC=repeat_shares(router.load_RE)[:, order],
+        axes=("repeat", "expert, early to late"),
+        rows=_repeats(router),
+        columns=[str(expert) for expert in order],
+        quantity="share of the expert's load",
+        low=0.0,
+        high=2 / router.num_repeats,
+        has_middle=True,
+    )
 
 
 def _overlap(router: RouterResult) -> Panel:
-    shares_RR = overlap(np.array(router.common), router.num_tokens, router.choices)
-    rows = _repeats(router)
-    return Panel(router_title(router), shares_RR, rows, (rows[0], rows[-1]), 0.0, 1.0)
+    return Panel(
+        title=router_title(router),
+        values_RC=overlap(np.array(router.common), router.num_tokens, router.choices),
+        axes=("repeat", "repeat"),
+        rows=_repeats(router),
+        columns=_repeats(router),
+        quantity="share of experts",
+        low=0.0,
+        high=1.0,
+    )
 
 
 def _together(router: RouterResult) -> Panel:
@@ -145,27 +171,66 @@ def _together(router: RouterResult) -> Panel:
     pmi_EE[:, load_E[order] == 0] = np.nan
     pmi_EE[load_E[order] == 0] = np.nan
     labels = [str(expert) for expert in order]
-    columns = (f"expert {labels[0]}", labels[-1])
-    return Panel(router_title(router), pmi_EE, labels, columns, -1.0, 1.0, has_middle=True)
+    return Panel(
+        title=router_title(router),
+        values_RC=pmi_EE,
+        axes=("expert", "expert"),
+        rows=labels,
+        columns=labels,
+        quantity="PMI, nats",
+        low=-1.0,
+        high=1.0,
+        has_middle=True,
+    )
 
 
 def _heads(layers: list[LayerHeads]) -> Iterator[Panel]:
     if not layers:
         return
-    measures = (
-        ("distance", "mean distance, tokens"),
-        ("entropy", "entropy, nats"),
-        ("previous", "attention to the previous token"),
-        ("first", "attention to the first token"),
-        ("itself", "attention to the token itself"),
-    )
-    rows = [layer.title for layer in layers]
-    last = str(len(layers[0].heads) - 1)
-    for name, title in measures:
-        values_RC = np.array([[_value(head, name) for head in layer.heads] for layer in layers])
-        known = values_RC[np.isfinite(values_RC)]
-        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
-        yield Panel(title, values_RC, rows, ("head 0", last), low, max(high, low + 1e-6))
+    shares = {
+        "previous": "attention to the previous token",
+        "first": "attention to the first token",
+        "itself": "attention to the token itself",
+    }
+    layers = sorted(layers, key=lambda layer: (layer.layer, layer.repeat, layer.attention))
+
+    def panel(name: str, title: str, quantity: str, scale: tuple[float, float]) -> Panel:
+        return Panel(
+            title=title,
+            values_RC=_grid(layers, name),
+            axes=("layer and repeat", "head"),
+            rows=[layer.title for layer in layers],
+            columns=_numbers(len(layers[0].heads)),
+            quantity=quantity,
+            low=scale[0],
+            high=scale[1],
+        )
+
+    for name, title, unit in (
+        ("distance", "mean distance", "tokens"),
+        ("entropy", "entropy", "nats"),
+    ):
+        yield panel(name, title, unit, _range(_grid(layers, name)))
+    # One scale for one quantity, so that the pictures can be compared.
+    _, most = _range(np.stack([_grid(layers, name) for name in shares]))
+    for name, title in shares.items():
+        yield panel(name, title, "share of attention", (0.0, most))
+
+
+def _grid(layers: list[LayerHeads], name: str) -> NDArray[np.float64]:
+    """Return a measure of every head of every layer, [R, C]."""
+    return np.array([[_value(head, name) for head in layer.heads] for layer in layers])
+
+
+def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the smallest and the largest known value, which differ."""
+    known = values[np.isfinite(values)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    return low, max(high, low + 1e-6)
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
 
 
 def _value(head: HeadResult, name: str) -> float:

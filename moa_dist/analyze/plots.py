@@ -14,13 +14,16 @@ from moa_dist.analyze.results import Analysis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _COLUMNS = 2
 _WIDTH, _LOWEST, _HIGHEST, _ROW = 5.2, 1.5, 4.6, 0.28
 """Width, minimum and maximum height of a panel, and height per row, in inches."""
 _MOST_LABELS = 24
-_MOST_NUMBERS = 12
+"""Maximum number of labels along an axis; of more rows or columns, only some are labeled."""
+_MOST_NUMBERS = 16
+"""Maximum number of columns whose values are printed in their cells."""
 
 
 def can_plot() -> bool:
@@ -56,7 +59,7 @@ def _draw(plate: Plate, of: str, path: Path) -> None:
 
 
 def _draw_panel(figure: Figure, axes: Axes, panel: Panel) -> None:
-    num_rows, num_columns = panel.values_RC.shape
+    num_columns = panel.values_RC.shape[1]
     # Clipped, because matplotlib would leave infinite values blank.
     image = axes.imshow(
         np.clip(panel.values_RC, panel.low, panel.high),
@@ -67,19 +70,36 @@ def _draw_panel(figure: Figure, axes: Axes, panel: Panel) -> None:
         vmax=panel.high,
     )
     axes.set_title(panel.title, fontsize=9)
-    every = math.ceil(num_rows / _MOST_LABELS)
-    axes.set_yticks(range(0, num_rows, every), panel.rows[::every], fontsize=7)
-    ends = dict(zip((0, num_columns - 1), panel.columns, strict=True))
-    axes.set_xticks(list(ends), list(ends.values()), fontsize=7)
+    _label(axes.yaxis, panel.axes[0], panel.rows)
+    _label(axes.xaxis, panel.axes[1], panel.columns)
     for group in range(1, panel.num_groups):
         axes.axvline(group * num_columns / panel.num_groups - 0.5, color="black", linewidth=0.8)
     if num_columns <= _MOST_NUMBERS:
-        for (row, column), value in np.ndenumerate(panel.values_RC):
-            if np.isfinite(value):
-                share = (value - panel.low) / (panel.high - panel.low)
-                is_dark = abs(share - 0.5) > 0.35 if panel.has_middle else share > 0.6
-                color = "white" if is_dark else "black"
-                axes.text(
-                    column, row, f"{value:.2g}", color=color, fontsize=6, ha="center", va="center"
-                )
-    figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+        _print_values(axes, panel)
+    known = panel.values_RC[~np.isnan(panel.values_RC)]
+    clipped = (bool((known < panel.low).any()), bool((known > panel.high).any()))
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max"}
+    bar = figure.colorbar(
+        image, ax=axes, fraction=0.05, pad=0.02, extend=extend.get(clipped, "both")
+    )
+    bar.set_label(panel.quantity, fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _label(axis: Axis, title: str, labels: list[str]) -> None:
+    every = math.ceil(len(labels) / _MOST_LABELS)
+    axis.set_ticks(range(0, len(labels), every), labels[::every], fontsize=7)
+    axis.set_label_text(title, fontsize=7)
+
+
+def _print_values(axes: Axes, panel: Panel) -> None:
+    """Print every value in its cell, with decimals for 100 steps of the scale, if they fit."""
+    most = 3 if panel.values_RC.shape[1] <= _MOST_NUMBERS // 2 else 2
+    decimals = min(max(2 - math.floor(math.log10(panel.high - panel.low)), 0), most)
+    for (row, column), value in np.ndenumerate(panel.values_RC):
+        if np.isfinite(value):
+            share = (value - panel.low) / (panel.high - panel.low)
+            is_dark = abs(share - 0.5) > 0.35 if panel.has_middle else share > 0.6
+            color = "white" if is_dark else "black"
+            text = f"{value:z.{decimals}f}"
+            axes.text(column, row, text, color=color, fontsize=6, ha="center", va="center")

@@ -12,7 +12,7 @@ from moa_dist.checkpoint import format as checkpoint_format
 from moa_dist.checkpoint.check import require_valid
 from moa_dist.checkpoint.format import INDEX_FILE, Reader, checkpoints, tokenizer_of
 from moa_dist.config.load import config_of, load_config
-from moa_dist.config.model import Objective
+from moa_dist.config.model import ModelConfig, Objective
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -47,12 +47,13 @@ def load_trained(path: Path) -> Trained:
     """Load an export, a checkpoint, or the newest checkpoint of a run, given its folder.
 
     Raises:
-        DataError: the checkpoint or the tokenizer is missing or damaged.
+        DataError: the checkpoint or the tokenizer is missing or damaged, or they do not fit.
     """
     folder = path if is_export(path) else find_checkpoint(path)
     file = folder / TOKENIZER_FILE if is_export(folder) else tokenizer_of(folder)
     tokenizer = load_tokenizer(file)
     model, config, step = _load(folder)
+    require_fit(tokenizer, config.model, file)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trained(
         folder=folder,
@@ -75,6 +76,17 @@ def config_of_run(path: Path, overrides: Sequence[str] = ()) -> Config:
         return load_config(path / CONFIG_FILE, overrides)
     config = Reader(find_checkpoint(path)).index.config
     return config_of(config.model_dump(mode="json"), overrides, str(path))
+
+
+def require_fit(tokenizer: Tokenizer, model: ModelConfig, file: Path) -> None:
+    """Raise DataError if the tokenizer, read from `file`, has tokens that the model does not."""
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{file}: has {tokenizer.vocab_size} tokens, but the model knows {model.vocab_size} "
+            "(model.vocab_size); use the tokenizer that the model was trained with",
+            path=file,
+            key="model.vocab_size",
+        )
 
 
 def require(trained: Trained, objective: Objective, what: str) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 from moa_dist.config.run import Config, tokens_per_sample
+from moa_dist.models.stack import RouterCall
+from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
-from moa_dist.observe.routing import overall_drop_share
+from moa_dist.observe.routing import dead_experts, overall_drop_share, worst_imbalance
 from moa_dist.units import duration, short
 
 _PARTITIONED = (
@@ -21,6 +23,10 @@ _PARTITIONED = (
 """What is partitioned, by ZeRO stage."""
 _STRAGGLES = 1.3
 """Ratio of the slowest to the fastest rank's work from which the slowest is reported."""
+_IMBALANCED = 4.0
+"""Ratio of the fullest expert's load to the mean from which it is reported. A capacity factor of 2,
+the largest in common use, then drops half of what this expert is chosen for, and without capacity
+its rank waits for it; balanced routers stay at 2 to 3 once the first steps are over."""
 _NEGATIVE = {"entropy": "negative entropy", "mutual_information": "negative mutual information"}
 """Balance losses that are negative by definition, by the last part of their name."""
 
@@ -50,7 +56,7 @@ class Console:
             self._print(f"{name:<10}{text}")
 
     def step(self, metrics: StepMetrics) -> None:
-        """Print one line with the step's metrics and the estimated remaining time."""
+        """Print one line with the step's metrics, and the elapsed and the remaining time."""
         total = self._num_steps
         fields = [
             f"step {metrics.step:>{len(str(total))}}/{total}",
@@ -66,9 +72,12 @@ class Console:
         ]
         if self._world_size > 1:
             fields.append(f"comm {metrics.timing.communication_share:3.0%}")
-        if metrics.routing:
-            fields.append(f"drop {overall_drop_share(metrics.routing):4.1%}")
-        fields.append(f"ETA {self._eta(metrics.step)}")
+        if dropped := overall_drop_share(metrics.routing):
+            fields.append(f"drop {dropped:4.1%}")
+        elapsed = self._clock() - self._started
+        fields.append(f"elapsed {duration(elapsed):>5}")
+        fields.append(f"ETA {self._eta(metrics.step, elapsed)}")
+        fields += _routing_problems(metrics.routing)
         if slow := straggler(metrics.timing):
             fields.append(slow)
         self._print("  ".join(fields))
@@ -95,10 +104,9 @@ class Console:
     def close(self) -> None:
         """Do nothing: every line was flushed, and the stream belongs to the caller."""
 
-    def _eta(self, step: int) -> str:
+    def _eta(self, step: int, elapsed: float) -> str:
         # Based on elapsed time, not on the last tokens per second: validation and checkpoints
         # take their share of the remaining time too.
-        elapsed = self._clock() - self._started
         remaining = self._num_steps - step
         return duration(elapsed / max(step - self._first_step, 1) * remaining)
 
@@ -113,6 +121,16 @@ def straggler(timing: Timing) -> str:
         return ""
     times = slowest.seconds / max(fastest.seconds, 1e-9)
     return f"straggler: rank {slowest.rank} ({slowest.host}), {times:.1f} x rank {fastest.rank}"
+
+
+def _routing_problems(routing: dict[RouterCall, RoutingReport]) -> Iterator[str]:
+    """Describe experts that no token chose, and the fullest expert, where they matter."""
+    dead, total = dead_experts(routing)
+    if dead:
+        yield f"dead experts {dead} of {total}"
+    ratio, router = worst_imbalance(routing)
+    if ratio >= _IMBALANCED:
+        yield f"fullest expert {ratio:.1f} x mean ({router})"
 
 
 def _balance(losses: Mapping[str, float]) -> str:

@@ -10,11 +10,11 @@ Layout = dict[str, dict[str, list[str | list[str]]]]
 
 _CHARTS = {
     "Learning": {
-        "loss": "train/loss|validation/loss",
-        "bits per byte of held-out text": "validation/bits_per_byte",
-        "gradient norm": "train/grad_norm",
-        "learning rate": "train/lr",
-        "auxiliary losses": "aux_losses/.*",
+        "loss": "loss/train|loss/validation",
+        "bits per byte of held-out text": "loss/validation_bits_per_byte",
+        "gradient norm": "optimizer/grad_norm",
+        "learning rate": "optimizer/lr",
+        "auxiliary losses": "loss/train_aux/.*",
     },
     "Speed": {
         "tokens per second, all ranks": "speed/tokens_per_second",
@@ -25,10 +25,10 @@ _CHARTS = {
         "traffic by purpose, MiB": "traffic/purpose/.*",
     },
     "GPU of rank 0": {
-        "memory, GiB": "gpu/memory_.*",
-        "power, W": "gpu/power_watts",
-        "temperature, °C": "gpu/temperature_celsius",
-        "utilization, %": "gpu/utilization_percent",
+        "memory, GiB": "rank0_gpu/memory_.*",
+        "power, W": "rank0_gpu/power_watts",
+        "temperature, °C": "rank0_gpu/temperature_celsius",
+        "utilization, %": "rank0_gpu/utilization_percent",
     },
 }
 _MEASURES = {
@@ -43,10 +43,10 @@ def layout(tags: Iterable[str]) -> Layout:
     """Return the charts that show at least one of these tags."""
     known = list(tags)
     charts = dict(_CHARTS)
-    found = (re.fullmatch(r"routing/layer\d+\.repeat\d+\.(.*)/drop_share", tag) for tag in known)
+    found = (re.fullmatch(r"routing_layer\d+/(.*)/drop_share/repeat\d+", tag) for tag in known)
     for router in sorted({match[1] for match in found if match}):
         charts[f"Router {router}, by layer and repeat"] = {
-            title: rf"routing/layer\d+\.repeat\d+\.{re.escape(router)}/{measure}"
+            title: rf"routing_layer\d+/{re.escape(router)}/{measure}/repeat\d+"
             for title, measure in _MEASURES.items()
         }
     filled: Layout = {}

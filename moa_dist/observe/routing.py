@@ -1,4 +1,4 @@
-"""Summarizes routing statistics as numbers and as heatmaps.
+"""Summarizes routing statistics as numbers.
 
 Shapes: G router groups (heads in SwitchHead, else 1), E experts per router group.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 
-_CELL = (8, 4)
-"""Height and width of one expert in a heatmap, in pixels."""
+ENOUGH_LOAD = 64
+"""Mean number of tokens per expert from which one step tells how a router uses its experts. With
+fewer, chance decides: an expert that gets a tenth of the mean gets no token in 0.2 % of all steps
+at 64 (e^-6.4), but in 20 % at 16."""
 
 
 def router_call_name(call: RouterCall) -> str:
@@ -53,20 +54,30 @@ def routing_summary(report: RoutingReport) -> dict[str, float]:
     }
 
 
-def load_heatmaps(routing: dict[RouterCall, RoutingReport]) -> dict[str, NDArray[np.uint8]]:
-    """Draw one gray picture per router name, with a row per (layer, repeat), a column per expert.
+def dead_experts(routing: dict[RouterCall, RoutingReport]) -> tuple[int, int]:
+    """Count the experts that no token chose in any repeat of their layer, and all experts.
 
-    Black is an expert without tokens, middle gray an even load, white twice that or more. The
-    scale is fixed, so that pictures of different steps can be compared.
+    Routers with less than `ENOUGH_LOAD` are left out of both.
     """
-    rows: dict[str, list[NDArray[np.uint8]]] = {}
-    for call in sorted(routing):
-        load = routing[call].load.flatten().double().numpy()
-        relative = load / (load.mean() or 1.0)
-        gray = (np.clip(relative / 2, 0, 1) * 255).astype(np.uint8)
-        rows.setdefault(call.router, []).append(gray)
-    height, width = _CELL
-    return {
-        router: np.stack(gray).repeat(height, axis=0).repeat(width, axis=1)
-        for router, gray in rows.items()
-    }
+    loads: dict[tuple[int, str], Tensor] = {}
+    for call, report in routing.items():
+        key = call.layer, call.router
+        loads[key] = loads[key] + report.load if key in loads else report.load
+    counted = [load for load in loads.values() if load.double().mean().item() >= ENOUGH_LOAD]
+    dead = sum(int((load == 0).sum()) for load in counted)
+    return dead, sum(load.numel() for load in counted)
+
+
+def worst_imbalance(routing: dict[RouterCall, RoutingReport]) -> tuple[float, str]:
+    """Return the largest ratio of an expert's load to the mean, and the name of the router call.
+
+    Router calls with less than `ENOUGH_LOAD` are left out; (0, "") if none is left.
+    """
+    return max(
+        (
+            (routing_summary(report)["load_imbalance"], router_call_name(call))
+            for call, report in routing.items()
+            if report.load.double().mean().item() >= ENOUGH_LOAD
+        ),
+        default=(0.0, ""),
+    )

@@ -1,10 +1,15 @@
-"""Writes TensorBoard curves and pictures over training steps."""
+"""Writes TensorBoard curves and pictures over training steps.
+
+TensorBoard groups tags by what precedes the first slash, and sorts groups and tags by name. Hence
+the names: losses come first, then what the optimizer does, then routing with a group per layer.
+The event files lie in the run's own folder, so that `tensorboard --logdir runs` shows a run under
+its name.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -12,13 +17,11 @@ from moa_dist.config import to_yaml
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.layout import layout
+from moa_dist.observe.load_pictures import load_pictures
 from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
-from moa_dist.observe.routing import load_heatmaps, router_call_name, routing_summary
+from moa_dist.observe.routing import routing_summary
 from moa_dist.observe.traffic_names import traffic_summary
 from moa_dist.peak_flops import peak_flops
-
-FOLDER_NAME = "tensorboard"
-"""Name of the subfolder of the run's folder."""
 
 
 class TensorBoard:
@@ -41,16 +44,17 @@ class TensorBoard:
         """Write one point of every curve."""
         self._routing = metrics.routing
         values = {
-            "train/loss": metrics.loss,
-            "train/perplexity": math.exp(min(metrics.loss, 700.0)),  # beyond, exp overflows
-            "train/lr": metrics.lr,
-            "train/grad_norm": metrics.grad_norm,
+            "loss/train": metrics.loss,
+            "perplexity/train": math.exp(min(metrics.loss, 700.0)),  # beyond, exp overflows
+            "optimizer/lr": metrics.lr,
+            "optimizer/grad_norm": metrics.grad_norm,
         }
-        values |= {f"aux_losses/{name}": value for name, value in metrics.aux_losses.items()}
+        values |= {f"loss/train_aux/{name}": value for name, value in metrics.aux_losses.items()}
         values |= self._speed(metrics.tokens_per_second)
         for call, report in metrics.routing.items():
-            summary = routing_summary(report)
-            values |= {f"routing/{router_call_name(call)}/{k}": v for k, v in summary.items()}
+            for name, value in routing_summary(report).items():
+                tag = f"routing_layer{call.layer}/{call.router}/{name}/repeat{call.repeat}"
+                values[tag] = value
         if metrics.traffic:
             summary = traffic_summary(metrics.traffic)
             values |= {f"traffic/{name}": value for name, value in summary.items()}
@@ -62,7 +66,7 @@ class TensorBoard:
             "time/work_seconds_of_fastest_rank": timing.fastest.seconds,
             "time/slowest_rank": float(timing.slowest.rank),
         }
-        values |= {f"gpu/{name}": value for name, value in metrics.gpu.items()}
+        values |= {f"rank0_gpu/{name}": value for name, value in metrics.gpu.items()}
         if not self._is_laid_out:
             self._lay_out(values)
         self._scalars(values, metrics.step)
@@ -70,22 +74,23 @@ class TensorBoard:
     def _lay_out(self, values: Iterable[str]) -> None:
         assert self._run is not None, "start comes first"
         is_validated = self._run.config.data.valid is not None
-        later = ["validation/loss", "validation/bits_per_byte"] if is_validated else []
+        later = ["loss/validation", "loss/validation_bits_per_byte"] if is_validated else []
         self._events.add_custom_scalars(layout([*values, *later]))
         self._is_laid_out = True
 
     def validation(self, metrics: ValidationMetrics) -> None:
-        """Write one point per curve, and a heatmap of each router's last reported load."""
+        """Write one point per curve, and a picture of each router's last reported load."""
         values = {
-            "validation/loss": metrics.loss,
-            "validation/perplexity": metrics.perplexity,
+            "loss/validation": metrics.loss,
+            "perplexity/validation": metrics.perplexity,
         }
         if metrics.bits_per_byte is not None:
-            values["validation/bits_per_byte"] = metrics.bits_per_byte
+            values["loss/validation_bits_per_byte"] = metrics.bits_per_byte
         values |= {f"tasks/{name}": value for name, value in metrics.tasks.items()}
         self._scalars(values, metrics.step)
-        for router, picture in load_heatmaps(self._routing).items():
-            self._events.add_image(f"load/{router}", picture, metrics.step, dataformats="HW")
+        for router, picture in load_pictures(self._routing).items():
+            tag = f"routing/load_{router}"
+            self._events.add_image(tag, picture, metrics.step, dataformats="HWC")
 
     def rewind(self, step: int) -> None:
         """Go on in a new event file, which hides all points after this step."""
@@ -123,5 +128,4 @@ class TensorBoard:
 
 def _open(run: RunStart, step: int) -> SummaryWriter:
     """Open a new event file; it hides what others hold for the steps after `step`."""
-    folder = str(Path(run.folder) / FOLDER_NAME)
-    return SummaryWriter(folder, purge_step=step + 1, flush_secs=30)
+    return SummaryWriter(run.folder, purge_step=step + 1, flush_secs=30)

@@ -77,12 +77,12 @@ def _figure(plate: Plate, panel: Panel) -> str:
             [row, *map(readable, values)]
             for row, values in zip(panel.rows, panel.values_RC.tolist(), strict=True)
         ]
-        numbers = table(["", *map(str, range(panel.values_RC.shape[1]))], rows)
+        numbers = table(["", *panel.columns], rows)
     grid = Grid(
         panel.values_RC,
         panel.rows,
-        _column_names(panel),
-        ends=panel.columns,
+        [f"{panel.axes[1]} {column}" for column in panel.columns],
+        ends=(f"{panel.axes[1]} {panel.columns[0]}", panel.columns[-1]),
         num_groups=panel.num_groups,
     )
     return heatmap_figure(
@@ -94,17 +94,6 @@ def _figure(plate: Plate, panel: Panel) -> str:
         numbers=numbers,
         is_half=is_large,
     )
-
-
-def _column_names(panel: Panel) -> list[str]:
-    """Name every column of a panel, which itself names only the first and the last."""
-    num_columns = panel.values_RC.shape[1]
-    kind, _, first = panel.columns[0].partition(" ")
-    if panel.rows[-1] == panel.columns[1]:  # what is compared with itself
-        return panel.rows
-    if first == "0":
-        return [f"{kind} {c}" for c in range(num_columns)]
-    return [f"column {c + 1} of {num_columns}" for c in range(num_columns)]
 
 
 def _tokens(router: RouterResult) -> str:

@@ -29,6 +29,7 @@ from moa_dist.data.manifest import read_regular_file
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.export import MODEL_FILE
+from moa_dist.evaluate.trained import require_fit
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.transfer.jetmoe import (
     Entry,
@@ -88,6 +89,9 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": used.end_token,
         "eos_token": used.end_token,
+        "pad_token": used.end_token,
+        "padding_side": "left",  # to generate from several prompts
+        "split_special_tokens": True,  # text that spells one stays text, as in training
     }
     shapes = _our_shapes(model)
     specs = [TensorSpec(e.theirs, dtype, _their_shape(e, shapes, model)) for e in entries(model)]
@@ -104,17 +108,25 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
     return written
 
 
-def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> Imported:
+def import_jetmoe(
+    folder: Path,
+    target: Path,
+    overrides: Sequence[str] = (),
+    end_of_document: str | None = None,
+) -> Imported:
     """Create a run at step 0 from a folder that `JetMoeForCausalLM` saved.
 
     Args:
         folder: the JetMoE folder.
         target: folder of the run to create.
         overrides: `key.path=value` for the run's configuration, except for `model`.
+        end_of_document: token that ends documents, if the folder does not name it; see
+            `load_tokenizer`.
 
     Raises:
         ConfigError: our model cannot express this JetMoE, or an override is invalid.
-        DataError: a file is missing or damaged, or `target` exists.
+        DataError: a file is missing or damaged, `target` exists, or the tokenizer does not fit
+            `end_of_document`.
     """
     settings = _read_settings(folder)
     config = config_of(
@@ -141,8 +153,12 @@ def import_jetmoe(folder: Path, target: Path, overrides: Sequence[str] = ()) -> 
     tokenizer, problem = None, None
     try:
         # As `prepare` writes it, so that data prepared with either file fits the run.
-        tokenizer = load_tokenizer(folder / TOKENIZER_FILE).to_json().encode()
+        used = load_tokenizer(folder / TOKENIZER_FILE, end_of_document)
+        require_fit(used, config.model, folder / TOKENIZER_FILE)
+        tokenizer = used.to_json().encode()
     except DataError as error:
+        if end_of_document is not None:
+            raise
         problem = str(error)
     num_bytes = write_new_run(target, config, specs, values, tokenizer)
     return Imported(config, num_bytes, problem)

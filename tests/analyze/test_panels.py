@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moa_dist.analyze.headline import headline
 from moa_dist.analyze.panels import MOST_PAIRED, plates
+from moa_dist.analyze.plots import write_plots
 from moa_dist.analyze.results import (
     Analysis,
     HeadResult,
@@ -88,12 +90,14 @@ def test_panels():
     assert list(made) == ["load", "depth", "overlap", "together", "heads"]
     assert made["load"][0].values_RC.tolist() == [[2, 2, 0, 0], [0, 2, 2, 0]]
     assert made["load"][0].rows == ["L0 R0", "L0 R1"]
+    assert made["load"][0].columns == ["0", "1", "2", "3"]
     depth = made["depth"][0].values_RC
+    assert made["depth"][0].columns == ["0", "1", "2", "3"], "by mean repeat, the unused one last"
     assert depth[:, :3].tolist() == [[1, 0.5, 0], [0, 0.5, 1]]
     assert np.isnan(depth[:, 3]).all()
     assert made["overlap"][0].values_RC.tolist() == [[1, 0.5], [0.5, 1]]
     together = made["together"][0]
-    assert together.rows == ["0", "1", "2", "3"]
+    assert together.rows == together.columns == ["0", "1", "2", "3"]
     # Of 20 decisions, 10 take expert 0, all take expert 1: no news of each other.
     assert together.values_RC[0, 1] == pytest.approx(math.log((10 / 20) / (10 / 20)))
     assert together.values_RC[0, 2] == -math.inf
@@ -104,6 +108,61 @@ def test_panels():
     assert distance.values_RC[:, 0].tolist() == [2, 3]
     assert np.isnan(distance.values_RC[:, 1]).all(), "a head without a query"
     assert (distance.low, distance.high) == (2, 3)
+    shares = [panel for panel in made["heads"] if panel.quantity == "share of attention"]
+    assert [(panel.low, panel.high) for panel in shares] == [(0, 0.3)] * 3, "one scale for all"
+
+
+def test_rows_of_heads_and_loads_have_one_order():
+    """By layer, then repeat, although repeats of all layers take turns when the model runs."""
+    heads = [
+        LayerHeads(layer=layer, repeat=repeat, attention="attention", heads=[head(1, 10 * layer)])
+        for repeat in range(2)
+        for layer in range(2)
+    ]
+    routers = ROUTER, ROUTER.model_copy(update={"layer": 1})
+    both = analysis(*routers).model_copy(update={"attention": heads})
+    made = {plate.name: plate.panels for plate in plates(both)}
+    assert made["load"][0].rows == ["L0 R0", "L0 R1", "L1 R0", "L1 R1"]
+    assert made["heads"][0].rows == made["load"][0].rows
+    assert made["heads"][0].values_RC[:, 0].tolist() == [0, 0, 10, 10]
+
+
+def test_every_picture_has_named_axes_and_color_bars(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    write_plots(analysis(ROUTER), tmp_path)
+    made = plates(analysis(ROUTER))
+    assert len(drawn) == len(made)
+    for figure, plate in zip(drawn, made, strict=True):
+        shown = [axes for axes in figure.axes if axes.get_images()]
+        bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+        assert len(shown) == len(bars) == len(plate.panels)
+        for axes, bar, panel in zip(shown, bars, plate.panels, strict=True):
+            assert (axes.get_ylabel(), axes.get_xlabel()) == panel.axes
+            assert bar.get_ylabel() == panel.quantity
+            assert [label.get_text() for label in axes.get_yticklabels()] == panel.rows
+            assert [label.get_text() for label in axes.get_xticklabels()] == panel.columns
+            known = panel.values_RC[np.isfinite(panel.values_RC)]
+            assert [float(text.get_text()) for text in axes.texts] == pytest.approx(
+                known.ravel().tolist(), abs=0.01
+            )
+
+
+def test_long_axes_are_labeled_at_intervals(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    many = {
+        "load": [[1] * 100],
+        "dropped": [[0] * 100],
+        "together": np.eye(100, dtype=int).tolist(),
+    }
+    more = {"common": [[20]], "top_tokens": [[]] * 100}
+    write_plots(analysis(ROUTER.model_copy(update=many | more)), tmp_path)
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(
+        map(str, range(0, 100, 5))
+    )
+    assert not axes.texts, "100 values do not fit"
 
 
 def test_pairs_of_the_most_used_experts_only():

@@ -4,7 +4,10 @@ import io
 import re
 
 import pytest
+import torch
 
+from moa_dist.models.stack import RouterCall
+from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.console import Console
 from moa_dist.observe.metrics import Timing
 from moa_dist.units import duration, short
@@ -81,8 +84,8 @@ def test_step_line(run_start):
     console.step(step_metrics(120))
     assert last_line(stream) == (
         "step 120/650   18%  loss  5.003  balance -0.031 (negative entropy)  lr 3.0e-01"
-        "  grad norm  0.41, clipped to 0.25  12.3k tok/s  comm 33%  drop 15.0%  ETA 8m50s"
-        "  straggler: rank 0 (node-1), 1.7 x rank 1"
+        "  grad norm  0.41, clipped to 0.25  12.3k tok/s  comm 33%  drop 15.0%"
+        "  elapsed 2m00s  ETA 8m50s  straggler: rank 0 (node-1), 1.7 x rank 1"
     )
 
 
@@ -142,6 +145,34 @@ def test_only_a_straggler_is_named(run_start):
     console, stream = start(run_start(world_size=1))
     console.step(step_metrics(1, timing=Timing.of([0.5], [0.0], ["a"])))
     assert "comm" not in last_line(stream)
+
+
+@pytest.mark.parametrize(
+    ("loads", "shown"),
+    [
+        ([[100, 100, 100, 100], [100, 100, 100, 100]], ""),
+        ([[200, 200, 0, 0], [0, 0, 200, 200]], ""),
+        ([[200, 200, 0, 0], [0, 200, 200, 0]], "  dead experts 1 of 4"),
+        ([[10, 10, 0, 0], [10, 10, 0, 0]], ""),
+        ([[100, 100, 100, 100], [320, 40, 20, 20]], ""),
+        (
+            [[900, 10, 10, 10, 10], [9, 9, 9, 9, 9]],
+            "  fullest expert 4.8 x mean (layer0.repeat0.ffn)",
+        ),
+    ],
+    ids=["even", "each repeat its own", "dead", "too few tokens", "uneven", "imbalanced"],
+)
+def test_problems_of_routing_are_shown_where_they_matter(run_start, loads, shown):
+    routing = {
+        RouterCall(0, i, "ffn"): RoutingReport(
+            torch.tensor([load]), torch.zeros(1, len(load)), torch.zeros(2)
+        )
+        for i, load in enumerate(loads)
+    }
+    console, stream = start(run_start())
+    even = Timing.of([0.5, 0.5], [0.1, 0.1], ["a", "b"])
+    console.step(step_metrics(650, routing=routing, timing=even))
+    assert last_line(stream).partition("ETA 0s")[2] == shown
 
 
 def test_dense_models_have_no_routing_fields(run_start):

@@ -13,8 +13,10 @@ from moa_dist.checkpoint.check import damage
 from moa_dist.cli.main import main
 from moa_dist.config import load_config
 from moa_dist.config.model import ModelConfig
+from moa_dist.data.tokenizer import load_tokenizer
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.transfer.jetmoe import entries, problems_of_model
+from tests.data.test_foreign_tokenizers import llama_like
 from tests.transfer.jetmoes import batch, make_jetmoe
 from tests.transfer.runs import LENGTH, VOCABULARY, make_run, randomize
 
@@ -93,7 +95,7 @@ def test_export_says_the_same(tmp_path, capsys, tied):
     assert theirs.dtype == torch.float32
     assert_equal(ours, theirs)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    assert tokenizer.eos_token_id == theirs.config.eos_token_id == 0
+    assert tokenizer.eos_token_id == theirs.config.eos_token_id == tokenizer.pad_token_id == 0
     assert tokenizer.decode(tokenizer("the cat sat").input_ids) == "the cat sat"
 
 
@@ -165,6 +167,47 @@ def test_import_without_a_tokenizer_of_ours_says_so(tmp_path, capsys):
     assert main(["import", "jetmoe", str(tmp_path / "jetmoe"), str(tmp_path / "run")]) == 0
     assert str(tmp_path / "jetmoe/tokenizer.json") in capsys.readouterr().out
     assert not (tmp_path / "run/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("named_by", ["the folder", "the user"])
+def test_a_jetmoe_with_a_tokenizer_of_llama_can_be_evaluated(tmp_path, capsys, named_by):
+    source, run, data = (str(tmp_path / name) for name in ("jetmoe", "run", "data"))
+    make_jetmoe(tmp_path / "jetmoe", vocab_size=400)
+    llama_like(tmp_path / "jetmoe")
+    if named_by == "the folder":
+        (tmp_path / "jetmoe/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    end = [] if named_by == "the folder" else ["--end-of-document", "</s>"]
+    assert main(["import", "jetmoe", source, run, *end]) == 0
+    assert load_tokenizer(tmp_path / "run").end_token == "</s>"
+    (tmp_path / "text.txt").write_text("The ship sails.\n\n" * 200)
+    options = ["--tokenizer", source, *end, "--sequence-length", str(LENGTH)]
+    assert main(["prepare", "--input", str(tmp_path / "text.txt"), "--output", data, *options]) == 0
+    capsys.readouterr()
+    assert main(["eval", run, "--data", data, "--sequences", "4"]) == 0
+    assert f"{4 * LENGTH} tokens" in capsys.readouterr().out
+
+
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_left_out(tmp_path, capsys):
+    make_jetmoe(tmp_path / "jetmoe", vocab_size=VOCABULARY)
+    used = load_tokenizer(llama_like(tmp_path / "jetmoe"), "</s>")
+    assert used.vocab_size > VOCABULARY
+    folders = [str(tmp_path / "jetmoe"), str(tmp_path / "run")]
+    (tmp_path / "jetmoe/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    assert main(["import", "jetmoe", *folders]) == 0
+    out = capsys.readouterr().out
+    assert all(str(number) in out for number in (used.vocab_size, VOCABULARY))
+    assert not (tmp_path / "run/tokenizer.json").exists()
+    (tmp_path / "run/tokenizer.json").write_text(used.to_json())
+    assert main(["generate", folders[1], "--prompt", "The"]) == 2
+    assert str(used.vocab_size) in capsys.readouterr().err
+
+
+def test_import_refuses_an_end_of_document_that_the_tokenizer_does_not_have(tmp_path, capsys):
+    make_jetmoe(tmp_path / "jetmoe")
+    folders = [str(tmp_path / "jetmoe"), str(tmp_path / "run")]
+    assert main(["import", "jetmoe", *folders, "--end-of-document", "</s>"]) == 2
+    assert "</s>" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_model_of_the_folder_stays(tmp_path, capsys):
