@@ -59,6 +59,10 @@ elif [ ${#inputs[@]} -eq 0 ]; then
         -not -path '*/test/*' -not -path '*/tests/*' -not -path '*/encodings/*' | sort)
 fi
 
+if [ ${#settings[@]} -gt 0 ]; then # before the work; training checks them again, with the data
+    moa-dist config check configs/quickstart.yaml "${settings[@]}" >/dev/null
+fi
+
 say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
 if [ -e "data/$name/train/manifest.json" ]; then
     echo "already prepared"

@@ -30,7 +30,9 @@ class Clone:
         self.folder, self.calls_file = folder, folder.parent / "calls"
         shutil.copytree(ROOT / "launcher", folder / "launcher")
         shutil.copy(ROOT / "pyproject.toml", folder)
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True
+        )
         for name in ("moa-dist", "deepspeed", "tensorboard"):
             stub = folder / ".venv/bin" / name
             stub.write_text(STUB.format(python=sys.executable, calls=str(self.calls_file)))
@@ -82,7 +84,8 @@ def test_settings_go_to_the_run_and_options_to_prepare(clone, tmp_path):
     (tmp_path / "a.b=c").touch()  # an input, however it reads
     words = ("--input", "a.b=c", "train.steps=7", "--documents", "line", "model.d_model=64")
     assert clone.quickstart(tmp_path, *words).returncode == 0
-    prepare, train, *_ = clone.calls()
+    check, prepare, train, *_ = clone.calls()
+    assert check[-2:] == ["train.steps=7", "model.d_model=64"]
     given = prepare[prepare.index("--input") + 1 : prepare.index("--output")]
     assert given == [str(tmp_path / "a.b=c")]
     assert prepare[-2:] == ["--documents", "line"]
