@@ -1,4 +1,4 @@
-"""`launcher/quickstart.sh`: what it passes on, and that the commands at its end work when pasted."""
+"""`launcher/quickstart.sh`: what it passes on; the commands at its end work when pasted."""
 
 import os
 import shutil

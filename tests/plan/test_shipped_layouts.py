@@ -1,4 +1,4 @@
-"""Shipped configurations say how many ranks they are for, and the planner would choose their layout."""
+"""Shipped configurations name their number of ranks and have the layout that is best on them."""
 
 import pytest
 
