@@ -45,7 +45,7 @@ if [ "${1:-}" = --input ]; then
         shift
     done
     options=("$@")
-    name=quickstart-$(date +%Y%m%d-%H%M%S)
+    name=quickstart-$(date +%Y%m%d-%H%M%S)-$$ # two that start in one second differ
 fi
 if [ ${#inputs[@]} -eq 0 ] && [ "$num_words" -gt 0 ]; then
     echo "usage: bash launcher/quickstart.sh [--input FILES [options of moa-dist prepare]]" \
