@@ -6,6 +6,8 @@
 #     bash launcher/quickstart.sh --input FILES    train on any text: files, folders, JSON Lines, ...
 #     bash launcher/quickstart.sh --input FILES --documents line --json-field body ...
 #                                                  any option of `moa-dist prepare` may follow
+#     bash launcher/quickstart.sh ... train.steps=50
+#                                                  and so may settings of the run
 #
 # Requires Python 3.11 or newer and, once, network access. PYTHON=/path/to/python3 selects the interpreter.
 set -euo pipefail
@@ -21,7 +23,20 @@ name=quickstart
 layout=2 # ranks that share the experts
 inputs=()
 options=()
+settings=()
 prompt="" # the beginning of a document
+
+# Settings of the run, key.path=value, are taken out first; a file of that name is an input.
+words=()
+for word in "$@"; do
+    if [[ $word =~ ^[a-z_]+(\.[a-z_0-9]+)+= ]] && [ ! -e "$started_in/$word" ]; then
+        settings+=("$word")
+    else
+        words+=("$word")
+    fi
+done
+set -- ${words[@]+"${words[@]}"}
+num_words=$#
 if [ "${1:-}" = --input ]; then
     shift
     while [ $# -gt 0 ] && [[ $1 == - || $1 != -* ]]; do
@@ -30,10 +45,11 @@ if [ "${1:-}" = --input ]; then
         shift
     done
     options=("$@")
-    name=quickstart-$(date +%Y%m%d-%H%M%S)
+    name=quickstart-$(date +%Y%m%d-%H%M%S)-$$ # two that start in one second differ
 fi
-if [ ${#inputs[@]} -eq 0 ] && [ $((${#options[@]} + $#)) -gt 0 ]; then
-    echo "usage: bash launcher/quickstart.sh [--input FILES [options of moa-dist prepare]]" >&2
+if [ ${#inputs[@]} -eq 0 ] && [ "$num_words" -gt 0 ]; then
+    echo "usage: bash launcher/quickstart.sh [--input FILES [options of moa-dist prepare]]" \
+        "[key.path=value ...]" >&2
     exit 2
 elif [ ${#inputs[@]} -eq 0 ]; then
     prompt="def read(self, "
@@ -41,6 +57,10 @@ elif [ ${#inputs[@]} -eq 0 ]; then
     while IFS= read -r file; do inputs+=("$file"); done < <(find "$stdlib" -name '*.py' \
         -not -path '*/site-packages/*' -not -path '*/dist-packages/*' \
         -not -path '*/test/*' -not -path '*/tests/*' -not -path '*/encodings/*' | sort)
+fi
+
+if [ ${#settings[@]} -gt 0 ]; then # before the work; training checks them again, with the data
+    moa-dist config check configs/quickstart.yaml "${settings[@]}" >/dev/null
 fi
 
 say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
@@ -75,7 +95,7 @@ deepspeed --num_gpus "$layout" --master_port "$port" --log_level error \
     launcher/train.py --config configs/quickstart.yaml \
     "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" \
     "parallel.expert_parallel=$layout" \
-    "model.vocab_size=$vocabulary" "data.sequence_length=$length"
+    "model.vocab_size=$vocabulary" "data.sequence_length=$length" ${settings[@]+"${settings[@]}"}
 
 say "3/4 Evaluate on the whole validation text, in one process"
 moa-dist eval "runs/$name"
@@ -83,8 +103,15 @@ moa-dist eval "runs/$name"
 say "4/4 Generate a sample"
 moa-dist generate "runs/$name" --prompt "$prompt" --tokens 120
 
-say "Done. Results and next steps:"
-echo "curves       tensorboard --logdir runs"
-echo "metrics      runs/$name/metrics.jsonl"
-echo "checkpoints  $(ls -d runs/$name/step-* | tail -n 1)"
-echo "next         moa-dist plan configs/moeut/244m.yaml; README.md, from \"Train your own\""
+say "Done. To go on, in any shell:"
+if [ -e .venv/bin/activate ]; then
+    printf 'cd %q && source .venv/bin/activate\n' "$PWD"
+else
+    printf 'cd %q\n' "$PWD" # in a container image, where commands are on the path
+fi
+cat <<EOF
+moa-dist report runs/$name                # metrics, routing and checkpoints as one page
+moa-dist checkpoint show runs/$name       # its checkpoints
+tensorboard --logdir runs                 # the training curves, until Ctrl-C
+moa-dist plan configs/moeut/244m.yaml     # the next size; more in README.md, "Train your own"
+EOF

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Container
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -161,14 +162,22 @@ def move_into_place(partial: Path, target: Path) -> None:
     partial.rename(target)
     sync_folder(target.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _delete(replaced)
 
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name before any of its files."""
     doomed = partial_folder(checkpoint)
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, or a link to one: what a user moved to another disk stays there."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -176,11 +185,12 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f"step-*{REPLACED}"):
         target = path.with_name(path.name.removesuffix(REPLACED))
         if target.exists():
-            shutil.rmtree(path)
+            _delete(path)
         else:
             path.rename(target)
     for path in folder.glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)  # creating a folder of this name would fail
+        with suppress(OSError):  # creating a folder of this name would fail
+            _delete(path)
 
 
 def prune(

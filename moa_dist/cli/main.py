@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141  # the status of a process that SIGPIPE kills
+    except OSError as error:  # a name too long, a folder that may not be written, a full disk
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return ExitCode.USER
 
 
 def _reader_is_gone() -> bool:

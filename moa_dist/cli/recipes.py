@@ -21,6 +21,9 @@ from moa_dist.errors import ConfigError
 from moa_dist.models.counts import count
 from moa_dist.units import short
 
+GPUS_PER_NODE = 8
+"""What a job of several nodes is shown with."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -61,7 +64,7 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
         "macs_per_token": counts.block_macs / counts.sequence_length,
         "tokens": config.train.steps * config.train.global_batch * tokens_per_sample(config),
         "file": str(_near(path)),
-        "command": _command(config, path),
+        "command": _command(config, path, recipe.ranks),
     }
 
 
@@ -72,11 +75,15 @@ def _near(path: Path) -> str:
     return os.path.relpath(resolved) if resolved.is_relative_to(here) else str(resolved)
 
 
-def _command(config: Config, path: Path) -> str:
-    ranks = config.parallel.expert_parallel
-    start = f"deepspeed --num_gpus {ranks}" if ranks > 1 else "python"
+def _command(config: Config, path: Path, ranks: int) -> str:
     data = f"data.train={config.data.train} data.valid={config.data.valid}"
-    return f"{start} launcher/train.py --config {_near(path)} {data}"
+    run = f"--config {_near(path)} {data}"
+    if ranks == 1:
+        return f"python launcher/train.py {run}"
+    if ranks <= GPUS_PER_NODE:
+        return f"deepspeed --num_gpus {ranks} launcher/train.py {run}"
+    nodes = f"--nodes {ranks // GPUS_PER_NODE} --gpus-per-node {GPUS_PER_NODE}"
+    return f"python launcher/job.py slurm {nodes} {run}"
 
 
 def _table(described: list[dict[str, Any]]) -> str:
@@ -112,6 +119,7 @@ def _in_full(each: dict[str, Any]) -> str:
         "row": each["row"],
         "size": numbers,
         "expect": each["expect"],
+        "ranks": f"{each['ranks']:,}",
         "file": each["file"],
     }
     lines = [each["name"]]

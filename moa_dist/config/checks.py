@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
@@ -20,6 +21,8 @@ from moa_dist.config.section import InvalidFieldError
 from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of
 from moa_dist.errors import Problem
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name on Linux."""
 _MOST_LAYERS = 10_000
 """Layers with weights of their own."""
 _MOST_TRACED = 10
@@ -45,6 +48,13 @@ def _name(config: Config) -> Iterator[Problem]:
         yield Problem(
             f'`name` is "{config.name}", but it is also the name of the run\'s folder in `output`; '
             "use a plain name without slashes",
+            ("name",),
+        )
+    length = len(os.fsencode(config.name))
+    if length > _LONGEST_NAME:
+        yield Problem(
+            f"`name` has {length} bytes, but it is also the name of the run's folder, for which "
+            f"file systems allow {_LONGEST_NAME}",
             ("name",),
         )
 

@@ -6,6 +6,7 @@ A recipe begins with a section
       paper: whose model it is, with its arXiv number
       row: the row of the paper's table, or what was changed
       expect: what was published, or what we measured
+      ranks: how many the layout is for
 
 which is not part of the run's configuration and is not inherited by files that extend it. Files
 without a `name` exist only to be extended.
@@ -16,7 +17,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from moa_dist.config.source import UnreadableError, parse_yaml
 from moa_dist.errors import ConfigError, Problem
@@ -35,6 +36,8 @@ class Recipe(BaseModel):
     """The row of the paper's table, or what was changed."""
     expect: str
     """What was published or measured, and which of the two."""
+    ranks: PositiveInt
+    """Number of ranks that the layout is for: H100 GPUs in bf16, processes on CPUs in fp32."""
 
 
 def shipped_folder() -> Path:

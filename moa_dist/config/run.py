@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.section import MAY_CHANGE, Section
+
+FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; unlike the words of a command, it has met no shell that knows what `~` is."""
 
 
 class DataConfig(Section):
     """Prepared shards to train and validate on (see `moa-dist prepare`)."""
 
-    train: Annotated[str, MAY_CHANGE]
+    train: Annotated[FolderPath, MAY_CHANGE]
     """Folder with the training shards and their manifest. A resumed run may find it elsewhere."""
-    valid: Annotated[str | None, MAY_CHANGE] = None
+    valid: Annotated[FolderPath | None, MAY_CHANGE] = None
     """Folder with the validation shards; null for no validation."""
     sequence_length: PositiveInt
     """Tokens per sequence; must equal the block length that the shards were prepared with."""
@@ -261,7 +272,7 @@ class Config(Section):
 
     name: Annotated[str, MAY_CHANGE]
     """Name of the run."""
-    output: Annotated[str, MAY_CHANGE] = "runs"
+    output: Annotated[FolderPath, MAY_CHANGE] = "runs"
     """Folder in which the run's folder, called `name`, is created."""
     model: ModelConfig
     """The model."""

@@ -61,9 +61,13 @@ def _made_by_prepare(folder: Path) -> bool:
 
 @contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
-    """Create a hidden folder next to the output, which is removed if anything goes wrong."""
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
+    """Create a hidden folder next to the output, which is removed if anything goes wrong.
+
+    Where the output is a link, both lie where it leads to.
+    """
     try:
+        target = output.resolve()
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         partial.mkdir(parents=True)
     except OSError as error:
         raise DataError(
@@ -82,6 +86,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
 
 def put_in_place(partial: Path, output: Path) -> None:
     """Rename the finished folder to the output's name."""
+    output = output.resolve()
     if output.is_dir() and any(output.iterdir()):
         # The old data stays intact until the new data is complete next to it.
         old = partial.with_name(f"{partial.name}-old")

@@ -150,7 +150,11 @@ class Planner:
                         yield config
 
     def ranked(self) -> tuple[list[Planned], list[str]]:
-        """Return layouts that fit, fastest first, and why no layout of an (ep, ZeRO) fits."""
+        """Return layouts that fit, fastest first, and why no layout of an (ep, ZeRO) fits.
+
+        Equally fast ones are ordered by fewer micro-batches, since launching a kernel takes time
+        that is not predicted, then by lower ZeRO stage.
+        """
         fitting: list[Planned] = []
         smallest: dict[tuple[int, int], Planned] = {}
         for config in self.candidates():
@@ -162,7 +166,7 @@ class Planner:
             best = smallest.get(key)
             if best is None or planned.memory.total < best.memory.total:
                 smallest[key] = planned
-        fitting.sort(key=lambda planned: planned.time.seconds)
+        fitting.sort(key=_rank)
         memory = self.cluster.gpu.memory
         reasons = [
             f"{planned.name}: {why_too_much(planned.memory, memory)}"
@@ -190,6 +194,11 @@ def with_layout(
     )
     train = config.train.model_copy(update={"micro_batch": micro_batch, "recompute": recompute})
     return config.model_copy(update={"parallel": parallel, "train": train})
+
+
+def _rank(planned: Planned) -> tuple[float, int, int]:
+    config = planned.config
+    return planned.time.seconds, -config.train.micro_batch, config.parallel.zero_stage
 
 
 def _accumulates_in_vain(config: Config, per_rank: int) -> bool:

@@ -191,6 +191,25 @@ def test_a_crash_keeps_the_data_that_force_would_have_replaced(
     assert nothing_but("out", folder=tmp_path)
 
 
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "data"])
+def test_an_output_that_is_a_link_is_written_where_it_leads(
+    text_file: Path, tmp_path: Path, before: str
+) -> None:
+    """As `data` often leads to a larger disk; the link stays."""
+    disk, output = tmp_path / "disk", tmp_path / "out"
+    disk.mkdir()
+    output.symlink_to(disk / "data")
+    if before != "nothing":
+        (disk / "data").mkdir()
+    if before == "data":
+        run(text_file, output, seed=9)
+    run(text_file, output, force=True)
+    assert output.is_symlink()
+    assert nothing_but("data", folder=disk)
+    run(text_file, tmp_path / "plain")
+    assert contents(disk / "data") == contents(tmp_path / "plain")
+
+
 def test_existing_data_is_replaced_only_with_force(text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
