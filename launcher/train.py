@@ -77,11 +77,13 @@ def run(args: argparse.Namespace, preemption: Preemption) -> int:
     share_cores()
 
     from moa_dist.config import load_config
+    from moa_dist.distributed.gpus import require_usable_gpus
     from moa_dist.observe import Observers
     from moa_dist.train.check_run import check_run
     from moa_dist.train.trainer import train
 
     try:
+        require_usable_gpus()  # before the layout: launchers start one rank where they see no GPU
         config = load_config(args.config, args.overrides)
         check_run(config, args.world_size or world_size)
     except MoaDistError as error:
