@@ -1,6 +1,7 @@
 """A pool of gloo ranks that outlives a test: starting ranks costs seconds, a case milliseconds."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -39,6 +40,7 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
     from moa_dist.distributed.start import init_distributed
 
     torch.set_num_threads(1)
+    _never_reuse_group_names()
     gc.freeze()  # what imports have made stays: collections after cases need not look at it
     with init_distributed():
         while (task := _receive(pipe)) is not None:
@@ -48,6 +50,17 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
             except Exception:
                 _send(pipe, (False, traceback.format_exc()))
             _end_groups()
+
+
+def _never_reuse_group_names() -> None:
+    """Number the groups of this rank, where torch counts those that exist at the time.
+
+    A group with the name of one that a former case has ended would find that one's addresses.
+    """
+    from torch.distributed import distributed_c10d
+
+    name_of, number = distributed_c10d._hash_ranks_to_str, itertools.count()
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name_of([*ranks, next(number)])
 
 
 def _end_groups() -> None:
