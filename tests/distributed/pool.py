@@ -27,7 +27,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
+def _rank_main(rank: int, world_size: int, port: int, pipe, prepare) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -41,6 +41,7 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
 
     torch.set_num_threads(1)
     _never_reuse_group_names()
+    prepare()
     gc.freeze()  # what imports have made stays: collections after cases need not look at it
     with init_distributed():
         while (task := _receive(pipe)) is not None:
@@ -100,10 +101,15 @@ def _receive(pipe) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
+def _as_is() -> None:
+    """Prepare nothing."""
+
+
 class Pool:
     """`world_size` ranks on this machine."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, prepare: Callable[[], None] = _as_is) -> None:
+        """Start the ranks; each calls `prepare` before it joins the others."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         port = _free_port()
@@ -112,7 +118,7 @@ class Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, port, theirs), daemon=True
+                target=_rank_main, args=(rank, world_size, port, theirs, prepare), daemon=True
             )
             process.start()
             self._pipes.append(ours)
