@@ -28,6 +28,7 @@ from pathlib import Path
 
 from moa_dist.cli.arguments import between
 from moa_dist.config import Config, load_config
+from moa_dist.distributed.gpus import num_gpus
 from moa_dist.distributed.network import host_name
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.process import SUPERVISOR_VARIABLE
@@ -42,7 +43,7 @@ from moa_dist.launch.retry import HOST_WAIT_S, Waiting
 from moa_dist.launch.ssh import given_arguments
 from moa_dist.launch.ssh_launcher import HostsLauncher
 from moa_dist.launch.supervisor import RestartPolicy, supervise
-from moa_dist.launch.visible_devices import num_gpus, ranks_on_visible_devices
+from moa_dist.launch.visible_devices import ranks_on_visible_devices
 from moa_dist.launch.worker_node import follow
 
 

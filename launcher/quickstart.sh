@@ -62,6 +62,7 @@ fi
 if [ ${#settings[@]} -gt 0 ]; then # before the work; training checks them again, with the data
     moa-dist config check configs/quickstart.yaml "${settings[@]}" >/dev/null
 fi
+gpus=$(python -m moa_dist.distributed.gpus) # fails if there are GPUs that torch cannot use
 
 say "1/4 Prepare text: ${#inputs[@]} inputs -> data/$name"
 if [ -e "data/$name/train/manifest.json" ]; then
@@ -77,10 +78,6 @@ read -r vocabulary length < <(python -c 'import json, sys
 manifest = json.load(open(sys.argv[1]))
 print(max(manifest["vocab_size"], 4000), manifest["block_length"])' "data/$name/train/manifest.json")
 
-gpus=0
-if command -v nvidia-smi >/dev/null; then
-    gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
-fi
 if [ "$gpus" -eq 1 ]; then
     layout=1
     say "2/4 Train on the only GPU; experts are not sharded, since that needs two"
@@ -88,11 +85,9 @@ elif [ "$gpus" -ge 2 ]; then
     say "2/4 Train on 2 of $gpus GPUs"
 else
     export DS_ACCELERATOR=cpu
-    say "2/4 Train on the CPU, because no GPU was found: 2 ranks that communicate through gloo"
+    say "2/4 Train on the CPU, because no GPU is visible: 2 ranks that communicate through gloo"
 fi
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --num_gpus "$layout" --master_port "$port" --log_level error \
-    launcher/train.py --config configs/quickstart.yaml \
+python launcher/launch.py --ranks "$layout" --config configs/quickstart.yaml \
     "name=$name" "data.train=data/$name/train" "data.valid=data/$name/valid" \
     "parallel.expert_parallel=$layout" \
     "model.vocab_size=$vocabulary" "data.sequence_length=$length" ${settings[@]+"${settings[@]}"}

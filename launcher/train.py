@@ -35,6 +35,15 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
+def let_segments_grow() -> None:
+    """Let torch extend its blocks of GPU memory, so that fewer gaps remain between tensors.
+
+    Without effect once torch is imported, and if the user has configured the allocator.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def main() -> int:
     """Train; returns the process's exit status, see `moa_dist.errors.ExitCode`."""
     parser = argparse.ArgumentParser(description="Train a model as configured.")
@@ -75,13 +84,16 @@ def run(args: argparse.Namespace, preemption: Preemption) -> int:
     """Check the configuration and train; turns errors into an exit status."""
     rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     share_cores()
+    let_segments_grow()
 
     from moa_dist.config import load_config
+    from moa_dist.distributed.gpus import require_usable_gpus
     from moa_dist.observe import Observers
     from moa_dist.train.check_run import check_run
     from moa_dist.train.trainer import train
 
     try:
+        require_usable_gpus()  # before the layout: launchers start one rank where they see no GPU
         config = load_config(args.config, args.overrides)
         check_run(config, args.world_size or world_size)
     except MoaDistError as error:

@@ -80,10 +80,13 @@ def default_run(items):
 
 
 def cell_of(item) -> Cell:
-    """Values of the test's parameters; a parameter that is a cell itself gives its own."""
+    """Values of the test's parameters; a parameter that is a cell itself gives its own.
+
+    Values, since `callspec.indices` numbers the cells in recent versions of pytest.
+    """
     cell = {}
     for name, value in item.callspec.params.items():
-        cell |= value if isinstance(value, dict) else {name: item.callspec.indices[name]}
+        cell |= value if isinstance(value, dict) else {name: value}
     return cell
 
 

@@ -19,7 +19,12 @@ from moa_dist.models.objective import Batch
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
 """torch types by `train.precision`."""
 
 Module = TypeVar("Module", bound=nn.Module)

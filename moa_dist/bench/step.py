@@ -56,7 +56,9 @@ def training_step(setting: Setting, config: ModelConfig, *, even: bool = False) 
     if even:
         balance(model)
     settings = setting.config.optimizer
-    optimizer = make_optimizer(settings, parameter_groups(model, settings))
+    optimizer = make_optimizer(
+        settings, parameter_groups(model, settings), fused=setting.device.type == "cuda"
+    )
     batch = setting.batch()
 
     def once() -> None:

@@ -18,6 +18,7 @@ from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import in_a_job, in_this_job
 from moa_dist.cli.arguments import add_json, between
 from moa_dist.config import load_config
+from moa_dist.distributed.device import set_product_precision
 from moa_dist.errors import ConfigError
 from moa_dist.evaluate.trained import config_of_run
 
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(file, changes) if file else config_of_run(args.run, changes)
     if args.threads:
         torch.set_num_threads(args.threads)
+    set_product_precision(config.train.precision)
     sequences = args.sequences or config.train.micro_batch
     setting = Setting(config, device, sequences, args.repetitions, run=args.run)
     speaks = not in_job or os.environ.get("RANK") == "0"

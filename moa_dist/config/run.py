@@ -164,8 +164,10 @@ class TrainConfig(Section):
     """Fraction of every target's probability that is spread evenly over the vocabulary in training
     (Szegedy et al. 2015, section 7). The reported training loss includes it, validation does
     not."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification."""
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
+    """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification. `tf32` is
+    fp32 whose products run on the tensor cores of GPUs, with factors rounded to 10 bits; `fp32`
+    never rounds them."""
     deterministic: Annotated[bool, MAY_CHANGE] = False
     """Make two runs of one layout on the same GPUs equal to the bit. Rows are then summed in sorted
     order instead of by atomic additions, which is slower; on CPUs this is always the case."""

@@ -30,6 +30,14 @@ def enable_determinism() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def set_product_precision(precision: str) -> None:
+    """Let products of fp32 matrices on GPUs use TF32, or not, as `train.precision` asks for.
+
+    Torch raises where its older interface, `allow_tf32`, is read once this one has been used.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
 def should_overlap(setting: str, backend: str) -> bool:
     """Resolve `parallel.overlap`: `auto` means NCCL only, since gloo competes for the CPU."""
     return setting == "on" or (setting == "auto" and backend == "nccl")

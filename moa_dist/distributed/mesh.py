@@ -53,6 +53,18 @@ def expert_data_parallel_ranks(world_size: int, expert_parallel: int) -> list[li
     return [list(range(i, world_size, expert_parallel)) for i in range(expert_parallel)]
 
 
+def _own_group(groups: list[list[int]]) -> dist.ProcessGroup:
+    """Create the one of disjoint `groups` that this rank is in; all ranks do so at once.
+
+    Torch's usual way has every rank take part in the creation of every group, more than W in all.
+    Here NCCL splits all groups off the world's communicator in one step.
+    """
+    ranks = next(ranks for ranks in groups if dist.get_rank() in ranks)
+    group = dist.new_group(ranks, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def make_mesh(expert_parallel: int) -> Mesh:
     """Create the process groups. Collective over all ranks of an initialized process group."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -61,13 +73,7 @@ def make_mesh(expert_parallel: int) -> Mesh:
             f"parallel.expert_parallel is {expert_parallel}, which does not divide the "
             f"{world_size} ranks of this job: change it or start a different number of ranks"
         )
-    ep_group, _ = dist.new_subgroups_by_enumeration(
-        expert_parallel_ranks(world_size, expert_parallel)
-    )
-    edp_group, _ = dist.new_subgroups_by_enumeration(
-        expert_data_parallel_ranks(world_size, expert_parallel)
-    )
-    assert ep_group is not None
-    assert edp_group is not None
+    ep_group = _own_group(expert_parallel_ranks(world_size, expert_parallel))
+    edp_group = _own_group(expert_data_parallel_ranks(world_size, expert_parallel))
     comm_timer = CommTimer(on_gpu=dist.get_backend() == "nccl")
     return Mesh(rank, world_size, expert_parallel, ep_group, edp_group, comm_timer=comm_timer)

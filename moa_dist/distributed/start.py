@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moa_dist.distributed.gpus import require_usable_gpus
 from moa_dist.distributed.heartbeat import Heartbeat, heartbeat
 from moa_dist.distributed.store import local_store
 from moa_dist.errors import ClusterError, PeerError, PeerErrorKind
@@ -60,7 +61,12 @@ def patched_environ(environment: dict[str, str]) -> Iterator[None]:
 
 
 def device_of(rank: int, local_rank: int) -> torch.device:
-    """Select the rank's GPU as torch's current device; returns the CPU if no GPU is available."""
+    """Select the rank's GPU as torch's current device; returns the CPU on a machine without GPUs.
+
+    Raises:
+        ClusterError: Torch cannot use the GPUs of this machine, or it has fewer than ranks.
+    """
+    require_usable_gpus()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 from moa_dist.doctor.finding import Finding, guarded
@@ -32,6 +33,7 @@ def check_environment() -> list[Finding]:
         "disk": _disk,
         "package": check_packages,
         "torch": _torch,
+        "triton": check_triton,
     }
     return [finding for name, check in checks.items() for finding in guarded(name, check)]
 
@@ -101,6 +103,25 @@ def _torch() -> Iterator[Finding]:
         words.append(f"NCCL {nccl_version()}")
     words.append(f"{torch.cuda.device_count()} GPUs")
     yield Finding("torch", "ok", ", ".join(words))
+
+
+def check_triton() -> Iterator[Finding]:
+    """Check that Triton can compile, where it is installed or a GPU needs it."""
+    import torch
+
+    from moa_dist.kernels.triton_support import triton_problem
+
+    needed, problem = torch.cuda.is_available(), triton_problem()
+    if problem is None:
+        yield Finding("triton", "ok", "Triton can compile")
+    elif needed or find_spec("triton"):
+        remedy = "install gcc and Python's headers (Debian: apt install gcc libc6-dev python3-dev)"
+        yield Finding(
+            "triton",
+            "FAULT" if needed else "note",
+            f"{problem}: on GPUs, some experts would run one by one",
+            remedy,
+        )
 
 
 def nccl_version() -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pynvml
 import torch
 
+from moa_dist.distributed.gpus import unusable_gpus
 from moa_dist.doctor.finding import Finding, failed
 from moa_dist.observe.gpu import device_handle
 
@@ -25,17 +26,18 @@ _THROTTLED_BY_SETTING = {
 
 
 def check_gpus(devices: list[torch.device]) -> Iterator[Finding]:
-    """Check each device; a missing NVML is reported once, and is not a fault."""
+    """Check each device, or that torch uses none because there is none.
+
+    A missing NVML is reported once, and is not a fault.
+    """
+    if not devices and (unusable := unusable_gpus()) is not None:
+        yield Finding("gpu", "FAULT", *unusable)
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         yield Finding("gpu", "note", f"GPU health cannot be read: {error}")
         return
     try:
-        if not devices and pynvml.nvmlDeviceGetCount():
-            text = f"this machine has {pynvml.nvmlDeviceGetCount()} GPUs, but torch sees none"
-            remedy = "install a CUDA build of torch, or check CUDA_VISIBLE_DEVICES"
-            yield Finding("gpu", "FAULT", text, remedy)
         for device in devices:
             yield from _check_gpu(device)
     finally:

@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moa_dist.doctor.finding import Finding, guarded
 from moa_dist.doctor.packages import check_packages, package_versions
 from moa_dist.errors import MoaDistError
 from moa_dist.provenance import code_hash
+
+if TYPE_CHECKING:
+    from moa_dist.distributed.gpus import UnusableGpus
 
 _REACH_S = 5.0
 _VISIBLE_S = 5.0
@@ -41,8 +44,10 @@ def report(request: Message) -> Message:
     findings = [f for f in guarded("package", check_packages) if f.is_fault]
     if findings:  # the other checks would fail for the same reason
         return _answer(facts, findings, num_gpus=0)
-    num_gpus, driver = _gpus()
+    num_gpus, driver, unusable = _gpus()
     facts["driver"] = driver
+    if unusable is not None:
+        findings.append(Finding("gpu", "FAULT", *unusable))
     slots = request["slots"]
     if slots is not None and 0 < num_gpus < slots:
         text = f"{slots} slots for ranks, but only {num_gpus} GPUs"
@@ -65,12 +70,13 @@ def _answer(facts: dict[str, str], findings: list[Finding], num_gpus: int) -> Me
     }
 
 
-def _gpus() -> tuple[int, str]:
+def _gpus() -> tuple[int, str, UnusableGpus | None]:
     import torch
 
+    from moa_dist.distributed.gpus import unusable_gpus
     from moa_dist.doctor.gpu import driver_version
 
-    return torch.cuda.device_count(), driver_version()
+    return torch.cuda.device_count(), driver_version(), unusable_gpus()
 
 
 def _configuration(request: Message, facts: dict[str, str]) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moa_dist.kernels.gather import gather_rows
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
 
@@ -20,7 +21,7 @@ def grouped_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tenso
 
 def gather(x: Tensor, row_map: RowMap) -> Tensor:
     """Gather the rows of all assignments, sorted by expert: [X, D] -> [A, D]."""
-    return _zero_unassigned(x.index_select(0, row_map.read), row_map)
+    return _zero_unassigned(gather_rows(x, row_map.read), row_map)
 
 
 def multiply(experts: ExpertWeights, rows: Tensor, row_map: RowMap) -> Tensor:

@@ -53,8 +53,14 @@ class _LoopGroupedMatmul(torch.autograd.Function):
         return grad_rows, grad_weight, None
 
 
+_MAX_GROUPS = 1023
+"""Number of groups that torch's grouped product takes on CUDA."""
+
+
 def grouped_matmul_fits(rows: Tensor, *weights: Tensor) -> bool:
-    """Whether torch's grouped product supports this device, type and these widths, and is fast."""
+    """Whether torch's grouped product supports this device, type, number of groups and widths."""
+    if any(len(weight) > _MAX_GROUPS for weight in weights):
+        return False
     if rows.dtype != torch.bfloat16 or rows.device.type == "cpu":
         return False
     return all(w * rows.element_size() % 16 == 0 for m in weights for w in m.shape[1:])

@@ -7,7 +7,6 @@ Several kernels compute the same result; device, type and widths decide which on
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,13 @@ from moa_dist.kernels.custom_op import custom_op_experts
 from moa_dist.kernels.grouped import grouped_experts
 from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.kernels.triton_support import triton_problem
 from moa_dist.profiling import annotated
 
 RoutedExperts = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
 """A function with the signature and the meaning of `routed_experts`."""
 
-_HAS_TRITON = find_spec("triton") is not None
+_HAS_TRITON = triton_problem() is None  # now, since torch.compile would trace the question
 
 
 class Kernel(NamedTuple):
@@ -41,7 +41,7 @@ class Hardware(NamedTuple):
     capability: tuple[int, int] | None = None
     """Compute capability of a CUDA device."""
     has_triton: bool = True
-    """Triton is installed there."""
+    """Triton is installed there, and finds a C compiler."""
     deterministic: bool = False
     """Sums must be taken in a fixed order."""
 
@@ -71,7 +71,7 @@ _TRITON = Kernel(
 )
 _LOOP = Kernel(
     grouped_experts,
-    "one matmul per expert, because Triton is not installed, deterministic sums are required, or "
+    "one matmul per expert, because Triton cannot be used, deterministic sums are required, or "
     "the type is fp64",
 )
 

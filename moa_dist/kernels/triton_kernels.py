@@ -122,7 +122,7 @@ def outer_products(
 
 def _precision() -> str:
     """Return the precision of fp32 products that torch's own matmul is set to."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

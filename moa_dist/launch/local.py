@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa_dist.distributed.gpus import CUDA_VARIABLE
 from moa_dist.distributed.network import HOST_VARIABLE, free_port
 from moa_dist.distributed.preemption import signals_blocked
 from moa_dist.launch.failure import Cause
 from moa_dist.launch.hostfile import Host, write_hostfile
-from moa_dist.launch.visible_devices import CUDA_VARIABLE, VISIBLE_VARIABLE
+from moa_dist.launch.visible_devices import VISIBLE_VARIABLE
 
 LAUNCHER_LOG = "launcher.log"
 """File in an attempt's folder with the output of the launcher itself."""

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
+from moa_dist.distributed.gpus import CUDA_VARIABLE
 from moa_dist.distributed.network import (
     HOST_VARIABLE,
     choose_interfaces,
@@ -34,7 +35,7 @@ from moa_dist.distributed.process import ATTEMPT_VARIABLE
 from moa_dist.launch.failure import count_oom_kills
 from moa_dist.launch.link import Link, LinkLostError, connect
 from moa_dist.launch.record import RankRecord, Start, read_start, write_record
-from moa_dist.launch.visible_devices import CUDA_VARIABLE, VISIBLE_VARIABLE
+from moa_dist.launch.visible_devices import VISIBLE_VARIABLE
 
 _POLL_S = 0.2
 _CONNECT_S = 20.0

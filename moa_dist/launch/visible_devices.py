@@ -9,25 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pynvml
-
+from moa_dist.distributed.gpus import CUDA_VARIABLE, hides_gpus
 from moa_dist.errors import ClusterError
 
-CUDA_VARIABLE = "CUDA_VISIBLE_DEVICES"
 VISIBLE_VARIABLE = "MOA_DIST_VISIBLE_DEVICES"
 """Environment variable that carries the list from a launcher to the agents of its ranks."""
-
-
-def num_gpus() -> int:
-    """Return the number of NVIDIA GPUs of this machine, whether visible or not."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def visible_devices(environment: Mapping[str, str]) -> list[str] | None:
@@ -41,7 +27,9 @@ def visible_devices(environment: Mapping[str, str]) -> list[str] | None:
     given = environment.get(CUDA_VARIABLE)
     if given is None:
         return None
-    names = [name.strip() for name in given.split(",")] if given.strip() else []
+    if hides_gpus(environment):
+        return []
+    names = [name.strip() for name in given.split(",")]
     for position, name in enumerate(names):
         if name.startswith("-") and name[1:].isdigit():
             names = names[:position]
@@ -64,7 +52,7 @@ def ranks_on_visible_devices(
     Args:
         environment: Environment of the launcher.
         ranks: Number of ranks that the user asked for; None for one per listed GPU.
-        present: Number of GPUs of this machine, see `num_gpus`.
+        present: Number of GPUs of this machine, see `moa_dist.distributed.gpus`.
 
     Raises:
         ClusterError: The list has too few GPUs, or names one that this machine lacks.

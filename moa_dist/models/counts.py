@@ -10,7 +10,7 @@ from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp64": 8}
 """Bytes of an element of weights and activations, by `train.precision`."""
 
 

@@ -20,6 +20,7 @@ from moa_dist.profiling import annotate
 
 NO_TARGET = -100
 """In the place of a token where nothing is to be predicted."""
+_UPLOAD = ("cpu", "cuda")
 
 
 class Batch(NamedTuple):
@@ -70,8 +71,14 @@ class Batch(NamedTuple):
         return tokens.numel() if token_mask is None else int(token_mask.sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`."""
-        return self._each(lambda field: field.to(device, non_blocking=True))
+        """The same on `device`; the host does not wait for the copy."""
+
+        def copy(field: Tensor) -> Tensor:
+            # Only from pinned memory is a copy to a GPU asynchronous.
+            pinned = field.pin_memory() if (field.device.type, device.type) == _UPLOAD else field
+            return pinned.to(device, non_blocking=True)
+
+        return self._each(copy)
 
     def rows(self, index: Tensor | slice) -> Batch:
         """Some of the sequences."""

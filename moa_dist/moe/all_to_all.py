@@ -18,6 +18,7 @@ from torch import Tensor
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
 from moa_dist.distributed.comm_group import CommGroup
 from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.gather import gather_rows
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
 from moa_dist.moe.experts import shard_starts
@@ -57,7 +58,7 @@ class AllToAllPlan:
         """Implement `DispatchPlan.dispatch` by one all-to-all."""
         route = self.routes[read]
         with annotate("dispatch"):
-            rows = x.index_select(0, route.rows)
+            rows = gather_rows(x, route.rows)
         return all_to_all_rows(rows, route.sent, route.received, self.comm_group, "dispatch")
 
     def run_and_combine(

@@ -22,7 +22,12 @@ from moa_dist.moe.router import Router
 from moa_dist.plan.measure import INPUT, Saved, measure_choices, measure_saved
 from moa_dist.plan.terms import Factor, Term, term, total
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
 _SMALL = 1e-3
 """Lines below this share of all bytes are merged into one."""
 

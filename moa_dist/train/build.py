@@ -9,7 +9,7 @@ import torch
 
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
-from moa_dist.distributed.device import min_device_memory, should_overlap
+from moa_dist.distributed.device import min_device_memory, set_product_precision, should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.models.counts import Counts, count_model
 from moa_dist.models.language_model import LanguageModel, materialize, meta_model
@@ -35,6 +35,7 @@ def build_as_configured(config: Config, device: torch.device, backend: str) -> B
 
     `backend` is the communication backend of the job that is to run.
     """
+    set_product_precision(config.train.precision)
     mesh = make_mesh(config.parallel.expert_parallel)
     model = meta_model(config.model, recompute=config.train.recompute)
     counts = count_model(model, config.data.sequence_length)

@@ -31,6 +31,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would wait for the device twice in every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.train.precision == "bf16":
         # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.

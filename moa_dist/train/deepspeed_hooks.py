@@ -19,13 +19,14 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import deepspeed
 import deepspeed.comm.comm as deepspeed_comm
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from torch import nn
 
@@ -36,6 +37,7 @@ from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.routed_module import RoutedModule
 
 _MARKER = "_deepspeed_expert_marker"
+_GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
 def disable_shm_comm_jit() -> None:
@@ -120,6 +122,7 @@ def prepare_for_zero_3(model: nn.Module) -> None:
     whose weights stay here: its `RoutedModule` uses them. And they replace tensors inside the
     dictionaries that a module is called with, while gathered weights serve every repeat of a layer.
     """
+    gather_in_order()
     for module in model.modules():
         if isinstance(module, Block):
             module.register_forward_pre_hook(_with_own_dictionaries)
@@ -127,6 +130,25 @@ def prepare_for_zero_3(model: nn.Module) -> None:
             for child in module.children():
                 if isinstance(child, GroupedLinear) and child.gather is None:
                     deepspeed.zero.register_external_parameter(module, child.weight)
+
+
+def gather_in_order() -> None:
+    """Make ZeRO 3 gather the parameters of a module in the same order on every rank.
+
+    DeepSpeed keeps them in a set, whose order follows addresses in memory. So ranks would gather
+    dense and expert parameters, which have different groups, in different orders, and NCCL may
+    deadlock when ranks enter the collectives of two groups in different orders.
+    """
+    gather = getattr(PartitionedParameterCoordinator, _GATHER)
+    if hasattr(gather, "__wrapped__"):
+        return
+
+    @wraps(gather)
+    def in_order(coordinator: Any, parameters: Iterable[Any], *args: Any, **keywords: Any) -> Any:
+        ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)
+        return gather(coordinator, ordered, *args, **keywords)
+
+    setattr(PartitionedParameterCoordinator, _GATHER, in_order)
 
 
 def _with_own_dictionaries(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -111,7 +111,7 @@ class Engine:
             deepspeed_hooks.prepare_for_zero_3(model)
         groups = parameter_groups(model, config.optimizer, self.expert_names)
         deepspeed_hooks.name_expert_groups(groups, mesh)
-        self.optimizer = make_optimizer(config.optimizer, groups)
+        self.optimizer = make_optimizer(config.optimizer, groups, fused=device.type == "cuda")
         with deepspeed_hooks.expert_marker(model, mesh, bool(experts)):
             self.deepspeed = _initialize(model, self.optimizer, config, mesh, zero_sizes)
         self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
@@ -135,8 +135,8 @@ class Engine:
         Raises BadStepError, with parameters and optimizer state untouched, if the loss or the
         gradient norm is not finite, or the loss is above `loss_limit`.
         """
+        totals = self._totals(batches)  # on the host: counting on the device would wait for it
         batches = [batch.to(self.device) for batch in batches]
-        totals = self._totals(batches)
         self.deepspeed.train()
         self.mesh.traffic_counter.take()  # what evaluation has sent
         set_learning_rate(self.optimizer, lr)

@@ -103,7 +103,9 @@ class EngineState:
             if by_muon or self._optimizer.defaults.get("momentum"):
                 keys = ["momentum_buffer"]
             elif isinstance(self._optimizer, torch.optim.AdamW):
-                state["step"] = torch.tensor(float(num_updates))
+                fused = self._optimizer.defaults["fused"]  # such kernels count on their device
+                device = piece.flat.device if fused else torch.device("cpu")
+                state["step"] = torch.tensor(float(num_updates), device=device)
                 keys = ["exp_avg", "exp_avg_sq"]
             else:
                 keys = []

@@ -32,8 +32,13 @@ def parameter_groups(
     return sorted(groups.values(), key=lambda group: bool(group["experts"]))
 
 
-def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make the optimizer of `parameter_groups`; ZeRO partitions its state."""
+def make_optimizer(
+    config: OptimizerConfig, groups: list[dict[str, Any]], *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Make the optimizer of `parameter_groups`; ZeRO partitions its state.
+
+    With `fused`, AdamW updates many parameters in one kernel, as pays off on GPUs.
+    """
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     if config.kind == "muon":
@@ -44,7 +49,7 @@ def make_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> tor
             eps=config.eps,
             momentum=config.muon_momentum,
         )
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -24,6 +24,7 @@ from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import TrainingError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
+from moa_dist.kernels.triton_support import triton_problem
 from moa_dist.observe.metrics import Observer, RouterSize, RunStart
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
@@ -113,7 +114,17 @@ def _resume(
         hosts=names_of_hosts(),
     )
     notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
+    notes += kernel_notes(context.device)
     return run, [*resumed.notes, *begun, *notes, *data.notes(exclusions, resumed.samples)]
+
+
+def kernel_notes(device: torch.device) -> Iterator[str]:
+    """Note that experts run without Triton, if this device would need it."""
+    if device.type == "cuda" and (problem := triton_problem()) is not None:
+        yield (
+            f"{problem}: experts for which torch's grouped product does not fit run one product "
+            "per expert, which is slow; see `moa-dist doctor`"
+        )
 
 
 def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:

@@ -1,6 +1,7 @@
 """A pool of gloo ranks that outlives a test: starting ranks costs seconds, a case milliseconds."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -26,7 +27,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
+def _rank_main(rank: int, world_size: int, port: int, pipe, prepare) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -39,6 +40,8 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
     from moa_dist.distributed.start import init_distributed
 
     torch.set_num_threads(1)
+    _never_reuse_group_names()
+    prepare()
     gc.freeze()  # what imports have made stays: collections after cases need not look at it
     with init_distributed():
         while (task := _receive(pipe)) is not None:
@@ -48,6 +51,17 @@ def _rank_main(rank: int, world_size: int, port: int, pipe) -> None:
             except Exception:
                 _send(pipe, (False, traceback.format_exc()))
             _end_groups()
+
+
+def _never_reuse_group_names() -> None:
+    """Number the groups of this rank, where torch counts those that exist at the time.
+
+    A group with the name of one that a former case has ended would find that one's addresses.
+    """
+    from torch.distributed import distributed_c10d
+
+    name_of, number = distributed_c10d._hash_ranks_to_str, itertools.count()
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name_of([*ranks, next(number)])
 
 
 def _end_groups() -> None:
@@ -87,10 +101,15 @@ def _receive(pipe) -> Any:
     return pickle.loads(pipe.recv_bytes())
 
 
+def _as_is() -> None:
+    """Prepare nothing."""
+
+
 class Pool:
     """`world_size` ranks on this machine."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, prepare: Callable[[], None] = _as_is) -> None:
+        """Start the ranks; each calls `prepare` before it joins the others."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         port = _free_port()
@@ -99,7 +118,7 @@ class Pool:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, port, theirs), daemon=True
+                target=_rank_main, args=(rank, world_size, port, theirs, prepare), daemon=True
             )
             process.start()
             self._pipes.append(ours)

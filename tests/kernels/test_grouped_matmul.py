@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moa_dist.kernels.grouped_matmul import grouped_matmul
+from moa_dist.kernels.grouped_matmul import grouped_matmul, grouped_matmul_fits
 
 COUNTS = [
     [3, 1, 4],
@@ -92,3 +92,15 @@ def test_counts_that_do_not_fit_raise(counts):
     rows, weight = inputs([2, 3])
     with pytest.raises(ValueError, match="5 rows and 2 matrices, but counts"):
         product(rows, weight, counts)
+
+
+@pytest.mark.parametrize(
+    ("groups", "width", "fits"), [(1023, 16, True), (1024, 16, False), (3, 12, False)]
+)
+def test_what_torch_refuses_is_known_before(groups, width, fits):
+    """On a GPU, that is; the meta device stands in for one."""
+    rows = torch.empty(4, 16, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(groups, 16, width, dtype=torch.bfloat16, device="meta")
+    assert grouped_matmul_fits(rows, weight) is fits
+    out = grouped_matmul(rows, weight, torch.empty(groups, dtype=torch.int64, device="meta"))
+    assert out.shape == (4, width)

@@ -150,6 +150,7 @@ def test_utilization_only_where_the_peak_is_known(run_start, tmp_path):
         ("cuda (NVIDIA H100 80GB HBM3)", "bf16", 989e12),
         ("cuda (NVIDIA H100 PCIe)", "bf16", 756e12),
         ("cuda (NVIDIA H200)", "fp32", 67e12),
+        ("cuda (NVIDIA H200)", "tf32", 494.5e12),
         ("cuda (NVIDIA H200)", "fp64", None),
         ("cuda (NVIDIA RTX A1000)", "bf16", None),
         ("cpu", "fp32", None),

@@ -8,6 +8,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from moa_dist.config import load_config
+from moa_dist.errors import ConfigError
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.train.deepspeed_config import deepspeed_config
 from tests.distributed.layouts import Case
@@ -60,3 +61,13 @@ def test_no_gradient_is_larger_than_the_bucket_that_is_reduced_beside_the_backwa
     zero = deepspeed_config(config, 1, largest)["zero_optimization"]
     assert zero["overlap_comm"]
     assert zero["reduce_bucket_size"] >= largest
+
+
+@pytest.mark.parametrize("section", ["zero_optimization", "parallel.zero_optimization"])
+def test_nobody_overrides_what_deepspeed_is_told(section):
+    """A smaller bucket could give wrong gradients without a word."""
+    path = Path(__file__).parents[2] / "configs" / "moeut/244m.yaml"
+    key = f"{section}.reduce_bucket_size"
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [f"{key}=1000"])
+    assert [problem.keys for problem in error.value.problems] == [(section,)]

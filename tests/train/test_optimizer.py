@@ -112,3 +112,21 @@ def test_update_of_a_matrix_is_that_of_torch():
         peer.step()
         step = (matrix - before).norm()
         assert ((matrix - theirs).norm() / step).item() < 0.05
+
+
+def test_fused_updates_are_those_of_torch():
+    config = OptimizerConfig(kind="adamw", lr=1e-2)
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = build_model(MODEL)
+        optimizer = make_optimizer(config, parameter_groups(model, config), fused=fused)
+        set_learning_rate(optimizer, config.lr)
+        assert optimizer.defaults["fused"] is fused
+        for _ in range(2):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * number)
+            optimizer.step()
+        results.append(list(model.parameters()))
+    for plain, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
