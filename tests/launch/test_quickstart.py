@@ -14,6 +14,10 @@ STUB = """\
 # Writes down how it was called, and leaves what the quickstart reads of the result.
 import os, pathlib, sys
 name, *words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+if words == ["-m", "moa_dist.distributed.gpus"]:
+    sys.exit(print(0))
+if name == "python" and words[0] != "launcher/launch.py":
+    os.execv({python!r}, ["python", *words])
 with open({calls!r}, "a") as log:
     log.write("\\t".join([name, os.getcwd(), *words]) + "\\n")
 if words[:1] == ["prepare"]:
@@ -33,8 +37,9 @@ class Clone:
         subprocess.run(
             [sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True
         )
-        for name in ("moa-dist", "deepspeed", "tensorboard"):
+        for name in ("moa-dist", "python", "tensorboard"):
             stub = folder / ".venv/bin" / name
+            stub.unlink(missing_ok=True)
             stub.write_text(STUB.format(python=sys.executable, calls=str(self.calls_file)))
             stub.chmod(0o755)
         checksum = subprocess.run(
