@@ -50,7 +50,6 @@ def measure_saved(
 ) -> list[Saved]:
     """List what a forward on [sequences, length] tokens keeps besides parameters and buffers.
 
-    Includes the logits, which autograd does not save, but which exist while the loss is computed.
     `model` must be on the meta device; `hardware` is the planned one. Rows go to experts on
     `num_ranks` ranks.
     """
