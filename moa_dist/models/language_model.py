@@ -19,6 +19,7 @@ from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
+from moa_dist.models.rope import Rotation
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
@@ -160,7 +161,8 @@ class LanguageModel(nn.Module):
                 x_source, source_mask = x[:, :0], cache.source_mask
             memory = EncoderMemory(x_source, token_mask, source_mask)
         causal = self.config.objective != "masked"
-        mask = AttentionMask(causal, token_mask, key_mask, num_past, position)
+        rotation = self._rotation(position, x.dtype)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation)
         output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
@@ -183,12 +185,20 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
 
+    def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
+        """Compute once what all layers rotate by, at `position` [B, S] or [1, S]."""
+        attention = self.config.attention
+        if attention.rope is None:
+            return None
+        return Rotation.at(position, attention.d_head, attention.rope, dtype)
+
     def _encode(self, source: Tensor, token_mask: Tensor | None, trace: bool) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
         position = positions(source, token_mask)
-        mask = AttentionMask(False, token_mask, token_mask, 0, position)
-        output = self.encoder(self._embed(source, position), mask, trace=trace)
+        x = self._embed(source, position)
+        mask = AttentionMask(False, token_mask, token_mask, 0, self._rotation(position, x.dtype))
+        output = self.encoder(x, mask, trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
     def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:

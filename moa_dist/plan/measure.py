@@ -173,6 +173,8 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, **options: Any
+) -> Tensor:
     result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
     return result
