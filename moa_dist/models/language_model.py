@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,12 @@ class LanguageModel(nn.Module):
             if config.tie_embeddings
             else Linear(config.d_model, config.vocab_size, init, bias=config.head_bias)
         )
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile all blocks for training, see `LayerStack.compile_blocks`."""
+        for stack in (self.encoder, self.stack):
+            if stack is not None:
+                stack.compile_blocks(**options)
 
     def empty_cache(self) -> Cache:
         """Return a cache without tokens, for the first of several forwards over one text."""
