@@ -196,6 +196,36 @@ def _precision(config: Config) -> Iterator[Problem]:
         )
 
 
+def _compile(config: Config) -> Iterator[Problem]:
+    if not config.train.compile:
+        return
+    off = {"train.compile": (False,)}
+    if config.train.recompute:
+        yield Problem(
+            "`train.compile` does not work with `train.recompute`; set one of them to false",
+            ("train.compile", "train.recompute"),
+            {**off, "train.recompute": (False,)},
+        )
+    if config.parallel.zero_stage == 3:
+        yield Problem(
+            "`train.compile` does not work with `parallel.zero_stage` 3, which gathers parameters "
+            "inside of blocks; use stage 2",
+            ("train.compile", "parallel.zero_stage"),
+            {**off, "parallel.zero_stage": (2,)},
+        )
+    for part in config.model.routed_parts():
+        exchanged = getattr(config.parallel.expert_exchange, part)
+        # What auto chooses is checked once it is decided.
+        if exchanged == "tokens" and config.parallel.expert_parallel > 1:
+            key = f"parallel.expert_exchange.{part}"
+            yield Problem(
+                f"`train.compile` does not work with `{key}` tokens, of which every step sends "
+                "another number; use weights, or `parallel.expert_parallel` 1",
+                ("train.compile", key),
+                {**off, key: ("weights",), "parallel.expert_parallel": (1,)},
+            )
+
+
 def _kept_checkpoints(config: Config) -> Iterator[Problem]:
     every, keep = config.checkpoint.every, config.checkpoint.keep_every
     if keep is not None and keep % every:
@@ -306,6 +336,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _init,
     _tasks,
     _precision,
+    _compile,
     _kept_checkpoints,
     unknown_permissions,
     _enough_experts,

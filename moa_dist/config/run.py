@@ -173,6 +173,9 @@ class TrainConfig(Section):
     order instead of by atomic additions, which is slower; on CPUs this is always the case."""
     recompute: Annotated[bool, MAY_CHANGE] = False
     """Recompute each block's activations in the backward pass to save memory."""
+    compile: Annotated[bool, MAY_CHANGE] = False
+    """Compile each block by `torch.compile`, as one graph, for training; the first step takes
+    minutes. Not with `recompute`, at ZeRO 3, or where ranks exchange tokens."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of expert dropout."""
     step_limit: Annotated[PositiveFloat | None, MAY_CHANGE] = 300.0

@@ -26,7 +26,8 @@ from moa_dist.data.order import Exclusions
 from moa_dist.data.pairs import BucketOrder, Pairs, read_pairs
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.validation import validation_batches
-from moa_dist.models.objective import NO_TARGET, Batch
+from moa_dist.models.cross_entropy import NO_TARGET
+from moa_dist.models.objective import Batch
 
 _TRAINING, _HELD_OUT = 0, 1  # tags that give training and validation different masks
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import DenseAttentionConfig, Part, RopeConfig
+from moa_dist.config.model import DenseAttentionConfig, Part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
+from moa_dist.models.rope import Rotation, apply_rope
 from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
@@ -25,7 +26,7 @@ from moa_dist.profiling import annotated
 
 
 class AttentionMask(NamedTuple):
-    """Says which keys a query may see, which tokens are padding, and the position of each token."""
+    """Says which keys a query may see, which tokens are padding, and where tokens are."""
 
     causal: bool
     """Whether query t sees keys 0 ... num_past + t only."""
@@ -35,8 +36,8 @@ class AttentionMask(NamedTuple):
     """[B, S] bool, true for real tokens; None when there is no padding."""
     num_past: int = 0
     """Number of leading keys that come from a cache."""
-    position: Tensor | None = None
-    """[B, T] or [1, T] int64, positions of queries and new keys; None for 0 ... T - 1."""
+    rotation: Rotation | None = None
+    """Rotation of queries and new keys by their positions; None for positions 0 ... T - 1."""
 
     @property
     def new_key_mask(self) -> Tensor | None:
@@ -105,14 +106,17 @@ class Attention(nn.Module, ABC):
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt d) v for q [B, H, T, d] and k, v [B, H, S, d]; returns [B, H, T, d].
 
+    With fewer heads in k and v, each of theirs serves equally many consecutive heads of q.
     Materializes a mask only where `is_causal` cannot express it, as masks rule out fused kernels.
     """
+    shared = k.shape[1] != q.shape[1]
     # A single query after those of the cache sees every key.
     causal = mask.causal and not (mask.num_past and q.shape[-2] == 1)
     # `is_causal` lets query t see keys 0 ... t, whatever came before.
     if mask.key_mask is None and not (causal and mask.num_past):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible_keys(q, k, mask))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shared)
+    visible = visible_keys(q, k, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=shared)
 
 
 def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
@@ -140,28 +144,6 @@ def traced(
     """
     visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
     return AttentionTrace(routing, HeadTrace(head_summary(q, k, visible, mask.num_past), head_ids))
-
-
-def apply_rope(x: Tensor, config: RopeConfig | None, position: Tensor | None = None) -> Tensor:
-    """Rotate the first part of the last dimension of x [..., T, d] by position 0 ... T - 1.
-
-    With `position` [B, T] or [1, T], x must be [B, H, T, d].
-    """
-    if config is None:
-        return x
-    width = rotated_width(x.shape[-1], config)
-    angle_dtype = torch.promote_types(x.dtype, torch.float32)
-    pair = torch.arange(width // 2, dtype=angle_dtype, device=x.device)
-    position = torch.arange(x.shape[-2], device=x.device) if position is None else position[:, None]
-    angle = position.to(angle_dtype)[..., None] * config.base ** (-2 * pair / width)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
-def rotated_width(d_head: int, config: RopeConfig) -> int:
-    """Return the number of rotated dimensions, rounded down to even since they rotate in pairs."""
-    return int(d_head * config.fraction + 1e-6) // 2 * 2  # 100 * 0.58 is 57.99...
 
 
 def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
@@ -212,7 +194,7 @@ class DenseAttention(Attention):
             project(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        q, k = (apply_rope(x, self.config.rope, mask.position) for x in (q, k))
+        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
         heads = softmax_attention(q, k, v, mask)

@@ -6,9 +6,9 @@ Shapes: B sequences of S tokens, R tokens of a source text, D model width, V voc
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,13 @@ from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.linear import Linear
+from moa_dist.models.rope import Rotation
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
 from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.router import Router
-from moa_dist.moe.statistics import RoutingStatistics, total
+from moa_dist.moe.statistics import RoutingStatistics, stacked
 
 
 class LanguageModelOutput(NamedTuple):
@@ -41,6 +42,17 @@ class LanguageModelOutput(NamedTuple):
     """The cache extended by the tokens of this forward; None if it was given none."""
     traces: dict[LayerCall, BlockTrace] | None = None
     """What every application of a layer decided; None unless traces were requested."""
+
+
+class _Alike(NamedTuple):
+    """What the routers have in common whose losses are computed together."""
+
+    part: str
+    """The part of a layer that they belong to, `attention` or `ffn`."""
+    balance: BalanceConfig
+    """Their losses."""
+    shape: torch.Size
+    """[N, G, E] of their statistics."""
 
 
 class TokenEmbedding(nn.Module):
@@ -98,6 +110,12 @@ class LanguageModel(nn.Module):
             if config.tie_embeddings
             else Linear(config.d_model, config.vocab_size, init, bias=config.head_bias)
         )
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile all blocks for training, see `LayerStack.compile_blocks`."""
+        for stack in (self.encoder, self.stack):
+            if stack is not None:
+                stack.compile_blocks(**options)
 
     def empty_cache(self) -> Cache:
         """Return a cache without tokens, for the first of several forwards over one text."""
@@ -160,7 +178,8 @@ class LanguageModel(nn.Module):
                 x_source, source_mask = x[:, :0], cache.source_mask
             memory = EncoderMemory(x_source, token_mask, source_mask)
         causal = self.config.objective != "masked"
-        mask = AttentionMask(causal, token_mask, key_mask, num_past, position)
+        rotation = self._rotation(position, x.dtype)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation)
         output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
@@ -183,48 +202,59 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
 
+    def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
+        """Compute once what all layers rotate by, at `position` [B, S] or [1, S]."""
+        attention = self.config.attention
+        if attention.rope is None:
+            return None
+        return Rotation.at(position, attention.d_head, attention.rope, dtype)
+
     def _encode(self, source: Tensor, token_mask: Tensor | None, trace: bool) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
         position = positions(source, token_mask)
-        mask = AttentionMask(False, token_mask, token_mask, 0, position)
-        output = self.encoder(self._embed(source, position), mask, trace=trace)
+        x = self._embed(source, position)
+        mask = AttentionMask(False, token_mask, token_mask, 0, self._rotation(position, x.dtype))
+        output = self.encoder(x, mask, trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
     def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:
-        """Sum losses over distinct layers, each over all of its repeats (MoEUT section 2.2)."""
-        repeats = defaultdict(list)
+        """Sum losses over distinct layers, each over all of its repeats (MoEUT section 2.2).
+
+        Routers that differ in their layer only are stacked, as one loss over all of them costs
+        little more than one of a single router.
+        """
+        alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]] = {}
+        routers = self.routers()
         for call, value in statistics.items():
-            repeats[call.key].append(value)
-        totals = {router: total(values) for router, values in repeats.items()}
+            part = call.router.partition(".")[0]
+            kind = _Alike(part, routers[call.key].config.balance, value.load.shape)
+            alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
         sums: dict[str, Tensor] = {}
-        for router, value in self._in_scope(totals).items():
-            part, balance = self._balance(router)
-            for name, loss in balance_losses(value, balance).items():
-                key = f"{part}/{name}"
-                sums[key] = sums[key] + loss if key in sums else loss
+        for kind, value in self._in_scope(alike).items():
+            for name, loss in balance_losses(value, kind.balance).items():
+                key, of_all = f"{kind.part}/{name}", loss * len(alike[kind])
+                sums[key] = sums[key] + of_all if key in sums else of_all
         return sums
 
     def _in_scope(
-        self, totals: dict[RouterKey, RoutingStatistics]
-    ) -> dict[RouterKey, RoutingStatistics]:
-        """Pool statistics over the groups that `BalanceConfig.scope` asks for."""
-        scopes = {router: self._balance(router)[1].scope for router in totals}
-        result = {
-            router: value if scopes[router] == "sequences" else value.as_one_group()
-            for router, value in totals.items()
-        }
-        pooled = [router for router, scope in scopes.items() if scope == "global_batch"]
+        self, alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]]
+    ) -> dict[_Alike, RoutingStatistics]:
+        """Add up repeats, stack routers, and pool the groups that `BalanceConfig.scope` names."""
+        result = {}
+        for kind, repeats in alike.items():
+            every = stacked(value for values in repeats.values() for value in values)
+            of_routers = RoutingStatistics(
+                *(part.unflatten(0, (len(repeats), -1)).sum(1) for part in every)
+            )
+            is_pooled = kind.balance.scope != "sequences"
+            result[kind] = of_routers.as_one_group() if is_pooled else of_routers
+        pooled = [kind for kind in result if kind.balance.scope == "global_batch"]
         # Ranks may validate unequal numbers of batches, and use no loss then.
         if pooled and self.training:
-            of_all_ranks = self.sum_over_ranks([result[router] for router in pooled])
+            of_all_ranks = self.sum_over_ranks([result[kind] for kind in pooled])
             result |= zip(pooled, of_all_ranks, strict=True)
         return result
-
-    def _balance(self, router: RouterKey) -> tuple[str, BalanceConfig]:
-        """Return the part of the layer, `attention` or `ffn`, and the router's balance settings."""
-        _, name = router
-        return name.partition(".")[0], self.routers()[router].config.balance
 
     def macs(self, length: int) -> dict[str, int]:
         """Count multiply-accumulates of one forward over a sequence of `length`, by part.

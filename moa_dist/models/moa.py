@@ -20,13 +20,13 @@ from moa_dist.models.attention import (
     Attention,
     AttentionMask,
     AttentionOutput,
-    apply_rope,
     softmax_attention,
     softmax_macs,
     traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Bias, Linear
+from moa_dist.models.rope import apply_rope
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -107,15 +107,15 @@ class MoAAttention(RoutedModule, Attention):
         experts = ExpertWeights(self.expert_weights("q", gathered))
         returning = plan.run_and_combine(experts, sent, "token", "slot", weighted=False)
         v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
-        q = returning.wait().view(B, T, K * h, -1).transpose(1, 2)
-        q, k = (apply_rope(x, self.config.rope, mask.position) for x in (q, k))
+        # The heads of one place in an expert share its keys and values, whatever the slot: they
+        # are brought together, [B, h * K, T, d].
+        q = returning.wait().view(B, T, K, h, -1).permute(0, 3, 2, 1, 4).flatten(1, 2)
+        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        # Query heads are slot-major, (slot, head), so keys and values are tiled, not interleaved.
-        k, v = (x[:, None].expand(-1, K, -1, -1, -1).flatten(1, 2) for x in (k, v))
         heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
 
-        slots = heads.transpose(1, 2).reshape(B * T * K, -1)
+        slots = heads.unflatten(1, (h, K)).permute(0, 3, 2, 1, 4).reshape(B * T * K, -1)
         experts = ExpertWeights(self.expert_weights("o", gathered))
         sent = plan.dispatch(slots, "slot")
         y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
@@ -123,6 +123,9 @@ class MoAAttention(RoutedModule, Attention):
             y = self.bias(y)
         decided = None
         if trace:
+            # In slot-major order, as `_head_ids` has them.
+            q = q.unflatten(1, (h, K)).transpose(1, 2).flatten(1, 2)
+            k = k.repeat(1, K, 1, 1)
             decided = traced({"query": routing}, q, k, mask, self._head_ids(routing, B))
         return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
 

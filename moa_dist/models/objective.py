@@ -10,16 +10,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy
 from moa_dist.models.language_model import LanguageModelOutput
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotate
 
-NO_TARGET = -100
-"""In the place of a token where nothing is to be predicted."""
 _UPLOAD = ("cpu", "cuda")
 
 
@@ -115,13 +113,7 @@ def objective(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> O
     """Run the model on a micro-batch and sum the cross-entropy of its targets."""
     output: LanguageModelOutput = model(*batch.inputs())
     with annotate("loss"):
-        wide = torch.promote_types(output.logits.dtype, torch.float32)
-        cross_entropy = F.cross_entropy(
-            output.logits.flatten(0, 1).to(wide),
-            batch.labels().flatten(),
-            ignore_index=NO_TARGET,
-            reduction="sum",
-            label_smoothing=label_smoothing,
-        )
+        logits, targets = output.logits.flatten(0, 1), batch.labels().flatten()
+        loss = cross_entropy(logits, targets, label_smoothing)
         # Without the logits, the largest of all tensors, which the backward pass does not need.
-        return Objective(cross_entropy, output.aux_losses, output.statistics)
+        return Objective(loss, output.aux_losses, output.statistics)

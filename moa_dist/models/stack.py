@@ -6,8 +6,8 @@ MoEUT's layer grouping (Csordas et al. 2024, section 2.1); G = num_layers is the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,17 @@ class LayerStack(nn.Module):
         self.first_layer = num_distinct if cross else 0
         self.layers = nn.ModuleList([Block(config, cross=cross) for _ in range(num_distinct)])
         self.recompute = recompute
+        self._compiled: tuple[Callable[..., BlockOutput], ...] | None = None
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile blocks for training, each as one graph; `options` are those of `torch.compile`.
+
+        Blocks of equal shapes share their code. Evaluation, whose shapes vary, runs uncompiled.
+        """
+        self._compiled = tuple(
+            torch.compile(layer, fullgraph=True, dynamic=False, **options)
+            for layer in self.blocks()
+        )
 
     def routers(self) -> dict[RouterKey, Router]:
         """All routers, each of which is applied once per repeat."""
@@ -109,11 +120,11 @@ class LayerStack(nn.Module):
         pending = [layer.gather_experts() for layer in self.blocks()]
         gathered: list[GatheredExperts] = []
         for repeat in range(self.num_repeats):
-            for i, layer in enumerate(self.blocks()):
+            for i in range(len(self.layers)):
                 if repeat == 0:
                     gathered.append(pending[i].wait())
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
-                output = self._apply_layer(layer, x, mask, gathered[i], past, memory, trace)
+                output = self._apply_layer(i, x, mask, gathered[i], past, memory, trace)
                 x = output.x
                 if output.cache is not None:
                     extended.append(output.cache)
@@ -130,7 +141,7 @@ class LayerStack(nn.Module):
 
     def _apply_layer(
         self,
-        layer: Block,
+        index: int,
         x: Tensor,
         mask: AttentionMask,
         gathered: GatheredExperts,
@@ -138,6 +149,12 @@ class LayerStack(nn.Module):
         memory: EncoderMemory | None,
         trace: bool,
     ) -> BlockOutput:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return layer(x, mask, gathered, cache, memory, trace)
-        return recomputed(layer, x, mask, gathered, cache, memory, trace)
+        layer: Callable[..., BlockOutput] = self.layers[index]
+        arguments = (x, mask, gathered, cache, memory, trace)
+        if not torch.is_grad_enabled():
+            return layer(*arguments)
+        if self.recompute:
+            return recomputed(self.layers[index], *arguments)
+        if self._compiled is not None and self.training and not trace:
+            layer = self._compiled[index]
+        return layer(*arguments)

@@ -18,13 +18,13 @@ from moa_dist.models.attention import (
     Attention,
     AttentionMask,
     AttentionOutput,
-    apply_rope,
     softmax_attention,
     softmax_macs,
     traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
+from moa_dist.models.rope import apply_rope
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -101,7 +101,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
 
         def heads_of(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (H, -1)).transpose(1, 2)
-            return apply_rope(x, self.config.rope, mask.position)
+            return apply_rope(x, self.config.rope, mask.rotation)
 
         value_routing = self.value_router(key, mask.new_key_mask)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)

@@ -20,7 +20,15 @@ from moa_dist.distributed.comm_group import CommGroup
 from moa_dist.distributed.pending import Pending
 from moa_dist.kernels.gather import gather_rows
 from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
+from moa_dist.moe.dispatch import (
+    Assignments,
+    Level,
+    LocalPlan,
+    assignments_of,
+    permuted,
+    sum_rows,
+)
+from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
 from moa_dist.profiling import annotate, annotated
@@ -86,34 +94,40 @@ class AllToAllTokenDispatcher:
 
     @annotated("dispatch")
     def plan(self, routing: Routing, num_experts: int) -> AllToAllPlan:
-        """Implement `Dispatcher.plan`. Collective: every rank of the group must call it."""
+        """Implement `Dispatcher.plan`. Collective: every rank of the group must call it.
+
+        Waits for an accelerator once, for the counts that say how much to send and to receive.
+        """
         group = self.comm_group.group
         num_ranks, rank = group.size(), group.rank()
-        home = _kept(assignments_of(routing, num_experts), num_experts)
         bounds = shard_starts(num_experts, num_ranks)
-        starts = torch.tensor(bounds, device=home.expert.device)
-        home, owner = _sort_by_owner(home, starts)
+        home, owner, num_sent = _sorted_by_owner(routing, num_experts, num_ranks)
 
         # Indices are relative to the block of rows that goes to one rank, so that the
         # receiver only adds where the block starts.
         levels = _SHARED_LEVELS if routing.topk_ids.shape[1] > 1 else _SHARED_LEVELS[:1]
         unique = {level: _unique_rows(home, owner, level, num_ranks) for level in levels}
-        sent_counts = torch.stack(
-            [owner.bincount(minlength=num_ranks), *(unique[level].counts for level in levels)], 1
-        )
+        sent_counts = torch.stack([num_sent, *(unique[level].counts for level in levels)], 1)
         received_counts = all_to_all_counts(sent_counts, self.comm_group)
-        (sent, *sent_rows), (received, *received_rows) = (
-            counts.T.tolist() for counts in (sent_counts, received_counts)
-        )
+        (sent, *sent_rows), (received, *received_rows) = torch.stack(
+            [sent_counts, received_counts]
+        ).mT.tolist()
+        # What follows the rows that are sent was dropped, or is padding.
+        home = _first(home, sum(sent))
+        first_expert = owner * num_experts // num_ranks
         indices = torch.stack(
-            [home.expert - starts[owner], *(unique[level].place for level in levels)], 1
+            [
+                home.expert - first_expert[: sum(sent)],
+                *(unique[level].place[: sum(sent)] for level in levels),
+            ],
+            1,
         )
         arriving = [
             all_to_all_rows(x, sent, received, self.comm_group, "plan")
             for x in (indices.int(), home.weight)
         ]
         routes = {
-            level: _Route(unique[level].rows, sent_rows[i], received_rows[i])
+            level: _Route(unique[level].rows[: sum(sent_rows[i])], sent_rows[i], received_rows[i])
             for i, level in enumerate(levels)
         }
         routes.setdefault("group", routes["token"])  # one router group: the same rows
@@ -128,21 +142,30 @@ class AllToAllTokenDispatcher:
         )
 
 
-def _kept(home: Assignments, num_experts: int) -> Assignments:
-    """Select the assignments that have an expert; the others are not sent."""
-    if home.is_dropless:
-        return home
-    return _selected(home, (home.expert < num_experts).nonzero().squeeze(-1))
+def _sorted_by_owner(
+    routing: Routing, num_experts: int, num_ranks: int
+) -> tuple[Assignments, Tensor, Tensor]:
+    """Sort all assignments by the rank that owns their expert; those without an expert come last.
 
-
-def _selected(home: Assignments, which: Tensor) -> Assignments:
-    """Select assignments by index."""
-    return replace(
+    Returns them, those ranks [A], P for no rank, and the number of assignments of each rank [P].
+    """
+    home = assignments_of(routing, num_experts)
+    # The inverse of `shard_starts`, on the device.
+    owner = (((home.expert + 1) * num_ranks - 1) // num_experts).clamp(max=num_ranks)
+    counts, order, place, _ = sort_by_expert(owner, num_ranks, [])
+    sorted_home = replace(
         home,
-        expert=home.expert[which],
-        weight=home.weight[which],
-        rows={level: rows[which] for level, rows in home.rows.items()},
+        expert=home.expert[order],
+        weight=permuted(home.weight, order, place),
+        rows={level: rows[order] for level, rows in home.rows.items()},
     )
+    return sorted_home, owner[order], counts
+
+
+def _first(home: Assignments, num: int) -> Assignments:
+    """Select the first `num` assignments."""
+    rows = {level: rows[:num] for level, rows in home.rows.items()}
+    return replace(home, expert=home.expert[:num], weight=home.weight[:num], rows=rows)
 
 
 def _arrived(
@@ -169,19 +192,12 @@ def _arrived(
     return Assignments(expert, weight, rows, num_rows, is_dropless=True)
 
 
-def _sort_by_owner(home: Assignments, starts: Tensor) -> tuple[Assignments, Tensor]:
-    """Sort assignments by the rank that owns their expert; returns those ranks [A] too."""
-    owner = torch.searchsorted(starts, home.expert, right=True) - 1
-    order = owner.argsort(stable=True)
-    return _selected(home, order), owner[order]
-
-
 @dataclass(frozen=True)
 class _UniqueRows:
     """Distinct (rank, row) pairs of one level."""
 
     rows: Tensor
-    """Rows to send, rank by rank."""
+    """[A] rows to send, rank by rank; undefined beyond them."""
     counts: Tensor
     """[P] rows per rank."""
     place: Tensor
@@ -190,10 +206,15 @@ class _UniqueRows:
 
 def _unique_rows(home: Assignments, owner: Tensor, level: Level, num_ranks: int) -> _UniqueRows:
     """Find the distinct rows of each rank in assignments sorted by owner, then by row."""
-    num_rows = max(home.num_rows[level], 1)
-    pairs, inverse = torch.unique_consecutive(
-        owner * num_rows + home.rows[level], return_inverse=True
-    )
-    counts = (pairs // num_rows).bincount(minlength=num_ranks)
+    row = home.rows[level]
+    # Changes of owner count too: the same row may go to two ranks, one after the other.
+    is_new = torch.ones_like(row)
+    is_new[1:] = (row.diff() != 0) | (owner.diff() != 0)
+    number = is_new.cumsum(0) - 1
+    counts = row.new_zeros(num_ranks + 1).scatter_add_(0, owner, is_new)
     starts = counts.cumsum(0) - counts
-    return _UniqueRows(rows=pairs % num_rows, counts=counts, place=inverse - starts[owner])
+    return _UniqueRows(
+        rows=torch.empty_like(row).scatter_(0, number, row),
+        counts=counts[:num_ranks],
+        place=number - starts[owner],
+    )

@@ -17,7 +17,7 @@ group, A assignments. The levels token, group and slot have T, T * G and T * G *
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ from torch import Tensor
 from moa_dist.distributed.pending import Pending, ready
 from moa_dist.kernels.routed_experts import RoutedExperts, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.router import Routing
-from moa_dist.moe.statistics import occurrences
 from moa_dist.profiling import annotated
 
 Level = Literal["token", "group", "slot"]
@@ -82,15 +82,20 @@ class Assignments:
     """Whether every assignment is known to belong to an expert."""
 
 
-def assignments_of(routing: Routing, num_experts: int) -> Assignments:
-    """List all assignments of a routing, token-major; those not kept get no expert."""
-    T, G, K = routing.topk_ids.shape
+def flat_experts(routing: Routing, num_experts: int) -> Tensor:
+    """Return the expert of each assignment [A], token-major; `num_experts` for those not kept."""
     expert = routing.topk_ids
     if routing.keep_mask is not None:
         expert = expert.where(routing.keep_mask, num_experts)
-    slot = torch.arange(T * G * K, device=expert.device)
+    return expert.flatten()
+
+
+def assignments_of(routing: Routing, num_experts: int) -> Assignments:
+    """List all assignments of a routing, token-major; those not kept get no expert."""
+    T, G, K = routing.topk_ids.shape
+    slot = torch.arange(T * G * K, device=routing.topk_ids.device)
     return Assignments(
-        expert=expert.flatten(),
+        expert=flat_experts(routing, num_experts),
         weight=routing.topk_weights.flatten(),
         rows={"token": slot // (G * K), "group": slot // K, "slot": slot},
         num_rows={"token": T, "group": T * G, "slot": T * G * K},
@@ -124,14 +129,33 @@ class LocalPlan:
         cls, assignments: Assignments, num_experts: int, kernel: RoutedExperts = routed_experts
     ) -> LocalPlan:
         """Sort assignments by expert, keeping the order of tokens within each."""
-        expert = assignments.expert
-        order = expert.argsort(stable=True)
+        by_expert = sort_by_expert(assignments.expert, num_experts, [])
+        order = by_expert.order
         return cls(
-            counts=occurrences(expert, num_experts + 1)[:num_experts],
+            counts=by_expert.counts,
             is_dropless=assignments.is_dropless,
-            weight=assignments.weight[order],
+            weight=permuted(assignments.weight, order, by_expert.place),
             rows={level: rows[order] for level, rows in assignments.rows.items()},
             num_rows=assignments.num_rows,
+            kernel=kernel,
+        )
+
+    @classmethod
+    @annotated("dispatch")
+    def of_routing(
+        cls, routing: Routing, num_experts: int, kernel: RoutedExperts = routed_experts
+    ) -> LocalPlan:
+        """Sort all assignments of a routing, of which every row has equally many."""
+        T, G, K = routing.topk_ids.shape
+        expert = flat_experts(routing, num_experts)
+        by_expert = sort_by_expert(expert, num_experts, [K] if G == 1 else [G * K, K])
+        token, *group = by_expert.quotients
+        return cls(
+            counts=by_expert.counts,
+            is_dropless=routing.keep_mask is None,
+            weight=permuted(routing.topk_weights.flatten(), by_expert.order, by_expert.place),
+            rows={"token": token, "group": group[0] if group else token, "slot": by_expert.order},
+            num_rows={"token": T, "group": T * G, "slot": T * G * K},
             kernel=kernel,
         )
 
@@ -162,6 +186,23 @@ class LocalPlan:
         )
 
 
+class _Permuted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return values.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
+
+
+def permuted(values: Tensor, order: Tensor, place: Tensor) -> Tensor:
+    """Return `values[order]`; `place` is the inverse of `order`, by which its gradient is read."""
+    result: Tensor = _Permuted.apply(values, order, place)
+    return result
+
+
 def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """Sum rows [A, D] by their output row: `out[i]` is the sum of `rows[a]` with index[a] = i."""
     return rows.new_zeros(num_rows, rows.shape[-1]).index_add(0, index, rows)
@@ -176,4 +217,4 @@ class LocalTokenDispatcher:
 
     def plan(self, routing: Routing, num_experts: int) -> LocalPlan:
         """Implement `Dispatcher.plan`."""
-        return LocalPlan.of(assignments_of(routing, num_experts), num_experts, self.kernel)
+        return LocalPlan.of_routing(routing, num_experts, self.kernel)

@@ -3,7 +3,8 @@
 Each maps statistics to a mean over groups of sequences and router groups. A group without
 real tokens contributes zero, and the mean always runs over all groups, so averaging over equal
 micro-batches and ranks gives the value of the whole batch. `BalanceConfig.scope` defines a group;
-`LanguageModel` applies it.
+`LanguageModel` applies it. Routers may be stacked in front of all dimensions: the mean runs over
+them too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 def _mean_probability(statistics: RoutingStatistics) -> Tensor:
     """Return mean probabilities [N, G, E], zero where a group has no tokens."""
-    return statistics.probability / statistics.num_tokens.clamp(min=1)[:, None, None]
+    return statistics.probability / statistics.num_tokens.clamp(min=1)[..., None, None]
 
 
 def switch_loss(statistics: RoutingStatistics) -> Tensor:
@@ -33,7 +34,7 @@ def switch_loss(statistics: RoutingStatistics) -> Tensor:
 
 def z_loss(statistics: RoutingStatistics) -> Tensor:
     """Mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
-    return (statistics.z / statistics.num_tokens.clamp(min=1)[:, None]).mean()
+    return (statistics.z / statistics.num_tokens.clamp(min=1)[..., None]).mean()
 
 
 def entropy_loss(statistics: RoutingStatistics) -> Tensor:
@@ -51,7 +52,7 @@ def mutual_information_loss(statistics: RoutingStatistics) -> Tensor:
     Low where each token is sure of its experts and all tokens together use them evenly (Mod-Squad,
     Chen et al. 2022, arXiv 2212.08066; SUT, Tan et al. 2023, arXiv 2310.07096).
     """
-    tokens = statistics.num_tokens.clamp(min=1)[:, None]
+    tokens = statistics.num_tokens.clamp(min=1)[..., None]
     return (statistics.entropy / tokens).mean() + entropy_loss(statistics)
 
 

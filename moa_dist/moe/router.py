@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import RouterConfig
+from moa_dist.kernels.routed_experts import Hardware
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
+from moa_dist.moe.fused_choice import LEAST_SUM, Options, can_fuse, choose
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotated
@@ -37,17 +39,26 @@ class Routing(NamedTuple):
     """Sums for losses and reports."""
 
 
-_LEAST_SUM = 1e-30
-"""Smallest sum of chosen scores to divide by. All of them may underflow where better experts are
-hidden by dropout: weights are then zero instead of 0 / 0, and in fp32 gradients stay finite."""
+class Choice(NamedTuple):
+    """What a router chose, which a second pass over the same tokens must not choose again."""
+
+    topk_ids: Tensor
+    """As in `Routing`."""
+    keep_mask: Tensor | None
+    """As in `Routing`."""
+
+    @classmethod
+    def of(cls, routing: Routing) -> Choice:
+        """Return the choice that a routing is based on."""
+        return cls(routing.topk_ids, routing.keep_mask)
 
 
 def _renormalize(chosen: Tensor) -> Tensor:
-    return chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
 
 
 def _renormalize_detached(chosen: Tensor) -> Tensor:
-    return chosen / chosen.sum(-1, keepdim=True).clamp(min=_LEAST_SUM).detach()
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=LEAST_SUM).detach()
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,7 +94,36 @@ class RouterLogits(nn.Module):
         """[T, D] -> [T, outputs]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with _without_autocast(x_TD.device.type):
+            if has_wide_product(x_TD) and x_TD.dtype == self.weight.dtype:
+                logits: Tensor = _WideProduct.apply(x_TD, self.weight)
+                return logits
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+
+
+def has_wide_product(x: Tensor) -> bool:
+    """Whether narrow rows like `x` are multiplied into fp32 logits without being widened."""
+    is_narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return is_narrow and Hardware.of(x.device).device_type == "cuda"
+
+
+class _WideProduct(torch.autograd.Function):
+    """`x @ weight.T` in fp32 for narrow x and weight, on tensor cores.
+
+    Products of narrow numbers are exact in fp32, so only the order of the sum differs from a
+    product of widened operands. Backward rounds the gradient of the logits to the narrow type, as
+    that of every other matrix product is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(x.dtype)
+        return grad @ weight, grad.T @ x
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:
@@ -125,10 +165,13 @@ class Router(nn.Module):
         return num_tokens * self.logits.weight.numel()
 
     @annotated("router")
-    def forward(self, x_BSD: Tensor, token_mask: Tensor | None = None) -> Routing:
+    def forward(
+        self, x_BSD: Tensor, token_mask: Tensor | None = None, choice: Choice | None = None
+    ) -> Routing:
         """Route each token.
 
-        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
+        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted. With a
+        `choice`, only weights and statistics are computed.
         """
         B, S, _ = x_BSD.shape
         E, K = self.config.num_experts, self.config.top_k
@@ -138,18 +181,59 @@ class Router(nn.Module):
                 f"a batch of {B} sequences does not split into groups of "
                 f"{self.config.group_sequences} (router.group_sequences)"
             )
-        logits = self.logits(x_BSD.flatten(0, 1)).unflatten(-1, (self.num_groups, E))
-        scores = SCORES[self.config.score](logits)
-        chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
-        chosen = scores.gather(-1, chosen_ids)
+        logits = self.logits(x_BSD.flatten(0, 1))
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
-        keep_mask = self._keep(chosen_ids, chosen, token_mask, N)
-        group_offset = torch.arange(self.num_groups, device=logits.device) * E
+        if self.config.capacity is None and can_fuse(logits, E):
+            return self._choose_fused(logits, token_mask, N, choice)
+        logits = logits.unflatten(-1, (self.num_groups, E))
+        scores = SCORES[self.config.score](logits)
+        group_offset = (torch.arange(self.num_groups, device=logits.device) * E)[:, None]
+        if choice is None:
+            chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
+            chosen = scores.gather(-1, chosen_ids)
+            keep_mask = self._keep(chosen_ids, chosen, token_mask, N)
+        else:
+            chosen_ids, keep_mask = choice.topk_ids - group_offset, choice.keep_mask
+            chosen = scores.gather(-1, chosen_ids)
         return Routing(
-            topk_ids=chosen_ids + group_offset[:, None],
+            topk_ids=chosen_ids + group_offset,
             topk_weights=GATES[self.config.gate](chosen),
             keep_mask=keep_mask,
             statistics=_statistics(logits, chosen_ids, keep_mask, token_mask, N),
+        )
+
+    def _choose_fused(
+        self,
+        logits: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
+        choice: Choice | None,
+    ) -> Routing:
+        """Choose by logits [T, G * E] as `forward` does step by step, in few kernels."""
+        config, G = self.config, self.num_groups
+        dropout = config.expert_dropout if self.training and choice is None else 0.0
+        chosen = choose(
+            logits,
+            None if self.bias is None else self.bias.value,
+            torch.rand_like(logits) if dropout else None,
+            token_mask,
+            None if choice is None else choice.topk_ids,
+            Options(config.top_k, G, num_sequence_groups, config.score, config.gate, dropout),
+        )
+        return Routing(
+            topk_ids=chosen.ids,
+            topk_weights=chosen.weights,
+            keep_mask=None
+            if token_mask is None
+            else token_mask[:, None, None].expand_as(chosen.ids),
+            statistics=RoutingStatistics(
+                num_tokens=chosen.num_tokens,
+                load=chosen.load,
+                dropped=chosen.dropped,
+                probability=chosen.probability,
+                z=chosen.z,
+                entropy=chosen.entropy,
+            ),
         )
 
     def _selectable(self, scores: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ depend on how ranks and micro-batches share the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import reduce
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,18 +38,21 @@ class RoutingStatistics(NamedTuple):
     entropy: Tensor
     """[N, G], sum of the entropy of softmax(logits) in nats; carries a gradient."""
 
-    def plus(self, other: RoutingStatistics) -> RoutingStatistics:
-        """Add the sums of both, which must have the same groups of sequences."""
-        return RoutingStatistics(*(a + b for a, b in zip(self, other, strict=True)))
-
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
-        return RoutingStatistics(*(part.sum(0, keepdim=True) for part in self))
+        dims = (-1, -3, -3, -3, -2, -2)  # those of N; routers may be stacked before them
+        sums = (part.sum(dim, keepdim=True) for part, dim in zip(self, dims, strict=True))
+        return RoutingStatistics(*sums)
 
 
 def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
     """Add up applications, such as the repeats of a shared layer."""
-    return reduce(RoutingStatistics.plus, statistics)
+    return RoutingStatistics(*(part.sum(0) for part in stacked(statistics)))
+
+
+def stacked(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
+    """Stack statistics of equal shapes along a new first dimension."""
+    return RoutingStatistics(*map(torch.stack, zip(*statistics, strict=True)))
 
 
 class RoutingReport(NamedTuple):
@@ -63,14 +65,40 @@ class RoutingReport(NamedTuple):
     entropy: Tensor
     """[2]: sum of entropies, and the number of (token, router group) pairs it runs over."""
 
+    def plus(self, other: RoutingReport) -> RoutingReport:
+        """Add the sums of both."""
+        return RoutingReport(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 def report(statistics: RoutingStatistics) -> RoutingReport:
-    """Sum statistics over groups of sequences, detached."""
-    num_router_groups = statistics.load.shape[1]
-    pairs = statistics.num_tokens.sum() * num_router_groups
-    entropy = statistics.entropy.detach().sum()
+    """Sum statistics over groups of sequences, detached; of each, where they are stacked."""
+    num_router_groups = statistics.load.shape[-2]
+    pairs = statistics.num_tokens.sum(-1) * num_router_groups
+    entropy = statistics.entropy.detach().sum((-1, -2))
     return RoutingReport(
-        load=statistics.load.sum(0),
-        dropped=statistics.dropped.sum(0),
-        entropy=torch.stack([entropy.double(), pairs.double()]),
+        load=statistics.load.sum(-3),
+        dropped=statistics.dropped.sum(-3),
+        entropy=torch.stack([entropy.double(), pairs.double()], dim=-1),
     )
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def reports(statistics: Mapping[Key, RoutingStatistics]) -> dict[tuple[Key, ...], RoutingReport]:
+    """Report on many applications of routers at once: those of equal shapes together, stacked."""
+    by_shape: dict[torch.Size, list[Key]] = {}
+    for key, value in statistics.items():
+        by_shape.setdefault(value.load.shape, []).append(key)
+    return {
+        tuple(keys): report(stacked(statistics[key] for key in keys)) for keys in by_shape.values()
+    }
+
+
+def report_each(together: Mapping[tuple[Key, ...], RoutingReport]) -> dict[Key, RoutingReport]:
+    """Take apart what `reports` returned."""
+    return {
+        key: RoutingReport(*parts)
+        for keys, value in together.items()
+        for key, *parts in zip(keys, *value, strict=True)
+    }

@@ -25,9 +25,9 @@ from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.models.block import Block
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput
 from moa_dist.models.objective import Batch, objective
-from moa_dist.models.recompute import KeepChoices
 from moa_dist.moe.dispatch import Dispatcher, LocalTokenDispatcher
 from moa_dist.moe.routed_module import routed_modules
+from moa_dist.moe.router import Choice, Routing
 from moa_dist.plan.even_dispatch import EvenDispatcher
 
 INPUT, SHARED, LOGITS, LOSS = "input", "shared by layers", "logits", "loss"
@@ -50,7 +50,6 @@ def measure_saved(
 ) -> list[Saved]:
     """List what a forward on [sequences, length] tokens keeps besides parameters and buffers.
 
-    Includes the logits, which autograd does not save, but which exist while the loss is computed.
     `model` must be on the meta device; `hardware` is the planned one. Rows go to experts on
     `num_ranks` ranks.
     """
@@ -75,7 +74,7 @@ def measure_choices(model: LanguageModel, sequences: int, length: int) -> list[S
     """List what layers that are recomputed keep of their routers, on any hardware."""
     recorder = _Recorder(model)
     _dispatch_by(model, LocalTokenDispatcher())
-    with recorder.following(model), KeepChoices(recorder.choose), torch.no_grad():
+    with recorder.following(model), torch.no_grad():
         _forward(model, sequences, length)
     return recorder.choices
 
@@ -106,10 +105,12 @@ class _Recorder:
         self._note(tensor, self._running[-1])
         return tensor
 
-    def choose(self, result: tuple[Tensor, ...]) -> None:
+    def choose(self, choice: Choice) -> None:
         """Record the choices of a router."""
         where = f"{self._running[-1]}: choices"
-        self.choices += [Saved(where, part.shape, part.element_size()) for part in result]
+        self.choices += [
+            Saved(where, part.shape, part.element_size()) for part in choice if part is not None
+        ]
 
     def _note(self, tensor: Tensor, where: str) -> None:
         storage, size = tensor.untyped_storage(), tensor.element_size()
@@ -139,6 +140,8 @@ class _Recorder:
                     self._note(other, SHARED)
 
         def leave(output: Any) -> None:
+            if isinstance(output, Routing):
+                self.choose(Choice.of(output))
             self._running.pop()
             if isinstance(output, LanguageModelOutput):
                 self._note(output.logits, LOGITS)
@@ -174,6 +177,8 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool = False, **options: Any
+) -> Tensor:
     result, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
     return result

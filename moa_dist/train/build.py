@@ -11,6 +11,7 @@ from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.device import min_device_memory, set_product_precision, should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
+from moa_dist.errors import ConfigError, Problem
 from moa_dist.models.counts import Counts, count_model
 from moa_dist.models.language_model import LanguageModel, materialize, meta_model
 from moa_dist.moe.sharding import shard_experts
@@ -65,4 +66,16 @@ def build_engine(
         model = meta_model(config.model, recompute=config.train.recompute)
     shard = partial(shard_experts, mesh=mesh, exchange=exchange, overlap=overlap)
     model = materialize(model, config.train.seed, shard)
+    if config.train.compile:
+        _refuse_tokens(config, exchange)
+        model.compile_blocks()
     return Engine(model, config, mesh, device, zero_sizes)
+
+
+def _refuse_tokens(config: Config, exchange: ExpertExchangeConfig) -> None:
+    """Raise ConfigError where `auto` has chosen an exchange that cannot be compiled."""
+    for part in config.model.routed_parts():
+        if getattr(exchange, part) == "tokens" and config.parallel.expert_parallel > 1:
+            key = f"parallel.expert_exchange.{part}"
+            text = f"`{key}` auto has chosen tokens, with which `train.compile` does not work"
+            raise ConfigError([Problem(text, ("train.compile", key), {key: ("weights",)})])

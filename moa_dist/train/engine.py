@@ -30,7 +30,7 @@ from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import pool_statistics
-from moa_dist.moe.statistics import RoutingReport, report
+from moa_dist.moe.statistics import RoutingReport, report_each, reports
 from moa_dist.profiling import annotate
 from moa_dist.train import deepspeed_hooks
 from moa_dist.train.biases import update_biases
@@ -180,7 +180,7 @@ class Engine:
         self, batches: Sequence[Batch], totals: _Totals
     ) -> tuple[dict[str, Tensor], dict[RouterCall, RoutingReport]]:
         """Accumulate gradients; returns sums of this rank's losses and routing reports."""
-        routing: dict[RouterCall, RoutingReport] = {}
+        routing: dict[tuple[RouterCall, ...], RoutingReport] = {}
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             result = objective(self.deepspeed, batch, self.label_smoothing)
@@ -189,10 +189,11 @@ class Engine:
             with annotate("backward"):
                 self.deepspeed.backward(result.loss(totals.targets_per_micro_batch, weight))
             _add(sums, _values(result, weight))
-            _add_reports(routing, result.statistics)
+            for calls, new in reports(result.statistics).items():
+                routing[calls] = routing[calls].plus(new) if calls in routing else new
             if i < len(batches) - 1:
                 self.deepspeed.step()
-        return sums, routing
+        return sums, report_each(routing)
 
     def _update(self) -> float:
         """Reduce, clip and take the step; returns the global gradient norm."""
@@ -274,13 +275,3 @@ def _values(result: Objective, weight: float) -> dict[str, Tensor]:
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
         sums[name] = sums[name] + value if name in sums else value
-
-
-def _add_reports(
-    routing: dict[RouterCall, RoutingReport], statistics: dict[RouterCall, Any]
-) -> None:
-    for call, value in statistics.items():
-        new = report(value)
-        if call in routing:
-            new = RoutingReport(*(a + b for a, b in zip(routing[call], new, strict=True)))
-        routing[call] = new

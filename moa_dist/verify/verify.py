@@ -23,8 +23,9 @@ from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.errors import TrainingError
+from moa_dist.models.cross_entropy import NO_TARGET
 from moa_dist.models.language_model import meta_model
-from moa_dist.models.objective import NO_TARGET, Batch
+from moa_dist.models.objective import Batch
 from moa_dist.moe.experts import expert_layers
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.train.build import build_engine

@@ -19,6 +19,7 @@ ATTENTION, FFN = "model.attention.router", "model.ffn.router"
 PRECISION = ("train.precision", "parallel.zero_stage")
 KEPT = ("checkpoint.keep_every", "checkpoint.every")
 EP = "parallel.expert_parallel"
+COMPILE = "train.compile"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,26 @@ EP = "parallel.expert_parallel"
             {"optimizer.kind": ["sgd"]},
         ),
         (["train.precision=bf16", "parallel.zero_stage=0"], PRECISION, {PRECISION[1]: [1]}),
+        (
+            ["train.compile=true", "train.recompute=true", f"{EP}=1"],
+            (COMPILE, "train.recompute"),
+            {COMPILE: [False], "train.recompute": [False]},
+        ),
+        (
+            ["train.compile=true", "parallel.zero_stage=3", f"{EP}=1"],
+            (COMPILE, "parallel.zero_stage"),
+            {COMPILE: [False], "parallel.zero_stage": [2]},
+        ),
+        (
+            [
+                "train.compile=true",
+                f"{EP}=2",
+                "parallel.expert_exchange.attention=weights",
+                "parallel.expert_exchange.ffn=tokens",
+            ],
+            (COMPILE, "parallel.expert_exchange.ffn"),
+            {COMPILE: [False], "parallel.expert_exchange.ffn": ["weights"], EP: [1]},
+        ),
         (
             ["checkpoint.every=300", "checkpoint.keep_every=1000"],
             KEPT,

@@ -12,7 +12,8 @@ from torch import Tensor
 from moa_dist.config.run import Config
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.manifest import Manifest
-from moa_dist.models.objective import NO_TARGET, Batch
+from moa_dist.models.cross_entropy import NO_TARGET
+from moa_dist.models.objective import Batch
 
 LENGTH, GLOBAL_BATCH, VOCABULARY, MASK = 20, 8, 48, 49
 ROUTER = {"num_experts": 3, "top_k": 2, "score": "softmax"}

@@ -15,8 +15,9 @@ from moa_dist.checkpoint.format import MASTER
 from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.mesh import Mesh, make_mesh
+from moa_dist.models.cross_entropy import NO_TARGET
 from moa_dist.models.language_model import build_model
-from moa_dist.models.objective import NO_TARGET, Batch
+from moa_dist.models.objective import Batch
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train.engine import Engine
 from moa_dist.verify import reference

@@ -19,7 +19,6 @@ from moa_dist.models.attention import (
     Attention,
     AttentionMask,
     AttentionOutput,
-    apply_rope,
     softmax_attention,
     softmax_macs,
     traced,
@@ -28,6 +27,7 @@ from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.feed_forward import FeedForward, FeedForwardOutput
 from moa_dist.models.kinds import ATTENTION, FEED_FORWARD
 from moa_dist.models.linear import Linear
+from moa_dist.models.rope import apply_rope
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -131,7 +131,7 @@ class RoutedHeads(RoutedModule, Attention):
             nn.functional.linear(x, w).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, w in zip((query, key, value), weights, strict=True)
         )
-        q, k = (apply_rope(x, self.config.rope, mask.position) for x in (q, k))
+        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
         heads_TH = softmax_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from moa_dist.config.model import MoAConfig, RopeConfig, SwitchHeadConfig
-from moa_dist.models.attention import AttentionMask, apply_rope, rotated_width
+from moa_dist.models import rope_kernel
+from moa_dist.models.attention import AttentionMask
 from moa_dist.models.moa import MoAAttention
+from moa_dist.models.rope import Rotation, apply_rope, rotated_width
 from moa_dist.models.switchhead import SwitchHeadAttention
 from moa_dist.moe.initialize import initialize
 from tests.models.small import router
@@ -210,3 +212,18 @@ def test_bfloat16_positions_are_computed_in_fp32():
     assert rotated.dtype == torch.bfloat16
     exact = apply_rope(x.float(), RopeConfig(fraction=1.0))
     torch.testing.assert_close(rotated.float(), exact, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["token-major", "head-major"])
+@pytest.mark.parametrize(("width", "fraction"), [(8, 1.0), (10, 0.8), (6, 0.4)])
+def test_the_kernel_of_rotations(width, fraction, layout):
+    """In Triton's interpreter, forward and back, with positions of each sequence or of all."""
+    config = RopeConfig(fraction=fraction)
+    x = draw(2, 5, 3, width).float()
+    x = x.transpose(1, 2) if layout == "token-major" else x.transpose(1, 2).contiguous()
+    for position in (torch.arange(5)[None], torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])):
+        rotation = Rotation.at(position, width, config, torch.float32)
+        ours = rope_kernel.rotate(x, *rotation, back=False)
+        assert ours.stride() == x.stride()
+        torch.testing.assert_close(ours, apply_rope(x, config, rotation))
+        torch.testing.assert_close(rope_kernel.rotate(ours, *rotation, back=True), x)

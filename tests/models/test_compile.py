@@ -8,9 +8,20 @@ from torch import Tensor
 
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block
+from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.losses import balance_losses
-from tests.models.small import ATTENTION, FFN, PLACEMENTS, small_config, with_capacity
+from tests.models.small import (
+    ATTENTION,
+    FFN,
+    PLACEMENTS,
+    VOCABULARY,
+    small_config,
+    small_model,
+    tokens_of,
+    with_capacity,
+)
 
 B, S, D = 2, 8, 16
 BALANCE = {"switch": 0.1, "z_loss": 0.1, "entropy": 0.1, "mutual_information": 0.1}
@@ -90,3 +101,51 @@ def test_looking_at_a_value_would_be_noticed():
     for look in (Tensor.tolist, Tensor.nonzero, Tensor.bincount, lambda t: bool(t.sum() > 1)):
         with pytest.raises(RuntimeError, match=r"[Mm]eta"):
             look(ids)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("attention", ["switchhead", "moa"])
+def test_one_compilation_serves_all_layers_and_loads(attention):
+    """Twenty steps of inductor, with other loads in each: equal shapes are compiled once."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = small_config(attention=attention, ffn="moe", num_layers=4, num_distinct_layers=2)
+    plain, compiled = (build_model(config, seed=1).train() for _ in range(2))
+    compiled.compile_blocks()
+    loads = set()
+    for step in range(20):
+        tokens = torch.full((2, 17), step % VOCABULARY)
+        tokens[:, ::2] = torch.randint(VOCABULARY, (2, 9), generator=seeded(step))
+        ours, theirs = (objective(model, Batch(tokens)) for model in (compiled, plain))
+        for result in (ours, theirs):
+            result.loss(32.0).backward()
+        torch.testing.assert_close(ours.cross_entropy, theirs.cross_entropy, rtol=1e-4, atol=1e-4)
+        loads |= {str(s.load.tolist()) for s in theirs.statistics.values()}
+        if step == 0:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            for name, parameter in plain.named_parameters():
+                gradient = compiled.get_parameter(name).grad
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert len(loads) > 20
+    assert graphs == 1  # distinct layers of equal shapes share it
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_evaluation_is_not_compiled():
+    model = small_model(attention="moa")
+    model.compile_blocks(backend=refuse)
+    with torch.no_grad():
+        model(tokens_of())
+    model.eval()(tokens_of())
+    with pytest.raises(Exception, match="compiled in vain"):
+        model.train()(tokens_of())
+
+
+def refuse(*_: Any) -> None:
+    raise RuntimeError("compiled in vain")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

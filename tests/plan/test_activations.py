@@ -54,8 +54,7 @@ def case(attention: dict[str, Any], ffn: dict[str, Any], norm: str, **more: Any)
 
 
 def saved(model: LanguageModel, *, at_once: bool) -> int:
-    """Bytes of the tensors that a forward saves, parameters left out, and of the logits, which end
-    with it, but while the loss is computed stand beside all others.
+    """Bytes of the tensors that a forward saves, parameters left out.
 
     What is recomputed is not saved by autograd, but held by closures.
     """
@@ -80,8 +79,7 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
     others |= {*existing, *(part.untyped_storage().data_ptr() for part in of_result)}
     for tensor in all_tensors():
         pack(tensor)
-    logits = SEQUENCES * LENGTH * VOCABULARY * next(model.parameters()).element_size()
-    return sum(s.nbytes() for s in storages.values()) + logits
+    return sum(s.nbytes() for s in storages.values())
 
 
 def all_tensors() -> list[Tensor]:

@@ -1,0 +1,73 @@
+"""Cross-entropy that never holds the logits of all tokens in fp32.
+
+Its gradient comes from the logits as they are, chunk by chunk, and their logsumexp: one buffer in
+the type of the logits is all that the backward pass allocates.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_TARGET = -100
+"""In the place of a token where nothing is to be predicted."""
+
+_CHUNK = 2**26
+"""Number of logits that are widened at a time."""
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Sum the cross-entropy of logits [T, V] and `targets` [T] int64 over tokens with a target.
+
+    Returns a scalar in nats, in fp32 or wider. Smoothing mixes the targets with the uniform
+    distribution, as `torch.nn.functional.cross_entropy` does.
+    """
+    loss: Tensor = _CrossEntropy.apply(logits, targets, label_smoothing)
+    return loss
+
+
+def _rows_per_chunk(logits: Tensor) -> int:
+    return max(_CHUNK // logits.shape[1], 1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        counts = targets != NO_TARGET
+        index = targets.where(counts, 0)[:, None]
+        size = _rows_per_chunk(logits)
+        log_sums, losses = [], []
+        for part, index_of_part in zip(logits.split(size), index.split(size), strict=True):
+            values = part.to(wide)
+            log_sums.append(values.logsumexp(-1))
+            loss = log_sums[-1] - (1 - smoothing) * values.gather(1, index_of_part).squeeze(1)
+            if smoothing:
+                loss -= smoothing * values.mean(-1)
+            losses.append(loss)
+        log_sum = torch.cat(log_sums)
+        ctx.save_for_backward(logits, index, counts, log_sum)
+        ctx.smoothing = smoothing
+        return torch.cat(losses).where(counts, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, index, counts, log_sum = ctx.saved_tensors
+        smoothing, size = ctx.smoothing, _rows_per_chunk(logits)
+        grad = torch.empty_like(logits)
+        slopes = (grads[0] * counts).to(log_sum.dtype)[:, None]
+        for out, part, *rest in zip(
+            *(x.split(size) for x in (grad, logits, index, log_sum, slopes)), strict=True
+        ):
+            index_of_part, log_sum_of_part, slope = rest
+            values = (part - log_sum_of_part[:, None]).exp_()
+            if smoothing:
+                values -= smoothing / logits.shape[1]
+            # Not by adding, which torch takes for an operation without a fixed order.
+            values.scatter_(1, index_of_part, values.gather(1, index_of_part) - (1 - smoothing))
+            torch.mul(values, slope, out=out)
+        return grad, None, None

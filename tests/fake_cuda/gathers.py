@@ -1,0 +1,26 @@
+"""Which operands of our Triton kernels are rows that an index gathers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Gather(NamedTuple):
+    """Rows read or written by index."""
+
+    rows: str
+    """Name of the operand whose rows are meant."""
+    index: str
+    """Name of the operand that has one integer per row read or written. Where a launch does not
+    gather, it is None or some other tensor."""
+
+
+GATHERS: dict[str, tuple[Gather, ...]] = {
+    "_product": (
+        Gather("left", "read"),
+        Gather("out", "write"),
+        Gather("out", "write"),  # added to: read and written
+    ),
+    "_outer": (Gather("left", "read"), Gather("right", "write")),
+}
+"""By the name of the kernel; one that is missing here reads each operand once."""

@@ -1,0 +1,181 @@
+"""Counts what a CUDA device would have to do, on tensors that have shapes and no memory.
+
+Tensors of the meta device stand in for those of a GPU: autograd runs on them, an operation that
+would make the host wait for a value raises, and everything that reaches the device passes here.
+Our own operators run their CUDA implementations, whose Triton kernels are recorded in place of
+being launched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import KernelInterface
+
+import moa_dist
+from moa_dist.kernels.routed_experts import Hardware
+from tests.fake_cuda.gathers import GATHERS
+
+PACKAGE = Path(moa_dist.__file__).parent
+UNLAUNCHED = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+}
+"""Operations that allocate or rename memory; views are recognized by their schema."""
+FILLS = {"new_zeros", "zeros_like", "ones_like", "full_like", "new_ones", "new_full"}
+"""Operations that do not read the tensor that they are called with."""
+COMPILER_OPTIONS = {"num_warps", "num_stages", "num_ctas"}
+"""Arguments of a launch that are none of its kernel."""
+H100 = Hardware("cuda", (9, 0))
+
+
+class Launches(TorchDispatchMode):
+    """Records kernels, bytes, and copies from the host while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        """Kernels launched by operation, those of Triton by `triton:` and their name."""
+        self.by_place: Counter[str] = Counter()
+        """Kernels launched by file of the package; those of autograd's own nodes by `autograd`."""
+        self.bytes_full = 0
+        """Bytes read and written, a gathered operand counted once per gathered row."""
+        self.bytes_distinct = 0
+        """Bytes read and written, a gathered operand counted once per distinct row."""
+        self.waits: Counter[str] = Counter()
+        """Copies from the host, by place."""
+        self.fp64: Counter[str] = Counter()
+        """Results in fp64, by place."""
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if op.namespace == "moa_dist":
+            with self:  # so that what the operator does is recorded too
+                return OPDEFS[op.name()]._backend_fns["cuda"](*args, **kwargs)
+        result = op(*args, **kwargs)
+        inputs, outputs = (
+            [x for x in tree_leaves(part) if isinstance(x, Tensor)]
+            for part in ((args, kwargs), result)
+        )
+        if any(x.is_meta for x in outputs):
+            self._record(op, inputs, outputs)
+        return result
+
+    def _record(self, op: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        name = op._schema.name.split("::")[1]
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)
+        if is_view or name in UNLAUNCHED:
+            return
+        place = _place()
+        if any(not x.is_meta and x.dim() for x in inputs):
+            self.waits[f"{name} at {place}"] += 1
+        if any(x.dtype == torch.float64 for x in outputs):
+            self.fp64[f"{name} at {place}"] += 1
+        read = [] if name in FILLS else inputs
+        if name == "index_select":
+            read = [outputs[0], inputs[1]]
+        moved = sum(x.nbytes for x in (*read, *outputs) if x.is_meta)
+        self._count(name, place, moved, moved)
+
+    def _count(self, name: str, place: str, full: int, distinct: int) -> None:
+        self.kernels[name] += 1
+        self.by_place[place.partition(":")[0]] += 1
+        self.bytes_full += full
+        self.bytes_distinct += distinct
+
+    def triton(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a launch of a Triton kernel, with the bytes of its arguments."""
+        options = {key: value for key, value in kwargs.items() if key not in COMPILER_OPTIONS}
+        operands = inspect.signature(kernel.fn).bind(*args, **options).arguments
+        # An operand that is not used is another one, passed in its place.
+        tensors = {_identity(x): x for x in operands.values() if isinstance(x, Tensor)}
+        distinct = full = sum(x.nbytes for x in tensors.values())
+        name = kernel.fn.__name__
+        for gather in GATHERS.get(name, ()):
+            rows, index = operands[gather.rows], operands[gather.index]
+            if index is not None and not index.is_floating_point():
+                full += index.numel() * prod(rows.shape[1:]) * rows.element_size() - rows.nbytes
+        assert distinct, f"the Triton kernel {name} is launched without a tensor"
+        self._count(f"triton:{name}", _place(), full, distinct)
+
+    @property
+    def num_kernels(self) -> int:
+        """Number of kernels launched, Triton's included."""
+        return self.kernels.total()
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
+
+
+def _place() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE) and path.name != "profiling.py":
+            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "autograd"
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Call the fused operator that torch chooses on a GPU: flash attention unless masked."""
+    assert k.shape[1] == q.shape[1] or enable_gqa
+    if attn_mask is None:
+        width, pad = q.shape[-1], -q.shape[-1] % 8
+        if pad:
+            q, k, v = (F.pad(x, (0, pad)) for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, dropout_p, is_causal)[0][..., :width]
+    bias = torch.zeros_like(attn_mask, dtype=q.dtype).expand(*q.shape[:3], k.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(q, k, v, bias, True, dropout_p, is_causal)[0]
+
+
+@contextmanager
+def fake_cuda(hardware: Hardware = H100) -> Iterator[Callable[[], Launches]]:
+    """Take the meta device for a GPU; yields what starts a new record and returns it."""
+    current: list[Launches] = []
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        assert all(grid), f"an empty grid for {kernel.fn.__name__}: {grid}"
+        return lambda *args, **kwargs: current[-1].triton(kernel, args, kwargs)
+
+    def record() -> Launches:
+        current.append(Launches())
+        return current[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelInterface, "__getitem__", launcher)
+        patch.setattr(Hardware, "of", classmethod(lambda cls, device: hardware))
+        patch.setattr(F, "scaled_dot_product_attention", fused_attention)
+        yield record

@@ -1,0 +1,73 @@
+"""No shipped configuration costs a GPU more than it did when its budget was set."""
+
+import inspect
+
+import pytest
+import torch
+
+from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.models import rope_kernel
+from tests.fake_cuda.budgets import BUDGETS
+from tests.fake_cuda.launches import fake_cuda
+from tests.fake_cuda.training_step import measure
+
+
+@pytest.mark.parametrize("path", BUDGETS)
+def test_a_micro_batch_stays_within_its_budget(path):
+    """If it needs less by now, lower the budget: `python -m tests.fake_cuda` prints the numbers."""
+    launches, saved = measure(path)
+    budget = BUDGETS[path]
+    measured = {
+        "kernels": launches.num_kernels,
+        "gb_full": launches.bytes_full / 1e9,
+        "gb_distinct": launches.bytes_distinct / 1e9,
+        "gib_saved": saved / 2**30,
+    }
+    above = {name: value for name, value in measured.items() if value > getattr(budget, name)}
+    assert not above, budget
+    assert not launches.waits
+    assert not launches.fp64
+    # A budget that much is left of would not notice a regression.
+    loose = {name: value for name, value in measured.items() if value < 0.9 * getattr(budget, name)}
+    assert not loose, budget
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("path", ["configs/small/moeut.yaml", "configs/translation/small_moa.yaml"])
+def test_padding_and_recomputation_do_not_wait(path, recompute):
+    launches, _ = measure(path, 2, 64, padded=True, recompute=recompute)
+    assert launches.num_kernels
+    assert not launches.waits
+    assert not launches.fp64
+
+
+def test_recomputation_saves_memory_and_chooses_once():
+    kept, again = (measure("configs/small/moeut.yaml", 2, 64, recompute=r) for r in (False, True))
+    assert again.saved < 0.5 * kept.saved
+    assert again.launches.num_kernels > kept.launches.num_kernels
+
+
+def test_the_record_itself():
+    x = torch.empty(64, 32, device="meta", requires_grad=True)
+    with fake_cuda() as record:
+        assert Hardware.of(x.device).capability == (9, 0)
+        with record() as launches:
+            y = (x.relu() * 2).view(-1)
+        assert launches.kernels == {"relu": 1, "mul": 1}
+        assert launches.bytes_full == launches.bytes_distinct == 4 * x.nbytes
+        with record() as launches:
+            x.detach().index_select(0, torch.empty(256, dtype=torch.int64, device="meta"))
+        assert launches.bytes_full == 2 * 256 * 32 * 4 + 256 * 8
+        with record() as launches:
+            y.sum().backward()
+        assert launches.num_kernels > 2
+
+
+def test_waits_and_empty_launches_are_noticed():
+    with fake_cuda() as record:
+        with record() as launches:
+            torch.ones(3).to("meta") + torch.empty(3, device="meta")
+        assert launches.waits.total() == 1
+        unused = dict.fromkeys(inspect.signature(rope_kernel._rotate.fn).parameters)
+        with pytest.raises(AssertionError, match="without a tensor"):
+            record().triton(rope_kernel._rotate, (), unused)

@@ -1,0 +1,72 @@
+"""Measures the forward and backward pass of a shipped configuration as a GPU would run it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from moa_dist.config import load_config
+from moa_dist.models.language_model import LanguageModel, meta_model
+from moa_dist.models.objective import Batch, objective
+from tests.fake_cuda.launches import Launches, fake_cuda
+
+
+class Measured(NamedTuple):
+    """What one micro-batch costs."""
+
+    launches: Launches
+    """Kernels, bytes and waits of both passes."""
+    saved: int
+    """Bytes kept for the backward pass, without parameters and buffers."""
+
+
+def bf16_model(path: str, *, recompute: bool = False) -> LanguageModel:
+    """Build the model of a configuration as DeepSpeed trains it: parameters, not buffers, bf16."""
+    model = meta_model(load_config(path).model, recompute=recompute)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model.train()
+
+
+def micro_batch(model: LanguageModel, sequences: int, length: int, *, padded: bool) -> Batch:
+    """Make a batch of the meta device, with a mask if `padded`."""
+    tokens = torch.empty(sequences, length + 1, dtype=torch.int64, device="meta")
+    mask = torch.empty_like(tokens, dtype=torch.bool) if padded else None
+    if model.encoder is None:
+        return Batch(tokens, mask)
+    return Batch(
+        tokens, mask, source=tokens[:, 1:], source_mask=None if mask is None else mask[:, 1:]
+    )
+
+
+def measure(
+    path: str,
+    sequences: int = 8,
+    length: int = 1024,
+    *,
+    recompute: bool = False,
+    padded: bool = False,
+) -> Measured:
+    """Run one micro-batch of `sequences` x `length` tokens forward and backward."""
+    model = bf16_model(path, recompute=recompute)
+    batch = micro_batch(model, sequences, length, padded=padded)
+    kept_anyway = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in kept_anyway:
+            kept[storage] = tensor
+        return tensor
+
+    with fake_cuda() as record:
+        with record() as launches, saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = objective(model, batch)
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        kept.clear()
+        with launches:
+            result.loss(float(sequences * length)).backward()
+    return Measured(launches, saved)
