@@ -16,7 +16,7 @@ group, A assignments. The levels token, group and slot have T, T * G and T * G *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from moa_dist.distributed.pending import Pending, ready
 from moa_dist.kernels.routed_experts import RoutedExperts, routed_experts
-from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
+from moa_dist.kernels.segment_sum import permute
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import occurrences
 from moa_dist.profiling import annotated
@@ -68,7 +69,10 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class Assignments:
-    """Assignments of tokens to experts, as parallel vectors of length A."""
+    """Assignments of tokens to experts, as parallel vectors of length A in the order of their rows.
+
+    No level's rows ever decrease along them.
+    """
 
     expert: Tensor
     """int64 expert ids; an id past the last expert marks an assignment that was dropped."""
@@ -80,6 +84,9 @@ class Assignments:
     """Number of rows of each level."""
     is_dropless: bool
     """Whether every assignment is known to belong to an expert."""
+    starts: dict[Level, Tensor] = field(default_factory=dict)
+    """[rows + 1] where the assignments of each row start, by level; a level that is missing has
+    equally many for each row."""
 
 
 def assignments_of(routing: Routing, num_experts: int) -> Assignments:
@@ -111,10 +118,8 @@ class LocalPlan:
     """Whether `counts` is known to cover all assignments."""
     weight: Tensor
     """[A] router weights, expert-major; assignments without an expert come last."""
-    rows: dict[Level, Tensor]
-    """[A] row of each assignment, by level, in the same order."""
-    num_rows: dict[Level, int]
-    """Number of rows of each level."""
+    rows: dict[Level, Rows]
+    """Rows of the assignments in the same order, by level."""
     kernel: RoutedExperts = routed_experts
     """Runs the experts."""
 
@@ -126,12 +131,19 @@ class LocalPlan:
         """Sort assignments by expert, keeping the order of tokens within each."""
         expert = assignments.expert
         order = expert.argsort(stable=True)
+        # Assignments come in the order of their rows, so their places are sorted by row.
+        numbers = torch.arange(len(order), device=order.device)
+        place = torch.empty_like(order).scatter_(0, order, numbers)
         return cls(
             counts=occurrences(expert, num_experts + 1)[:num_experts],
             is_dropless=assignments.is_dropless,
-            weight=assignments.weight[order],
-            rows={level: rows[order] for level, rows in assignments.rows.items()},
-            num_rows=assignments.num_rows,
+            weight=permute(assignments.weight, order, place),
+            rows={
+                level: Rows(
+                    rows[order], place, assignments.starts.get(level), assignments.num_rows[level]
+                )
+                for level, rows in assignments.rows.items()
+            },
             kernel=kernel,
         )
 
@@ -155,16 +167,10 @@ class LocalPlan:
         return RowMap(
             read=self.rows[read],
             write=self.rows[write],
-            num_output_rows=self.num_rows[write],
             counts=F.pad(self.counts, (0, unused)) if unused else self.counts,
             is_dropless=self.is_dropless,
             weight=self.weight if weighted else None,
         )
-
-
-def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Sum rows [A, D] by their output row: `out[i]` is the sum of `rows[a]` with index[a] = i."""
-    return rows.new_zeros(num_rows, rows.shape[-1]).index_add(0, index, rows)
 
 
 @dataclass(frozen=True)
