@@ -101,10 +101,7 @@ class Planner:
 
     @cached_property
     def _activations(self) -> Activations:
-        hardware = Hardware(
-            "cuda", self.cluster.gpu.capability, deterministic=self.config.train.deterministic
-        )
-        return activations_of(self.config, hardware)
+        return activations_of(self.config, Hardware("cuda"))
 
     def plan(self, config: Config) -> Planned:
         """Predict a layout that fits the number of GPUs and whose exchange is decided."""
