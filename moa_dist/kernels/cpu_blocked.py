@@ -78,7 +78,7 @@ def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _checked_counts(experts: ExpertWeights, row_map: RowMap) -> list[int]:
     counts: list[int] = row_map.counts.tolist()
-    num_rows, num_experts = len(row_map.read), len(experts.down)
+    num_rows, num_experts = len(row_map.read.ids), len(experts.down)
     if len(counts) != num_experts or sum(counts) > num_rows:
         raise ValueError(f"{num_rows} rows and {num_experts} experts, but counts {counts}")
     return counts
@@ -92,14 +92,14 @@ def _row_bytes(experts: ExpertWeights, x: Tensor) -> int:
 def forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor, Saved]:
     """Compute y [Y, O], and what `backward` needs."""
     down, ups, activation = experts
-    weight, read, write = row_map.weight, row_map.read, row_map.write
+    weight, read, write = row_map.weight, row_map.read.ids, row_map.write.ids
     blocks, most = _blocks(_checked_counts(experts, row_map), _row_bytes(experts, x))
     # Buffers for one block serve all blocks: fresh memory costs more than the products.
     gathered = x.new_empty(most, x.shape[1])
     results = x.new_empty(most, down.shape[2])
     saved = alloc_saved(experts, x, row_map)
     after_down = scales_outputs(experts, row_map)
-    y = x.new_zeros(row_map.num_output_rows, down.shape[2], dtype=sum_type(x))
+    y = x.new_zeros(row_map.write.num, down.shape[2], dtype=sum_type(x))
     for block, rows, counts in blocks:
         n = rows.stop - rows.start
         hidden = torch.index_select(x, 0, read[rows], out=gathered[:n])
@@ -124,7 +124,7 @@ def backward(
 ) -> Gradients:
     """Compute all gradients, given that of y."""
     down, ups, activation = experts
-    weight, read, write = row_map.weight, row_map.read, row_map.write
+    weight, read, write = row_map.weight, row_map.read.ids, row_map.write.ids
     blocks, most = _blocks(row_map.counts.tolist(), _row_bytes(experts, x))
     wide = sum_type(x)
     gathered = x.new_empty(most, x.shape[1])

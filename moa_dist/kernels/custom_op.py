@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from moa_dist.kernels import cpu_blocked, triton_fused
-from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
 from moa_dist.kernels.saved import Gradients, Saved, alloc_saved
 from moa_dist.profiling import annotated
 
 Operands = tuple[ExpertWeights, Tensor, RowMap]
 Outputs = tuple[Tensor, Tensor, list[Tensor]]
 
+_ROWS = "Tensor {0}, Tensor {0}_order, Tensor? {0}_offsets, SymInt num_{0}"
 _OPERANDS = (
-    "Tensor x, Tensor down, Tensor[] ups, str activation, Tensor read, Tensor write, "
-    "SymInt num_output_rows, Tensor counts, bool is_dropless, Tensor? weight"
+    "Tensor x, Tensor down, Tensor[] ups, str activation, "
+    f"{_ROWS.format('read')}, {_ROWS.format('write')}, "
+    "Tensor counts, bool is_dropless, Tensor? weight"
 )
 
 
@@ -38,13 +40,14 @@ def custom_op_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Ten
 
 
 def _flatten(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Any, ...]:
-    return x, experts.down, list(experts.ups), experts.activation, *row_map
+    read, write, *rest = row_map
+    return x, experts.down, list(experts.ups), experts.activation, *read, *write, *rest
 
 
-def _restore(
-    x: Tensor, down: Tensor, ups: list[Tensor], activation: str, *row_map: Any
-) -> Operands:
-    return ExpertWeights(down, tuple(ups), activation), x, RowMap(*row_map)
+def _restore(x: Tensor, down: Tensor, ups: list[Tensor], activation: str, *rest: Any) -> Operands:
+    n = len(Rows._fields)
+    row_map = RowMap(Rows(*rest[:n]), Rows(*rest[n : 2 * n]), *rest[2 * n :])
+    return ExpertWeights(down, tuple(ups), activation), x, row_map
 
 
 def _forward_of(kernel: Callable[..., tuple[Tensor, Saved]]) -> Callable[..., Outputs]:
@@ -64,7 +67,7 @@ def _backward_of(kernel: Callable[..., Gradients]) -> Callable[..., tuple[Any, .
 
 
 def _fake_forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor, Saved]:
-    y = x.new_empty(row_map.num_output_rows, experts.down.shape[2])
+    y = x.new_empty(row_map.write.num, experts.down.shape[2])
     return y, alloc_saved(experts, x, row_map)
 
 
@@ -107,21 +110,27 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     experts, x, row_map = _restore(*inputs)
     _, outputs, products = output
     ctx.set_materialize_grads(False)  # else zeros are made as gradients of what is only saved
-    tensors = (x, experts.down, row_map.read, row_map.write, row_map.counts, row_map.weight)
+    of_rows = (*row_map.read[:3], *row_map.write[:3])
+    tensors = (x, experts.down, row_map.counts, row_map.weight, *of_rows)
     ctx.save_for_backward(*tensors, outputs, *experts.ups, *products)
     ctx.activation, ctx.is_dropless = experts.activation, row_map.is_dropless
+    ctx.nums = row_map.read.num, row_map.write.num
 
 
 @annotated("experts")
 def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, down, read, write, counts, weight, outputs, *rest = ctx.saved_tensors
+    x, down, counts, weight, *saved = ctx.saved_tensors
+    read, write = (
+        Rows(ids, order, offsets, num)
+        for num, (ids, order, offsets) in zip(ctx.nums, (saved[:3], saved[3:6]), strict=True)
+    )
+    outputs, *rest = saved[6:]
     ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     experts = ExpertWeights(down, tuple(ups), ctx.activation)
-    row_map = RowMap(read, write, grad.shape[0], counts, ctx.is_dropless, weight)
-    flat = _flatten(experts, x, row_map)
+    flat = _flatten(experts, x, RowMap(read, write, counts, ctx.is_dropless, weight))
     grad_x, grad_weight, grad_down, grad_ups = _backward(grad, outputs, products, *flat)
     # In the order of `_OPERANDS`; of the row map, which comes last, only `weight` has a gradient.
-    of_row_map = (*[None] * (len(row_map) - 1), None if weight is None else grad_weight)
+    of_row_map = (*[None] * (len(flat) - 5), None if weight is None else grad_weight)
     return grad_x, grad_down, grad_ups, None, *of_row_map
 
 

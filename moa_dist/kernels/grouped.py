@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.gather import gather_rows
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
+from moa_dist.kernels.segment_sum import gather_rows
 
 
 def grouped_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
@@ -37,8 +37,8 @@ def add_up(rows: Tensor, row_map: RowMap) -> Tensor:
     wide = _zero_unassigned(rows, row_map).to(sum_type(rows))
     if row_map.weight is not None:
         wide = wide * row_map.weight[:, None]
-    y = wide.new_zeros(row_map.num_output_rows, wide.shape[-1])
-    return y.index_add(0, row_map.write, wide).to(rows.dtype)
+    y = wide.new_zeros(row_map.write.num, wide.shape[-1])
+    return y.index_add(0, row_map.write.ids, wide).to(rows.dtype)
 
 
 def _zero_unassigned(rows: Tensor, row_map: RowMap) -> Tensor:

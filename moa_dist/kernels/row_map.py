@@ -37,6 +37,39 @@ class ExpertWeights(NamedTuple):
         return (self.down, *self.ups)
 
 
+class Rows(NamedTuple):
+    """The rows that assignments read from or write to, and which assignments share one.
+
+    What is gathered by `ids` is summed back by `order` and `offsets`: every row adds up its own
+    assignments, so sums need no atomics and have a fixed order.
+    """
+
+    ids: Tensor
+    """[A] int64, the row of each assignment."""
+    order: Tensor
+    """[A] int64, the assignments sorted by row."""
+    offsets: Tensor | None
+    """[num + 1] int64, where the assignments of each row begin in `order`; None if every row has
+    A / num of them."""
+    num: int
+    """Number of rows."""
+
+    @classmethod
+    def of(cls, ids: Tensor, num: int) -> Rows:
+        """Sort the assignments to rows `ids` [A]. Never waits for an accelerator."""
+        ordered, order = ids.sort(stable=True)
+        return cls(ids, order, starts_of(ordered, num), num)
+
+    def are_permuted(self) -> bool:
+        """Whether every row has exactly one assignment."""
+        return self.offsets is None and len(self.ids) == self.num
+
+
+def starts_of(ordered: Tensor, num: int) -> Tensor:
+    """Return where each of `num` rows begins in the sorted vector `ordered`: [num + 1]."""
+    return torch.searchsorted(ordered, torch.arange(num + 1, device=ordered.device))
+
+
 class RowMap(NamedTuple):
     """Assignments of input rows to experts and output rows: parallel vectors, sorted by expert.
 
@@ -45,12 +78,10 @@ class RowMap(NamedTuple):
     accelerator.
     """
 
-    read: Tensor
-    """[A] int64, the input row of each assignment."""
-    write: Tensor
-    """[A] int64, the output row of each assignment."""
-    num_output_rows: int
-    """Y."""
+    read: Rows
+    """The input row of each assignment."""
+    write: Rows
+    """The output row of each assignment."""
     counts: Tensor
     """[E] int64 assignments per expert; they sum to at most A."""
     is_dropless: bool

@@ -45,7 +45,7 @@ def scales_outputs(experts: ExpertWeights, row_map: RowMap) -> bool:
 
 def alloc_saved(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Saved:
     """Allocate, without initializing it, what forward fills for backward."""
-    num_rows = len(row_map.read)
+    num_rows = len(row_map.read.ids)
     num_outputs = num_rows if scales_outputs(experts, row_map) else 0
     return Saved(
         x.new_empty(num_outputs, experts.down.shape[2]),

@@ -1,87 +1,133 @@
-"""Routed experts on a GPU by Triton: gathering and adding happen inside the products.
+"""Routed experts on a GPU by Triton: rows are gathered inside the products, and every result is
+written once, in the type of the rows.
 
-Works for any widths and for types up to fp32. The order in which rows are summed changes from run
-to run. Shapes as in `row_map`.
+Results that share an output row are then summed in fp32 by one more kernel: no atomics, so results
+do not change from run to run. Router weights multiply the narrower side of `down`. Works for any
+widths and for types up to fp32. Shapes as in `row_map`.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
-from moa_dist.kernels.saved import (
-    Gradients,
-    Saved,
-    alloc_saved,
-    hidden_gradient,
-    scales_outputs,
-)
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
+from moa_dist.kernels.saved import Gradients, Saved, alloc_saved, scales_outputs
+
+if TYPE_CHECKING:  # Triton may be missing where the CPU kernel runs
+    from moa_dist.kernels.triton_tiles import Tiles
 
 
 def forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor, Saved]:
     """Compute y [Y, O], and what `backward` needs."""
-    from moa_dist.kernels.triton_kernels import add_product, tiles_of
+    from moa_dist.kernels.triton_products import hidden_products, product
+    from moa_dist.kernels.triton_sums import sum_by_row
 
     down, ups, activation = experts
-    weight, read, write = row_map.weight, row_map.read, row_map.write
-    x = x.contiguous()
-    tiles = tiles_of(row_map.counts, len(read))
+    x, weight, read = x.contiguous(), row_map.weight, row_map.read.ids
+    tiles = _tiles(x, row_map)
     saved = alloc_saved(experts, x, row_map)
-    for tensor in (saved.outputs, *saved.products):
-        tensor.zero_()  # else uninitialized rows, of no expert, would reach gradients
-    for up, product in zip(ups, saved.products, strict=True):
-        add_product(x, up, product, tiles, read=read)
-    y = x.new_zeros(row_map.num_output_rows, down.shape[2], dtype=sum_type(x))
-    if weight is not None and scales_outputs(experts, row_map):
-        left = hidden_rows(saved.products, activation) if ups else x
-        add_product(left, down, saved.outputs, tiles, read=None if ups else read)
-        y.index_add_(0, write, saved.outputs * weight[:, None])
-    elif ups:
-        hidden = hidden_rows(saved.products, activation)
-        add_product(hidden, down, y, tiles, write=write, scale=weight)
-    else:
-        add_product(x, down, y, tiles, read=read, write=write, scale=weight)
-    return y.to(x.dtype), saved
+    after_down = scales_outputs(experts, row_map)
+    left, scale = x, None if after_down else weight
+    gathered: Tensor | None = read
+    if ups:
+        left = hidden_products(x, read, ups, scale, activation, saved.products, tiles)
+        gathered = scale = None
+    if not after_down:
+        return _product_by_row(
+            [(left, down)], row_map.write, tiles, row_map, read=gathered, scale=scale
+        ), saved
+    product([(left, down)], saved.outputs, tiles, read=gathered)
+    num_valid = _num_valid(row_map, tiles)
+    return sum_by_row(saved.outputs, row_map.write, scale=weight, num_valid=num_valid), saved
 
 
 def backward(
     grad: Tensor, experts: ExpertWeights, x: Tensor, row_map: RowMap, saved: Saved
 ) -> Gradients:
     """Compute all gradients, given that of y."""
-    from moa_dist.kernels.triton_kernels import add_product, outer_products, tiles_of
+    from moa_dist.kernels.triton_gradients import hidden_gradients, outer_products, weigh_gradient
+    from moa_dist.kernels.triton_sums import sum_by_row
 
     down, ups, activation = experts
-    weight, read, write = row_map.weight, row_map.read, row_map.write
-    x, grad = x.contiguous(), grad.contiguous()
-    tiles = tiles_of(row_map.counts, len(read))
-    grad_x = torch.zeros_like(x, dtype=sum_type(x))
-    grad_weight = x.new_empty(0)
-    after_down = scales_outputs(experts, row_map)
-    if not ups and (weight is None or after_down):
-        # The only case in which gathered rows could be wide: they are never made.
-        if weight is not None:
-            grad_weight = (saved.outputs * grad[write]).sum(-1, dtype=weight.dtype)
-        add_product(grad, down.mT, grad_x, tiles, read=write, write=read, scale=weight)
-        grad_down = outer_products(x, grad, down, tiles, read=read, write=write, scale=weight)
-        return Gradients(grad_x.to(x.dtype), grad_weight, grad_down, ())
+    x, grad, read = x.contiguous(), grad.contiguous(), row_map.read.ids
+    tiles = _tiles(x, row_map)
+    weight, grad_weight = row_map.weight, x.new_empty(0)
+    gathered: Tensor | None = row_map.write.ids
+    if weight is not None and scales_outputs(experts, row_map):
+        grad_weight, grad = weigh_gradient(
+            saved.outputs, grad, row_map.write.ids, weight, tiles.num_valid
+        )
+        weight = gathered = None
+    if not ups and weight is None:
+        grad_down = outer_products(x, grad, down, tiles, read_left=read, read_right=gathered)
+        grad_x = _product_by_row(
+            [(grad, down)], row_map.read, tiles, row_map, read=gathered, transposed=True
+        )
+        return Gradients(grad_x, grad_weight, grad_down, ())
+    inner = hidden_gradients(
+        grad,
+        gathered,
+        down,
+        saved.products if ups else (x,),
+        None if ups else read,
+        weight,
+        activation if ups else None,
+        tiles,
+        is_dropless=row_map.is_dropless,
+    )
+    grad_weight = grad_weight if inner.weight is None else inner.weight
+    grad_down = outer_products(inner.hidden, grad, down, tiles, read_right=gathered)
+    grad_ups = tuple(
+        outer_products(x, grad_product, up, tiles, read_left=read)
+        for grad_product, up in zip(inner.products, ups, strict=False)
+    )
+    if ups:
+        pairs = list(zip(inner.products, ups, strict=True))
+        grad_x = _product_by_row(pairs, row_map.read, tiles, row_map, transposed=True)
+    else:
+        grad_x = sum_by_row(inner.products[0], row_map.read, num_valid=_num_valid(row_map, tiles))
+    return Gradients(grad_x, grad_weight, grad_down, grad_ups)
 
-    hidden = hidden_rows(saved.products, activation) if ups else x[read]
-    grad_hidden = torch.zeros_like(hidden)
-    add_product(grad, down.mT, grad_hidden, tiles, read=write)
-    if weight is not None:
-        pair = (saved.outputs, grad[write]) if after_down else (hidden, grad_hidden)
-        grad_weight = torch.linalg.vecdot(*(t.to(weight.dtype) for t in pair))
-        grad_hidden = (grad_hidden * weight[:, None]).to(x.dtype)
-    grad_down = outer_products(hidden, grad, down, tiles, write=write, scale=weight)
-    if not ups:
-        grad_x.index_add_(0, read, grad_hidden.to(grad_x.dtype))
-        return Gradients(grad_x.to(x.dtype), grad_weight, grad_down, ())
 
-    grad_ups = []
-    for up, grad_product in zip(
-        ups, hidden_gradient(grad_hidden, saved.products, activation), strict=True
-    ):
-        grad_ups.append(outer_products(x, grad_product, up, tiles, read=read))
-        add_product(grad_product, up.mT, grad_x, tiles, write=read)
-    return Gradients(grad_x.to(x.dtype), grad_weight, grad_down, tuple(grad_ups))
+def _tiles(x: Tensor, row_map: RowMap) -> Tiles:
+    from moa_dist.kernels.triton_tiles import rows_per_tile, tiles_of
+
+    num_rows, counts = len(row_map.read.ids), row_map.counts
+    return tiles_of(counts, num_rows, rows_per_tile(x, num_rows, len(counts)))
+
+
+def _num_valid(row_map: RowMap, tiles: Tiles) -> Tensor | None:
+    """Return how many assignments have an expert, or None if all have."""
+    return None if row_map.is_dropless else tiles.num_valid
+
+
+def _product_by_row(
+    pairs: list[tuple[Tensor, Tensor]],
+    to: Rows,
+    tiles: Tiles,
+    row_map: RowMap,
+    *,
+    read: Tensor | None = None,
+    scale: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """Compute products as `triton_products.product` does, and sum them by row of `to`.
+
+    Where every row has one assignment, results are written there directly.
+    """
+    from moa_dist.kernels.triton_products import product
+    from moa_dist.kernels.triton_sums import sum_by_row
+
+    (left, matrices), *_ = pairs
+    width = matrices.shape[1 if transposed else 2]
+    if to.are_permuted():
+        make = torch.empty if row_map.is_dropless else torch.zeros
+        y = make(to.num, width, dtype=left.dtype, device=left.device)
+        product(pairs, y, tiles, read=read, scale=scale, write=to.ids, transposed=transposed)
+        return y
+    results = left.new_empty(len(to.ids), width)
+    product(pairs, results, tiles, read=read, scale=scale, transposed=transposed)
+    return sum_by_row(results, to, num_valid=_num_valid(row_map, tiles))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moa_dist.config.model import RopeConfig
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 
 
 class Rotation(NamedTuple):
@@ -59,8 +59,7 @@ def apply_rope(x: Tensor, config: RopeConfig | None, rotation: Rotation | None =
 
 
 def _has_kernel(x: Tensor) -> bool:
-    hardware = Hardware.of(x.device)
-    on_gpu = hardware.device_type == "cuda" and hardware.has_triton
+    on_gpu = Hardware.of(x.device).runs_triton
     return on_gpu and x.dtype != torch.float64
 
 

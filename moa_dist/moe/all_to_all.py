@@ -18,16 +18,9 @@ from torch import Tensor
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
 from moa_dist.distributed.comm_group import CommGroup
 from moa_dist.distributed.pending import Pending
-from moa_dist.kernels.gather import gather_rows
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.moe.dispatch import (
-    Assignments,
-    Level,
-    LocalPlan,
-    assignments_of,
-    permuted,
-    sum_rows,
-)
+from moa_dist.kernels.row_map import ExpertWeights, Rows, starts_of
+from moa_dist.kernels.segment_sum import gather_rows, permute, sum_rows
+from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of
 from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
@@ -41,8 +34,8 @@ _SHARED_LEVELS: tuple[Level, ...] = ("token", "group")
 class _Route:
     """Rows of one level to send to each rank, and how many come back."""
 
-    rows: Tensor
-    """int64 local rows to send, in the order of destination ranks."""
+    rows: Rows
+    """Local rows to send, in the order of destination ranks."""
     sent: list[int]
     """[P] number of rows sent to each rank."""
     received: list[int]
@@ -57,8 +50,6 @@ class AllToAllPlan:
     """The expert-parallel group."""
     routes: dict[Level, _Route]
     """Rows to exchange, by level."""
-    num_rows: dict[Level, int]
-    """Number of rows of each level on this rank."""
     local: LocalPlan
     """Plan over the received rows and the experts of this rank."""
 
@@ -77,8 +68,7 @@ class AllToAllPlan:
 
         @annotated("dispatch")
         def add_up(returned: Tensor) -> Tensor:
-            wide = returned.to(self.local.weight.dtype)
-            return sum_rows(wide, route.rows, self.num_rows[write]).to(returned.dtype)
+            return sum_rows(returned, route.rows)
 
         sums = self.local.run_and_combine(experts, sent, read, write, weighted=weighted).wait()
         return all_to_all_rows(sums, route.received, route.sent, self.comm_group, "combine").then(
@@ -127,17 +117,21 @@ class AllToAllTokenDispatcher:
             for x in (indices.int(), home.weight)
         ]
         routes = {
-            level: _Route(unique[level].rows[: sum(sent_rows[i])], sent_rows[i], received_rows[i])
+            level: _Route(
+                Rows.of(unique[level].rows[: sum(sent_rows[i])], home.num_rows[level]),
+                sent_rows[i],
+                received_rows[i],
+            )
             for i, level in enumerate(levels)
         }
         routes.setdefault("group", routes["token"])  # one router group: the same rows
-        routes["slot"] = _Route(home.rows["slot"], sent, received)
+        slots = Rows.of(home.rows["slot"], home.num_rows["slot"])
+        routes["slot"] = _Route(slots, sent, received)
         indices, weight = (x.wait() for x in arriving)
         arrived = _arrived(indices, weight, received_counts, routes, levels)
         return AllToAllPlan(
             comm_group=self.comm_group,
             routes=routes,
-            num_rows=home.num_rows,
             local=LocalPlan.of(arrived, bounds[rank + 1] - bounds[rank]),
         )
 
@@ -156,7 +150,7 @@ def _sorted_by_owner(
     sorted_home = replace(
         home,
         expert=home.expert[order],
-        weight=permuted(home.weight, order, place),
+        weight=permute(home.weight, order, place),
         rows={level: rows[order] for level, rows in home.rows.items()},
     )
     return sorted_home, owner[order], counts
@@ -187,9 +181,12 @@ def _arrived(
     block_starts = (received_counts.cumsum(0) - received_counts)[source]
     expert, *places = indices.long().unbind(1)
     rows = {level: places[i] + block_starts[:, 1 + i] for i, level in enumerate(levels)}
-    rows.setdefault("group", rows["token"])
+    # Each rank sends its assignments by row, so they are sorted by row here as well.
+    starts = {level: starts_of(rows[level], num_rows[level]) for level in levels}
+    for by_level in (rows, starts):
+        by_level.setdefault("group", by_level["token"])
     rows["slot"] = torch.arange(num_assignments, device=device)
-    return Assignments(expert, weight, rows, num_rows, is_dropless=True)
+    return Assignments(expert, weight, rows, num_rows, is_dropless=True, starts=starts)
 
 
 @dataclass(frozen=True)

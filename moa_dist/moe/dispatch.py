@@ -16,8 +16,8 @@ group, A assignments. The levels token, group and slot have T, T * G and T * G *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from moa_dist.distributed.pending import Pending, ready
 from moa_dist.kernels.routed_experts import RoutedExperts, routed_experts
-from moa_dist.kernels.row_map import ExpertWeights, RowMap
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
+from moa_dist.kernels.segment_sum import permute
 from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.router import Routing
 from moa_dist.profiling import annotated
@@ -68,7 +69,10 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class Assignments:
-    """Assignments of tokens to experts, as parallel vectors of length A."""
+    """Assignments of tokens to experts, as parallel vectors of length A in the order of their rows.
+
+    No level's rows ever decrease along them.
+    """
 
     expert: Tensor
     """int64 expert ids; an id past the last expert marks an assignment that was dropped."""
@@ -80,6 +84,9 @@ class Assignments:
     """Number of rows of each level."""
     is_dropless: bool
     """Whether every assignment is known to belong to an expert."""
+    starts: dict[Level, Tensor] = field(default_factory=dict)
+    """[rows + 1] where the assignments of each row start, by level; a level that is missing has
+    equally many for each row."""
 
 
 def flat_experts(routing: Routing, num_experts: int) -> Tensor:
@@ -116,10 +123,8 @@ class LocalPlan:
     """Whether `counts` is known to cover all assignments."""
     weight: Tensor
     """[A] router weights, expert-major; assignments without an expert come last."""
-    rows: dict[Level, Tensor]
-    """[A] row of each assignment, by level, in the same order."""
-    num_rows: dict[Level, int]
-    """Number of rows of each level."""
+    rows: dict[Level, Rows]
+    """Rows of the assignments in the same order, by level."""
     kernel: RoutedExperts = routed_experts
     """Runs the experts."""
 
@@ -131,12 +136,18 @@ class LocalPlan:
         """Sort assignments by expert, keeping the order of tokens within each."""
         by_expert = sort_by_expert(assignments.expert, num_experts, [])
         order = by_expert.order
+        place = by_expert.place
+        # Assignments come in the order of their rows, so their places are sorted by row.
         return cls(
             counts=by_expert.counts,
             is_dropless=assignments.is_dropless,
-            weight=permuted(assignments.weight, order, by_expert.place),
-            rows={level: rows[order] for level, rows in assignments.rows.items()},
-            num_rows=assignments.num_rows,
+            weight=permute(assignments.weight, order, place),
+            rows={
+                level: Rows(
+                    rows[order], place, assignments.starts.get(level), assignments.num_rows[level]
+                )
+                for level, rows in assignments.rows.items()
+            },
             kernel=kernel,
         )
 
@@ -153,9 +164,13 @@ class LocalPlan:
         return cls(
             counts=by_expert.counts,
             is_dropless=routing.keep_mask is None,
-            weight=permuted(routing.topk_weights.flatten(), by_expert.order, by_expert.place),
-            rows={"token": token, "group": group[0] if group else token, "slot": by_expert.order},
-            num_rows={"token": T, "group": T * G, "slot": T * G * K},
+            weight=permute(routing.topk_weights.flatten(), by_expert.order, by_expert.place),
+            # Every row has equally many assignments, which lie one after the other.
+            rows={
+                "token": Rows(token, by_expert.place, None, T),
+                "group": Rows(group[0] if group else token, by_expert.place, None, T * G),
+                "slot": Rows(by_expert.order, by_expert.place, None, T * G * K),
+            },
             kernel=kernel,
         )
 
@@ -179,33 +194,10 @@ class LocalPlan:
         return RowMap(
             read=self.rows[read],
             write=self.rows[write],
-            num_output_rows=self.num_rows[write],
             counts=F.pad(self.counts, (0, unused)) if unused else self.counts,
             is_dropless=self.is_dropless,
             weight=self.weight if weighted else None,
         )
-
-
-class _Permuted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return values.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, *ctx.saved_tensors), None, None
-
-
-def permuted(values: Tensor, order: Tensor, place: Tensor) -> Tensor:
-    """Return `values[order]`; `place` is the inverse of `order`, by which its gradient is read."""
-    result: Tensor = _Permuted.apply(values, order, place)
-    return result
-
-
-def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Sum rows [A, D] by their output row: `out[i]` is the sum of `rows[a]` with index[a] = i."""
-    return rows.new_zeros(num_rows, rows.shape[-1]).index_add(0, index, rows)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.moe.statistics import occurrences
 
 
@@ -32,8 +32,7 @@ def sort_by_expert(expert: Tensor, num_experts: int, divisors: list[int]) -> Sor
 
     At most two `divisors`. Never reads a value on the host, so it never waits for an accelerator.
     """
-    hardware = Hardware.of(expert.device)
-    if hardware.device_type == "cuda" and hardware.has_triton:
+    if Hardware.of(expert.device).runs_triton:
         counts, order, place, quotients = _sort(expert, num_experts, divisors)
         return Sorted(counts, order, place, list(quotients))
     order = expert.argsort(stable=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 
 LEAST_SUM = 1e-30
 """Smallest sum of chosen scores to divide by. All of them may underflow where better experts are
@@ -74,8 +74,7 @@ class StatisticsGradients(NamedTuple):
 
 def can_fuse(logits: Tensor, num_experts: int) -> bool:
     """Whether `choose` runs on this device, for this type and number of experts per group."""
-    hardware = Hardware.of(logits.device)
-    on_gpu = hardware.device_type == "cuda" and hardware.has_triton
+    on_gpu = Hardware.of(logits.device).runs_triton
     return on_gpu and logits.dtype == torch.float32 and num_experts <= MAX_EXPERTS
 
 

@@ -15,7 +15,7 @@ import torch
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
@@ -74,14 +74,14 @@ class Activations:
         """Estimate temporary memory of the largest operation, beyond what is kept, as one line.
 
         The loss needs a copy of the logits in fp32 and its gradient; a routed projection needs its
-        rows in fp32, weighted, and in the type of activations.
+        results until they are summed.
         """
         tokens, wide = ("tokens", sequences * self.length), max(self._element_bytes, 4)
-        row_element = ("B", 2 * wide + self._element_bytes)
         lines = [term("logits", tokens, ("vocabulary", self._vocabulary), ("B", 2 * wide))]
         for name, chosen, d_out in self._weighted_rows:
-            factors = (tokens, ("chosen", chosen), ("d_out", d_out), row_element)
-            lines.append(term(f"{name}: weighted rows", *factors))
+            element = ("B", self._element_bytes)
+            factors = (tokens, ("chosen", chosen), ("d_out", d_out), element)
+            lines.append(term(f"{name}: results", *factors))
         return [max(lines, key=lambda line: line.value)]
 
     def _lines_kept(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moa_dist.distributed.pending import Pending, ready
 from moa_dist.kernels.routed_experts import RoutedExperts
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of, sum_rows
+from moa_dist.kernels.row_map import ExpertWeights, Rows
+from moa_dist.kernels.segment_sum import gather_rows, sum_rows
+from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of
 from moa_dist.moe.router import Routing
 from moa_dist.plan.predicted_traffic import expected_rows
 
@@ -24,24 +24,21 @@ from moa_dist.plan.predicted_traffic import expected_rows
 class EvenPlan:
     """Computes what `moa_dist.moe.all_to_all.AllToAllPlan` computes between its collectives."""
 
-    routes: dict[Level, Tensor]
-    """int64 rows to send, by level; a row occurs once per destination rank."""
-    num_rows: dict[Level, int]
-    """Number of rows of each level on this rank."""
+    routes: dict[Level, Rows]
+    """Rows to send, by level; a row occurs once per destination rank."""
     local: LocalPlan
     """Plan over the received rows."""
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:
         """Implement `DispatchPlan.dispatch`."""
-        return ready(x.index_select(0, self.routes[read]))
+        return ready(gather_rows(x, self.routes[read]))
 
     def run_and_combine(
         self, experts: ExpertWeights, sent: Pending, read: Level, write: Level, *, weighted: bool
     ) -> Pending:
         """Implement `DispatchPlan.run_and_combine`."""
         sums = self.local.run_and_combine(experts, sent, read, write, weighted=weighted).wait()
-        wide = sums.to(self.local.weight.dtype)
-        return ready(sum_rows(wide, self.routes[write], self.num_rows[write]).to(sums.dtype))
+        return ready(sum_rows(sums, self.routes[write]))
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,12 @@ class EvenDispatcher:
             {level: index[order] for level, index in home.rows.items()},
             num_sent,
             is_dropless=True,
+            starts={level: order.new_empty(n + 1) for level, n in num_sent.items()},
         )
-        device = order.device
         return EvenPlan(
-            routes={level: torch.arange(n, device=device) for level, n in num_sent.items()},
-            num_rows=home.num_rows,
+            routes={
+                level: Rows.of(order.new_empty(n), home.num_rows[level])
+                for level, n in num_sent.items()
+            },
             local=LocalPlan.of(received, num_experts // self.num_ranks, self.kernel),
         )

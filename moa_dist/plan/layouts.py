@@ -15,7 +15,7 @@ from moa_dist.config.checks import check_fields
 from moa_dist.config.model import PARTS
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
 from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.sharding import EXCHANGES
@@ -101,10 +101,7 @@ class Planner:
 
     @cached_property
     def _activations(self) -> Activations:
-        hardware = Hardware(
-            "cuda", self.cluster.gpu.capability, deterministic=self.config.train.deterministic
-        )
-        return activations_of(self.config, hardware)
+        return activations_of(self.config, Hardware("cuda"))
 
     def plan(self, config: Config) -> Planned:
         """Predict a layout that fits the number of GPUs and whose exchange is decided."""

@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from moa_dist.kernels.routed_experts import Hardware, kernel_for
+from moa_dist.kernels.hardware import Hardware
+from moa_dist.kernels.routed_experts import kernel_for
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.models.block import Block
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput

@@ -20,7 +20,7 @@ from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.moe.routed_module import routed_modules
+from moa_dist.moe.routed_module import RoutedProjection, routed_modules
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
 from moa_dist.plan.predicted_traffic import Layout, state_traffic
@@ -139,28 +139,42 @@ class RowBytes(NamedTuple):
 
 
 def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
-    """Count the steps of `moa_dist.kernels.grouped.grouped_experts` and their gradients.
+    """Count what the kernels of `moa_dist.kernels.triton_fused` read and write per row.
 
-    Shared layers count once per repeat.
+    A gathered row counts as often as it is gathered. Shared layers count once per repeat.
     """
-    element, wide = element_bytes, max(element_bytes, 4)
     forward = backward = 0.0
     for _, module in routed_modules(model):
         layers = module.expert_layers()
         for projection in module.routed_projections():
             router = module.router_of(projection)
             chosen = router.num_groups * router.config.top_k
-            d_in, d_out = projection.d_in, projection.d_out
-            hidden = sum(layers[name].d_out for name in projection.experts[:-1])
-            weighing = 2 * wide * projection.weighted
-            # Gather, read; through the hidden width; write, widen, weigh, add up.
-            forward += chosen * 3 * element * d_in + chosen * 4 * element * hidden
-            forward += chosen * (2 * element + 4 * wide + weighing) * d_out
-            # Its gradients, by rows and by matrices; see above from right to left.
-            backward += chosen * 5 * element * d_in + chosen * 8 * element * hidden
-            backward += chosen * (3 * element + 3 * wide + 2 * weighing) * d_out
+            hidden = [layers[name].d_out for name in projection.experts[:-1]]
+            moved = _numbers_moved(projection, hidden)
+            forward += chosen * element_bytes * moved.forward
+            backward += chosen * element_bytes * moved.backward
     repeats = model.stack.num_repeats
     return RowBytes(forward * repeats, backward * repeats)
+
+
+def _numbers_moved(projection: RoutedProjection, hidden: list[int]) -> RowBytes:
+    """Count numbers per assignment; `hidden` has the widths of the products before `down`."""
+    d_in, d_out, num_ups = projection.d_in, projection.d_out, len(hidden)
+    inner = hidden[0] if hidden else d_in
+    scales_results = projection.weighted and inner > d_out
+    # Results are written, and read to be summed unless they have an output row of their own.
+    forward = d_in + (1 if projection.write == "slot" else 2) * d_out
+    grad_x = (1 if projection.read == "slot" else 2) * d_in
+    weighing = 3 * d_out * scales_results
+    if hidden:
+        # Products and hidden rows; then both, their gradients, and the two sides of each matrix.
+        forward += (num_ups + 2) * inner
+        backward = weighing + 2 * d_out + num_ups * d_in + (4 * num_ups + 2) * inner
+    elif projection.weighted and not scales_results:
+        backward = 2 * d_out + 3 * d_in  # x, weighted for the matrix, once more for that
+    else:
+        backward = weighing + 2 * d_out + d_in
+    return RowBytes(forward, backward + grad_x)
 
 
 def _expert_spans(

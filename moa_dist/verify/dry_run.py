@@ -28,7 +28,7 @@ from moa_dist.distributed.device import enable_determinism
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.errors import BadStepError, ConfigError
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.language_model import meta_model
 from moa_dist.models.objective import Batch
 from moa_dist.plan.activations import activations_of

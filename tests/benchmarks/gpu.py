@@ -29,7 +29,7 @@ from moa_dist.kernels.custom_op import custom_op_experts
 from moa_dist.kernels.grouped import grouped_experts
 from moa_dist.kernels.grouped_matmul import grouped_matmul_fits
 from moa_dist.kernels.routed_experts import kernel_for, routed_experts
-from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows, hidden_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 Kernel = Callable[[ExpertWeights, Tensor, RowMap], Tensor]
@@ -62,7 +62,8 @@ def inputs(
     counts = chosen.flatten().bincount(minlength=E + 1)[:E]
     rows = (torch.arange(T * K) // K)[order].to(device)
     weight = torch.rand(T * K, generator=generator).to(device).requires_grad_()
-    row_map = RowMap(rows, rows, T, counts.to(device), is_dropless=False, weight=weight)
+    tokens = Rows.of(rows, T)
+    row_map = RowMap(tokens, tokens, counts.to(device), is_dropless=False, weight=weight)
     ups = tuple(draw(E, D, F, scale=D**-0.5) for _ in range(1 + gated))
     return ExpertWeights(draw(E, F, D, scale=F**-0.5), ups, "silu"), draw(T, D), row_map
 
@@ -110,15 +111,15 @@ def kernels_for(experts: ExpertWeights, x: Tensor) -> dict[str, Kernel]:
 def naive(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
     """A straightforward loop over experts, which reads the counts on the host."""
     assert row_map.weight is not None
-    y = torch.zeros(row_map.num_output_rows, experts.down.shape[2], dtype=x.dtype, device=x.device)
+    y = torch.zeros(row_map.write.num, experts.down.shape[2], dtype=x.dtype, device=x.device)
     start = 0
     for expert, count in enumerate(row_map.counts.tolist()):
         taken = slice(start, start + count)
-        rows = x[row_map.read[taken]]
+        rows = x[row_map.read.ids[taken]]
         products = tuple(rows @ up[expert] for up in experts.ups)
         out = hidden_rows(products, experts.activation) @ experts.down[expert]
         weighted = (out * row_map.weight[taken, None]).to(y.dtype)
-        y = y.index_add(0, row_map.write[taken], weighted)
+        y = y.index_add(0, row_map.write.ids[taken], weighted)
         start += count
     return y
 

@@ -22,6 +22,7 @@ from moa_dist.moe.all_to_all import AllToAllTokenDispatcher
 from moa_dist.moe.dispatch import Dispatcher, LocalPlan, LocalTokenDispatcher
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.router import Routing
+from tests.kernels.rows import assert_sorted_by_row
 from tests.moe.routings import draw, random_routing
 
 LEVELS = ("token", "group", "slot")
@@ -162,6 +163,8 @@ def exchanged_rows(case: Case) -> dict[str, tuple[list[int], list[int]]]:
     """Runs on every rank of a pool: rows sent to and received from each rank, by level."""
     rank = dist.get_rank()
     plan = AllToAllTokenDispatcher(comm_group()).plan(case.routing(rank), case.num_experts)
+    for rows in (*plan.local.rows.values(), *(route.rows for route in plan.routes.values())):
+        assert_sorted_by_row(rows)
     return {level: (row_map.sent, row_map.received) for level, row_map in plan.routes.items()}
 
 

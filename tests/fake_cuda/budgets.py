@@ -19,11 +19,11 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "configs/moeut/44m.yaml": Budget(3670, 62, 38, 1.8),
-    "configs/moeut/244m.yaml": Budget(2670, 390, 390, 38.8),
-    "configs/moa/8k16e256d.yaml": Budget(700, 49, 49, 4.6),
-    "configs/switchhead/big.yaml": Budget(1830, 161, 161, 15.9),
-    "configs/jetmoe/8b.yaml": Budget(4400, 628, 628, 49.7),
-    "configs/dense/244m.yaml": Budget(710, 44, 44, 3.7),
+    "configs/moeut/44m.yaml": Budget(1920, 43.5, 35.2, 1.8),
+    "configs/moeut/244m.yaml": Budget(1930, 122, 94, 3.2),
+    "configs/moa/8k16e256d.yaml": Budget(530, 20, 18, 1.3),
+    "configs/switchhead/big.yaml": Budget(1380, 64, 55, 3.4),
+    "configs/jetmoe/8b.yaml": Budget(3350, 388, 381, 24.6),
+    "configs/dense/244m.yaml": Budget(715, 43.5, 43.5, 3.65),
 }
 """By configuration."""

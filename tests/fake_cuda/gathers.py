@@ -16,11 +16,10 @@ class Gather(NamedTuple):
 
 
 GATHERS: dict[str, tuple[Gather, ...]] = {
-    "_product": (
-        Gather("left", "read"),
-        Gather("out", "write"),
-        Gather("out", "write"),  # added to: read and written
-    ),
-    "_outer": (Gather("left", "read"), Gather("right", "write")),
+    "_product": (Gather("left", "read"), Gather("more_left", "read")),
+    "_hidden_products": (Gather("x", "read"),),
+    "_weigh_gradient": (Gather("grad", "write"),),
+    "_hidden_gradients": (Gather("grad", "read_grad"), Gather("inner", "read_inner")),
+    "_outer_products": (Gather("left", "read_left"), Gather("right", "read_right")),
 }
 """By the name of the kernel; one that is missing here reads each operand once."""

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import KernelInterface
 
 import moa_dist
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from tests.fake_cuda.gathers import GATHERS
 
 PACKAGE = Path(moa_dist.__file__).parent
@@ -44,7 +44,7 @@ FILLS = {"new_zeros", "zeros_like", "ones_like", "full_like", "new_ones", "new_f
 """Operations that do not read the tensor that they are called with."""
 COMPILER_OPTIONS = {"num_warps", "num_stages", "num_ctas"}
 """Arguments of a launch that are none of its kernel."""
-H100 = Hardware("cuda", (9, 0))
+H100 = Hardware("cuda")
 
 
 class Launches(TorchDispatchMode):
@@ -113,7 +113,7 @@ class Launches(TorchDispatchMode):
         name = kernel.fn.__name__
         for gather in GATHERS.get(name, ()):
             rows, index = operands[gather.rows], operands[gather.index]
-            if index is not None and not index.is_floating_point():
+            if rows is not None and index is not None and not index.is_floating_point():
                 full += index.numel() * prod(rows.shape[1:]) * rows.element_size() - rows.nbytes
         assert distinct, f"the Triton kernel {name} is launched without a tensor"
         self._count(f"triton:{name}", _place(), full, distinct)

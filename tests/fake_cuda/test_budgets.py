@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models import rope_kernel
 from tests.fake_cuda.budgets import BUDGETS
 from tests.fake_cuda.launches import fake_cuda
@@ -50,7 +50,7 @@ def test_recomputation_saves_memory_and_chooses_once():
 def test_the_record_itself():
     x = torch.empty(64, 32, device="meta", requires_grad=True)
     with fake_cuda() as record:
-        assert Hardware.of(x.device).capability == (9, 0)
+        assert Hardware.of(x.device).runs_triton
         with record() as launches:
             y = (x.relu() * 2).view(-1)
         assert launches.kernels == {"relu": 1, "mul": 1}

@@ -67,7 +67,8 @@ def without_compiler(machine, monkeypatch):
 
 CHOOSE = """
 import torch
-from moa_dist.kernels.routed_experts import Hardware, kernel_for
+from moa_dist.kernels.hardware import Hardware
+from moa_dist.kernels.routed_experts import kernel_for
 from moa_dist.kernels.row_map import ExpertWeights
 
 torch.cuda.get_device_capability = lambda device: (8, 0)

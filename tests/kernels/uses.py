@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows
+from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows, hidden_rows
 
 D, FF, HEADS = 6, 4, 3
 
@@ -50,10 +50,11 @@ def inputs(
     E, A = len(counts), sum(counts) + DROPPED
     num_rows = {"token": TOKENS, "group": TOKENS * HEADS, "slot": A + 2}
 
-    def rows(level: str) -> Tensor:
+    def rows(level: str) -> Rows:
+        index = torch.randint(num_rows[level], (A,), generator=generator)
         if level == "slot":
-            return torch.randperm(A + 2, generator=generator)[:A]
-        return torch.randint(num_rows[level], (A,), generator=generator)
+            index = torch.randperm(A + 2, generator=generator)[:A]
+        return Rows.of(index, num_rows[level])
 
     x = draw(num_rows[use.read], use.d_in)
     weight = draw(A, dtype=torch.promote_types(dtype, torch.float32)) if use.weighted else None
@@ -62,7 +63,6 @@ def inputs(
     row_map = RowMap(
         read=rows(use.read),
         write=rows(use.write),
-        num_output_rows=num_rows[use.write],
         counts=torch.tensor(counts),
         is_dropless=False,
         weight=weight,
@@ -73,13 +73,13 @@ def inputs(
 
 def one_at_a_time(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
     expert_of = [e for e, count in enumerate(row_map.counts.tolist()) for _ in range(count)]
-    y = [x.new_zeros(experts.down.shape[2])] * row_map.num_output_rows
+    y = [x.new_zeros(experts.down.shape[2])] * row_map.write.num
     for a, e in enumerate(expert_of):
-        row = x[row_map.read[a]]
+        row = x[row_map.read.ids[a]]
         if experts.ups:
             row = hidden_rows(tuple(row @ up[e] for up in experts.ups), experts.activation)
         row = row @ experts.down[e]
-        write = int(row_map.write[a])
+        write = int(row_map.write.ids[a])
         y[write] = y[write] + (row if row_map.weight is None else row_map.weight[a] * row)
     return torch.stack(y)
 

@@ -9,6 +9,7 @@ from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.moe.dispatch import LocalTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, initialize
+from tests.kernels.rows import assert_sorted_by_row
 from tests.moe.routings import draw, random_routing
 
 LEVELS = ["token", "group", "slot"]
@@ -57,10 +58,17 @@ def test_routed_projection(read, write, drop):
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("drop", [0, 0.4])
+def test_rows_are_listed_by_expert_and_by_row(drop):
+    plan = LocalTokenDispatcher().plan(random_routing(T, G, E, K, drop=drop), G * E)
+    for rows in plan.rows.values():
+        assert_sorted_by_row(rows)
+
+
 def test_rows_are_in_expert_major_order_and_tokens_stay_in_order():
     routing = random_routing(T, 1, E, K, drop=0.3)
     plan = LocalTokenDispatcher().plan(routing, E)
-    tokens = plan.rows["token"][: plan.counts.sum()].tolist()
+    tokens = plan.rows["token"].ids[: plan.counts.sum()].tolist()
     expected = [
         [t for t in range(T) if (routing.keep_mask & (routing.topk_ids == e))[t].any()]
         for e in range(E)
