@@ -50,9 +50,10 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
     Raises DataError if the run or its held-out text does not exist.
     """
     trained = load_trained(run)
-    if trained.config.data.valid is None or trained.config.model.objective == "translation":
+    held_out = trained.config.data.held_out
+    if not held_out or trained.config.model.objective == "translation":
         raise DataError(f"{run}: learned routers need data.valid, and no translation model")
-    folder = Path(trained.config.data.valid)
+    folder = Path(held_out[0].path)
     batch = next(
         held_out_batches(
             trained.config,

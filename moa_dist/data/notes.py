@@ -15,17 +15,19 @@ def data_notes(config: Config) -> Iterator[str]:
 
     Folders that cannot be read otherwise are left to `check_data`.
     """
-    for name, path in (("train", config.data.train), ("valid", config.data.valid)):
-        if path is not None and not Path(path).is_dir():
-            yield f"data.{name}: there is no folder {path} here"
+    for field, folders in (("train", config.data.sources), ("valid", config.data.held_out)):
+        for folder in folders:
+            if not Path(folder.path).is_dir():
+                yield f"data.{field}: there is no folder {folder.path} here"
+    first = config.data.sources[0].path
     try:
-        manifest = load_any_manifest(Path(config.data.train), config.model.objective)
+        manifest = load_any_manifest(Path(first), config.model.objective)
     except DataError:
         return
     reserved = 1 if config.model.objective == "masked" else 0
     unused = config.model.vocab_size - manifest.vocab_size - reserved
     if unused > 0:
         yield (
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of "
-            f"{config.data.train} has {manifest.vocab_size} tokens: {unused} ids never occur"
+            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of {first} has "
+            f"{manifest.vocab_size} tokens: {unused} ids never occur"
         )

@@ -85,5 +85,5 @@ def task_evaluation(config: Config) -> TaskEvaluation | None:
     if not config.evaluation.tasks:
         return None
     examples = read_tasks(map(parse_task, config.evaluation.tasks))
-    tokenizer = load_tokenizer(Path(config.data.train) / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(Path(config.data.sources[0].path) / TOKENIZER_FILE)
     return TaskEvaluation(config, tokenizer, examples)

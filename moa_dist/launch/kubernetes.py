@@ -217,10 +217,10 @@ def _problems(config: Config, job: KubernetesJob) -> list[str]:
             problems.append(f"--volume: `{path}` is not an absolute folder: write CLAIM:/FOLDER")
     if len({path for _, path in job.volumes}) < len(job.volumes):
         problems.append("--volume: two claims are mounted at the same folder")
-    places = {"output": config.output, "data.train": config.data.train}
-    if config.data.valid is not None:
-        places["data.valid"] = config.data.valid
-    for field, place in places.items():
+    places = [("output", config.output)]
+    places += [("data.train", source.path) for source in config.data.sources]
+    places += [("data.valid", folder.path) for folder in config.data.held_out]
+    for field, place in places:
         inside = posixpath.normpath(posixpath.join(WORK_FOLDER, place))
         if not any(
             posixpath.commonpath([inside, path]) == posixpath.normpath(path)

@@ -45,10 +45,11 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
                 "choose another `name`, or delete the folder"
             ]
         )
-    used, now = folder / TOKENIZER_FILE, Path(config.data.train) / TOKENIZER_FILE
+    data = Path(config.data.sources[0].path)  # whose tokenizer is that of all
+    used, now = folder / TOKENIZER_FILE, data / TOKENIZER_FILE
     if used.exists() and used.read_bytes() != now.read_bytes():
         raise DataError(
-            f"{folder} was trained with another {TOKENIZER_FILE} than that of {config.data.train}, "
+            f"{folder} was trained with another {TOKENIZER_FILE} than that of {data}, "
             "so its token ids mean other texts: prepare the data with the run's own, or choose "
             "another `name`"
         )

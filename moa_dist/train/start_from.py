@@ -61,7 +61,7 @@ def load_weights(source: StateSource, config: Config) -> list[str]:
     shapes = source.global_shapes()
     new = _new_parameters(shapes, weights.shapes, config.init, folder)
     if "embedding.weight" not in new:  # a new embedding learns the ids of any tokenizer
-        _require_same_tokenizer(folder, Path(config.data.train))
+        _require_same_tokenizer(folder, Path(config.data.sources[0].path))
     for fragment in source.fragments(owned_only=False):
         if fragment.state == MASTER and fragment.parameter not in new:
             weights.read_into(fragment.parameter, fragment.start, fragment.view)
