@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
 from moa_dist.config.model import PARTS
+from moa_dist.data.cache import local_path
 from moa_dist.data.epochs import sources_read
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import load_manifest
@@ -40,12 +40,13 @@ def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[
 
 
 def _data(config: Config) -> dict[str, dict[str, float]] | None:
-    """Return what the run reads of each source; None for pairs and for data that is not here."""
+    """Return what the run reads of each source; None for pairs and for data that is not here.
+
+    Of a URL, the manifest is here once a run, or `moa-dist config check --data`, has fetched it.
+    """
     try:
-        folders = [
-            DataFolder(source.label, Path(source.path), load_manifest(Path(source.path)))
-            for source in config.data.sources
-        ]
+        paths = {source.label: local_path(config.data, source) for source in config.data.sources}
+        folders = [DataFolder(name, path, load_manifest(path)) for name, path in paths.items()]
     except DataError:
         return None
     mixture = Mixture(configured_stages(config.data), config.data.readers)

@@ -6,21 +6,45 @@ import os.path
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from moa_dist.config.section import MAY_CHANGE, Section
 
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path; unlike the words of a command, it has met no shell that knows what `~` is."""
+REMOTE_EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf", "https": "http", "http": "http"}
+"""Scheme of a URL -> extra of the package that reads it."""
 _SPLITS = ("train", "valid")
 """Folders in an output of `moa-dist prepare`; they do not tell one text from another."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a folder is given by a URL."""
+    return "://" in path
+
+
+class CacheConfig(Section):
+    """Where each node keeps shards that are read from URLs."""
+
+    folder: FolderPath | None = None
+    """Folder on a local disk, which all ranks of a node share; null for `moa-dist` in
+    `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    max_gb: PositiveFloat = 100.0
+    """GB (10^9 bytes) that the folder may hold; shards that were not used for longest make room.
+    Reading is fastest if two shards per reader and source fit."""
 
 
 class FolderConfig(Section):
     """One of several folders of prepared shards."""
 
     path: FolderPath
-    """The folder."""
+    """The folder, or the URL of one."""
     name: str | None = None
     """Name in metrics and checkpoints: letters, digits, `.`, `_` and `-`. By default the folder's
     own name, or its parent's if that is `train` or `valid`: `books` for `data/books/train`."""
@@ -58,10 +82,13 @@ class DataConfig(Section):
 
     train: Annotated[FolderPath | tuple[SourceConfig, ...], MAY_CHANGE]
     """Folder with the training shards and their manifest, or several sources with weights. A
-    resumed run may find them elsewhere."""
+    folder may be a URL: `s3://`, `gs://`, `hf://`, `https://` or `http://`. A resumed run may find
+    them elsewhere."""
     valid: Annotated[FolderPath | tuple[FolderConfig, ...] | None, MAY_CHANGE] = None
     """Folder with the validation shards, or several, on each of which the loss is also reported by
     itself; null for no validation."""
+    cache: Annotated[CacheConfig, MAY_CHANGE] = CacheConfig()
+    """Where shards from URLs are kept."""
     sequence_length: PositiveInt
     """Tokens per sequence; must equal the block length that the shards were prepared with."""
     bucket_tokens: PositiveInt = 4096
@@ -80,7 +107,8 @@ class DataConfig(Section):
     verify: Annotated[Literal["sizes", "checksums"], MAY_CHANGE] = "sizes"
     """What is checked before the first step: the size of every shard, or its checksum, which reads
     all data once, divided among the ranks. In both cases a shard's checksum is verified whenever
-    the shard is opened, and damage found then stops the run."""
+    the shard is opened, and damage found then stops the run. Sizes are checked in local folders
+    only."""
     on_damage: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """What to do when damaged training shards are found before the first step: `stop` lists them
     and ends, `skip` lists them and excludes them on every rank. `skip` needs `verify: checksums`:

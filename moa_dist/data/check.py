@@ -1,4 +1,4 @@
-"""Checks a run's data cheaply, before anything expensive starts."""
+"""Checks a run's data cheaply, before anything expensive starts; finds remote data first."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moa_dist.config.data import DataConfig, FolderConfig, SourceConfig
 from moa_dist.config.model import Objective
+from moa_dist.data.cache import mirror
 from moa_dist.data.folders import DataFolder, RunData
 from moa_dist.data.manifest import (
     AnyManifest,
@@ -82,7 +83,11 @@ def _checked_folders(
     """Yield folders whose manifest can be read, and append what is wrong to `problems`."""
     for each in configured:
         can_skip = isinstance(each, SourceConfig)
-        folder = Path(each.path)
+        try:
+            folder = mirror(data, each)
+        except DataError as error:
+            problems.append(error)
+            continue
         manifest = _checked_manifest(folder, data, vocab_size, objective, problems, can_skip)
         if manifest is not None:
             yield DataFolder(each.label, folder, manifest)

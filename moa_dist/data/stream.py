@@ -27,6 +27,7 @@ from moa_dist.data.history import OrderHistory
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.mixture import Mixture, Stage
 from moa_dist.data.order import Exclusion, SampleOrder
+from moa_dist.data.read_ahead import ReadAhead
 from moa_dist.data.shards import Tokens, read_shard
 from moa_dist.distributed.preemption import PREEMPTION_SIGNALS, signals_blocked
 from moa_dist.errors import DataError
@@ -136,6 +137,7 @@ class _OpenShards:
         self._sources = sources
         self._mixture = mixture
         self._open: dict[tuple[str, int], tuple[int, Tokens]] = {}
+        self._ahead = ReadAhead()
 
     def sample(self, sample: int) -> Tokens:
         """Return the tokens of a global sample, [L + 1]."""
@@ -147,6 +149,8 @@ class _OpenShards:
         if rows_SL is None or at != position:
             self._open.pop(reader, None)  # before reading the next, so that memory stays bounded
             shard = read_shard(folder, manifest, order.shard_of(index))
+            following = index + (order.samples_per_shard - step) * order.readers
+            self._ahead.request(folder, manifest.shards[order.shard_of(following)])
             rows_SL = shard[order.rows_at(position)]
             self._open[reader] = (position, rows_SL)
         return rows_SL[step]

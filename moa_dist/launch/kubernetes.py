@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from moa_dist.config import to_yaml
+from moa_dist.config.data import is_remote
 from moa_dist.config.run import Config
 from moa_dist.errors import ConfigError, ExitCode
 from moa_dist.launch.handshake import SECRET_VARIABLE, new_nonce
@@ -221,6 +222,8 @@ def _problems(config: Config, job: KubernetesJob) -> list[str]:
     places += [("data.train", source.path) for source in config.data.sources]
     places += [("data.valid", folder.path) for folder in config.data.held_out]
     for field, place in places:
+        if is_remote(place):
+            continue
         inside = posixpath.normpath(posixpath.join(WORK_FOLDER, place))
         if not any(
             posixpath.commonpath([inside, path]) == posixpath.normpath(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple, cast
 
 from pydantic import JsonValue
@@ -12,6 +11,7 @@ from pydantic import JsonValue
 from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change, Changes, changes, covers, refused
 from moa_dist.config.run import Config
+from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import MANIFEST_FILE, sha256_of
 from moa_dist.train.schedule import learning_rate
 
@@ -138,6 +138,6 @@ def _data_ids(state: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 def _current_ids(config: Config) -> dict[str, JsonValue]:
     return {
-        source.label: sha256_of((Path(source.path) / MANIFEST_FILE).read_bytes())
+        source.label: sha256_of((local_path(config.data, source) / MANIFEST_FILE).read_bytes())
         for source in config.data.sources
     }

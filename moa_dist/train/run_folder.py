@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moa_dist.config import to_yaml
 from moa_dist.config.run import Config
+from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import MANIFEST_FILE
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 
@@ -16,13 +17,13 @@ def describe_run(config: Config, folder: Path) -> None:
     That is the tokenizer and, of every source, the manifest.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    first = Path(config.data.sources[0].path)
+    first = local_path(config.data, config.data.sources[0])
     contents = {TOKENIZER_FILE: (first / TOKENIZER_FILE).read_bytes()}
     for source in config.data.sources:
         kept = Path(MANIFEST_FILE)
         if not isinstance(config.data.train, str):
             kept = kept.with_stem(f"{kept.stem}-{source.label}")
-        contents[kept.name] = (Path(source.path) / MANIFEST_FILE).read_bytes()
+        contents[kept.name] = (local_path(config.data, source) / MANIFEST_FILE).read_bytes()
     for file, content in ({"config.yaml": to_yaml(config).encode()} | contents).items():
         path, new = folder / file, folder / f".{file}.new"
         if not path.exists() or path.read_bytes() != content:

@@ -93,3 +93,32 @@ def test_sources_survive_yaml_and_a_source_may_begin_or_end_later(base, write):
 )
 def test_a_folder_is_named_after_its_text(path, label):
     assert SourceConfig(path=path, weight=1).label == label
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://host/books",
+        "file:///etc",
+        "s3://",
+        "s3://bucket/../other",
+        "https://someone:s3cret@host/books",
+        "s3://key:s3cret@bucket/books",
+        "https://host/books?X-Amz-Signature=s3cret",
+        "https://host/books#s3cret",
+        "s3://bucket/books::file:///etc",
+    ],
+)
+def test_a_url_without_credentials_is_needed_and_a_secret_is_not_repeated(base, problems, url):
+    (found,) = problems(base, f"data.train=[{{path: '{url}', weight: 1}}]")
+    assert found.keys == ("data.train.0.path",)
+    assert "s3cret" not in found.text
+    (found,) = problems(base, f"data.valid='{url}'")
+    assert found.keys == ("data.valid",)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/books", "gs://b/x/", "https://host:8000/a", "hf://datasets/a/b@main/x"]
+)
+def test_urls(base, url):
+    assert load_config(base, [f"data.train={url}"]).data.train == url
