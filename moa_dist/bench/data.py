@@ -16,6 +16,7 @@ from torch import Tensor
 from moa_dist.bench.measure import Table, Work, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.step import training_step
+from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import (
     Manifest,
     save_manifest,
@@ -36,8 +37,7 @@ def data(setting: Setting) -> list[Table]:
         folder = Path(name)
         manifest = _write(setting, folder)
         stream = SampleStream(
-            folder,
-            manifest,
+            [DataFolder("train", folder, manifest)],
             seed=0,
             readers=setting.config.data.readers,
             rank=0,

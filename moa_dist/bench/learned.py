@@ -13,6 +13,7 @@ from moa_dist.bench.measure import Work
 from moa_dist.bench.recorder import RecordingDispatcher
 from moa_dist.bench.setting import Setting, gradients
 from moa_dist.data.batches import held_out_batches
+from moa_dist.data.cache import mirror
 from moa_dist.data.manifest import load_manifest
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import load_trained
@@ -50,9 +51,10 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
     Raises DataError if the run or its held-out text does not exist.
     """
     trained = load_trained(run)
-    if trained.config.data.valid is None or trained.config.model.objective == "translation":
+    held_out = trained.config.data.held_out
+    if not held_out or trained.config.model.objective == "translation":
         raise DataError(f"{run}: learned routers need data.valid, and no translation model")
-    folder = Path(trained.config.data.valid)
+    folder = mirror(trained.config.data, held_out[0])
     batch = next(
         held_out_batches(
             trained.config,

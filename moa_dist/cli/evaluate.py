@@ -135,7 +135,7 @@ def _perplexity(
         "tokens": result.tokens,
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "bits_per_byte": bits_per_byte(result, trained.config.model, manifest),
+        "bits_per_byte": bits_per_byte([result], trained.config.model, [manifest]),
     }
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
+from moa_dist.data.cache import mirror
 from moa_dist.data.manifest import AnyManifest, PairManifest, load_manifest, load_pair_manifest
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained
@@ -35,12 +36,18 @@ def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManif
     Raises DataError if it does not exist or does not match the model.
     """
     data = trained.config.data
-    if chosen is None and data.valid is None:
+    paths = [folder.path for folder in data.held_out]
+    if chosen is None and not paths:
         raise DataError(
             f"{trained.folder}: the run has no validation data (data.valid); pass a folder of "
             "shards with --data"
         )
-    folder = Path(data.valid or "") if chosen is None else chosen
+    if chosen is None and len(paths) > 1:
+        raise DataError(
+            f"{trained.folder}: the run has {len(paths)} folders of validation data (data.valid); "
+            f"choose one with --data: {', '.join(paths)}"
+        )
+    folder = mirror(data, data.held_out[0]) if chosen is None else chosen
     if chosen is None and not folder.is_dir():
         raise DataError(
             f"{folder}: the run's validation data (data.valid) was not found; start in the folder "

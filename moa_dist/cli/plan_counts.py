@@ -6,6 +6,12 @@ from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
 from moa_dist.config.model import PARTS
+from moa_dist.data.cache import local_path
+from moa_dist.data.epochs import sources_read
+from moa_dist.data.folders import DataFolder
+from moa_dist.data.manifest import load_manifest
+from moa_dist.data.mixture import Mixture, configured_stages
+from moa_dist.errors import DataError
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
 from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.observe.traffic_names import traffic_name
@@ -30,7 +36,23 @@ def counts_as_json(config: Config, world_size: int, memory: int | None) -> dict[
     held = expected_states(config, world_size, model)
     decision = decide_exchange(config, world_size, memory, model)
     plan = _as_json(config, world_size, counts, held, problems)
-    return plan | _traffic(config, world_size, decision, model)
+    return plan | _traffic(config, world_size, decision, model) | {"data": _data(config)}
+
+
+def _data(config: Config) -> dict[str, dict[str, float]] | None:
+    """Return what the run reads of each source; None for pairs and for data that is not here.
+
+    Of a URL, the manifest is here once a run, or `moa-dist config check --data`, has fetched it.
+    """
+    try:
+        paths = {source.label: local_path(config.data, source) for source in config.data.sources}
+        folders = [DataFolder(name, path, load_manifest(path)) for name, path in paths.items()]
+    except DataError:
+        return None
+    mixture = Mixture(configured_stages(config.data), config.data.readers)
+    samples = config.train.steps * config.train.global_batch
+    read = sources_read(folders, mixture, samples)
+    return {name: each._asdict() for name, each in read.items()}
 
 
 def _as_json(
@@ -147,6 +169,12 @@ def counts_as_text(plan: dict[str, Any]) -> str:
     lines += ["", "MiB that a rank sends to others per step, if routing is balanced"]
     lines += _traffic_lines(plan)
     lines += [f"  {part}: {why}" for part, why in plan["expert_exchange"].items()]
+    if plan["data"]:
+        lines += ["", "samples that the whole run reads of each source, and epochs of it"]
+        lines += [
+            f"  {name:<12}{read['samples']:>16,}  {read['share']:6.1%}  {read['epochs']:.2f} epochs"
+            for name, read in plan["data"].items()
+        ]
     if layout["problems"]:
         lines += ["", "fix these to start on these ranks:"]
         lines += [f"  - {problem}" for problem in layout["problems"]]

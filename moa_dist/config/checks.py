@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from moa_dist.config.changes import unknown_permissions
+from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
 from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
 from moa_dist.config.optimization_checks import (
@@ -327,6 +328,9 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _size,
     _batches,
     _skipping,
+    training_sources,
+    held_out_folders,
+    urls,
     translation,
     _trace,
     warmup,

@@ -1,13 +1,11 @@
-"""Sections of a run other than the model: data, layout, optimization, logging, checkpoints."""
+"""Sections of a run other than model and data: layout, optimization, logging, checkpoints."""
 
 from __future__ import annotations
 
-import os.path
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -15,44 +13,9 @@ from pydantic import (
     PositiveInt,
 )
 
+from moa_dist.config.data import DataConfig, FolderPath
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.section import MAY_CHANGE, Section
-
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path; unlike the words of a command, it has met no shell that knows what `~` is."""
-
-
-class DataConfig(Section):
-    """Prepared shards to train and validate on (see `moa-dist prepare`)."""
-
-    train: Annotated[FolderPath, MAY_CHANGE]
-    """Folder with the training shards and their manifest. A resumed run may find it elsewhere."""
-    valid: Annotated[FolderPath | None, MAY_CHANGE] = None
-    """Folder with the validation shards; null for no validation."""
-    sequence_length: PositiveInt
-    """Tokens per sequence; must equal the block length that the shards were prepared with."""
-    bucket_tokens: PositiveInt = 4096
-    """For translation, where a sample is a bucket of pairs of similar length: the maximum size of
-    a bucket, which is its pairs times its longest text, padding included. Raise this rather than
-    `train.micro_batch`: the buckets of one micro-batch are padded to the longest text of all."""
-    readers: PositiveInt = 8
-    """Shards that all ranks together read in parallel; must be a multiple of the number of ranks.
-    The order of samples depends on it, and on nothing else in the layout. Ignored for translation,
-    where every rank holds all pairs in memory."""
-    workers: Annotated[NonNegativeInt, MAY_CHANGE] = 1
-    """Background processes per rank that prefetch; 0 reads in the training process. Ignored for
-    translation."""
-    seed: NonNegativeInt = 0
-    """Seed of the sample order."""
-    verify: Annotated[Literal["sizes", "checksums"], MAY_CHANGE] = "sizes"
-    """What is checked before the first step: the size of every shard, or its checksum, which reads
-    all data once, divided among the ranks. In both cases a shard's checksum is verified whenever
-    the shard is opened, and damage found then stops the run."""
-    on_damage: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
-    """What to do when damaged training shards are found before the first step: `stop` lists them
-    and ends, `skip` lists them and excludes them on every rank. `skip` needs `verify: checksums`:
-    damage found later stops the run, and its next start excludes the shard. Validation shards are
-    never excluded, since results would no longer be comparable."""
 
 
 class ExpertExchangeConfig(Section):
@@ -251,9 +214,9 @@ class CheckpointConfig(Section):
     allow_changes: tuple[str, ...] = ()
     """Fields, or whole sections, that may differ from the checkpoint that a run continues from,
     such as `[model.ffn.activation, optimizer]`. They make another model or another run, so a change
-    is refused unless it is named here; `data.train` stands for other data there. Layout, micro- and
-    global batch, number of steps, validation, logging and checkpoints may always change. Every
-    change is logged and recorded in later checkpoints."""
+    is refused unless it is named here; `data.train` stands for other data, and for other sources
+    or weights. Layout, micro- and global batch, number of steps, validation, logging and
+    checkpoints may always change. Every change is logged and recorded in later checkpoints."""
 
 
 class InitConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Collection, Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
@@ -43,6 +43,16 @@ def family(info: FieldInfo) -> type[Kind] | None:
     return None
 
 
+def item_section(info: FieldInfo) -> type[Section] | None:
+    """Return the section of which the field may hold a list; None if it may not."""
+    for t in _alternatives(info.annotation):
+        if get_origin(t) is tuple and isinstance(get_args(t)[0], type):
+            item = get_args(t)[0]
+            if issubclass(item, Section):
+                return cast(type[Section], item)
+    return None
+
+
 def kind_name(section: type[Section]) -> str:
     """Return the value of `kind` that chooses this section."""
     return str(section.model_fields["kind"].default)
@@ -69,7 +79,8 @@ def walk(
 ) -> Iterator[SchemaField]:
     """Yield every section and field, parents first; one that kinds document alike comes once.
 
-    A section chosen by `kind` has no entry for `kind` itself: its own entry lists the kinds.
+    A section chosen by `kind` has no entry for `kind` itself: its own entry lists the kinds. Fields
+    of the sections in a list have `[]` after the list's path.
     """
     for name, info in section.model_fields.items():
         key_path = f"{path}.{name}" if path else name
@@ -79,6 +90,8 @@ def walk(
             yield from _walk_kinds(choices, key_path, kinds)
         elif choices:
             yield from walk(choices[0], key_path, kinds)
+        elif item := item_section(info):
+            yield from walk(item, f"{key_path}[]", kinds)
 
 
 def _walk_kinds(
@@ -123,7 +136,9 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
     members = [a for a in _alternatives(annotation) if a is not type(None)]
-    (value,) = members  # the schema has no union of plain values
+    if len(members) > 1:
+        return ", or ".join(_describe_value(member, constraints) for member in members)
+    (value,) = members
     if get_origin(value) is Annotated:
         value, *inner = get_args(value)
         constraints += tuple(inner)
@@ -131,7 +146,12 @@ def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
         return "one of " + ", ".join(map(str, get_args(value)))
     if get_origin(value) is tuple:
         first, *rest = get_args(value)
+        if isinstance(first, type) and issubclass(first, Section):
+            required = [name for name, info in first.model_fields.items() if info.is_required()]
+            return f"a list of sections with {' and '.join(required)}"
         noun = "texts" if first is str else "numbers"
+        if get_origin(first) is tuple:
+            noun = f"lists of {len(get_args(first))} numbers"
         return f"a list of {noun}" if rest == [Ellipsis] else f"a list of {1 + len(rest)} {noun}"
     if value is bool:
         return "true or false"

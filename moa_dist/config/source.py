@@ -57,7 +57,7 @@ class Document:
     data: Any
     """Plain data: dict with text keys, list, str, int, float, bool or None."""
     sources: dict[str, Source] = field(default_factory=dict)
-    """Source of each mapping key, by dotted path."""
+    """Source of each mapping key, and of each mapping in a list, by dotted path."""
     problems: list[Problem] = field(default_factory=list)
     """Duplicate keys; the last one wins."""
 
@@ -124,7 +124,7 @@ class _Converter:
             if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
                 return dict(self.items(node, path))
             if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
-                return [self.convert(item, path) for item in node.value]
+                return list(self.elements(node, path))
             return self.scalar(node)
         finally:
             self.open.pop()
@@ -144,6 +144,13 @@ class _Converter:
             first.setdefault(key, source)
             self.document.sources[key_path] = source
             yield key, self.convert(value_node, key_path)
+
+    def elements(self, node: yaml.Node, path: str) -> Iterator[Any]:
+        for index, item in enumerate(node.value):
+            key_path = f"{path}.{index}"
+            if isinstance(item, yaml.MappingNode):
+                self.document.sources[key_path] = self.source(item.start_mark)
+            yield self.convert(item, key_path)
 
     def scalar(self, node: yaml.Node) -> Any:
         text = node.value

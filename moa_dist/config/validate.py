@@ -7,6 +7,7 @@ partial configuration on which the cross-field checks run, so a typo hides no ot
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -69,6 +70,9 @@ def _read_section(
 def _read_value(info: FieldInfo, value: Any, path: str, problems: list[Problem]) -> Any:
     sections = schema.section_types(info)
     if not sections:
+        item = schema.item_section(info)
+        if item is not None and isinstance(value, list):
+            return tuple(_read_items(info, item, value, path, problems))
         return _read_plain(info, value, path)
     if value is None and schema.allows_null(info):
         return None
@@ -80,6 +84,15 @@ def _read_value(info: FieldInfo, value: Any, path: str, problems: list[Problem])
     chosen = _choose_kind(family, value, path, problems)
     value = {**value, "kind": schema.kind_name(chosen)}
     return _read_section(chosen, value, path, problems)
+
+
+def _read_items(
+    info: FieldInfo, item: type[Section], values: list[Any], path: str, problems: list[Problem]
+) -> Iterator[Section]:
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise _wrong(info, values, path)
+        yield _read_section(item, value, f"{path}.{index}", problems)
 
 
 def _read_plain(info: FieldInfo, value: Any, path: str) -> Any:

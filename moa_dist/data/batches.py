@@ -20,9 +20,11 @@ from torch import Tensor
 
 from moa_dist.config.model import ModelConfig, whole_groups
 from moa_dist.config.run import Config
+from moa_dist.data.folders import DataFolder
+from moa_dist.data.history import OrderHistory
 from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
 from moa_dist.data.masking import hide
-from moa_dist.data.order import Exclusions
+from moa_dist.data.mixture import configured_stages
 from moa_dist.data.pairs import BucketOrder, Pairs, read_pairs
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.validation import validation_batches
@@ -34,45 +36,50 @@ _TRAINING, _HELD_OUT = 0, 1  # tags that give training and validation different 
 
 def training_batches(
     config: Config,
-    manifest: AnyManifest,
+    folders: Sequence[DataFolder],
     *,
     rank: int,
     world_size: int,
     consumed: int,
-    exclusions: Exclusions = (),
+    history: OrderHistory = OrderHistory(),  # noqa: B008 - immutable
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches, starting at global sample `consumed`, endlessly.
 
     Micro-batch b holds the samples `consumed + rank + W * (b * micro_batch + j)` for j from 0.
-    Pairs are all read by this call, before any time limit on a step starts. Raises DataError, now
-    or while iterating: see `SampleStream`.
+    `folders` are mixed by the weights of `history`, or of the configuration if it has none. Pairs,
+    of one folder, are all read by this call, before any time limit on a step starts. Raises
+    DataError, now or while iterating: see `SampleStream`.
     """
+    manifest = folders[0].manifest
     if isinstance(manifest, PairManifest):
-        pairs = read_pairs(Path(config.data.train), manifest)
+        pairs = read_pairs(folders[0].path, manifest)
         samples = count(consumed + rank, world_size)
         return _buckets(config, pairs, manifest.end_of_document, samples)
-    return _samples(config, manifest, rank, world_size, consumed, exclusions)
+    if not history.stages:
+        history = history._replace(stages=configured_stages(config.data))
+    return _samples(config, folders, manifest, rank, world_size, consumed, history)
 
 
 def _samples(
     config: Config,
+    folders: Sequence[DataFolder],
     manifest: Manifest,
     rank: int,
     world_size: int,
     consumed: int,
-    exclusions: Exclusions,
+    history: OrderHistory,
 ) -> Iterator[Batch]:
+    """Yield micro-batches of samples; `manifest` is of any of the folders."""
     data, micro_batch = config.data, config.train.micro_batch
     stream = SampleStream(
-        Path(data.train),
-        manifest,
+        folders,
         readers=data.readers,
         seed=data.seed,
         rank=rank,
         world_size=world_size,
         consumed=consumed,
         micro_batch=micro_batch,
-        exclusions=exclusions,
+        history=history,
     )
     sample = consumed + rank
     for tokens in build_loader(stream, workers=data.workers):

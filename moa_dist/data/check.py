@@ -1,12 +1,14 @@
-"""Checks a run's data cheaply, before anything expensive starts."""
+"""Checks a run's data cheaply, before anything expensive starts; finds remote data first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moa_dist.config.data import DataConfig, FolderConfig, SourceConfig
 from moa_dist.config.model import Objective
-from moa_dist.config.run import DataConfig
+from moa_dist.data.cache import mirror
+from moa_dist.data.folders import DataFolder, RunData
 from moa_dist.data.manifest import (
     AnyManifest,
     PairManifest,
@@ -27,7 +29,7 @@ _MOST_SHARDS_NAMED = 5
 
 def check_data(
     data: DataConfig, *, vocab_size: int, world_size: int, objective: Objective = "causal"
-) -> tuple[AnyManifest, AnyManifest | None]:
+) -> RunData:
     """Check that the prepared data fits the run, without reading any shard.
 
     Training shards of the wrong size are accepted if `data.on_damage` is `skip`.
@@ -39,7 +41,7 @@ def check_data(
         objective: the model's objective.
 
     Returns:
-        The manifests of the training and the validation data.
+        The folders to train and validate on, with their manifests.
 
     Raises:
         DataError: something does not fit; `causes` holds every problem found.
@@ -49,28 +51,57 @@ def check_data(
     if uneven:
         problems.append(uneven)
     train, valid = (
-        _checked_manifest(name, data, vocab_size, objective, problems) if name else None
-        for name in (data.train, data.valid)
+        tuple(_checked_folders(folders, data, vocab_size, objective, problems))
+        for folders in (data.sources, data.held_out)
     )
-    if train and valid and train.tokenizer_sha256 != valid.tokenizer_sha256:
-        problems.append(
-            DataError(
-                f"{data.valid}: prepared with a different tokenizer than {data.train}; prepare it "
-                f"again with --tokenizer {data.train}",
-                path=Path(str(data.valid)),
+    problems.extend(_other_tokenizers([*train, *valid]))
+    if problems:
+        raise DataError("\n".join(map(str, problems)), causes=problems)
+    return RunData(train, valid)
+
+
+def _other_tokenizers(folders: Sequence[DataFolder]) -> Iterator[DataError]:
+    """Compare the tokenizer of each folder with that of the first."""
+    for name, folder, manifest in folders[1:]:
+        first = folders[0]
+        if manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
+            yield DataError(
+                f"{folder}: {name} was prepared with a different tokenizer than {first.path}; "
+                f"prepare it again with --tokenizer {first.path}",
+                path=folder,
                 key="tokenizer_sha256",
             )
-        )
-    if problems or train is None:
-        raise DataError("\n".join(map(str, problems)), causes=problems)
-    return train, valid
+
+
+def _checked_folders(
+    configured: Sequence[FolderConfig],
+    data: DataConfig,
+    vocab_size: int,
+    objective: Objective,
+    problems: list[DataError],
+) -> Iterator[DataFolder]:
+    """Yield folders whose manifest can be read, and append what is wrong to `problems`."""
+    for each in configured:
+        can_skip = isinstance(each, SourceConfig)
+        try:
+            folder = mirror(data, each)
+        except DataError as error:
+            problems.append(error)
+            continue
+        manifest = _checked_manifest(folder, data, vocab_size, objective, problems, can_skip)
+        if manifest is not None:
+            yield DataFolder(each.label, folder, manifest)
 
 
 def _checked_manifest(
-    name: str, data: DataConfig, vocab_size: int, objective: Objective, problems: list[DataError]
+    folder: Path,
+    data: DataConfig,
+    vocab_size: int,
+    objective: Objective,
+    problems: list[DataError],
+    can_skip: bool,
 ) -> AnyManifest | None:
-    """Load the manifest of folder `name` and append what is wrong with the folder to `problems`."""
-    folder = Path(name)
+    """Load a folder's manifest and append what is wrong with the folder to `problems`."""
     try:
         manifest = load_any_manifest(folder, objective)
     except DataError as error:
@@ -88,9 +119,9 @@ def _checked_manifest(
         )
     problems.extend(_vocabulary_problems(folder, manifest, vocab_size, objective))
     problems.extend(_tokenizer_problems(folder, manifest))
-    if name == data.train and data.on_damage == "skip":
+    if can_skip and data.on_damage == "skip":
         return manifest
-    problems.extend(_shard_problems(folder, manifest, can_skip=name == data.train))
+    problems.extend(_shard_problems(folder, manifest, can_skip=can_skip))
     return manifest
 
 

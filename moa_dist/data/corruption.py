@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from moa_dist.config.run import Config, DataConfig
+from moa_dist.config.data import DataConfig
+from moa_dist.config.run import Config
 from moa_dist.data.check import SKIP_REMEDY, check_data
-from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
-from moa_dist.data.order import Exclusions
+from moa_dist.data.folders import DataFolder, RunData
+from moa_dist.data.history import OrderHistory
+from moa_dist.data.manifest import Manifest, PairManifest
 from moa_dist.data.pairs import read_pairs
 from moa_dist.data.shards import read_shard
 from moa_dist.errors import DataError
@@ -21,42 +23,47 @@ _SHARDS_PER_ROUND = 16
 _MOST_NAMED = 5
 
 
+Damage = dict[int, DataError]
+"""Shards of one folder that are damaged: their indices, ascending, and what is wrong."""
+
+
 class CheckedData(NamedTuple):
     """What a run trains on and validates on."""
 
-    train: AnyManifest
-    """Manifest of the training data."""
-    valid: AnyManifest | None
-    """Manifest of the validation data, if there is any."""
-    damaged: dict[int, DataError]
-    """Training shards to leave out: their indices and what is wrong."""
+    train: tuple[DataFolder, ...]
+    """The training data, at least one folder."""
+    valid: tuple[DataFolder, ...]
+    """The validation data, if there is any."""
+    damaged: dict[str, Damage]
+    """Source -> training shards to leave out."""
 
-    def notes(self, exclusions: Exclusions, samples: int) -> Iterator[str]:
+    def notes(self, history: OrderHistory, samples: int) -> Iterator[str]:
         """Report what is left out by a run that goes on at sample `samples`, a line each."""
-        for problem in summary(self.damaged):
-            yield f"left out: {problem}"
-        if exclusions and exclusions[-1].since == samples:
-            yield (
-                f"the order of samples changes at sample {samples}: {len(self.damaged)} of "
-                f"{len(self.train.shards)} shards are left out from there on"
-            )
+        for folder in self.train:
+            damaged = self.damaged[folder.name]
+            for problem in summary(damaged):
+                yield f"left out: {problem}"
+            exclusions = history.exclusions.get(folder.name)
+            if exclusions and exclusions[-1].since == samples:
+                yield (
+                    f"the order of samples changes at sample {samples}: {len(damaged)} of "
+                    f"{len(folder.manifest.shards)} shards are left out from there on"
+                )
 
 
 def check_all_data(config: Config, world_size: int) -> CheckedData:
     """Check manifests, and shards as `data.verify` asks. Collective; raises DataError."""
-    train, valid = check_data(
+    data = check_data(
         config.data,
         vocab_size=config.model.vocab_size,
         world_size=world_size,
         objective=config.model.objective,
     )
-    return CheckedData(train, valid, find_corrupt_shards(config.data, train, valid))
+    return CheckedData(*data, find_corrupt_shards(config.data, data))
 
 
-def find_corrupt_shards(
-    data: DataConfig, train: AnyManifest, valid: AnyManifest | None
-) -> dict[int, DataError]:
-    """Training shards to leave out: their indices and what is wrong. Collective.
+def find_corrupt_shards(data: DataConfig, folders: RunData) -> dict[str, Damage]:
+    """Source -> training shards to leave out. Collective.
 
     Rank r reads shards r, r + W, ... of folders that all ranks share; a shard that one rank
     finds damaged is damaged for all, so every rank gets the same result.
@@ -64,44 +71,41 @@ def find_corrupt_shards(
     Args:
         data: the run's data section; without `verify: checksums` nothing is read or left out, nor
             of pairs to train on, which every rank reads and checks in full when it begins.
-        train: manifest of the training data.
-        valid: manifest of the validation data.
+        folders: the run's data.
 
     Raises:
-        DataError: a shard is damaged that may not be left out, or no training shard is whole;
-            `causes` holds every damaged shard, and what else is to be said.
+        DataError: a shard is damaged that may not be left out, or no training shard of a source is
+            whole; `causes` holds every damaged shard, and what else is to be said.
     """
+    damaged: dict[str, Damage] = {folder.name: {} for folder in folders.train}
     if data.verify == "sizes":
-        return {}
-    if isinstance(train, PairManifest):
-        if isinstance(valid, PairManifest) and data.valid:
-            read_pairs(Path(data.valid), valid)
-        return {}
-    damaged = _damaged_shards(Path(data.train), train)
+        return damaged
     lines: list[str] = []
     causes: list[DataError] = []
-    if end := _reason_to_stop(data, train, damaged):
-        lines, causes = [*summary(damaged), str(end)], [*damaged.values(), end]
-    if isinstance(valid, Manifest) and data.valid:
-        held_out = _damaged_shards(Path(data.valid), valid)
-        lines, causes = [*lines, *summary(held_out)], [*causes, *held_out.values()]
+    for folder in folders.train:
+        damaged[folder.name] = found = _damaged_shards(folder, read_all_pairs=False)
+        if end := _reason_to_stop(data, folder, found):
+            lines += [*summary(found), str(end)]
+            causes += [*found.values(), end]
+    for folder in folders.valid:
+        found = _damaged_shards(folder, read_all_pairs=True)
+        lines += summary(found)
+        causes += found.values()
     if causes:
         raise DataError("\n".join(lines), causes=causes)
     return damaged
 
 
-def _reason_to_stop(
-    data: DataConfig, train: AnyManifest, damaged: dict[int, DataError]
-) -> DataError | None:
+def _reason_to_stop(data: DataConfig, folder: DataFolder, damaged: Damage) -> DataError | None:
     if damaged and data.on_damage == "stop":
         return DataError(SKIP_REMEDY, key="data.on_damage")
-    if len(damaged) == len(train.shards):
-        text = f"{data.train}: no shard is whole; copy the folder again"
-        return DataError(text, path=Path(data.train))
+    if len(damaged) == len(folder.manifest.shards):
+        text = f"{folder.path}: no shard is whole; copy the folder again"
+        return DataError(text, path=folder.path)
     return None
 
 
-def summary(damaged: dict[int, DataError]) -> Iterator[str]:
+def summary(damaged: Damage) -> Iterator[str]:
     """What is wrong with the first few shards, and how many more there are."""
     for _, problem in zip(range(_MOST_NAMED), damaged.values(), strict=False):
         yield str(problem)
@@ -109,23 +113,31 @@ def summary(damaged: dict[int, DataError]) -> Iterator[str]:
         yield f"and {len(damaged) - _MOST_NAMED} more shards are damaged"
 
 
-def _damaged_shards(folder: Path, manifest: Manifest) -> dict[int, DataError]:
-    """What is wrong with which shard, by ascending index. Collective."""
+def _damaged_shards(folder: DataFolder, *, read_all_pairs: bool) -> Damage:
+    """Find a folder's damaged shards. Collective.
+
+    Pairs are read by every rank or, without `read_all_pairs`, not at all; damage raises DataError.
+    """
+    _, path, manifest = folder
+    if isinstance(manifest, PairManifest):
+        if read_all_pairs:
+            read_pairs(path, manifest)
+        return {}
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    found: dict[int, DataError] = {}
+    found: Damage = {}
     for first in range(0, len(manifest.shards), _SHARDS_PER_ROUND * world_size):
         stop = min(first + _SHARDS_PER_ROUND * world_size, len(manifest.shards))
-        mine = dict(_problems(folder, manifest, range(first + rank, stop, world_size)))
-        gathered: list[dict[int, DataError]] = [{}] * world_size
+        mine = dict(_problems(path, manifest, range(first + rank, stop, world_size)))
+        gathered: list[Damage] = [{}] * world_size
         dist.all_gather_object(gathered, mine)
         for part in gathered:
             found |= part
     return dict(sorted(found.items()))
 
 
-def _problems(folder: Path, manifest: Manifest, shards: range) -> Iterator[tuple[int, DataError]]:
+def _problems(path: Path, manifest: Manifest, shards: range) -> Iterator[tuple[int, DataError]]:
     for shard in shards:
         try:
-            read_shard(folder, manifest, shard)
+            read_shard(path, manifest, shard)
         except DataError as error:
             yield shard, error

@@ -19,6 +19,7 @@ replaced by another for the rest of the window.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -41,17 +42,20 @@ class Exclusion(NamedTuple):
 
 Exclusions = tuple[Exclusion, ...]
 """All exclusions of a run, ordered by `since`."""
-_HISTORY = TypeAdapter(Exclusions)
+_HISTORIES = TypeAdapter(dict[str, Exclusions])
 
 
-def as_json(history: Exclusions) -> JsonValue:
-    """Convert the history to JSON for a checkpoint; `read_exclusions` is the inverse."""
-    return [[exclusion.since, list(exclusion.shards)] for exclusion in history]
+def as_json(histories: Mapping[str, Exclusions]) -> JsonValue:
+    """Convert the history of each source to JSON; `read_exclusions` is the inverse."""
+    return {
+        name: [[exclusion.since, list(exclusion.shards)] for exclusion in history]
+        for name, history in histories.items()
+    }
 
 
-def read_exclusions(value: JsonValue) -> Exclusions:
+def read_exclusions(value: JsonValue) -> dict[str, Exclusions]:
     """Read what `as_json` wrote; None means no exclusions."""
-    return _HISTORY.validate_python(value or ())
+    return _HISTORIES.validate_python(value or {})
 
 
 def exclude(history: Exclusions, sample: int, shards: tuple[int, ...]) -> Exclusions:

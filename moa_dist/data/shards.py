@@ -2,7 +2,8 @@
 
 A member holds the sample's L + 1 tokens as raw little-endian integers. Reading accepts nothing
 else: no decoder is ever chosen by a member's name, so a shard cannot make a reader unpickle or
-run anything, and shards are opened as local files, never as URLs.
+run anything. Shards of remote folders come from the cache (see `cache`), which fetches them from
+the URL of the configuration.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import tar_file_iterator
 
+from moa_dist.data.cache import is_cached, read_cached
 from moa_dist.data.manifest import Manifest, ShardEntry, sha256_of
 from moa_dist.errors import DataError
 
@@ -79,6 +81,9 @@ def read_shard(folder: Path, manifest: Manifest, index: int) -> Tokens:
 def read_checked(folder: Path, entry: ShardEntry) -> tuple[Path, bytes]:
     """Read a shard's file and verify its checksum; raise DataError if it is not as written."""
     file = folder / entry.file
+    content = read_cached(folder, entry)
+    if content is not None:
+        return file, content
     problem = shard_file_problem(folder, entry)
     if problem:
         raise problem
@@ -107,8 +112,13 @@ def check_ids(file: Path, tokens: Tokens, vocab_size: int) -> None:
 
 
 def shard_file_problem(folder: Path, entry: ShardEntry) -> DataError | None:
-    """Check that a shard exists and has the right size; return what is wrong, or None."""
+    """Check that a shard exists and has the right size; return what is wrong, or None.
+
+    Shards of a cached folder exist elsewhere, and are checked when they are read.
+    """
     file = folder / entry.file
+    if is_cached(folder):
+        return None
     # A regular file only: opening a pipe or a device could block forever.
     if not file.is_file():
         return DataError(f"{file}: missing; {REMEDY}", path=file, key="file")

@@ -1,8 +1,8 @@
 """Streams one rank's samples endlessly, in exact order; the only state is a number of samples.
 
-Global sample g belongs to rank g mod W (see `order`), so every number of ranks that divides the
-readers sees the same global batches. Background workers prefetch: worker k of N builds the
-micro-batches k, k + N, ..., and they are taken in turn, so workers cannot change the order.
+Global sample g belongs to rank g mod W (see `order` and `mixture`), so every number of ranks that
+divides the readers sees the same global batches. Background workers prefetch: worker k of N builds
+the micro-batches k, k + N, ..., and they are taken in turn, so workers cannot change the order.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from moa_dist.data.folders import DataFolder
+from moa_dist.data.history import OrderHistory
 from moa_dist.data.manifest import Manifest
-from moa_dist.data.order import Exclusions, SampleOrder
+from moa_dist.data.mixture import Mixture, Stage
+from moa_dist.data.order import Exclusion, SampleOrder
+from moa_dist.data.read_ahead import ReadAhead
 from moa_dist.data.shards import Tokens, read_shard
 from moa_dist.distributed.preemption import PREEMPTION_SIGNALS, signals_blocked
 from moa_dist.errors import DataError
@@ -35,18 +40,18 @@ class SampleStream(IterableDataset[Tensor]):
     """Yields the micro-batches of one rank, `[micro_batch, L + 1]` int64, endlessly.
 
     Micro-batch b holds the global samples `consumed + rank + W * (b * micro_batch + j)` for j from
-    0. At most `readers / W` decoded shards are in memory.
+    0. At most `readers / W` decoded shards per source are in memory.
 
     Args:
-        folder: folder of shards.
-        manifest: its manifest.
+        folders: the sources, all with the same L.
         readers: shards that all ranks together read in parallel (M).
         seed: seed of the order.
         rank: this rank.
         world_size: number of ranks (W); must divide `readers`.
         consumed: samples already consumed by all ranks together; a multiple of W.
         micro_batch: samples per micro-batch.
-        exclusions: damaged shards to leave out; none starts after `consumed`.
+        history: weights of the sources, equal ones if it has none, and damaged shards to leave
+            out, of which none starts after `consumed`.
 
     Raises:
         DataError: `readers` or `consumed` is not a multiple of W; or, while iterating, a shard is
@@ -55,8 +60,7 @@ class SampleStream(IterableDataset[Tensor]):
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        folders: Sequence[DataFolder],
         *,
         readers: int,
         seed: int,
@@ -64,7 +68,7 @@ class SampleStream(IterableDataset[Tensor]):
         world_size: int,
         consumed: int,
         micro_batch: int,
-        exclusions: Exclusions = (),
+        history: OrderHistory = OrderHistory(),  # noqa: B008 - immutable
     ) -> None:
         problem = readers_problem(readers, world_size)
         if problem:
@@ -77,12 +81,12 @@ class SampleStream(IterableDataset[Tensor]):
             )
         assert 0 <= rank < world_size
         assert micro_batch > 0
-        assert all(exclusion.since <= consumed for exclusion in exclusions)
-        self._folder = folder
-        self._manifest = manifest
-        self._order = SampleOrder(
-            seed, len(manifest.shards), manifest.samples_per_shard, readers, exclusions
-        )
+        stages = history.stages or (Stage(0, {folder.name: 1.0 for folder in folders}),)
+        self._mixture = Mixture(stages, readers)
+        self._sources = {
+            folder.name: _source(folder, seed, self._mixture, history, consumed)
+            for folder in folders
+        }
         self._rank = rank
         self._world_size = world_size
         self._consumed = consumed
@@ -91,7 +95,7 @@ class SampleStream(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        readers = _OpenShards(self._folder, self._manifest, self._order)
+        readers = _OpenShards(self._sources, self._mixture)
         batch = first
         while True:
             start = self._consumed + self._rank + self._world_size * batch * self._micro_batch
@@ -101,24 +105,53 @@ class SampleStream(IterableDataset[Tensor]):
             batch += step
 
 
-class _OpenShards:
-    """Holds the decoded shard of each reader, with its rows in the order they are read."""
+class _Source(NamedTuple):
+    """Shards, and the order of their samples."""
 
-    def __init__(self, folder: Path, manifest: Manifest, order: SampleOrder) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._order = order
-        self._open: dict[int, tuple[int, Tokens]] = {}
+    folder: Path
+    manifest: Manifest
+    order: SampleOrder
+
+
+def _source(
+    folder: DataFolder, seed: int, mixture: Mixture, history: OrderHistory, consumed: int
+) -> _Source:
+    """Prepare to read one of the mixture's sources."""
+    manifest, name = folder.manifest, folder.name
+    assert isinstance(manifest, Manifest)
+    exclusions = history.exclusions.get(name, ())
+    assert all(exclusion.since <= consumed for exclusion in exclusions)
+    own = tuple(
+        Exclusion(mixture.first_unread(exclusion.since).get(name, 0), exclusion.shards)
+        for exclusion in exclusions
+    )
+    num_shards, per_shard = len(manifest.shards), manifest.samples_per_shard
+    order = SampleOrder(seed, num_shards, per_shard, mixture.readers, own)
+    return _Source(folder.path, manifest, order)
+
+
+class _OpenShards:
+    """Holds each reader's decoded shard of each source, with its rows in the order of reading."""
+
+    def __init__(self, sources: Mapping[str, _Source], mixture: Mixture) -> None:
+        self._sources = sources
+        self._mixture = mixture
+        self._open: dict[tuple[str, int], tuple[int, Tokens]] = {}
+        self._ahead = ReadAhead()
 
     def sample(self, sample: int) -> Tokens:
         """Return the tokens of a global sample, [L + 1]."""
-        position, step = self._order.locate(sample)
-        reader = position % self._order.readers
+        name, index = self._mixture.locate(sample)
+        folder, manifest, order = self._sources[name]
+        position, step = order.locate(index)
+        reader = name, position % order.readers
         at, rows_SL = self._open.get(reader, (None, None))
         if rows_SL is None or at != position:
             self._open.pop(reader, None)  # before reading the next, so that memory stays bounded
-            shard = read_shard(self._folder, self._manifest, self._order.shard_of(sample))
-            rows_SL = shard[self._order.rows_at(position)]
+            shard = read_shard(folder, manifest, order.shard_of(index))
+            following = index + (order.samples_per_shard - step) * order.readers
+            self._ahead.request(folder, manifest.shards[order.shard_of(following)])
+            rows_SL = shard[order.rows_at(position)]
             self._open[reader] = (position, rows_SL)
         return rows_SL[step]
 

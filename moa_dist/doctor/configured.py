@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
@@ -56,20 +55,18 @@ def _data(config: Config) -> Iterator[Finding]:
     try:
         # world_size 1, because divisibility by the number of ranks is checked by the layout.
         model = config.model
-        train, valid = check_data(
+        data = check_data(
             config.data, vocab_size=model.vocab_size, world_size=1, objective=model.objective
         )
-        for name, manifest in ((config.data.train, train), (config.data.valid, valid)):
-            if name is None or manifest is None:
-                continue
+        for _, path, manifest in (*data.train, *data.valid):
             if isinstance(manifest, PairManifest):
-                read_pairs(Path(name), manifest)
+                read_pairs(path, manifest)
                 read = "all of them read"
             else:
-                read_shard(Path(name), manifest, 0)
+                read_shard(path, manifest, 0)
                 read = "the first one read"
-            text = f"{name}: {len(manifest.shards)} shards present, {read}"
-            yield Finding("data", "ok", text, subject=name)
+            text = f"{path}: {len(manifest.shards)} shards present, {read}"
+            yield Finding("data", "ok", text, subject=str(path))
     except DataError as error:
         for problem in str(error).splitlines():
             yield Finding("data", "FAULT", problem)

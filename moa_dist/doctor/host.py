@@ -82,13 +82,13 @@ def _gpus() -> tuple[int, str, UnusableGpus | None]:
 def _configuration(request: Message, facts: dict[str, str]) -> Iterator[Finding]:
     from moa_dist.config import load_config, to_yaml
     from moa_dist.config.run import run_folder
+    from moa_dist.data.cache import local_path
     from moa_dist.doctor.configured import check_on_host
 
     config = load_config(request["config"], request["overrides"])
     facts["configuration"] = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
-    for name, folder in (("train", config.data.train), ("valid", config.data.valid)):
-        if folder is not None:
-            facts[f"{name} manifest"] = _manifest_hash(Path(folder))
+    for folder in (*config.data.sources, *config.data.held_out):
+        facts[f"{folder.label} manifest"] = _manifest_hash(local_path(config.data, folder))
     yield from check_on_host(config)
     if request["token"] is not None:
         yield from _shared(run_folder(config), request["token"], request["node"])

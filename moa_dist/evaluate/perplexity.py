@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,11 +29,28 @@ class Perplexity(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
 
-def bits_per_byte(result: Perplexity, model: ModelConfig, manifest: AnyManifest) -> float | None:
-    """Convert the loss to bits per byte of text; None for a masked model, which sees most of it."""
+def combined(results: Sequence[Perplexity]) -> Perplexity:
+    """Combine the results of several folders: every target counts the same."""
+    total = sum(result.tokens for result in results)
+    loss = sum(result.loss * (result.tokens / max(total, 1)) for result in results)
+    return Perplexity(loss, total)
+
+
+def bits_per_byte(
+    results: Sequence[Perplexity], model: ModelConfig, manifests: Sequence[AnyManifest]
+) -> float | None:
+    """Convert the loss over all folders to bits per byte of their text, given their manifests.
+
+    None for a masked model, which sees most of the text.
+    """
     if model.objective == "masked":
         return None
-    return result.loss / math.log(2) / manifest.bytes_per_token
+    together = combined(results)
+    bytes_per_token = sum(
+        manifest.bytes_per_token * (result.tokens / max(together.tokens, 1))
+        for result, manifest in zip(results, manifests, strict=True)
+    )
+    return together.loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from moa_dist.config.run import Config
+from moa_dist.data.cache import local_path
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.evaluate.scoring import Scorer
@@ -85,5 +86,5 @@ def task_evaluation(config: Config) -> TaskEvaluation | None:
     if not config.evaluation.tasks:
         return None
     examples = read_tasks(map(parse_task, config.evaluation.tasks))
-    tokenizer = load_tokenizer(Path(config.data.train) / TOKENIZER_FILE)
+    tokenizer = load_tokenizer(local_path(config.data, config.data.sources[0]) / TOKENIZER_FILE)
     return TaskEvaluation(config, tokenizer, examples)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from moa_dist.config import to_yaml
+from moa_dist.config.data import is_remote
 from moa_dist.config.run import Config
 from moa_dist.errors import ConfigError, ExitCode
 from moa_dist.launch.handshake import SECRET_VARIABLE, new_nonce
@@ -217,10 +218,12 @@ def _problems(config: Config, job: KubernetesJob) -> list[str]:
             problems.append(f"--volume: `{path}` is not an absolute folder: write CLAIM:/FOLDER")
     if len({path for _, path in job.volumes}) < len(job.volumes):
         problems.append("--volume: two claims are mounted at the same folder")
-    places = {"output": config.output, "data.train": config.data.train}
-    if config.data.valid is not None:
-        places["data.valid"] = config.data.valid
-    for field, place in places.items():
+    places = [("output", config.output)]
+    places += [("data.train", source.path) for source in config.data.sources]
+    places += [("data.valid", folder.path) for folder in config.data.held_out]
+    for field, place in places:
+        if is_remote(place):
+            continue
         inside = posixpath.normpath(posixpath.join(WORK_FOLDER, place))
         if not any(
             posixpath.commonpath([inside, path]) == posixpath.normpath(path)

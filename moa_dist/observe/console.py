@@ -90,7 +90,7 @@ class Console:
         self._print(
             f"valid {metrics.step:>{width - 1}}/{self._num_steps}        "
             f"loss {metrics.loss:6.3f}  perplexity {metrics.perplexity:.2f}  "
-            f"{in_bytes}over {short(metrics.tokens)} tokens"
+            f"{in_bytes}over {short(metrics.tokens)} tokens{_by_folder(metrics.losses)}"
             + "".join(f"  {name} {value:.3f}" for name, value in metrics.tasks.items())
         )
 
@@ -131,6 +131,13 @@ def _routing_problems(routing: dict[RouterCall, RoutingReport]) -> Iterator[str]
     ratio, router = worst_imbalance(routing)
     if ratio >= _IMBALANCED:
         yield f"fullest expert {ratio:.1f} x mean ({router})"
+
+
+def _by_folder(losses: Mapping[str, float]) -> str:
+    """Format the losses of several folders of validation data."""
+    if len(losses) < 2:
+        return ""
+    return "  (" + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) + ")"
 
 
 def _balance(losses: Mapping[str, float]) -> str:

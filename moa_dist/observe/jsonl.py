@@ -63,6 +63,7 @@ class MetricsFile:
         values["traffic"] = {
             traffic_name(key): volume._asdict() for key, volume in metrics.traffic.items()
         }
+        values["sources"] = {name: read._asdict() for name, read in metrics.sources.items()}
         values |= asdict(metrics.timing)
         del values["timing"]
         self._write("step", metrics.step, values)

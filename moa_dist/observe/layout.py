@@ -16,6 +16,10 @@ _CHARTS = {
         "learning rate": "optimizer/lr",
         "auxiliary losses": "loss/train_aux/.*",
     },
+    "Data": {
+        "share of each source": "data/[^/]*/share",
+        "epochs of each source": "data/[^/]*/epochs",
+    },
     "Speed": {
         "tokens per second, all ranks": "speed/tokens_per_second",
         "model FLOPs utilization, or FLOPs per second": "speed/.*flops.*",

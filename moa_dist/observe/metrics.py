@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from pydantic import JsonValue
 
 from moa_dist.config.run import Config
+from moa_dist.data.epochs import SourceRead
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
@@ -136,6 +137,8 @@ class StepMetrics:
     """One entry per router application, on the CPU. Empty for dense models."""
     traffic: dict[TrafficKey, TrafficVolume]
     """What all ranks sent for experts in this step and, at ZeRO 0, for gradients."""
+    sources: Mapping[str, SourceRead] = field(default_factory=dict)
+    """What has been read so far of each source; empty for pairs."""
     gpu: Mapping[str, float] = field(default_factory=dict)
     """Readings of rank 0's device by name (with the unit); empty on a CPU."""
 
@@ -154,6 +157,8 @@ class ValidationMetrics:
     """Cross-entropy in bits per byte of the text; None for masked language models."""
     tokens: int
     """Number of target tokens evaluated."""
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Loss by folder of validation data."""
     tasks: Mapping[str, float] = field(default_factory=dict)
     """Results of zero-shot tasks, as `task/metric`."""
 

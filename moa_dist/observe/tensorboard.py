@@ -66,6 +66,8 @@ class TensorBoard:
             "time/work_seconds_of_fastest_rank": timing.fastest.seconds,
             "time/slowest_rank": float(timing.slowest.rank),
         }
+        for name, read in metrics.sources.items():
+            values |= {f"data/{name}/share": read.share, f"data/{name}/epochs": read.epochs}
         values |= {f"rank0_gpu/{name}": value for name, value in metrics.gpu.items()}
         if not self._is_laid_out:
             self._lay_out(values)
@@ -73,7 +75,7 @@ class TensorBoard:
 
     def _lay_out(self, values: Iterable[str]) -> None:
         assert self._run is not None, "start comes first"
-        is_validated = self._run.config.data.valid is not None
+        is_validated = bool(self._run.config.data.held_out)
         later = ["loss/validation", "loss/validation_bits_per_byte"] if is_validated else []
         self._events.add_custom_scalars(layout([*values, *later]))
         self._is_laid_out = True
@@ -86,6 +88,8 @@ class TensorBoard:
         }
         if metrics.bits_per_byte is not None:
             values["loss/validation_bits_per_byte"] = metrics.bits_per_byte
+        if len(metrics.losses) > 1:
+            values |= {f"loss/validation_{name}": loss for name, loss in metrics.losses.items()}
         values |= {f"tasks/{name}": value for name, value in metrics.tasks.items()}
         self._scalars(values, metrics.step)
         for router, picture in load_pictures(self._routing).items():

@@ -102,7 +102,7 @@ def _checkpoints(run: Run) -> str:
 
 def _num_excluded(index: Index) -> int:
     try:
-        history = read_exclusions(index.state.get("exclusions"))
+        histories = read_exclusions(index.state.get("exclusions"))
     except ValidationError:
         return 0
-    return len(history[-1].shards) if history else 0
+    return sum(len(history[-1].shards) for history in histories.values() if history)

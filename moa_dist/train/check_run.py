@@ -8,6 +8,7 @@ from moa_dist.checkpoint.check import newest_index
 from moa_dist.checkpoint.format import Index, Reader, checkpoints
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
+from moa_dist.data.cache import local_path
 from moa_dist.data.check import check_data
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError
@@ -45,10 +46,11 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
                 "choose another `name`, or delete the folder"
             ]
         )
-    used, now = folder / TOKENIZER_FILE, Path(config.data.train) / TOKENIZER_FILE
+    data = local_path(config.data, config.data.sources[0])  # whose tokenizer is that of all
+    used, now = folder / TOKENIZER_FILE, data / TOKENIZER_FILE
     if used.exists() and used.read_bytes() != now.read_bytes():
         raise DataError(
-            f"{folder} was trained with another {TOKENIZER_FILE} than that of {config.data.train}, "
+            f"{folder} was trained with another {TOKENIZER_FILE} than that of {data}, "
             "so its token ids mean other texts: prepare the data with the run's own, or choose "
             "another `name`"
         )

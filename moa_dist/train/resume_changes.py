@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple, cast
 
 from pydantic import JsonValue
@@ -12,6 +11,7 @@ from pydantic import JsonValue
 from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change, Changes, changes, covers, refused
 from moa_dist.config.run import Config
+from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import MANIFEST_FILE, sha256_of
 from moa_dist.train.schedule import learning_rate
 
@@ -25,13 +25,26 @@ _JUMP = 0.01
 def find_changes(before: Config, state: Mapping[str, JsonValue], config: Config) -> Changes:
     """List what `config` changes in a run whose checkpoint has this configuration and state.
 
-    The same data may be elsewhere; other data at the same place are a change of `DATA`.
+    The same data may be elsewhere; other data at the same place are a change of `DATA`, and so are
+    other sources or weights.
     """
     found = changes(before, config)
-    if state.get("data") in (None, _data_id(config)):
+    if not replaced(state, config) and _mixture(before) == _mixture(config):
         return found
-    other = Change(DATA, before.data.train, config.data.train)
-    return Changes([c for c in found.free if c.path != DATA], [*found.deciding, other])
+    names = [c.model_dump(mode="json")["data"]["train"] for c in (before, config)]
+    return Changes(
+        [c for c in found.free if c.path != DATA], [*found.deciding, Change(DATA, *names)]
+    )
+
+
+def replaced(state: Mapping[str, JsonValue], config: Config) -> set[str]:
+    """Return the sources that hold other data than those of the checkpoint with this state."""
+    before, now = _data_ids(state), _current_ids(config)
+    return {name for name in now if before.get(name, now[name]) != now[name]}
+
+
+def _mixture(config: Config) -> dict[str, tuple[float, tuple[tuple[int, float], ...]]]:
+    return {source.label: (source.weight, source.later_weights) for source in config.data.sources}
 
 
 def refusals(config: Config, newest: Index) -> list[str]:
@@ -55,7 +68,7 @@ def _what_it_makes(change: Change) -> str:
     if covers("model", change.path):
         return "another model of the checkpoint's parameters"
     if change.path == DATA:
-        return "a run on other data than the checkpoint was trained on"
+        return "a run on other data, or in other shares, than the checkpoint was trained on"
     if covers("data", change.path):
         return "another order of samples, which repeats some and skips others"
     return "another run than the checkpoint's"
@@ -69,7 +82,11 @@ def describe(found: Changes, before: Config, config: Config, step: int) -> Itera
     if not 0 < step < config.train.steps:
         return
     yield from _learning_rate(before, config, step)
-    if any(change.path in _ORDER for change in found.deciding):
+    paths = {change.path for change in found.deciding} & set(_ORDER)
+    if DATA in paths and _mixture(before) != _mixture(config):
+        yield "sources are mixed by the new weights from here on; each continues where it was"
+        paths.discard(DATA)
+    if paths:
         yield "the order of samples is another: some may be repeated, and others skipped"
     if before.optimizer.kind != config.optimizer.kind:
         yield f"{config.optimizer.kind} begins with moments of zero"
@@ -98,8 +115,8 @@ class History(NamedTuple):
 
     changes: list[JsonValue]
     """All changes, in order: `step` that they follow, `path`, `before` and `after`."""
-    data: str
-    """Identifies the training data."""
+    data: dict[str, JsonValue]
+    """Source -> checksum of its manifest, which identifies its data."""
 
     @staticmethod
     def after(state: Mapping[str, JsonValue], found: Changes, step: int, config: Config) -> History:
@@ -108,12 +125,19 @@ class History(NamedTuple):
         new: list[JsonValue] = [
             {"step": step, **change._asdict()} for change in (*found.deciding, *found.free)
         ]
-        return History([*past, *new], _data_id(config))
+        return History([*past, *new], {**_data_ids(state), **_current_ids(config)})
 
     def state(self) -> dict[str, JsonValue]:
         """Return what a checkpoint keeps."""
         return {"changes": self.changes, "data": self.data}
 
 
-def _data_id(config: Config) -> str:
-    return sha256_of((Path(config.data.train) / MANIFEST_FILE).read_bytes())
+def _data_ids(state: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    return cast(dict[str, JsonValue], state.get("data", {}))
+
+
+def _current_ids(config: Config) -> dict[str, JsonValue]:
+    return {
+        source.label: sha256_of((local_path(config.data, source) / MANIFEST_FILE).read_bytes())
+        for source in config.data.sources
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ from moa_dist.checkpoint.note import Note
 from moa_dist.config.run import Config
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.corruption import CheckedData
-from moa_dist.data.manifest import AnyManifest
-from moa_dist.data.order import Exclusions, as_json
+from moa_dist.data.epochs import sources_read
+from moa_dist.data.history import OrderHistory
+from moa_dist.data.mixture import Mixture
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, DataError, ExitCode, TrainingError
-from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
+from moa_dist.evaluate.perplexity import Perplexity, bits_per_byte, combined, perplexity
 from moa_dist.evaluate.zero_shot import TaskEvaluation
 from moa_dist.models.objective import Batch
 from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
@@ -60,8 +62,8 @@ class Run:
     data: CheckedData
     tasks: TaskEvaluation | None
     """Zero-shot tasks to score with every validation."""
-    exclusions: Exclusions
-    """Shards that are left out, and since which sample."""
+    order: OrderHistory
+    """Weights of the sources and shards that are left out, and since which sample."""
     progress: Progress
     history: History
     """What resuming has changed so far."""
@@ -87,6 +89,10 @@ class Run:
     @property
     def _mesh(self) -> Mesh:
         return self.engine.mesh
+
+    @cached_property
+    def _mixture(self) -> Mixture:
+        return Mixture(self.order.stages, self.config.data.readers)
 
     @property
     def done(self) -> bool:
@@ -154,6 +160,7 @@ class Run:
                 grad_norm=result.grad_norm,
                 lr=self._learning_rate(step),
                 samples=self.progress.samples,
+                sources=sources_read(self.data.train, self._mixture, self.progress.samples),
                 digest=digest,
                 tokens=result.tokens,
                 tokens_per_second=self._tokens_read / lap.seconds,
@@ -166,10 +173,10 @@ class Run:
 
     def validate(self) -> None:
         """Report the loss on held-out data, if any, every `evaluation.every` steps."""
-        if self.data.valid is None or not self._is_due(self.config.evaluation.every):
+        if not self.data.valid or not self._is_due(self.config.evaluation.every):
             return
         with self._timer.paused():
-            metrics = self._validation_metrics(self.data.valid)
+            metrics = self._validation_metrics()
         self.reporter.validation(metrics)
 
     def save(self) -> None:
@@ -204,31 +211,35 @@ class Run:
             "raise it to train on"
         )
 
-    def _validation_metrics(self, manifest: AnyManifest) -> ValidationMetrics:
-        assert self.config.data.valid is not None
-        batches = held_out_batches(
-            self.config,
-            Path(self.config.data.valid),
-            manifest,
-            rank=self._mesh.rank,
-            world_size=self._mesh.world_size,
-            micro_batch=self.config.train.micro_batch,
-            sequences=self.config.evaluation.sequences,
-        )
-        result = perplexity(self.engine.deepspeed, batches, self.engine.device)
+    def _validation_metrics(self) -> ValidationMetrics:
+        results: list[Perplexity] = []
+        for _, path, manifest in self.data.valid:
+            batches = held_out_batches(
+                self.config,
+                path,
+                manifest,
+                rank=self._mesh.rank,
+                world_size=self._mesh.world_size,
+                micro_batch=self.config.train.micro_batch,
+                sequences=self.config.evaluation.sequences,
+            )
+            results.append(perplexity(self.engine.deepspeed, batches, self.engine.device))
+        together = combined(results)
+        names, _, manifests = zip(*self.data.valid, strict=True)
         return ValidationMetrics(
             step=self.progress.step,
-            loss=result.loss,
-            perplexity=result.perplexity,
-            bits_per_byte=bits_per_byte(result, self.config.model, manifest),
-            tokens=result.tokens,
+            loss=together.loss,
+            perplexity=together.perplexity,
+            bits_per_byte=bits_per_byte(results, self.config.model, manifests),
+            tokens=together.tokens,
+            losses={name: result.loss for name, result in zip(names, results, strict=True)},
             tasks=self.tasks.run(self.engine.deepspeed) if self.tasks is not None else {},
         )
 
     def _save(self) -> list[Note]:
         state: dict[str, JsonValue] = {
-            "exclusions": as_json(self.exclusions),
             "bad_steps": self.bad_steps.state(),
+            **self.order.state(),
             **self.history.state(),
         }
         return self.checkpointer.save(self.progress.step, self.progress.samples, state)
@@ -266,7 +277,7 @@ class Run:
             rank=self._mesh.rank,
             world_size=self._mesh.world_size,
             consumed=self.progress.samples,
-            exclusions=self.exclusions,
+            history=self.order,
         )
 
     def _restart_timer(self) -> None:

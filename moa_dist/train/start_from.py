@@ -15,6 +15,7 @@ from moa_dist.checkpoint.check import altered, damage, read_sums
 from moa_dist.checkpoint.format import MASTER, Reader, tokenizer_of
 from moa_dist.checkpoint.state_source import StateSource
 from moa_dist.config.run import Config, InitConfig
+from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import DataError
@@ -61,7 +62,7 @@ def load_weights(source: StateSource, config: Config) -> list[str]:
     shapes = source.global_shapes()
     new = _new_parameters(shapes, weights.shapes, config.init, folder)
     if "embedding.weight" not in new:  # a new embedding learns the ids of any tokenizer
-        _require_same_tokenizer(folder, Path(config.data.train))
+        _require_same_tokenizer(folder, local_path(config.data, config.data.sources[0]))
     for fragment in source.fragments(owned_only=False):
         if fragment.state == MASTER and fragment.parameter not in new:
             weights.read_into(fragment.parameter, fragment.start, fragment.view)

@@ -15,8 +15,8 @@ from moa_dist.checkpoint.lease import hold_run_folder
 from moa_dist.checkpoint.note import Note
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.corruption import CheckedData, check_all_data
+from moa_dist.data.history import OrderHistory
 from moa_dist.data.notes import data_notes
-from moa_dist.data.order import exclude, read_exclusions
 from moa_dist.distributed.device import enable_determinism
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import DistContext, init_distributed
@@ -30,7 +30,7 @@ from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.build import Built, build_as_configured
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
-from moa_dist.train.resume_changes import DATA, History, describe, find_changes
+from moa_dist.train.resume_changes import History, describe, find_changes, replaced
 from moa_dist.train.run import Progress, Run
 from moa_dist.train.run_folder import describe_run
 from moa_dist.train.start_from import load_weights
@@ -86,17 +86,17 @@ def _resume(
         begun = load_weights(built.engine.state, config)
     before = resumed.config or config
     changed = find_changes(before, resumed.state, config)
+    damaged = {name: tuple(shards) for name, shards in data.damaged.items()}
     # Excluded shards are numbers of the data that were read before.
-    is_other_data = any(change.path == DATA for change in changed.deciding)
-    earlier = read_exclusions(None if is_other_data else resumed.state.get("exclusions"))
-    exclusions = exclude(earlier, resumed.samples, tuple(data.damaged))
+    earlier = OrderHistory.read(resumed.state).without_exclusions(replaced(resumed.state, config))
+    order = earlier.continued(config.data, resumed.samples, damaged)
     run = Run(
         config=config,
         folder=folder,
         engine=built.engine,
         data=data,
         tasks=task_evaluation(config),
-        exclusions=exclusions,
+        order=order,
         progress=Progress(resumed.step, resumed.samples),
         history=History.after(resumed.state, changed, resumed.step, config),
         bad_steps=BadSteps(config.train, resumed.state.get("bad_steps")),
@@ -115,7 +115,7 @@ def _resume(
     )
     notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
     notes += kernel_notes(context.device)
-    return run, [*resumed.notes, *begun, *notes, *data.notes(exclusions, resumed.samples)]
+    return run, [*resumed.notes, *begun, *notes, *data.notes(order, resumed.samples)]
 
 
 def kernel_notes(device: torch.device) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         first_sample=run.progress.samples,
         changes=run.history.changes,
         provenance=run.checkpointer.provenance,
-        excluded_shards=len(run.data.damaged),
+        excluded_shards=sum(map(len, run.data.damaged.values())),
         exchange=built.decision.because,
         overlap=built.overlap,
         hosts=run.hosts,

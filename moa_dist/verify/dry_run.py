@@ -75,7 +75,7 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
     """
     before = psutil.Process().memory_info().rss
     with _job(world_size) as context:
-        manifest, _ = check_data(
+        data = check_data(
             config.data,
             vocab_size=config.model.vocab_size,
             world_size=context.world_size,
@@ -89,7 +89,7 @@ def dry_run(config: Config, world_size: int | None) -> DryRun:
         mesh = engine.mesh
         layout = layout_of(config, mesh.world_size, decision.exchange)
         micro_batches = training_batches(
-            config, manifest, rank=mesh.rank, world_size=mesh.world_size, consumed=0
+            config, data.train, rank=mesh.rank, world_size=mesh.world_size, consumed=0
         )
         batches = list(islice(micro_batches, layout.num_micro_batches))
         lr = learning_rate(1, config.optimizer.lr, config.schedule, config.train.steps)

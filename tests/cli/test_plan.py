@@ -2,11 +2,14 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from moa_dist.cli.main import main
+from moa_dist.data.mixture import Mixture, Stage
+from tests.small_shards import write_folder
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "moeut" / "44m.yaml")
 
@@ -30,7 +33,9 @@ def test_json_keys_are_stable(capsys):
         "traffic_per_rank_and_step",
         "state_bytes_per_rank_and_step",
         "gathered_weights_bytes",
+        "data",
     }
+    assert result["data"] is None  # it is not here
     assert set(result["parameters"]) == {"total", "active", "experts", "dense", "per_rank"}
     assert set(result["macs"]) == {"by_part", "blocks", "head", "total"}
     assert set(result["bytes_per_rank"]) == {
@@ -134,3 +139,28 @@ def test_configuration_that_does_not_fit_the_cluster(capsys):
     assert "--gpus-per-node" in capsys.readouterr().err
     assert main(["plan", CONFIG, "--gpus", "8", "train.precision=fp64", "--zero-stage", "0"]) == 2
     assert "train.precision=bf16" in capsys.readouterr().err
+
+
+def test_epochs_are_those_that_a_run_counts(tmp_path, capsys):
+    manifests = {name: write_folder(tmp_path / name, n) for name, n in (("a", 8), ("b", 3))}
+    train = f"[{{path: {tmp_path}/a, weight: 0.7}}, {{path: {tmp_path}/b, weight: 0.3, "
+    train += "later_weights: [[100, 1.4], [101, 0.1]]}]"
+    sizes = ("train.steps=25", "train.global_batch=16", "train.micro_batch=2")
+    result = plan(capsys, f"data.train={train}", "data.readers=4", *sizes)["data"]
+    stages = (
+        Stage(0, {"a": 0.7, "b": 0.3}),
+        Stage(100, {"a": 0.7, "b": 1.4}),
+        Stage(101, {"a": 0.7, "b": 0.1}),
+    )
+    mixture = Mixture(stages, 4)
+    counted = Counter(mixture.locate(sample)[0] for sample in range(25 * 16))
+    assert result == {
+        name: {
+            "samples": counted[name],
+            "share": counted[name] / 400,
+            "epochs": counted[name] / manifest.num_samples,
+        }
+        for name, manifest in manifests.items()
+    }
+    assert main(["plan", CONFIG, f"data.train={train}", *sizes]) == 0
+    assert re.search(r"^  b .* epochs$", capsys.readouterr().out, re.MULTILINE)

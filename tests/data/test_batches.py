@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moa_dist.config.run import Config
 from moa_dist.data.batches import held_out_batches, training_batches
+from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import Manifest
 from moa_dist.models.cross_entropy import NO_TARGET
 from moa_dist.models.objective import Batch
@@ -54,7 +55,7 @@ def training_rows(
     for rank in range(world_size):
         batches = training_batches(
             config(folder, micro),
-            manifest,
+            [DataFolder("train", folder, manifest)],
             rank=rank,
             world_size=world_size,
             consumed=done * GLOBAL_BATCH,
@@ -91,8 +92,9 @@ def test_hidden_tokens_alone_are_predicted(
     make_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
     manifest = make_shards(tmp_path, block_length=LENGTH)
+    folders = [DataFolder("train", tmp_path, manifest)]
     (batch,) = islice(
-        training_batches(config(tmp_path, 8), manifest, rank=0, world_size=1, consumed=0), 1
+        training_batches(config(tmp_path, 8), folders, rank=0, world_size=1, consumed=0), 1
     )
     labels: Tensor = batch.labels()
     predicted = labels != NO_TARGET

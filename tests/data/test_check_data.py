@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moa_dist.config.run import DataConfig
+from moa_dist.config.data import DataConfig, FolderConfig, SourceConfig
 from moa_dist.data.check import SKIP_REMEDY, check_data
+from moa_dist.data.folders import DataFolder, RunData
 from moa_dist.data.manifest import Manifest, save_manifest
 from moa_dist.errors import DataError
 
@@ -23,13 +24,21 @@ def config(folder: Path, sequence_length: int = 3, readers: int = 4) -> DataConf
     )
 
 
+def make_both(make_shards: Callable[..., Manifest], folder: Path) -> RunData:
+    train, valid = (
+        (DataFolder(name, folder / name, make_shards(folder / name)),)
+        for name in ("train", "valid")
+    )
+    return RunData(train, valid)
+
+
 def test_good_data_gives_its_manifests(
     make_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
-    made = make_shards(tmp_path / "train"), make_shards(tmp_path / "valid")
+    made = make_both(make_shards, tmp_path)
     assert check_data(config(tmp_path), vocab_size=48, world_size=2) == made
     without = config(tmp_path).model_copy(update={"valid": None})
-    assert check_data(without, vocab_size=48, world_size=2) == (made[0], None)
+    assert check_data(without, vocab_size=48, world_size=2) == (made.train, ())
 
 
 def test_all_problems_are_named_at_once(
@@ -68,10 +77,40 @@ def test_validation_data_of_another_tokenizer(
     assert (tmp_path / "valid", "tokenizer_sha256") in found
 
 
+def test_every_source_is_checked_and_all_have_one_tokenizer(
+    make_shards: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    data = config(tmp_path).model_copy(
+        update={
+            "train": tuple(
+                SourceConfig(path=str(tmp_path / name), weight=1)
+                for name in ("books", "other", "missing")
+            ),
+            "valid": (FolderConfig(path=str(tmp_path / "books"), name="held-out"),),
+        }
+    )
+    make_shards(tmp_path / "books")
+    other = make_shards(tmp_path / "other").model_copy(update={"tokenizer_sha256": "1" * 64})
+    save_manifest(other, tmp_path / "other")
+    with pytest.raises(DataError) as caught:
+        check_data(data, vocab_size=48, world_size=1)
+    found = [(cause.path, cause.key) for cause in caught.value.causes]
+    assert (tmp_path / "missing", None) in found
+    assert found.count((tmp_path / "other", "tokenizer_sha256")) == 1
+    assert all(path != tmp_path / "books" for path, _ in found)
+
+    made = make_shards(tmp_path / "other"), make_shards(tmp_path / "missing", num_shards=3)
+    train, valid = check_data(data, vocab_size=48, world_size=1)
+    assert [folder.name for folder in (*train, *valid)] == [
+        "books", "other", "missing", "held-out",
+    ]  # fmt: skip
+    assert [folder.manifest for folder in train[1:]] == list(made)
+
+
 def test_damaged_training_shards_are_left_to_the_policy(
     make_shards: Callable[..., Manifest], tmp_path: Path
 ) -> None:
-    made = make_shards(tmp_path / "train"), make_shards(tmp_path / "valid")
+    made = make_both(make_shards, tmp_path)
     (tmp_path / "train" / "shard-000003.tar").unlink()
     data = config(tmp_path).model_copy(update={"verify": "checksums", "on_damage": "skip"})
     assert check_data(data, vocab_size=48, world_size=2) == made

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_dist.data.folders import DataFolder
+from moa_dist.data.history import OrderHistory
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.order import Exclusion, Exclusions, exclude
 from moa_dist.data.stream import SampleStream, build_loader
@@ -46,15 +48,14 @@ def global_batches(make_shards: Callable[..., Manifest], tmp_path: Path) -> Glob
         ranks = []
         for rank in range(world_size):
             stream = SampleStream(
-                tmp_path,
-                manifest,
+                [DataFolder("train", tmp_path, manifest)],
                 readers=4,
                 seed=5,
                 rank=rank,
                 world_size=world_size,
                 consumed=first * GLOBAL_BATCH,
                 micro_batch=micro_batch,
-                exclusions=exclusions,
+                history=OrderHistory(exclusions={"train": exclusions}),
             )
             loader = build_loader(stream, workers=workers, timeout_s=60)
             ranks.append(torch.cat(list(islice(loader, count * accumulation))))

@@ -17,6 +17,7 @@ from moa_dist.config.run import Config, DataConfig
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.check import check_data
 from moa_dist.data.corruption import find_corrupt_shards
+from moa_dist.data.folders import DataFolder, RunData
 from moa_dist.data.manifest import ShardEntry, load_manifest, load_pair_manifest, sha256_of
 from moa_dist.data.pairs import BucketOrder, read_pairs
 from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
@@ -177,7 +178,7 @@ def test_layout_and_restart_change_no_global_batch(
         for rank in range(world_size):
             batches = training_batches(
                 config(tmp_path / "data", micro_batch),
-                manifest,
+                [DataFolder("train", tmp_path / "data", manifest)],
                 rank=rank,
                 world_size=world_size,
                 consumed=done * GLOBAL_BATCH,
@@ -232,13 +233,14 @@ def test_damage_is_named(tmp_path: Path) -> None:
     file.unlink()
     with raises_data_error(path=file, key="file"):
         read_pairs(tmp_path / "data", manifest)
+    folders = (DataFolder("data", tmp_path / "data", manifest),)
     with raises_data_error(path=file, key="file"):  # not in the first step
-        training_batches(config(tmp_path / "data", 1), manifest, rank=0, world_size=1, consumed=0)
+        training_batches(config(tmp_path / "data", 1), folders, rank=0, world_size=1, consumed=0)
     held_out = DataConfig(
         train="other", valid=str(tmp_path / "data"), sequence_length=9, verify="checksums"
     )
     with raises_data_error(path=file, key="file"):
-        find_corrupt_shards(held_out, manifest, manifest)
+        find_corrupt_shards(held_out, RunData(folders, folders))
 
 
 def test_nothing_but_texts_of_pairs_in_order_is_accepted(tmp_path: Path) -> None:
@@ -281,8 +283,8 @@ def test_text_and_pairs_are_not_taken_for_each_other(tmp_path: Path, make_shards
         load_pair_manifest(tmp_path / "text")
     data = DataConfig(train=str(tmp_path / "pairs"), sequence_length=LENGTH, readers=4)
     train, valid = check_data(data, vocab_size=300, world_size=3, objective="translation")
-    assert train == load_pair_manifest(tmp_path / "pairs")
-    assert valid is None
+    assert [folder.manifest for folder in train] == [load_pair_manifest(tmp_path / "pairs")]
+    assert valid == ()
 
 
 def test_a_masked_model_needs_an_id_for_the_mask(tmp_path: Path, make_shards) -> None:

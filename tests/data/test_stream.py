@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moa_dist.data import stream as stream_module
+from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import Manifest
 from moa_dist.data.order import SampleOrder
 from moa_dist.data.stream import SampleStream, build_loader
@@ -34,8 +35,7 @@ def make_stream(
         rank: int = 0, world_size: int = 1, consumed: int = 0, micro_batch: int = 1
     ) -> SampleStream:
         return SampleStream(
-            tmp_path,
-            manifest,
+            [DataFolder("train", tmp_path, manifest)],
             readers=READERS,
             seed=SEED,
             rank=rank,
@@ -161,12 +161,13 @@ def test_a_worker_that_hangs_is_an_error(
 KILLED_TRAINER = """
 import os, signal, sys
 from pathlib import Path
+from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import load_manifest
 from moa_dist.data.stream import SampleStream, build_loader
 
 folder = Path(sys.argv[1])
-stream = SampleStream(folder, load_manifest(folder), readers=1, seed=0, rank=0, world_size=1,
-                      consumed=0, micro_batch=1)
+stream = SampleStream([DataFolder("train", folder, load_manifest(folder))], readers=1, seed=0,
+                      rank=0, world_size=1, consumed=0, micro_batch=1)
 loader = build_loader(stream, workers=1, timeout_s=60)
 next(loader)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -187,12 +188,13 @@ import subprocess, sys
 from itertools import islice
 from pathlib import Path
 import psutil
+from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import load_manifest
 from moa_dist.data.stream import SampleStream, build_loader
 
 folder = Path(sys.argv[1])
-stream = SampleStream(folder, load_manifest(folder), readers=1, seed=0, rank=0, world_size=1,
-                      consumed=0, micro_batch=1)
+stream = SampleStream([DataFolder("train", folder, load_manifest(folder))], readers=1, seed=0,
+                      rank=0, world_size=1, consumed=0, micro_batch=1)
 loader = build_loader(stream, workers=1, timeout_s=60)
 next(loader)
 children = " ".join(str(child.pid) for child in psutil.Process().children(recursive=True))

@@ -10,7 +10,7 @@ import pytest
 from moa_dist.config.run import DataConfig
 from moa_dist.data.check import SKIP_REMEDY
 from moa_dist.data.corruption import find_corrupt_shards
-from moa_dist.data.manifest import Manifest
+from moa_dist.data.folders import DataFolder, RunData
 from moa_dist.errors import DataError
 from tests.small_shards import write_folder
 
@@ -50,10 +50,10 @@ class Stopped(NamedTuple):
     causes: list[Problem]
 
 
-def find(data: DataConfig, train: Manifest, valid: Manifest | None) -> dict[int, Problem] | Stopped:
+def find(data: DataConfig, folders: RunData) -> dict[int, Problem] | Stopped:
     """On a rank: what it found, or the error."""
     try:
-        found = find_corrupt_shards(data, train, valid)
+        found = find_corrupt_shards(data, folders)["train"]
     except DataError as error:
         return Stopped(str(error), [problem(cause) for cause in error.causes])
     return {shard: problem(error) for shard, error in found.items()}
@@ -61,7 +61,12 @@ def find(data: DataConfig, train: Manifest, valid: Manifest | None) -> dict[int,
 
 @pytest.fixture
 def run(tmp_path, pools):
-    train, valid = (write_folder(tmp_path / part, NUM_SHARDS) for part in ("train", "valid"))
+    folders = RunData(
+        *(
+            (DataFolder(part, tmp_path / part, write_folder(tmp_path / part, NUM_SHARDS)),)
+            for part in ("train", "valid")
+        )
+    )
 
     def on_two_ranks(**fields):
         data = DataConfig(
@@ -70,7 +75,7 @@ def run(tmp_path, pools):
             sequence_length=3,
             **({"verify": "checksums", "on_damage": "skip"} | fields),
         )
-        first, second = pools(2).run(find, data, train, valid)
+        first, second = pools(2).run(find, data, folders)
         assert first == second
         return first
 

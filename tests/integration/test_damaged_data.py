@@ -68,7 +68,7 @@ def test_damage_stops_a_run_or_is_left_out_from_then_on(tmp_path: Path) -> None:
     output = train(tmp_path, *SKIP, expect=0)
     assert output.count("data/shard-000002.tar: ") == 1
     first = Reader(checkpoint_folder(tmp_path / "runs/tiny", 2)).index
-    assert read_exclusions(first.state["exclusions"]) == (Exclusion(0, (2,)),)
+    assert read_exclusions(first.state["exclusions"]) == {"train": (Exclusion(0, (2,)),)}
 
     # Found by the next start: the order changes there, which the run says and records.
     (tmp_path / "data/shard-000005.tar").unlink()
@@ -77,6 +77,6 @@ def test_damage_stops_a_run_or_is_left_out_from_then_on(tmp_path: Path) -> None:
     assert "2 of 8 shards" in change
     second = Reader(checkpoint_folder(tmp_path / "runs/tiny", 4)).index
     history = read_exclusions(second.state["exclusions"])
-    assert history == (Exclusion(0, (2,)), Exclusion(16, (2, 5)))
+    assert history == {"train": (Exclusion(0, (2,)), Exclusion(16, (2, 5)))}
     records = map(json.loads, (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines())
     assert [r["excluded_shards"] for r in records if r["kind"] == "start"] == [1, 2]

@@ -152,7 +152,7 @@ def test_checkpoints_attempts_and_refused_steps(write_run, tmp_path):
         "samples": 320,
         "updates": 19,
         "state": {
-            "exclusions": [[64, [3, 5]]],
+            "exclusions": {"train": [[64, [3, 5]]]},
             "bad_steps": {
                 "given_up": [{"first": 80, "last": 95, "step": 6, "reason": "loss is a spike"}]
             },

@@ -6,9 +6,10 @@ import pytest
 
 from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change
+from moa_dist.config.data import SourceConfig
 from moa_dist.config.run import Config
 from moa_dist.provenance import Provenance, differences
-from moa_dist.train.resume_changes import History, describe, find_changes, refusals
+from moa_dist.train.resume_changes import History, describe, find_changes, refusals, replaced
 from moa_dist.train.schedule import learning_rate
 from tests.observe.reports import make_config
 from tests.small_shards import write_folder
@@ -95,6 +96,43 @@ def test_data_may_move_but_other_data_need_permission(config, tmp_path):
     # Also where the folder stays and what it holds is another.
     write_folder(tmp_path / "data", num_shards=10)
     assert [c.path for c in find_changes(config, state, config).deciding] == ["data.train"]
+
+
+def mixed(config: Config, tmp_path, *folders: str, **weights: float) -> Config:
+    """Mix sources by weight, in folders of their names or of these."""
+    for folder in (*folders, *weights):
+        write_folder(tmp_path / folder)
+    paths = zip(folders or weights, weights.items(), strict=True)
+    train = tuple(
+        SourceConfig(path=str(tmp_path / folder), name=name, weight=weight)
+        for folder, (name, weight) in paths
+    )
+    return changed(config, "data", train=train)
+
+
+def test_sources_may_move_but_other_weights_and_sources_need_permission(config, tmp_path):
+    before = mixed(config, tmp_path, books=0.7, debian=0.3)
+    state = History.after({}, find_changes(before, {}, before), STEP, before).state()
+    assert set(state["data"]) == {"books", "debian"}
+
+    moved = mixed(config, tmp_path, "moved", "debian", books=0.7, debian=0.3)
+    assert [c.path for c in find_changes(before, state, moved).free] == ["data.train"]
+    assert refusals(moved, index(before, **state)) == []
+    for other in (
+        mixed(config, tmp_path, books=0.6, debian=0.4),
+        mixed(config, tmp_path, books=0.7, debian=0.3, web=0.1),
+        mixed(config, tmp_path, books=0.7),
+        config,
+    ):
+        (problem,) = refusals(other, index(before, **state))
+        assert "checkpoint.allow_changes=[data.train]" in problem
+        allowed = changed(other, "checkpoint", allow_changes=("data.train",))
+        assert refusals(allowed, index(before, **state)) == []
+        assert replaced(state, other) == set()
+
+    write_folder(tmp_path / "debian", num_shards=9)
+    assert replaced(state, before) == {"debian"}
+    assert [c.path for c in find_changes(before, state, before).deciding] == ["data.train"]
 
 
 def test_the_history_of_changes_grows(config):
