@@ -72,8 +72,8 @@ class EvenDispatcher:
             starts={level: order.new_empty(n + 1) for level, n in num_sent.items()},
         )
         return EvenPlan(
-            routes={
-                level: Rows.of(order.new_empty(n), home.num_rows[level])
+            routes={  # each is the beginning of a tensor of all assignments
+                level: Rows.of(order.new_empty(max(n, len(order)))[:n], home.num_rows[level])
                 for level, n in num_sent.items()
             },
             local=LocalPlan.of(received, num_experts // self.num_ranks, self.kernel),
