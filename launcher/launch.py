@@ -33,7 +33,7 @@ from moa_dist.distributed.network import host_name
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.process import SUPERVISOR_VARIABLE
 from moa_dist.doctor.environment import DEFAULT_PORT
-from moa_dist.errors import ExitCode, MoaDistError
+from moa_dist.errors import ExitCode, MoaDistError, refused_paths_named
 from moa_dist.launch.handshake import new_nonce, take_secret
 from moa_dist.launch.hostfile import read_hostfile
 from moa_dist.launch.leader import Node, NodesLauncher
@@ -139,9 +139,10 @@ def main() -> int:
     """Run the launcher; returns the exit status, see `moa_dist.errors.ExitCode`."""
     args = parse()
     try:
-        config = load_config(args.config, args.overrides)
-        with Preemption(second_interrupt=signal.default_int_handler) as preemption:
-            return launch(args, config, preemption)
+        with refused_paths_named():
+            config = load_config(args.config, args.overrides)
+            with Preemption(second_interrupt=signal.default_int_handler) as preemption:
+                return launch(args, config, preemption)
     except MoaDistError as error:
         print(error, file=sys.stderr)
         return ExitCode.USER

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 from moa_dist.cli.rank_output import say_once, say_unless_rank_0_does
 from moa_dist.distributed.launcher_watch import launchers, watch_launchers
 from moa_dist.distributed.preemption import Preemption
-from moa_dist.errors import ExitCode, MoaDistError, PeerError, SaveError, TrainingError
+from moa_dist.errors import (
+    ExitCode,
+    MoaDistError,
+    PeerError,
+    SaveError,
+    TrainingError,
+    refused_paths_named,
+)
 
 if TYPE_CHECKING:
     from moa_dist.config import Config
@@ -94,8 +101,9 @@ def run(args: argparse.Namespace, preemption: Preemption) -> int:
 
     try:
         require_usable_gpus()  # before the layout: launchers start one rank where they see no GPU
-        config = load_config(args.config, args.overrides)
-        check_run(config, args.world_size or world_size)
+        with refused_paths_named():
+            config = load_config(args.config, args.overrides)
+            check_run(config, args.world_size or world_size)
     except MoaDistError as error:
         say_once(rank, str(error))
         return ExitCode.USER

@@ -6,7 +6,8 @@ defect of this package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -101,6 +102,24 @@ class DataError(MoaDistError):
         contradicts its manifest has the manifest's field, such as `sha256`."""
         self.causes = tuple(causes)
         """The separate problems, if this error reports several."""
+
+
+class PathError(MoaDistError):
+    """The system refuses a path: a name too long, a folder that may not be written."""
+
+
+@contextmanager
+def refused_paths_named() -> Iterator[None]:
+    """Turn an OSError about a path into a PathError, in whatever part of a command it occurs.
+
+    OSErrors without a path, such as that of a closed pipe, pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise PathError(f"{error.filename}: {error.strerror}") from error
 
 
 class RunInUseError(MoaDistError):

@@ -89,6 +89,11 @@ def test_every_package_that_needs_a_page_has_one():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_no_conflict_of_a_merge_is_left(page):
+    assert not re.search(r"^(<{7}|>{7}) ", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_resolve(page):
     for link in LINK.findall(page.read_text()):
         if link.startswith("https://"):

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from moa_dist.checkpoint.agreement import broadcast_from_rank0
+from moa_dist.distributed.launcher_watch import ORPHAN_GRACE_S
 from moa_dist.distributed.network import host_name
 from moa_dist.distributed.process import (
     ATTEMPT_VARIABLE,
@@ -38,7 +39,8 @@ RENEW_S = 5.0
 SILENT_S = 60.0
 """Time without a renewal after which a job on another host counts as gone."""
 _ENDING_S = 5.0
-"""Time that a job on this machine gets to end, for example because its supervisor was killed."""
+"""Time that a job on this machine gets to end, in addition to the time to save if its supervisor is
+gone."""
 _POLL_S = 0.2
 _UNREADABLE = ""
 
@@ -91,6 +93,12 @@ class Holder:
     def is_local(self) -> bool:
         """Return whether this machine knows if its process is alive."""
         return self.machine == machine_id()
+
+    def is_orphaned(self) -> bool:
+        """Return whether it saves and ends, as its supervisor on this machine has ended."""
+        pid, _, name = self.supervisor.partition("@")
+        is_here = self.is_local() and name.rpartition("/")[0] == host_name()
+        return is_here and process_start(int(pid)) is None
 
     def is_replaced_by(self, own: Holder) -> bool:
         """Return whether its process has certainly ended, or is the one of `own`."""
@@ -169,7 +177,7 @@ def acquire(
     """Acquire the lease of a run's folder; create the folder if needed.
 
     Waits up to `silent_s` for a job on another host that does not renew its lease, which `say`
-    reports, and up to `ending_s` for one on this machine.
+    reports, and up to `ending_s` for one on this machine, plus the time to save for an orphan.
 
     Raises:
         RunInUseError: Another job writes to the folder.
@@ -188,7 +196,8 @@ def acquire(
             first, since = found, time.monotonic()
         is_gone = holder.is_replaced_by(own)
         if not is_gone and holder.is_local():  # never gone by silence: it may only be stopped
-            is_alive = time.monotonic() - since >= ending_s
+            grace_s = ORPHAN_GRACE_S if holder.is_orphaned() else 0.0
+            is_alive = time.monotonic() - since >= ending_s + grace_s
         else:
             is_alive = not is_gone and renewed != first[1]
             is_gone = is_gone or _silence(path, renewed, own) >= silent_s

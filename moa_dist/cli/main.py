@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol, cast
 
 from moa_dist import __version__
-from moa_dist.errors import ExitCode, MoaDistError
+from moa_dist.errors import ExitCode, MoaDistError, refused_paths_named
 
 COMMANDS = {
     "prepare": ("moa_dist.cli.prepare", "turn text into token shards"),
@@ -57,9 +57,10 @@ class Command(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status, see `ExitCode`."""
     try:
-        status = _run(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
-        return status
+        with refused_paths_named():
+            status = _run(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()
+            return status
     except MoaDistError as error:
         print(error, file=sys.stderr)
         return ExitCode.USER
@@ -69,11 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141  # the status of a process that SIGPIPE kills
-    except OSError as error:  # a name too long, a folder that may not be written, a full disk
-        if error.filename is None:
-            raise
-        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
-        return ExitCode.USER
 
 
 def _reader_is_gone() -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from moa_dist.config.changes import unknown_permissions
+from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
 from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
@@ -117,11 +118,12 @@ def _size(config: Config) -> Iterator[Problem]:
 def _batches(config: Config) -> Iterator[Problem]:
     total, micro = config.train.global_batch, config.train.micro_batch
     if total % micro:
-        batches, fitting = multiples_near(total, micro), nearest(micro, divisors(total))
+        batches = multiples_near(total, micro)
+        fitting = nearest(micro, fitting_micro_batches(config, total))
         yield Problem(
             f"`train.global_batch` is {total}, which is not a multiple of `train.micro_batch` = "
-            f"{micro}; use a global batch of {one_of(batches)}, or a micro-batch of "
-            f"{one_of(fitting)}",
+            f"{micro}; use a global batch of {one_of(batches)}"
+            + (f", or a micro-batch of {one_of(fitting)}" if fitting else ""),
             ("train.global_batch", "train.micro_batch"),
             {"train.global_batch": batches, "train.micro_batch": fitting},
         )

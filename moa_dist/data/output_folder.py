@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from moa_dist.data.manifest import MANIFEST_FILE, SPLITS
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import DataError
@@ -31,6 +33,13 @@ def check_output(output: Path, force: bool) -> None:
         raise DataError(
             f"{output}: exists and is not a folder; choose another --output", path=output
         )
+    if _is_mount_point(output):
+        raise DataError(
+            f"{output}: a file system is mounted here, which cannot be replaced; choose a folder "
+            f"in it, such as --output {output / 'data'}",
+            path=output,
+            key="--output",
+        )
     if not any(output.iterdir()):
         return
     if not _made_by_prepare(output):
@@ -47,6 +56,12 @@ def check_output(output: Path, force: bool) -> None:
             path=output,
             key="--force",
         )
+
+
+def _is_mount_point(folder: Path) -> bool:
+    """Return whether a file system is mounted at a folder, or a part of one, such as a volume."""
+    mounted = {partition.mountpoint for partition in psutil.disk_partitions(all=True)}
+    return str(folder.resolve()) in mounted
 
 
 def _made_by_prepare(folder: Path) -> bool:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+ORPHAN_GRACE_S = 25.0
+"""Time to save for ranks whose supervisor is gone; then they are killed."""
 _POLL_S = 0.5
 _LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """Environment variables that `torchrun` and `deepspeed` set for the ranks they start."""

@@ -87,10 +87,9 @@ def find_cause(folder: Path, problem: str | None = None) -> Cause:
             return Cause(CauseKind.LAUNCHER, problem, ExitCode.DEFECT)
         text = f"no rank was started: {_last_line(folder / 'launcher.log')}"
         return Cause(CauseKind.NO_RANK, text, ExitCode.DEFECT)
-    codes = {record.status for record in records}
-    if codes == {ExitCode.DONE}:
+    if {record.status for record in records} == {ExitCode.DONE}:
         return Cause(CauseKind.DONE, "done", ExitCode.DONE)
-    if codes <= {ExitCode.DONE, ExitCode.PREEMPTED}:
+    if all(_ended_well(record) for record in records):
         text = "preempted: saved; run the same command to continue"
         return Cause(CauseKind.PREEMPTED, text, ExitCode.PREEMPTED)
     culprit = _culprit(records)
@@ -103,7 +102,7 @@ def find_cause(folder: Path, problem: str | None = None) -> Cause:
 
 def _culprit(records: list[RankRecord]) -> RankRecord:
     """Return the rank that ended first, ignoring those that ended because another one did."""
-    bad = [r for r in records if r.status not in (ExitCode.DONE, ExitCode.PREEMPTED)]
+    bad = [record for record in records if not _ended_well(record)]
     first = min(bad, key=_when)
     own = [r for r in bad if r.status != ExitCode.LOST_PEER and not r.orphaned]
     culprit = min(own, key=_when, default=first)
@@ -113,6 +112,11 @@ def _culprit(records: list[RankRecord]) -> RankRecord:
     if culprit.status == ExitCode.LOST_PEER and bad[0].rank == 0:
         return bad[0] if bad[0].status == ExitCode.LOST_PEER else culprit
     return culprit
+
+
+def _ended_well(record: RankRecord) -> bool:
+    """Return whether a rank ended as it was asked to; an orphan may have saved, but must go on."""
+    return record.status in (ExitCode.DONE, ExitCode.PREEMPTED) and not record.orphaned
 
 
 def _when(record: RankRecord) -> float:
@@ -135,7 +139,7 @@ def _explain(record: RankRecord, folder: Path) -> tuple[CauseKind, str]:
     log = folder / record.log
     status = record.status
     if record.orphaned:
-        return CauseKind.ORPHANED, "was killed because the launcher on its host is gone"
+        return CauseKind.ORPHANED, "was ended because the launcher on its host is gone"
     if status is None:
         return CauseKind.VANISHED, "vanished together with its agent"
     if status < 0:

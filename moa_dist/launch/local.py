@@ -17,6 +17,7 @@ from moa_dist.distributed.network import HOST_VARIABLE, free_port
 from moa_dist.distributed.preemption import signals_blocked
 from moa_dist.launch.failure import Cause
 from moa_dist.launch.hostfile import Host, write_hostfile
+from moa_dist.launch.rank import END, PREEMPT
 from moa_dist.launch.visible_devices import VISIBLE_VARIABLE
 
 LAUNCHER_LOG = "launcher.log"
@@ -24,6 +25,8 @@ LAUNCHER_LOG = "launcher.log"
 END_S = 60.0
 """Longest wait for ranks to end when asked to; then the rest of the process group is killed."""
 _CLOSED = -1
+_MAX_RANKS = 4096
+"""More than any machine has; so many bytes are written to a pipe at once."""
 
 
 class DeepSpeedLauncher:
@@ -92,11 +95,11 @@ class RankPlacement:
 
 
 class LocalJob:
-    """One attempt. All its processes end with this one, even if this one is killed.
+    """One attempt. All its processes end with this one; if this one is killed, ranks first save.
 
     The agents of the ranks (`moa_dist.launch.rank`) and the launchers in between inherit two pipes:
-    their standard input is closed when this process is gone, and their standard output is closed
-    when the last of them has ended.
+    their standard input ends when this process is gone, and their standard output is closed when
+    the last of them has ended.
     """
 
     problem: str | None = None
@@ -136,16 +139,22 @@ class LocalJob:
         if gone.wait(timeout_s):
             return True
         if self._launcher.process.poll() is not None:  # it may have been killed without its ranks
-            self.end()
+            self.save_and_end()
         return gone.is_set()
 
     def preempt(self) -> None:
         """Ask one rank to stop, upon which all ranks save and stop together."""
         with contextlib.suppress(OSError):  # it has ended in the meantime
-            os.write(self._lifeline, b".")
+            os.write(self._lifeline, PREEMPT)
 
     def end(self) -> None:
-        """End all processes of the job, and wait until they have ended."""
+        """End all processes of the job at once, and wait until they have ended."""
+        with contextlib.suppress(OSError):  # they have ended already
+            os.write(self._lifeline, END * _MAX_RANKS)
+        self.save_and_end()
+
+    def save_and_end(self) -> None:
+        """Let the ranks save as if this process were gone, and wait until all have ended."""
         if self._lifeline != _CLOSED:
             os.close(self._lifeline)
             self._lifeline = _CLOSED

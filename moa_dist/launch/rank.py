@@ -4,9 +4,10 @@ The agent runs the command with its output in `FOLDER/rank-N.log`, records how i
 `FOLDER/rank-N.json` (launchers do not report it exactly), and forwards preemption signals. Without
 a command, on another host, it reads what to run from `FOLDER/start.json`.
 
-The agent holds a lifeline to the supervisor, through which the supervisor asks the job to stop. If
-the lifeline ends because the supervisor is gone, or if the launcher is gone, the agent kills the
-command.
+The agent holds a lifeline to the supervisor, through which the supervisor asks the job to stop, or
+ends it. If the lifeline breaks because the supervisor is gone, or if the launcher is gone, the
+agent asks the command to save and stop, and kills it if that takes too long. It kills the command
+at once if its host is cut off, because another attempt may be about to start.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from moa_dist.distributed.gpus import CUDA_VARIABLE
+from moa_dist.distributed.launcher_watch import ORPHAN_GRACE_S
 from moa_dist.distributed.network import (
     HOST_VARIABLE,
     choose_interfaces,
@@ -41,21 +43,25 @@ _POLL_S = 0.2
 _CONNECT_S = 20.0
 _PR_SET_PDEATHSIG = 1
 
-Event = Literal["preempt", "gone"]
+PREEMPT, END = b".", b"!"
+"""What a supervisor writes to a pipe lifeline; each byte reaches one agent."""
+
+Event = Literal["preempt", "end", "gone"]
 
 
 class Lifeline(Protocol):
     """An agent's connection to its supervisor."""
 
     def poll(self, timeout_s: float) -> Event | None:
-        """Return `preempt` if the command shall save and stop, `gone` if the supervisor is gone.
+        """Wait up to `timeout_s` for an event, and return it; None if nothing happened.
 
-        Waits up to `timeout_s`; returns None if nothing happened.
+        `preempt`: the command shall save and stop; `end`: it shall end at once; `gone`: the
+        supervisor is gone.
         """
 
 
 class PipeLifeline:
-    """A lifeline on standard input: a byte means `preempt`, the end of the input means `gone`."""
+    """A lifeline on standard input, whose end means `gone`."""
 
     def __init__(self) -> None:
         self._input = sys.stdin.fileno()
@@ -66,9 +72,12 @@ class PipeLifeline:
         if not select.select([self._input], [], [], timeout_s)[0]:
             return None
         try:
-            return "preempt" if os.read(self._input, 1) else "gone"
+            event = os.read(self._input, 1)
         except BlockingIOError:
             return None
+        if not event:
+            return "gone"
+        return "end" if event == END else "preempt"
 
 
 class NetworkLifeline:
@@ -94,9 +103,11 @@ class NetworkLifeline:
             return None
         try:
             message = self._link.receive(timeout_s)
-        except LinkLostError:
-            return "gone"
-        return "preempt" if message else None
+        except LinkLostError as error:
+            return "end" if error.loss.reason == "silent" else "gone"
+        if message is None:
+            return None
+        return "end" if "end" in message else "preempt"
 
 
 def main(argv: list[str]) -> int:
@@ -131,11 +142,12 @@ def _run(folder: Path, command: list[str], lifeline: Lifeline) -> int:
         signal.signal(number, forward)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)  # see `signals_blocked`
     oom_kills = count_oom_kills()
-    process = _start(folder / f"rank-{rank}.log", command)
+    log = folder / f"rank-{rank}.log"
+    process = _start(log, command)
     started.append(process)
     record = RankRecord(rank, host_name(), process.pid)
     write_record(folder, record)
-    orphaned = _watch(process, lifeline)
+    orphaned = _watch(process, lifeline, log)
     status = process.wait()
     now = count_oom_kills()
     killed = None if now is None or oom_kills is None else now - oom_kills
@@ -167,17 +179,31 @@ def _start(log_file: Path, command: list[str]) -> subprocess.Popen[bytes]:
         )
 
 
-def _watch(process: subprocess.Popen[bytes], lifeline: Lifeline) -> bool:
-    """Wait until the process ends; returns whether it was killed because it was orphaned."""
+def _watch(process: subprocess.Popen[bytes], lifeline: Lifeline, log_file: Path) -> bool:
+    """Wait until the process ends; returns whether it was ended because it was orphaned."""
     launcher = os.getppid()
     while process.poll() is None:
         event = lifeline.poll(_POLL_S)
         if event == "preempt":
             process.terminate()
-        elif event == "gone" or os.getppid() != launcher:
+        elif event == "end":
             process.kill()
             return True
+        elif event == "gone" or os.getppid() != launcher:
+            _save(process, log_file)
+            return True
     return False
+
+
+def _save(process: subprocess.Popen[bytes], log_file: Path) -> None:
+    """Let an orphaned process save and end; kill it if it takes too long."""
+    with contextlib.suppress(OSError), log_file.open("ab") as log:  # a full disk
+        log.write(b"the launcher is gone: this job saves and ends\n")
+    process.terminate()
+    try:
+        process.wait(ORPHAN_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class RankRecord:
     ended: float | None = None
     """When it ended, in seconds since 1970."""
     orphaned: bool = False
-    """Whether its agent killed it because the supervisor or the launcher was gone."""
+    """Whether its agent ended it because the supervisor or the launcher was gone."""
     oom_kills: int | None = None
     """Processes in the agent's control group that the kernel killed for lack of memory while the
     rank ran; None where that cannot be read."""

@@ -97,6 +97,8 @@ class HostsJob:
 
     def end(self) -> None:
         """End all processes; on a host that is cut off, the agent does it within the same time."""
+        for link in list(self._hub.links.values()):
+            link.send({"end": True})
         self._hub.close_links()
         self._launcher.finish(END_S)
 

@@ -46,6 +46,8 @@ class WorkerNode:
                 self._check_job()
         except LinkLostError as lost:
             self._waiting.say(f"node 0 {lost}")
+            if self._job is not None and lost.loss.reason != "silent":
+                self._job.save_and_end()  # with the ranks of node 0, whose supervisor is gone
             return None
         finally:
             if self._job is not None:

@@ -11,7 +11,7 @@ from moa_dist.config.run import Config, run_folder
 from moa_dist.data.cache import local_path
 from moa_dist.data.check import check_data
 from moa_dist.data.tokenizer import TOKENIZER_FILE
-from moa_dist.errors import ConfigError, DataError
+from moa_dist.errors import ConfigError, DataError, Problem
 from moa_dist.evaluate.export import is_export
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
@@ -19,33 +19,55 @@ from moa_dist.train.resume_changes import refusals
 
 
 def check_run(config: Config, world_size: int) -> None:
-    """Check what can be known to fail before ranks meet. Raises ConfigError or DataError."""
-    problems = find_layout_problems(config, world_size)
+    """Check what can be known to fail before ranks meet.
+
+    Raises:
+        ConfigError: The settings do not fit the ranks, or the run that continues; names all else
+            that is wrong too.
+        DataError: Only the data or files are at fault.
+    """
+    folder = run_folder(config)
+    resumes = bool(checkpoints(folder))
+    newest = newest_index(folder) if resumes else _start(config)
+    problems: list[Problem | str] = []
+    if resumes and config.checkpoint.resume == "never":
+        newest = None
+        problems.append(
+            f"{folder} holds checkpoints of an earlier run, and checkpoint.resume is never: choose "
+            "another `name`, or delete the folder"
+        )
+    problems += find_layout_problems(config, world_size, newest.samples if newest else None)
+    try:
+        check_data(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            world_size=1,  # the number of ranks was checked
+            objective=config.model.objective,
+        )
+        task_evaluation(config)
+        if resumes:
+            _check_tokenizer(config, folder)
+        if newest is not None:  # else the checkpointer will explain
+            problems += refusals(config, newest)
+    except DataError as error:
+        if not problems:
+            raise
+        problems += map(str, error.causes or [error])
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
-    check_data(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        world_size=world_size,
-        objective=config.model.objective,
-    )
-    task_evaluation(config)
-    _check_earlier_run(config, world_size)
 
 
-def _check_earlier_run(config: Config, world_size: int) -> None:
-    """Check that this run can continue from what its folder holds."""
-    folder = run_folder(config)
-    if not checkpoints(folder):
-        _check_start(config, world_size)
-        return
-    if config.checkpoint.resume == "never":
-        raise ConfigError(
-            [
-                f"{folder} holds checkpoints of an earlier run, and checkpoint.resume is never: "
-                "choose another `name`, or delete the folder"
-            ]
-        )
+def _start(config: Config) -> Index | None:
+    """Return the checkpoint that a new run continues as a branch; check what it starts from."""
+    if config.init.branch is not None:
+        return Reader(find_checkpoint(Path(config.init.branch))).index
+    if config.init.weights is not None and not is_export(Path(config.init.weights)):
+        find_checkpoint(Path(config.init.weights))
+    return None
+
+
+def _check_tokenizer(config: Config, folder: Path) -> None:
+    """Check that the run in this folder was trained with the tokenizer of the data."""
     data = local_path(config.data, config.data.sources[0])  # whose tokenizer is that of all
     used, now = folder / TOKENIZER_FILE, data / TOKENIZER_FILE
     if used.exists() and used.read_bytes() != now.read_bytes():
@@ -54,28 +76,3 @@ def _check_earlier_run(config: Config, world_size: int) -> None:
             "so its token ids mean other texts: prepare the data with the run's own, or choose "
             "another `name`"
         )
-    newest = newest_index(folder)
-    if newest is not None:  # else the checkpointer will explain
-        _check_continuation(config, newest, folder, world_size)
-
-
-def _check_start(config: Config, world_size: int) -> None:
-    """Check what a new run starts from."""
-    if config.init.branch is not None:
-        folder = find_checkpoint(Path(config.init.branch))
-        _check_continuation(config, Reader(folder).index, folder, world_size)
-    elif config.init.weights is not None and not is_export(Path(config.init.weights)):
-        find_checkpoint(Path(config.init.weights))
-
-
-def _check_continuation(config: Config, newest: Index, folder: Path, world_size: int) -> None:
-    """Check that a run of `config` can continue a checkpoint."""
-    problems = refusals(config, newest)
-    translates = config.model.objective == "translation"
-    if newest.samples % world_size and not translates:  # whose buckets ranks share from any sample
-        problems.append(
-            f"the newest checkpoint has consumed {newest.samples} samples, which {world_size} "
-            "ranks cannot share alike: go on with a number of ranks that divides them"
-        )
-    if problems:
-        raise ConfigError(problems, f"{folder}")

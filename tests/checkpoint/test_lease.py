@@ -15,6 +15,7 @@ import pytest
 
 from moa_dist.checkpoint import lease as module
 from moa_dist.checkpoint.lease import LEASE_FILE, Holder, Lease, acquire
+from moa_dist.distributed.network import host_name
 from moa_dist.distributed.process import machine_id, process_start
 from moa_dist.errors import RunInUseError
 
@@ -108,6 +109,15 @@ def test_process_that_ends_meanwhile_is_replaced(folder, other):
     began = time.monotonic()
     take(folder, ending_s=WAIT_S).release()
     assert 0.4 < time.monotonic() - began < WAIT_S
+
+
+def test_orphan_of_a_killed_supervisor_has_time_to_save(folder, other):
+    supervisor = subprocess.Popen([sys.executable, "-c", ""])
+    supervisor.wait()
+    orphan = replace(holder_of(other), supervisor=f"{supervisor.pid}@{host_name()}/x")
+    write(folder, orphan)
+    threading.Timer(1.0, other.kill).start()
+    take(folder, ending_s=0.1).release()
 
 
 def test_dead_process_is_replaced_at_once(folder, other):

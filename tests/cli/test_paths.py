@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import pytest
 from moa_dist.cli.main import main
 
 TOO_LONG = "x" * 300
-CONFIG = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs/quickstart.yaml")
 COMMANDS = [
     ("analyze", TOO_LONG),
     ("checkpoint", "average", TOO_LONG, "out", "--last", "2"),
@@ -37,6 +40,18 @@ def test_a_name_that_is_too_long(words, tmp_path, monkeypatch, capsys):
     assert main(list(words)) == 2
     err = capsys.readouterr().err
     assert (TOO_LONG in err) or ("`name`" in err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["train.py", "launch.py"])
+def test_an_output_that_is_too_long(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "launcher" / script, "--config", CONFIG, f"output={TOO_LONG}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(TOO_LONG)
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from moa_dist.cli import prepare as command
 from moa_dist.data.manifest import load_manifest
+from moa_dist.data.output_folder import check_output
+from moa_dist.errors import DataError
 
 
 def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,3 +35,15 @@ def test_command(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{valid.bytes_per_token:.2f}" in printed.out
     stages = re.findall(r"([a-z ]+): 100\.0 %", printed.err)
     assert len(stages) == len(set(stages)) == 6, "each stage ends once"
+
+
+def test_an_output_that_is_a_mount_point_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a volume of a container is, which no folder can replace by being renamed."""
+    check_output(tmp_path, force=False)
+    mounted = [SimpleNamespace(mountpoint=str(tmp_path))]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: mounted)
+    with pytest.raises(DataError) as refused:
+        check_output(tmp_path, force=False)
+    assert str(tmp_path / "data") in str(refused.value)

@@ -173,15 +173,30 @@ def test_a_signal_saves_and_leaves_no_process(job, launcher, target, sent):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("launcher", "above"), [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 0)]
+    ("launcher", "above"), [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 0), ("launch.py", 3)]
 )
 def test_ranks_save_and_end_when_a_launcher_is_killed(job, launcher, above):
-    """`deepspeed` is two processes, one above the other."""
+    """`deepspeed` is two processes, one above the other; agents and `launch.py` enclose them."""
     with started(launcher, job, f"killed-{launcher}-{above}") as running:
-        running.rank(0).parents()[above].kill()
+        victim = running.rank(0).parents()[above]
+        assert launcher != "launch.py" or victim.pid == running.process.pid
+        victim.kill()
         assert running.left(STOP_S) == [], running.output()
-        assert "the launcher is gone" in running.output()
+        logs = [path.read_text() for path in running.run.glob("logs/*/rank-0.log")]
+        assert "the launcher is gone" in "".join([running.output(), *logs])
         assert_saved(running)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("above", [1, 2])
+def test_a_job_that_loses_its_deepspeed_saves_and_goes_on(job, above):
+    """Under `launch.py`, when either process of `deepspeed` is killed."""
+    with started("launch.py", job, f"goes-on-{above}") as running:
+        running.rank(0).parents()[above].kill()
+        running.until(lambda: (running.run / "attempts.jsonl").exists())
+        (attempt,) = (running.run / "attempts.jsonl").read_text().splitlines()
+        assert json.loads(attempt)["restarts"]
+        assert json.loads(attempt)["checkpoint_after"] >= 3
 
 
 @pytest.mark.full

@@ -102,6 +102,11 @@ def test_ranks_without_a_launcher_do_not_blame_each_other(tmp_path):
     assert cause.exit_code is ExitCode.LOST_PEER
 
 
+def test_an_orphan_that_saved_is_continued(tmp_path):
+    cause = find_cause(attempt(tmp_path, (75, ""), (75, ""), orphaned=True))
+    assert (cause.kind, cause.exit_code) == (CauseKind.ORPHANED, ExitCode.LOST_PEER)
+
+
 def test_job_without_ranks_shows_the_launcher_s_output(tmp_path):
     (tmp_path / "launcher.log").write_text("deepspeed: error: no such option\n")
     cause = find_cause(tmp_path)

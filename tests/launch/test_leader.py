@@ -48,6 +48,9 @@ class Ranks:
     def end(self) -> None:
         self.over.set()
 
+    def save_and_end(self) -> None:
+        self.over.set()
+
 
 @pytest.fixture
 def started(monkeypatch) -> list[Ranks]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from moa_dist.config.layout_checks import WORLD_SIZE
 from moa_dist.config.model import ModelConfig
 from moa_dist.errors import ConfigError
 from moa_dist.models.language_model import build_model
@@ -30,8 +31,11 @@ def test_the_order_of_samples_is_free_until_one_was_read(tmp_path):
         check_run(config, world_size=1)
     index.write_text(index.read_text().replace('"samples": 8', '"samples": 9'))
     train = config.train.model_copy(update={"global_batch": 4, "micro_batch": 2})
-    with pytest.raises(ConfigError, match=r"\b9 samples.*\b2 ranks"):
+    with pytest.raises(ConfigError, match=r"\b9 samples.*\b2 ranks") as refused:
         check_run(config.model_copy(update={"train": train}), world_size=2)
+    ranks, *others = refused.value.problems  # all at once
+    assert ranks.suggestions == {WORLD_SIZE: [1]}
+    assert all(key in "".join(map(str, others)) for key in ("data.readers", "data.seed"))
     dense = index.read_text().replace('"objective": "causal"', '"objective": "masked"')
     index.write_text(dense)
     with pytest.raises(ConfigError, match=r"model\.objective.* masked "):
