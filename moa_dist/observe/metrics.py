@@ -129,6 +129,9 @@ class StepMetrics:
     """Hash of this step's token ids: equal for equal global batches, in any layout."""
     tokens: int
     """Target tokens of this step."""
+    tokens_read: int
+    """Input tokens without padding that all steps so far have read, those of rejected ones
+    excluded."""
     tokens_per_second: float
     """Throughput of all ranks together over the steps since the last report."""
     timing: Timing
@@ -157,6 +160,8 @@ class ValidationMetrics:
     """Cross-entropy in bits per byte of the text; None for masked language models."""
     tokens: int
     """Number of target tokens evaluated."""
+    tokens_read: int
+    """Input tokens that training has read so far."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Loss by folder of validation data."""
     tasks: Mapping[str, float] = field(default_factory=dict)

@@ -37,6 +37,7 @@ _SCALARS = (
     "lr",
     "tokens_per_second",
     "tokens",
+    "tokens_read",
     "samples",
     "step_seconds",
     "communication_share",
