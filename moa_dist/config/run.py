@@ -174,7 +174,11 @@ class LoggingConfig(Section):
     """Reports during training."""
 
     every: PositiveInt = 10
-    """Steps between console lines, TensorBoard points and records in metrics.jsonl."""
+    """Steps between console lines, records in `metrics.jsonl` and points of all trackers."""
+    parts_every: PositiveInt | None = 100
+    """Reported steps that are multiples of this also report gradient norm and relative update of
+    dense parameters, attention experts, FFN experts and routers. Such a step holds a second copy of
+    the weights that a rank updates. null for none."""
     tensorboard: bool = True
     """Whether to write TensorBoard events to the run's folder."""
 

@@ -109,6 +109,15 @@ class Timing:
         )
 
 
+class PartNorms(NamedTuple):
+    """How strongly one part of the model learns in a step."""
+
+    grad_norm: float
+    """Norm of its gradient before clipping."""
+    update_ratio: float
+    """Norm of its update, relative to that of its weights before; NaN if it was not measured."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """Metrics of one optimizer step; sums and means run over all ranks and micro-batches."""
@@ -144,6 +153,8 @@ class StepMetrics:
     """What has been read so far of each source; empty for pairs."""
     gpu: Mapping[str, float] = field(default_factory=dict)
     """Readings of rank 0's device by name (with the unit); empty on a CPU."""
+    parts: Mapping[str, PartNorms] = field(default_factory=dict)
+    """Norms by part of the model; empty except every `logging.parts_every` steps."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,9 @@ def step_values(run: RunStart, metrics: StepMetrics) -> dict[str, float]:
         TOKENS: float(metrics.tokens_read),
         "progress/samples": float(metrics.samples),
     }
+    for part, norms in metrics.parts.items():
+        values[f"optimizer/grad_norm_of_part/{part}"] = norms.grad_norm
+        values[f"optimizer/update_ratio/{part}"] = norms.update_ratio
     values |= {f"loss/train_aux/{name}": value for name, value in metrics.aux_losses.items()}
     values |= _speed(run, metrics.tokens_per_second)
     for call, report in metrics.routing.items():

@@ -31,6 +31,7 @@ from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.engine import Engine, StepResult
 from moa_dist.train.out_of_memory import explain_out_of_memory
+from moa_dist.train.part_norms import part_norms
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
 from moa_dist.train.resume_changes import History
@@ -138,6 +139,7 @@ class Run:
                     batches,
                     self._learning_rate(step),
                     self.bad_steps.loss_limit,
+                    measure_parts=self._measures_parts(step),
                 )
         except BadStepError as error:
             self.watchdog.disarm()
@@ -166,6 +168,7 @@ class Run:
             lap,
             self._mesh,
             self.engine.device,
+            result.part_squares,
         )
         self.reporter.notes(self.checkpointer.poll())
         self.reporter.step(
@@ -184,6 +187,7 @@ class Run:
                 timing=Timing.of(interval.work, interval.wait, self.hosts),
                 routing=interval.routing,
                 traffic=interval.traffic,
+                parts=part_norms(interval.part_squares, result.grad_norm),
             )
         )
         self._reported_tokens = self.progress.tokens
@@ -307,6 +311,14 @@ class Run:
     def _learning_rate(self, step: int) -> float:
         config = self.config
         return learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
+
+    def _measures_parts(self, step: int) -> bool:
+        logging = self.config.logging
+        return (
+            logging.parts_every is not None
+            and step % logging.every == 0
+            and step % logging.parts_every == 0
+        )
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.done
