@@ -179,8 +179,15 @@ class LoggingConfig(Section):
     """Reported steps that are multiples of this also report gradient norm and relative update of
     dense parameters, attention experts, FFN experts and routers. Such a step holds a second copy of
     the weights that a rank updates. null for none."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard events to the run's folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where curves are shown, other than in `metrics.jsonl`. `tensorboard` writes to the run's
+    folder; `wandb` follows WANDB_MODE, WANDB_BASE_URL and WANDB_API_KEY, and `mlflow`
+    MLFLOW_TRACKING_URI, in the environment of rank 0. A server that cannot be reached never stops
+    training."""
+    project: str = "moa-dist"
+    """Project of wandb, or experiment of MLflow."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run in wandb and MLflow."""
 
 
 class ProfileConfig(Section):

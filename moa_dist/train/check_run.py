@@ -15,12 +15,14 @@ from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.export import is_export
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
+from moa_dist.observe.tracker import missing_packages
 from moa_dist.train.resume_changes import refusals
 
 
 def check_run(config: Config, world_size: int) -> None:
     """Check what can be known to fail before ranks meet. Raises ConfigError or DataError."""
-    problems = find_layout_problems(config, world_size)
+    problems = [*find_layout_problems(config, world_size)]
+    problems += missing_packages(config.logging.trackers)
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
     check_data(
