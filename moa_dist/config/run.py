@@ -174,9 +174,20 @@ class LoggingConfig(Section):
     """Reports during training."""
 
     every: PositiveInt = 10
-    """Steps between console lines, TensorBoard points and records in metrics.jsonl."""
-    tensorboard: bool = True
-    """Whether to write TensorBoard events to the run's folder."""
+    """Steps between console lines, records in `metrics.jsonl` and points of all trackers."""
+    parts_every: PositiveInt | None = 100
+    """Reported steps that are multiples of this also report gradient norm and relative update of
+    dense parameters, attention experts, FFN experts and routers. Such a step holds a second copy of
+    the weights that a rank updates. null for none."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where curves are shown, other than in `metrics.jsonl`. `tensorboard` writes to the run's
+    folder; `wandb` follows WANDB_MODE, WANDB_BASE_URL and WANDB_API_KEY, and `mlflow`
+    MLFLOW_TRACKING_URI, in the environment of rank 0. A server that cannot be reached never stops
+    training."""
+    project: str = "moa-dist"
+    """Project of wandb, or experiment of MLflow."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run in wandb and MLflow."""
 
 
 class ProfileConfig(Section):

@@ -149,6 +149,8 @@ def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
         if isinstance(first, type) and issubclass(first, Section):
             required = [name for name, info in first.model_fields.items() if info.is_required()]
             return f"a list of sections with {' and '.join(required)}"
+        if get_origin(first) is Literal:
+            return "a list of " + ", ".join(map(str, get_args(first)))
         noun = "texts" if first is str else "numbers"
         if get_origin(first) is tuple:
             noun = f"lists of {len(get_args(first))} numbers"

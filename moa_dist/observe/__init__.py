@@ -1,7 +1,8 @@
-"""Observers of a training run: console, metrics file, TensorBoard and GPU telemetry.
+"""Observers of a training run: console, metrics file, trackers and GPU telemetry.
 
-Experiment trackers offer curves as well; these observers add what they do not: per-expert routing,
-traffic by layer, and a metrics file that survives crashes and resumes without duplicate steps.
+They add what experiment trackers alone lack: routing of each expert, traffic by layer, and a
+metrics file that survives crashes and resumes without duplicate steps. All trackers get the same
+values by the same names.
 """
 
 from moa_dist.observe.observers import Observers

@@ -64,6 +64,7 @@ class MetricsFile:
             traffic_name(key): volume._asdict() for key, volume in metrics.traffic.items()
         }
         values["sources"] = {name: read._asdict() for name, read in metrics.sources.items()}
+        values["parts"] = {part: norms._asdict() for part, norms in metrics.parts.items()}
         values |= asdict(metrics.timing)
         del values["timing"]
         self._write("step", metrics.step, values)

@@ -14,6 +14,8 @@ _CHARTS = {
         "bits per byte of held-out text": "loss/validation_bits_per_byte",
         "gradient norm": "optimizer/grad_norm",
         "learning rate": "optimizer/lr",
+        "gradient norm by part": "optimizer/grad_norm_of_part/.*",
+        "norm of the update over that of the weights, by part": "optimizer/update_ratio/.*",
         "auxiliary losses": "loss/train_aux/.*",
     },
     "Data": {

@@ -109,6 +109,15 @@ class Timing:
         )
 
 
+class PartNorms(NamedTuple):
+    """How strongly one part of the model learns in a step."""
+
+    grad_norm: float
+    """Norm of its gradient before clipping."""
+    update_ratio: float
+    """Norm of its update, relative to that of its weights before; NaN if it was not measured."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """Metrics of one optimizer step; sums and means run over all ranks and micro-batches."""
@@ -129,6 +138,9 @@ class StepMetrics:
     """Hash of this step's token ids: equal for equal global batches, in any layout."""
     tokens: int
     """Target tokens of this step."""
+    tokens_read: int
+    """Input tokens without padding that all steps so far have read, those of rejected ones
+    excluded."""
     tokens_per_second: float
     """Throughput of all ranks together over the steps since the last report."""
     timing: Timing
@@ -141,6 +153,8 @@ class StepMetrics:
     """What has been read so far of each source; empty for pairs."""
     gpu: Mapping[str, float] = field(default_factory=dict)
     """Readings of rank 0's device by name (with the unit); empty on a CPU."""
+    parts: Mapping[str, PartNorms] = field(default_factory=dict)
+    """Norms by part of the model; empty except every `logging.parts_every` steps."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +171,8 @@ class ValidationMetrics:
     """Cross-entropy in bits per byte of the text; None for masked language models."""
     tokens: int
     """Number of target tokens evaluated."""
+    tokens_read: int
+    """Input tokens that training has read so far."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Loss by folder of validation data."""
     tasks: Mapping[str, float] = field(default_factory=dict)

@@ -15,10 +15,11 @@ from moa_dist.observe.console import Console
 from moa_dist.observe.gpu import GpuTelemetry
 from moa_dist.observe.jsonl import MetricsFile
 from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.tracker import Tracker
 
 
 class Observers:
-    """Forwards every report to the console, the metrics file and, if configured, TensorBoard.
+    """Forwards every report to the console, the metrics file and the configured trackers.
 
     If one of them cannot write, for example on a full disk, its lines are lost and training
     continues; whether training may continue without checkpoints is up to `checkpoint.on_failure`.
@@ -26,7 +27,8 @@ class Observers:
     """
 
     def __init__(self, config: Config) -> None:
-        self._tensorboard = config.logging.tensorboard
+        self._names = config.logging.trackers
+        self._trackers: list[Tracker] = []
         self._listeners: list[Observer] = [Console(), MetricsFile()]
         self._gpu: GpuTelemetry | None = None
         self._closing = ExitStack()
@@ -39,14 +41,27 @@ class Observers:
             torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
         self._closing.callback(self._gpu.close)
-        if self._tensorboard:
-            # Imported here because it takes a second, which a run without TensorBoard can save.
+        # Imported here because each takes a second or more, and two are optional.
+        if "tensorboard" in self._names:
             from moa_dist.observe.tensorboard import TensorBoard
 
             self._listeners.append(TensorBoard())
+        if "wandb" in self._names:
+            from moa_dist.observe.wandb import Wandb
+
+            self._trackers.append(Tracker("wandb", Wandb()))
+        if "mlflow" in self._names:
+            from moa_dist.observe.mlflow import Mlflow
+
+            self._trackers.append(Tracker("MLflow", Mlflow()))
         for listener in self._listeners:
             self._closing.callback(self._try, listener, listener.close)
             listener.start(run)
+        for tracker in self._trackers:
+            self._closing.callback(self._forward_notes)  # of closing, after it
+            self._closing.callback(tracker.close)
+            tracker.start(run)
+        self._listeners += self._trackers
         if self._gpu.reason:
             self.note(self._gpu.reason)
 
@@ -55,6 +70,7 @@ class Observers:
         assert self._gpu is not None, "start comes first"
         metrics = replace(metrics, gpu=self._gpu.read())
         self._each(lambda listener: listener.step(metrics))
+        self._forward_notes()
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report a validation pass to all observers."""
@@ -68,6 +84,11 @@ class Observers:
     def note(self, message: str) -> None:
         """Report a message to all observers."""
         self._each(lambda listener: listener.note(message))
+
+    def _forward_notes(self) -> None:
+        for tracker in self._trackers:
+            for note in tracker.take_notes():
+                self.note(note)
 
     def _each(self, report: Callable[[Observer], None]) -> None:
         for listener in self._listeners:

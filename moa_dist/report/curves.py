@@ -32,6 +32,11 @@ _QUANTITIES = (
     ("grad_norm", "Gradient norm", "Global, before clipping", "L2 norm"),
     ("tokens_per_second", "Tokens per second", "All ranks together", "tokens per second"),
 )
+_OF_PARTS = (
+    ("grad_norm", "Gradient norm by part", "Before clipping", "L2 norm"),
+    ("update_ratio", "Updates by part", "Relative to the weights", "ratio of L2 norms"),
+)
+"""Norm, and the figure of it."""
 
 
 def shared_curves(runs: Sequence[Run]) -> Iterator[str]:
@@ -139,6 +144,7 @@ def own_curves(run: Run) -> Iterator[str]:
         ]
         about = "Their coefficients are applied"
         yield curves("Auxiliary losses", about, lines, Axes("nats", marks=run.starts, clock=clock))
+    yield from _parts(run)
     by_purpose: dict[str, list[Series]] = defaultdict(list)
     by_layer: dict[str, dict[str, float]] = defaultdict(dict)
     for name, series in run.group("traffic/").items():
@@ -154,6 +160,17 @@ def own_curves(run: Run) -> Iterator[str]:
         yield curves("Traffic", about, lines, axes, is_wide=True)
     if by_layer:
         yield _layers(by_layer, colors)
+
+
+def _parts(run: Run) -> Iterator[str]:
+    """Yield how strongly each part of the model learns, if it was measured."""
+    for name, title, about, unit in _OF_PARTS:
+        lines = [
+            Line(part.replace("_", " "), series, i % NUM_COLORS)
+            for i, (part, series) in enumerate(run.group(f"parts/{name}/").items())
+        ]
+        if lines:
+            yield curves(title, about, lines, Axes(unit, marks=run.starts, beginning=_BEGINNING))
 
 
 def curves(

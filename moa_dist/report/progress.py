@@ -85,7 +85,12 @@ def last_step(run: Run) -> int:
 
 
 def tokens_by_step(run: Run) -> Series:
-    """Return the tokens read so far at each reported step; empty if unknown."""
+    """Return the tokens read so far at each reported step; empty if unknown.
+
+    Runs of earlier versions did not record them: then all sequences count as full.
+    """
+    if "tokens_read" in run.series and len(recorded := finite(run, "tokens_read")):
+        return recorded
     samples, length = finite(run, "samples"), _tokens_per_sample(run)
     return Series.of(samples.steps, samples.values * length) if length else Series.of([], [])
 

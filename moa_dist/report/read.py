@@ -37,6 +37,7 @@ _SCALARS = (
     "lr",
     "tokens_per_second",
     "tokens",
+    "tokens_read",
     "samples",
     "step_seconds",
     "communication_share",
@@ -87,7 +88,7 @@ class Run:
     starts: list[int] = field(default_factory=list)
     """Steps after which training started or resumed."""
     series: dict[str, Series] = field(default_factory=dict)
-    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `tasks/NAME`,
+    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `tasks/NAME`, `parts/NORM/PART`,
     `traffic/PURPOSE/LAYER` in MiB, `elapsed` in seconds without the time between attempts, ..."""
     routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
     """Series of each router application, by measure, such as `drop_share`."""
@@ -218,6 +219,9 @@ def _step_values(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for group in ("aux_losses", "gpu"):
         for name, value in _mapping(record.get(group)).items():
             yield f"{group}/{name}", value
+    for part, norms in _mapping(record.get("parts")).items():
+        for name, value in _mapping(norms).items():
+            yield f"parts/{name}/{part}", value
     for which in ("slowest", "fastest"):
         yield f"{which}/seconds", _mapping(record.get(which)).get("seconds")
     mib: dict[str, float] = defaultdict(float)

@@ -15,6 +15,7 @@ from moa_dist.errors import ConfigError, DataError, Problem
 from moa_dist.evaluate.export import is_export
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
+from moa_dist.observe.tracker import missing_packages
 from moa_dist.train.resume_changes import refusals
 
 
@@ -37,6 +38,7 @@ def check_run(config: Config, world_size: int) -> None:
             "another `name`, or delete the folder"
         )
     problems += find_layout_problems(config, world_size, newest.samples if newest else None)
+    problems += missing_packages(config.logging.trackers)
     try:
         check_data(
             config.data,

@@ -10,6 +10,7 @@ import io
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.errors import BadStepError, BadStepReason
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
+from moa_dist.models.parameter_parts import parameter_parts
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import pool_statistics
@@ -39,6 +41,7 @@ from moa_dist.train.engine_state import EngineState
 from moa_dist.train.muon import Muon
 from moa_dist.train.not_finite import first_not_finite, require_finite
 from moa_dist.train.optimizer import make_optimizer, parameter_groups, set_learning_rate
+from moa_dist.train.part_norms import measured_parts
 from moa_dist.train.zero0 import reduce_and_clip
 
 
@@ -60,6 +63,8 @@ class StepResult:
     """Routing reports, summed over this rank's micro-batches."""
     traffic: dict[TrafficKey, TrafficVolume]
     """What this rank sent for experts and, at ZeRO 0, for gradients."""
+    part_squares: Tensor | None = None
+    """What `measured_parts` yields on this rank, if it was to be measured."""
 
 
 class _Totals(NamedTuple):
@@ -128,8 +133,15 @@ class Engine:
         module: LanguageModel = self.deepspeed.module
         return module
 
-    def step(self, batches: Sequence[Batch], lr: float, loss_limit: float = math.inf) -> StepResult:
-        """Take one optimizer step over this rank's micro-batches.
+    def step(
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        loss_limit: float = math.inf,
+        *,
+        measure_parts: bool = False,
+    ) -> StepResult:
+        """Take one optimizer step over this rank's micro-batches, and measure parts on request.
 
         Collective; every rank brings the same number of micro-batches of the same size.
         Raises BadStepError, with parameters and optimizer state untouched, if the loss or the
@@ -154,7 +166,8 @@ class Engine:
             self._discard_gradients()
             raise
         with annotate("optimizer"):
-            grad_norm = self._update()
+            with self._measured(measure_parts) as part_squares:
+                grad_norm = self._update()
             update_biases(self.model.routers(), routing, self.mesh.comm_timer)
         self.mesh.comm_timer.settle()
         return StepResult(
@@ -165,7 +178,14 @@ class Engine:
             tokens_read=totals.read,
             routing=routing,
             traffic=self.mesh.traffic_counter.take(),
+            part_squares=part_squares,
         )
+
+    def _measured(self, measure_parts: bool) -> AbstractContextManager[Tensor | None]:
+        if not measure_parts:
+            return contextlib.nullcontext()
+        ranges, parts = self.state.owned_ranges(), parameter_parts(self.model)
+        return measured_parts(self.optimizer, ranges, parts, self.device)
 
     def _totals(self, batches: Sequence[Batch]) -> _Totals:
         """Count over all ranks; one collective."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,23 @@ class _Piece:
     """Whether another rank owns the piece, which this one holds a copy of."""
 
 
+class OwnedRange(NamedTuple):
+    """A range of a tensor that the optimizer knows, of one parameter."""
+
+    parameter: str
+    """Name of the parameter."""
+    flat: Tensor
+    """The tensor."""
+    offset: int
+    """First element."""
+    numel: int
+    """Number of elements."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """Return the range of a tensor shaped like `flat`, 1-D."""
+        return values.reshape(-1).narrow(0, self.offset, self.numel)
+
+
 class EngineState:
     """The engine's `StateSource`: which parts of model and optimizer this rank holds."""
 
@@ -59,13 +76,11 @@ class EngineState:
         for piece in self._pieces():
             if owned_only and piece.replicated:
                 continue
-            start, numel = piece.start, piece.numel
-            if layer := self._experts.get(piece.name):
-                size = layer.d_in * layer.d_out
-                numel = min(numel, layer.num_local * size - start)  # without what pads the shard
-                start += layer.first_expert * size
+            start, numel = piece.start, self._real_numel(piece)
             if numel <= 0:
                 continue
+            if layer := self._experts.get(piece.name):
+                start += layer.first_expert * layer.d_in * layer.d_out
             states = {MASTER: piece.flat.detach()}
             states |= {
                 key: value
@@ -78,6 +93,19 @@ class EngineState:
         for name, buffer in self._model.named_buffers():  # equal on all ranks, rank 0 owns them
             if not owned_only or self._mesh.rank == 0:
                 yield Fragment(name, MASTER, 0, buffer.view(-1))
+
+    def owned_ranges(self) -> Iterator[OwnedRange]:
+        """Yield the ranges of the optimizer's tensors that no other rank owns."""
+        for piece in self._pieces():
+            if not piece.replicated and (numel := self._real_numel(piece)) > 0:
+                yield OwnedRange(piece.name, piece.flat, piece.offset, numel)
+
+    def _real_numel(self, piece: _Piece) -> int:
+        """Count the elements of a piece, without those that pad a shard of experts."""
+        layer = self._experts.get(piece.name)
+        if layer is None:
+            return piece.numel
+        return min(piece.numel, layer.num_local * layer.d_in * layer.d_out - piece.start)
 
     def global_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter and buffer of the whole, unsharded model."""

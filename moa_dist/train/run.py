@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import JsonValue
 
-from moa_dist.checkpoint.checkpointer import Checkpointer
+from moa_dist.checkpoint.checkpointer import Checkpointer, Resumed
 from moa_dist.checkpoint.note import Note
-from moa_dist.config.run import Config
+from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.corruption import CheckedData
 from moa_dist.data.epochs import sources_read
@@ -30,6 +31,7 @@ from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.engine import Engine, StepResult
 from moa_dist.train.out_of_memory import explain_out_of_memory
+from moa_dist.train.part_norms import part_norms
 from moa_dist.train.profile import Tracer
 from moa_dist.train.reporter import Reporter
 from moa_dist.train.resume_changes import History
@@ -46,6 +48,15 @@ class Progress:
     """Steps taken."""
     samples: int
     """Sequences consumed, those of rejected steps included."""
+    tokens: int
+    """Input tokens without padding that the steps taken have read."""
+
+    @staticmethod
+    def of(resumed: Resumed, config: Config) -> Progress:
+        """Return the progress of a checkpoint; tokens are an upper bound if it lacks them."""
+        at_most = resumed.samples * tokens_per_sample(resumed.config or config)
+        tokens = cast(int, resumed.state.get("tokens_read", at_most))
+        return Progress(resumed.step, resumed.samples, tokens)
 
 
 @dataclass
@@ -77,7 +88,7 @@ class Run:
     """Name of the machine of every rank, in rank order."""
     _stream: Iterator[Batch] = field(init=False)
     _timer: StepTimer = field(init=False)
-    _tokens_read: int = field(init=False)
+    _reported_tokens: int = field(init=False)
     _first_step: int = field(init=False)
 
     def begin(self) -> None:
@@ -125,7 +136,10 @@ class Run:
                 explain_out_of_memory(self.engine, self.config, self.folder, step),
             ):
                 result = self.engine.step(
-                    batches, self._learning_rate(step), self.bad_steps.loss_limit
+                    batches,
+                    self._learning_rate(step),
+                    self.bad_steps.loss_limit,
+                    measure_parts=self._measures_parts(step),
                 )
         except BadStepError as error:
             self.watchdog.disarm()
@@ -133,7 +147,7 @@ class Run:
             return None
         self.watchdog.disarm()
         self.progress.step = step
-        self._tokens_read += result.tokens_read
+        self.progress.tokens += result.tokens_read
         self.bad_steps.accept(step, result.loss)
         with self._timer.paused():
             self.reporter.notes(self.tracer.write())
@@ -149,7 +163,12 @@ class Run:
         step = self.progress.step
         lap = self._timer.lap(step)
         interval = gather_interval(
-            result.routing, result.traffic, lap, self._mesh, self.engine.device
+            result.routing,
+            result.traffic,
+            lap,
+            self._mesh,
+            self.engine.device,
+            result.part_squares,
         )
         self.reporter.notes(self.checkpointer.poll())
         self.reporter.step(
@@ -163,13 +182,15 @@ class Run:
                 sources=sources_read(self.data.train, self._mixture, self.progress.samples),
                 digest=digest,
                 tokens=result.tokens,
-                tokens_per_second=self._tokens_read / lap.seconds,
+                tokens_read=self.progress.tokens,
+                tokens_per_second=(self.progress.tokens - self._reported_tokens) / lap.seconds,
                 timing=Timing.of(interval.work, interval.wait, self.hosts),
                 routing=interval.routing,
                 traffic=interval.traffic,
+                parts=part_norms(interval.part_squares, result.grad_norm),
             )
         )
-        self._tokens_read = 0
+        self._reported_tokens = self.progress.tokens
 
     def validate(self) -> None:
         """Report the loss on held-out data, if any, every `evaluation.every` steps."""
@@ -232,6 +253,7 @@ class Run:
             perplexity=together.perplexity,
             bits_per_byte=bits_per_byte(results, self.config.model, manifests),
             tokens=together.tokens,
+            tokens_read=self.progress.tokens,
             losses={name: result.loss for name, result in zip(names, results, strict=True)},
             tasks=self.tasks.run(self.engine.deepspeed) if self.tasks is not None else {},
         )
@@ -239,6 +261,7 @@ class Run:
     def _save(self) -> list[Note]:
         state: dict[str, JsonValue] = {
             "bad_steps": self.bad_steps.state(),
+            "tokens_read": self.progress.tokens,
             **self.order.state(),
             **self.history.state(),
         }
@@ -264,7 +287,8 @@ class Run:
         self.bad_steps.rollback(resumed.state.get("bad_steps"))
         self.reporter.rewind(resumed.step)
         self.reporter.notes(resumed.notes)
-        self.progress.step = resumed.step
+        restored = Progress.of(resumed, self.config)
+        self.progress.step, self.progress.tokens = restored.step, restored.tokens
         self._stream = self._open_stream()
         self._restart_timer()
         return resumed.samples
@@ -282,11 +306,19 @@ class Run:
 
     def _restart_timer(self) -> None:
         self._timer = StepTimer(self.progress.step, self._mesh.comm_timer)
-        self._tokens_read = 0
+        self._reported_tokens = self.progress.tokens
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
         return learning_rate(step, config.optimizer.lr, config.schedule, config.train.steps)
+
+    def _measures_parts(self, step: int) -> bool:
+        logging = self.config.logging
+        return (
+            logging.parts_every is not None
+            and step % logging.every == 0
+            and step % logging.parts_every == 0
+        )
 
     def _is_due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.done

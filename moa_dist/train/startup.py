@@ -97,7 +97,7 @@ def _resume(
         data=data,
         tasks=task_evaluation(config),
         order=order,
-        progress=Progress(resumed.step, resumed.samples),
+        progress=Progress.of(resumed, before),
         history=History.after(resumed.state, changed, resumed.step, config),
         bad_steps=BadSteps(config.train, resumed.state.get("bad_steps")),
         checkpointer=checkpointer,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.comm_timer import CommTimer
@@ -84,6 +85,8 @@ class Interval(NamedTuple):
     """Seconds per step that each rank worked, without waiting for others."""
     wait: list[float]
     """Seconds per step that each rank waited."""
+    part_squares: Tensor | None
+    """What `measured_parts` yielded, summed over ranks, on the CPU."""
 
 
 def gather_interval(
@@ -92,21 +95,24 @@ def gather_interval(
     lap: StepInterval,
     mesh: Mesh,
     device: torch.device,
+    part_squares: Tensor | None = None,
 ) -> Interval:
-    """Sum the counts of all ranks and gather their times. Collective."""
+    """Sum the counts of all ranks and gather their times; one collective."""
     times = torch.zeros(mesh.world_size, 2, dtype=torch.float64, device=device)
     own = torch.tensor([lap.seconds - lap.waited, lap.waited], dtype=torch.float64)
     times[mesh.rank] = own / lap.steps
     volumes = torch.tensor([*traffic.values()], dtype=torch.int64, device=device)
-    parts = [part for value in routing.values() for part in value]
-    summed = (
-        part.cpu() for part in sum_over_ranks([times, volumes, *parts], mesh.comm_timer, "a report")
-    )
+    counts = [part for value in routing.values() for part in value]
+    squares = [] if part_squares is None else [part_squares]
+    reports = [times, volumes, *squares, *counts]
+    summed = (part.cpu() for part in sum_over_ranks(reports, mesh.comm_timer, "a report"))
     work, wait = next(summed).T.tolist()
     totals = next(summed).tolist()
+    total_squares = next(summed) if squares else None
     return Interval(
         routing={s: RoutingReport(*islice(summed, len(value))) for s, value in routing.items()},
         traffic={key: TrafficVolume(*v) for key, v in zip(traffic, totals, strict=True)},
         work=work,
         wait=wait,
+        part_squares=total_squares,
     )

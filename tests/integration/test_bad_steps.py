@@ -27,7 +27,7 @@ data: {{train: text/train, sequence_length: 32, workers: 0}}
 optimizer: {{lr: 1.0e-6}}
 train: {{steps: {STEPS}, global_batch: {BATCH}, micro_batch: 8, spike_factor: 1.01,
          bad_step_limit: 50}}
-logging: {{every: 1, tensorboard: false}}
+logging: {{every: 1, trackers: []}}
 checkpoint: {{every: {EVERY}, keep_last: 100}}
 """
 

@@ -26,7 +26,7 @@ model:
   ffn: {kind: dense, d_ff: 8}
 data: {train: data, sequence_length: 3, workers: 0}
 train: {steps: 2, global_batch: 8, micro_batch: 8}
-logging: {every: 1, tensorboard: false}
+logging: {every: 1, trackers: []}
 """
 SKIP = ("data.on_damage=skip", "data.verify=checksums")
 

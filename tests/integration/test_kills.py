@@ -44,7 +44,7 @@ parallel: {{expert_parallel: 2, zero_stage: 2}}
 optimizer: {{lr: 1.0e-3}}
 schedule: {{warmup_steps: 2}}
 train: {{steps: {STEPS}, global_batch: 8, micro_batch: 2}}
-logging: {{every: 1, tensorboard: false}}
+logging: {{every: 1, trackers: []}}
 checkpoint: {{every: 2}}
 """
 

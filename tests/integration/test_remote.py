@@ -28,7 +28,7 @@ model:
   ffn: {kind: dense, d_ff: 8}
 data: {train: books/train, sequence_length: 3, readers: 4, workers: 1}
 train: {steps: 60, global_batch: 8, micro_batch: 4}
-logging: {every: 1, tensorboard: false}
+logging: {every: 1, trackers: []}
 checkpoint: {every: 4}
 """
 

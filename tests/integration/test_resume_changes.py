@@ -24,7 +24,7 @@ model:
   ffn: {{kind: dense, d_ff: 16}}
 data: {{train: text/train, sequence_length: 32, workers: 0}}
 train: {{steps: {STEPS}, global_batch: 8, micro_batch: 8}}
-logging: {{every: 1, tensorboard: false}}
+logging: {{every: 1, trackers: []}}
 """
 
 

@@ -30,7 +30,7 @@ data:
   readers: 4
 train: {steps: 8, global_batch: 8, micro_batch: 2}
 evaluation: {every: 4}
-logging: {every: 1, tensorboard: false}
+logging: {every: 1, trackers: []}
 checkpoint: {every: 4, keep_last: 9}
 """
 REMIXED = (

@@ -40,7 +40,7 @@ model:
 data: {train: text/train, sequence_length: 32, workers: 1}
 optimizer: {lr: 1.0e-3}
 train: {steps: 1000000, global_batch: 4, micro_batch: 2}
-logging: {every: 1, tensorboard: false}
+logging: {every: 1, trackers: []}
 checkpoint: {every: 1000000}
 """
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}

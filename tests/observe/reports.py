@@ -57,6 +57,7 @@ def step_metrics(step: int, **changes) -> StepMetrics:
         "samples": 16 * step,
         "digest": "00000000ff",
         "tokens": 2048,
+        "tokens_read": 16 * 64 * step,
         "tokens_per_second": 12345.678,
         "timing": Timing.of([0.5, 0.3], [0.1, 0.3], ["node-1", "node-2"]),
         "routing": routing(),
@@ -70,5 +71,10 @@ def step_metrics(step: int, **changes) -> StepMetrics:
 
 def validation_metrics(step: int) -> ValidationMetrics:
     return ValidationMetrics(
-        step=step, loss=4.5, perplexity=math.exp(4.5), bits_per_byte=1.98, tokens=65536
+        step=step,
+        loss=4.5,
+        perplexity=math.exp(4.5),
+        bits_per_byte=1.98,
+        tokens=65536,
+        tokens_read=16 * 64 * step,
     )

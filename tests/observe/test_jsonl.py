@@ -4,12 +4,14 @@ import errno
 import json
 import math
 import resource
+from math import nan
 from pathlib import Path
 
 import pytest
 
 from moa_dist.errors import DataError
 from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
+from moa_dist.observe.metrics import PartNorms
 from moa_dist.provenance import Provenance
 from tests.observe.reports import step_metrics, validation_metrics
 
@@ -46,6 +48,20 @@ def test_a_line_that_a_full_disk_cuts_short_is_removed(run_start):
 
 def outline(path):
     return [(record["kind"], record["step"]) for record in read_metrics(path)]
+
+
+def test_norms_of_parts_and_tokens(run_start):
+    file, run = MetricsFile(), run_start()
+    file.start(run)
+    file.step(step_metrics(7, parts={"dense": PartNorms(0.5, 1e-3), "routers": PartNorms(1, nan)}))
+    file.validation(validation_metrics(7))
+    file.close()
+    _, step, validation = read_metrics(Path(run.folder) / FILE_NAME)
+    assert step["parts"] == {
+        "dense": {"grad_norm": 0.5, "update_ratio": 1e-3},
+        "routers": {"grad_norm": 1, "update_ratio": None},
+    }
+    assert step["tokens_read"] == validation["tokens_read"] == 7 * 16 * 64
 
 
 def test_round_trip_keeps_every_bit(run_start):

@@ -13,7 +13,7 @@ from tests.observe.reports import make_config, step_metrics, validation_metrics
 
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_all_observers_receive_every_report(run_start, capsys, tensorboard):
-    config = make_config(logging={"tensorboard": tensorboard})
+    config = make_config(logging={"trackers": ["tensorboard"] if tensorboard else []})
     run = run_start(config=config)
     observers = Observers(config)
     observers.start(run)
@@ -31,7 +31,7 @@ def test_all_observers_receive_every_report(run_start, capsys, tensorboard):
 
 
 def test_a_full_disk_is_reported_once_and_ends_nothing(run_start, capsys, monkeypatch):
-    config = make_config(logging={"tensorboard": False})
+    config = make_config(logging={"trackers": []})
     run = run_start(config=config)
     observers = Observers(config)
     observers.start(run)

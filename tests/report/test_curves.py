@@ -6,6 +6,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
+from moa_dist.observe.metrics import PartNorms
 from moa_dist.report.charts import NARROW, WIDE
 from moa_dist.report.lines import TIME, Axes, Limit, Line, line_chart
 from moa_dist.report.series import Series, smoothed
@@ -124,6 +125,13 @@ def test_results_of_tasks_have_curves(write_run):
     found = outline(folder)
     assert ["lambada/accuracy", "<b>/f1"] in labels_of(found)
     assert found.texts("name").count("result") == 1
+
+
+def test_parts_have_curves_where_they_were_measured(write_run):
+    parts = {"routers": PartNorms(0.5, 1e-3), "ffn_experts": PartNorms(0.7, float("nan"))}
+    found = outline(write_run(parts=parts))
+    assert labels_of(found).count(["routers", "ffn experts"]) == 2
+    assert ["routers", "ffn experts"] not in labels_of(outline(write_run("b")))
 
 
 def font_sizes(style: str, selector: str) -> list[float]:
