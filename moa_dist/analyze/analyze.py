@@ -80,11 +80,11 @@ def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device
     """Run `model`, which must be in evaluation mode, on the batches and count what it does."""
     result = _nothing_seen(model, device)
     for batch in batches:
-        tokens, token_mask, *rest = inputs = batch.to(device).inputs()
+        batch = batch.to(device)
+        tokens, token_mask, *_ = inputs = batch.inputs()
         texts: dict[Text, Tokens] = {"text": _tokens(tokens, token_mask)}
-        if rest:
-            _, source, source_mask = rest
-            texts["source"] = _tokens(source, source_mask)
+        if batch.source is not None:
+            texts["source"] = _tokens(batch.source, batch.source_mask)
         result.add(texts, model(*inputs, trace=True).traces)
     return result
 
