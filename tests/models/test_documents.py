@@ -125,7 +125,8 @@ def test_a_trace_sees_what_the_model_sees(kind):
         summary = trace.heads["attention"].summary
         # The first token of a document sees itself alone.
         assert torch.equal(summary.itself[1, :, 5], torch.ones_like(summary.itself[1, :, 5]))
-        assert (summary.first[1, :, 5:] == 0).all()
+        assert torch.equal(summary.first[1, :, 6], summary.previous[1, :, 6])
+        assert torch.equal(summary.first[1, :, 5], summary.itself[1, :, 5])
 
 
 def test_documents_must_fit_the_tokens_and_the_objective():
