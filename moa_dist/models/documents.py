@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_WIDTH = 256

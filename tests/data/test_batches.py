@@ -166,9 +166,9 @@ def test_documents_end_with_their_end_token(
     run = config(tmp_path, 8)
     model = run.model.changed(objective=objective)
     apart = run.changed(model=model, data=run.data.changed(document_attention=True))
-    ranks = {"rank": 0, "world_size": 1}
+    ranks, folders = {"rank": 0, "world_size": 1}, [DataFolder("train", tmp_path, manifest)]
     for stream in (
-        lambda run: islice(training_batches(run, manifest, consumed=0, **ranks), 6),
+        lambda run: islice(training_batches(run, folders, consumed=0, **ranks), 6),
         lambda run: held_out_batches(run, tmp_path, manifest, micro_batch=6, **ranks),
     ):
         lengths: list[int] = []

@@ -44,7 +44,7 @@ FILLS = {"new_zeros", "zeros_like", "ones_like", "full_like", "new_ones", "new_f
 """Operations that do not read the tensor that they are called with."""
 COMPILER_OPTIONS = {"num_warps", "num_stages", "num_ctas"}
 """Arguments of a launch that are none of its kernel."""
-H100 = Hardware("cuda")
+H100 = Hardware("cuda", capability=(9, 0))
 
 
 class Launches(TorchDispatchMode):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa_dist.kernels.routed_experts import Hardware
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models import attention, documents
 from moa_dist.models.documents import Documents, document_attention, flash_fits
 from moa_dist.models.objective import Batch, objective
@@ -175,9 +175,9 @@ def test_flash_attention_is_called_as_it_computes(d_head, causal, monkeypatch):
 
 
 def test_flash_attention_is_chosen_where_it_runs():
-    hopper = Hardware("cuda", (9, 0))
+    hopper = Hardware("cuda", capability=(9, 0))
     assert flash_fits(hopper, torch.bfloat16, 128)
     assert not flash_fits(hopper, torch.float32, 128)
     assert not flash_fits(hopper, torch.bfloat16, 512)
-    assert not flash_fits(Hardware("cuda", (7, 5)), torch.float16, 128)
+    assert not flash_fits(Hardware("cuda", capability=(7, 5)), torch.float16, 128)
     assert not flash_fits(Hardware("cpu"), torch.bfloat16, 128)
