@@ -18,6 +18,7 @@ from moa_dist.analyze.heads import HeadSums
 from moa_dist.analyze.measures import Counts, entropy, mutual_information, pointwise_information
 from moa_dist.analyze.results import HeadResult, LayerHeads, RouterResult, TokenOfExpert
 from moa_dist.analyze.selections import Selections
+from moa_dist.models.documents import Documents, first_of_document
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import LayerCall, RouterKey
@@ -46,17 +47,21 @@ class Observations:
     source_routers: frozenset[RouterKey]
     """Routers of a decoder's cross-attention that route the tokens of the source."""
 
-    def add(self, texts: dict[Text, Tokens], traces: dict[LayerCall, BlockTrace]) -> None:
-        """Add the tokens of a batch and the model's decisions on it."""
+    def add(
+        self,
+        texts: dict[Text, Tokens],
+        traces: dict[LayerCall, BlockTrace],
+        documents: Documents | None = None,
+    ) -> None:
+        """Add the tokens of a batch, of these documents if any, and the model's decisions on it."""
         for text, (tokens, token_mask) in texts.items():
             occurrences_V = self.occurrences_V[text]
             occurrences_V += tokens[token_mask].bincount(minlength=len(occurrences_V))
         for (layer_call, name), heads in self.attention.items():
             layer, _ = layer_call
             _, token_mask = texts[self.text_of_layer(layer)]
-            beyond_first = token_mask & (
-                torch.arange(token_mask.shape[1], device=token_mask.device) > 0
-            )
+            ids = torch.zeros_like(token_mask) if documents is None else documents.ids
+            beyond_first = token_mask & ~first_of_document(ids)
             trace = traces[layer_call]
             heads.add(trace.heads[name], beyond_first)
         for (layer, name), chosen in self.routers.items():
@@ -80,12 +85,12 @@ def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device
     """Run `model`, which must be in evaluation mode, on the batches and count what it does."""
     result = _nothing_seen(model, device)
     for batch in batches:
-        tokens, token_mask, *rest = inputs = batch.to(device).inputs()
+        batch = batch.to(device)
+        tokens, token_mask, *_ = inputs = batch.inputs()
         texts: dict[Text, Tokens] = {"text": _tokens(tokens, token_mask)}
-        if rest:
-            _, source, source_mask = rest
-            texts["source"] = _tokens(source, source_mask)
-        result.add(texts, model(*inputs, trace=True).traces)
+        if batch.source is not None:
+            texts["source"] = _tokens(batch.source, batch.source_mask)
+        result.add(texts, model(*inputs, trace=True).traces, batch.documents)
     return result
 
 

@@ -115,7 +115,10 @@ class RouterResult(_Result):
 
 
 class HeadResult(_Result):
-    """Describes where one head looks: means over queries, excluding each sequence's first token."""
+    """Describes where one head looks: means over queries, excluding each first token.
+
+    First tokens are those of sequences, or of documents where these do not see each other.
+    """
 
     queries: Count
     """Number of queries; in MoA, those of tokens that chose the head's expert."""
@@ -126,7 +129,7 @@ class HeadResult(_Result):
     previous: Number
     """Attention to the previous token."""
     first: Number
-    """Attention to the first token of the sequence."""
+    """Attention to the first token."""
     itself: Number
     """Attention to the token itself."""
 

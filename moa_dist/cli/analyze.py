@@ -20,7 +20,7 @@ from moa_dist.cli.held_out import (
 )
 from moa_dist.cli.output import not_written
 from moa_dist.config.model import whole_groups
-from moa_dist.data.batches import held_out_batches
+from moa_dist.data.batches import held_out_batches, in_documents
 from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.evaluate.trained import Trained, load_trained
@@ -108,7 +108,7 @@ def _batches(
         sequences=args.sequences,
     ):
         token_mask = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
-        yield Batch(tokens, token_mask)
+        yield in_documents(Batch(tokens, token_mask), trained.config, manifest)
 
 
 def _size(batch: Batch) -> int:

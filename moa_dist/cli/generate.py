@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         end_of_document=trained.tokenizer.end_of_document,
         max_length=seen,
+        document_attention=trained.config.data.document_attention,
     )
     texts = list(args.prompts)
     print(texts[0], end="", flush=True)

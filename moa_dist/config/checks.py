@@ -209,6 +209,13 @@ def _compile(config: Config) -> Iterator[Problem]:
             ("train.compile", "train.recompute"),
             {**off, "train.recompute": (False,)},
         )
+    if config.data.document_attention:
+        yield Problem(
+            "`train.compile` does not work with `data.document_attention`, as every batch has "
+            "documents of other lengths; set one of them to false",
+            ("train.compile", "data.document_attention"),
+            {**off, "data.document_attention": (False,)},
+        )
     if config.parallel.zero_stage == 3:
         yield Problem(
             "`train.compile` does not work with `parallel.zero_stage` 3, which gathers parameters "

@@ -91,6 +91,10 @@ class DataConfig(Section):
     """Where shards from URLs are kept."""
     sequence_length: PositiveInt
     """Tokens per sequence; must equal the block length that the shards were prepared with."""
+    document_attention: bool = False
+    """Whether a token sees only its own document, with positions that start anew in each. Documents
+    are packed end to end, and as in the papers a token sees those before its own otherwise. The end
+    token belongs to the document that it ends. Not for translation, nor with `train.compile`."""
     bucket_tokens: PositiveInt = 4096
     """For translation, where a sample is a bucket of pairs of similar length: the maximum size of
     a bucket, which is its pairs times its longest text, padding included. Raise this rather than

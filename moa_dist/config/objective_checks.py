@@ -20,6 +20,13 @@ def translation(config: Config) -> Iterator[Problem]:
             f"least `data.sequence_length` = {data.sequence_length}",
             ("data.bucket_tokens", "data.sequence_length"),
         )
+    if data.document_attention:
+        yield Problem(
+            "`data.document_attention` does not work with `model.objective` translation, where "
+            "every pair is a sequence of its own and sees no other; set it to false",
+            ("data.document_attention", "model.objective"),
+            {"data.document_attention": (False,)},
+        )
     if data.on_damage == "skip":
         yield Problem(
             "`data.on_damage` skip does not work with `model.objective` translation, where every "

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moa_dist.config.model import ModelConfig, whole_groups
+from moa_dist.config.model import whole_groups
 from moa_dist.config.run import Config
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.history import OrderHistory
@@ -86,9 +86,9 @@ def _samples(
         samples = range(sample, sample + world_size * micro_batch, world_size)
         if config.model.objective == "masked":
             keys = [(data.seed, _TRAINING, number) for number in samples]
-            yield _masked(tokens, keys, config.model, manifest)
+            yield _masked(tokens, keys, config, manifest)
         else:
-            yield Batch(tokens)
+            yield in_documents(Batch(tokens), config, manifest)
         sample += world_size * micro_batch
 
 
@@ -137,9 +137,9 @@ def held_out_batches(
         token_mask = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
         if model.objective == "masked":
             keys = [(_HELD_OUT, sample + world_size * row) for row in range(len(tokens))]
-            yield _masked(tokens, keys, model, manifest, token_mask)
+            yield _masked(tokens, keys, config, manifest, token_mask)
         else:
-            yield Batch(tokens, token_mask)
+            yield in_documents(Batch(tokens, token_mask), config, manifest)
         sample += world_size * micro_batch
 
 
@@ -175,16 +175,27 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
 def _masked(
     tokens: Tensor,
     keys: Sequence[tuple[int, ...]],
-    model: ModelConfig,
+    config: Config,
     manifest: Manifest,
     token_mask: Tensor | None = None,
 ) -> Batch:
     """Mask the first L of `tokens` [B, L + 1], row i by key i; the mask token is the last id."""
     originals, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
+    mask_token = config.model.vocab_size - 1
     rows = [
-        hide(row, *key, mask_token=model.vocab_size - 1, vocab_size=manifest.vocab_size)
+        hide(row, *key, mask_token=mask_token, vocab_size=manifest.vocab_size)
         for row, key in zip(originals.numpy(), keys, strict=True)
     ]
     shown, hidden = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     predicted = hidden if token_mask is None else hidden & token_mask
-    return Batch(shown, token_mask, originals.masked_fill(~predicted, NO_TARGET))
+    targets = originals.masked_fill(~predicted, NO_TARGET)
+    # A hidden end token ends its document all the same.
+    batch = in_documents(Batch(originals, token_mask, targets), config, manifest)
+    return batch._replace(tokens=shown)
+
+
+def in_documents(batch: Batch, config: Config, manifest: Manifest) -> Batch:
+    """Keep documents apart if the run does; `batch` has the tokens that end them."""
+    if not config.data.document_attention:
+        return batch
+    return batch.in_documents(manifest.end_of_document)

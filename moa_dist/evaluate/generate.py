@@ -14,6 +14,7 @@ from torch import Tensor
 from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.evaluate.sampling import Sampling
 from moa_dist.models.cache import Cache
+from moa_dist.models.documents import Documents
 from moa_dist.models.language_model import LanguageModel, dropless
 
 
@@ -36,6 +37,7 @@ def generate(
     seed: int,
     end_of_document: int,
     max_length: int,
+    document_attention: bool = False,
 ) -> Iterator[Drawn]:
     """Continue all prompts at once, yielding each token as soon as it is drawn.
 
@@ -52,7 +54,11 @@ def generate(
         end_of_document: token that ends a text when drawn; not yielded.
         max_length: maximum context length in tokens (S). A longer prompt is truncated from the
             left; a text that outgrows it is cut to its last S / 2 tokens, which are read again.
+        document_attention: whether the model was trained with `data.document_attention`. Then an
+            end-of-document token at the start of a prompt is, as in training, the end of another
+            document, which the text does not see.
     """
+    end = end_of_document if document_attention else None
     model = dropless(model)
     device = next(model.parameters()).device
     texts = [list(prompt)[-max_length:] or [end_of_document] for prompt in prompts]
@@ -60,7 +66,7 @@ def generate(
     unfinished, cache = list(range(len(texts))), None
     for _ in range(max_new_tokens):
         seen = [texts[i] for i in unfinished]
-        logits, cache = _read(model, seen, cache, device)
+        logits, cache = _read(model, seen, cache, end)
         kept = []
         for row, i in enumerate(unfinished):
             token = sampling.draw(logits[row], generators[i])
@@ -80,24 +86,26 @@ def generate(
 
 
 def _read(
-    model: LanguageModel, texts: list[list[int]], cache: Cache | None, device: torch.device
+    model: LanguageModel, texts: list[list[int]], cache: Cache | None, end: int | None
 ) -> tuple[Tensor, Cache]:
     """Return logits [B, V] of the next tokens, fp64 on the CPU, and the extended cache.
 
-    `cache` holds all but the last token of each text; None means that nothing is cached.
+    `cache` holds all but the last token of each text; None means that nothing is cached. Tokens see
+    their own document only, which ends with the token `end`, unless that is None.
     """
-    token_mask = None
+    device = next(model.parameters()).device
+    longest = max(map(len, texts)) if cache is None else cache.length + 1
+    # Pad on the left, so that all texts end, and continue, at the same position.
+    padded = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
+    real = torch.arange(longest) >= torch.tensor([[longest - len(text)] for text in texts])
+    documents = None
+    if end is not None:
+        documents = Documents.of(padded, end, real).moved(lambda part: part.to(device))
     if cache is None:
-        cache = model.empty_cache()
-        longest = max(map(len, texts))
-        # Pad on the left, so that all texts end, and continue, at the same position.
-        rows = [[0] * (longest - len(text)) + text for text in texts]
-        if any(len(text) < longest for text in texts):
-            first = torch.tensor([longest - len(text) for text in texts], device=device)
-            token_mask = torch.arange(longest, device=device) >= first[:, None]
+        token_mask = None if bool(real.all()) else real.to(device)
+        output = model(padded.to(device), token_mask, model.empty_cache(), documents=documents)
     else:
-        rows = [text[-1:] for text in texts]
-    output = model(torch.tensor(rows, device=device), token_mask, cache)
+        output = model(padded[:, -1:].to(device), None, cache, documents=documents)
     return output.logits[:, -1].double().cpu(), output.cache
 
 

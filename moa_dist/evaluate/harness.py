@@ -102,6 +102,7 @@ class HarnessModel(LM):
             seed=0,
             end_of_document=tokenizer.end_of_document,
             max_length=self.scorer.max_length,
+            document_attention=self.scorer.document_attention,
         )
         text = ""
         for _, piece in stream_text(tokenizer, drawn, [prompt]):

@@ -73,7 +73,8 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
     def from_export(cls, folder: str | Path) -> MoaDistForCausalLM:
         """Load an export of `moa-dist export` in fp32 and evaluation mode.
 
-        Raises DataError if the model is not causal, and what `load_export` raises.
+        Raises DataError if the model is not causal or was trained with `data.document_attention`,
+        and what `load_export` raises.
         """
         if not is_export(Path(folder)):
             raise DataError(
@@ -87,6 +88,13 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
                 "models can be wrapped",
                 path=Path(folder),
                 key="model.objective",
+            )
+        if config.data.document_attention:
+            raise DataError(
+                f"{folder}: trained with data.document_attention, but a cache of transformers does "
+                "not hold the documents of tokens; use `moa-dist generate`",
+                path=Path(folder),
+                key="data.document_attention",
             )
         tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
         end = tokenizer.end_of_document

@@ -8,6 +8,11 @@ whenever the continuation starts with a space. Other tokenizers encode the whole
 that holds characters of both counts as continuation. The score is the sum of the continuation's
 log-probabilities, in nats.
 
+Documents: to a model trained with `data.document_attention` the end-of-document token is what it is
+in training, the end of another document: no token of the text sees it, and positions start after
+it. So the tokens of a text score as those of a document in a packed sample do. Only the first of
+them is predicted from less, from an end token without the document that it ends.
+
 Truncation: a model sees at most as many tokens as it was trained on (L). The leftmost tokens are
 cut off, including the end-of-document token. A continuation of more than L tokens is scored in
 pieces of L, the last one shorter; each is predicted from the last L tokens before its end, so
@@ -32,6 +37,7 @@ from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.evaluate.trained import Trained
+from moa_dist.models.documents import Documents
 from moa_dist.models.language_model import LanguageModelOutput
 
 
@@ -91,6 +97,8 @@ class Scorer:
     """Maximum context length in tokens (L)."""
     micro_batch: int
     """Sequences of L tokens per batch; more if they are shorter, up to the same token count."""
+    document_attention: bool = False
+    """Whether the model was trained with `data.document_attention`."""
 
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Score]:
         """Score each request, in order.
@@ -187,7 +195,14 @@ class Scorer:
             scored[row, end - piece.num_scored : end] = True
         device = next(self.model.parameters()).device
         padded = None if bool(token_mask.all()) else token_mask.to(device)
-        output: LanguageModelOutput = self.model(tokens[:, :-1].to(device), padded)
+        documents = None
+        if self.document_attention:
+            end = self.tokenizer.end_of_document
+            found = Documents.of(tokens[:, :-1], end, token_mask)
+            documents = found.moved(lambda part: part.to(device))
+        output: LanguageModelOutput = self.model(
+            tokens[:, :-1].to(device), padded, documents=documents
+        )
         logits_NV = output.logits[scored.to(device)]
         targets_N = tokens[:, 1:][scored].to(device)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
@@ -200,5 +215,11 @@ class Scorer:
 
 def scorer_of(trained: Trained, micro_batch: int) -> Scorer:
     """Create a scorer for a trained model with the context length that it was trained on."""
-    length = trained.config.data.sequence_length
-    return Scorer(trained.model, trained.config.model, trained.tokenizer, length, micro_batch)
+    return Scorer(
+        trained.model,
+        trained.config.model,
+        trained.tokenizer,
+        max_length=trained.config.data.sequence_length,
+        micro_batch=micro_batch,
+        document_attention=trained.config.data.document_attention,
+    )

@@ -69,6 +69,7 @@ class TaskEvaluation:
             self.tokenizer,
             self.config.data.sequence_length,
             self.config.train.micro_batch,
+            self.config.data.document_attention,
         )
         results = {
             name: TASKS[name].run(files, scorer.score) for name, files in self.examples.items()

@@ -19,11 +19,14 @@ class Hardware(NamedTuple):
     """As in `torch.device.type`."""
     has_triton: bool = True
     """Triton is installed there, and finds a C compiler."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of a CUDA device, if known."""
 
     @classmethod
     def of(cls, device: torch.device) -> Hardware:
         """Describe a device of this machine."""
-        return cls(device_type=device.type, has_triton=HAS_TRITON)
+        known = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return cls(device.type, HAS_TRITON, known)
 
     @property
     def runs_triton(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseAttentionConfig, Part
 from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.documents import Documents, document_attention
 from moa_dist.models.linear import Linear
 from moa_dist.models.rope import Rotation, apply_rope
 from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
@@ -23,6 +24,9 @@ from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotated
+
+_BLOCK = 128
+"""Queries whose mask is in memory at a time, where documents need one."""
 
 
 class AttentionMask(NamedTuple):
@@ -38,6 +42,9 @@ class AttentionMask(NamedTuple):
     """Number of leading keys that come from a cache."""
     rotation: Rotation | None = None
     """Rotation of queries and new keys by their positions; None for positions 0 ... T - 1."""
+    documents: Documents | None = None
+    """Documents of the keys, to the last of which queries belong: a query sees those of its own
+    document only. None if it sees those of all."""
 
     @property
     def new_key_mask(self) -> Tensor | None:
@@ -109,6 +116,10 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
     With fewer heads in k and v, each of theirs serves equally many consecutive heads of q.
     Materializes a mask only where `is_causal` cannot express it, as masks rule out fused kernels.
     """
+    if mask.documents is not None:
+        if mask.num_past:
+            return _by_blocks(q, k, v, mask)
+        return document_attention(q, k, v, mask.documents, causal=mask.causal)
     shared = k.shape[1] != q.shape[1]
     # A single query after those of the cache sees every key.
     causal = mask.causal and not (mask.num_past and q.shape[-2] == 1)
@@ -119,6 +130,26 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=shared)
 
 
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Compute causal attention a block of queries at a time, as if all before it came from a cache.
+
+    The documents tell padding from text, so there is no need of `key_mask`.
+    """
+    assert mask.causal
+    assert mask.documents is not None
+    heads, shared, num_past = [], k.shape[1] != q.shape[1], mask.num_past
+    for block in q.split(_BLOCK, dim=2):
+        num_keys = num_past + block.shape[2]
+        seen = mask.documents._replace(ids=mask.documents.ids[:, :num_keys])
+        keys, values = (x[:, :, :num_keys] for x in (k, v))
+        visible = visible_keys(block, keys, AttentionMask(True, None, None, num_past, None, seen))
+        heads.append(
+            F.scaled_dot_product_attention(block, keys, values, visible, enable_gqa=shared)
+        )
+        num_past = num_keys
+    return torch.cat(heads, dim=2)
+
+
 def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
     """Return a bool mask, broadcastable to [B, H, T, S], of the keys that each query sees."""
     T, S = q.shape[-2], k.shape[-2]
@@ -127,6 +158,9 @@ def visible_keys(q: Tensor, k: Tensor, mask: AttentionMask) -> Tensor:
         visible = visible.tril(mask.num_past)
     if mask.key_mask is not None:
         visible = visible & mask.key_mask[:, None, None, :]
+    if mask.documents is not None:
+        ids = mask.documents.ids[:, None]
+        visible = visible & (ids[..., mask.num_past :, None] == ids[..., None, :])
     # A query that sees no key (it can only be padding) would be 0 / 0: let it see all.
     return visible | ~visible.any(-1, keepdim=True)
 
@@ -149,7 +183,8 @@ def traced(
 def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
     """Count multiply-accumulates of both attention products over `width` dimensions.
 
-    Every query counts as seeing all keys, also in causal models: the papers count so.
+    Every query counts as seeing all keys, also in causal models, as the papers count, and also
+    those of other documents, since how long these are depends on the data.
     """
     return 2 * num_queries * num_keys * width
 

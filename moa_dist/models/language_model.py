@@ -18,6 +18,7 @@ from moa_dist.config.model import BalanceConfig, ModelConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
+from moa_dist.models.documents import Documents, first_of_document
 from moa_dist.models.linear import Linear
 from moa_dist.models.rope import Rotation
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
@@ -133,6 +134,7 @@ class LanguageModel(nn.Module):
         cache: Cache | None = None,
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
+        documents: Documents | None = None,
         *,
         trace: bool = False,
     ) -> LanguageModelOutput:
@@ -146,11 +148,13 @@ class LanguageModel(nn.Module):
                 there are no auxiliary losses.
             source: [B, R] int64, the text to translate, unless the cache holds it.
             source_mask: [B, R] bool, like `token_mask`.
+            documents: those of the tokens in the cache and of `tokens`, [B, num_past + S]: a token
+                sees its own document only, where positions start anew. None if it sees all.
             trace: whether to return what every layer decided.
 
         Raises:
-            ValueError: a cache is used and experts have a capacity (see `dropless`), or a cache or
-                a source does not fit the objective.
+            ValueError: a cache is used and experts have a capacity (see `dropless`), or a cache, a
+                source or documents do not fit the objective or the tokens.
         """
         num_past, key_mask = 0, token_mask
         if source is not None and self.encoder is None:
@@ -166,7 +170,8 @@ class LanguageModel(nn.Module):
                     "a cache does not hold; use dropless(model)"
                 )
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
-        position = positions(tokens, key_mask, num_past)
+        _check_documents(documents, tokens, num_past, self.encoder)
+        position = positions(tokens, key_mask, num_past, documents)
         x, memory, encoded = self._embed(tokens, position), None, None
         if self.encoder is not None:
             if source is not None:
@@ -179,7 +184,7 @@ class LanguageModel(nn.Module):
             memory = EncoderMemory(x_source, token_mask, source_mask)
         causal = self.config.objective != "masked"
         rotation = self._rotation(position, x.dtype)
-        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation, documents)
         output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
@@ -275,12 +280,37 @@ def _final_norm(config: ModelConfig) -> nn.Module:
     return make_norm(config, config.final_norm_eps or config.norm_eps)
 
 
-def positions(tokens: Tensor, token_mask: Tensor | None, num_past: int = 0) -> Tensor:
+def _check_documents(
+    documents: Documents | None, tokens: Tensor, num_past: int, encoder: nn.Module | None
+) -> None:
+    if documents is None:
+        return
+    if encoder is not None:
+        raise ValueError("a model that translates reads each text by itself: it has no documents")
+    expected = len(tokens), num_past + tokens.shape[1]
+    if documents.ids.shape != expected:
+        raise ValueError(
+            f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has read "
+            f"{expected}, cache included"
+        )
+
+
+def positions(
+    tokens: Tensor,
+    token_mask: Tensor | None,
+    num_past: int = 0,
+    documents: Documents | None = None,
+) -> Tensor:
     """Count the real tokens before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
 
-    Padding has the position of the real token before it. `token_mask` [B, num_past + S] bool covers
-    tokens read earlier as well.
+    Padding has the position of the real token before it. `token_mask` [B, num_past + S] bool and
+    `documents`, within each of which tokens are counted, cover tokens read earlier as well.
     """
+    if documents is not None:
+        # Padding is no part of a document, and its own positions do not matter.
+        count = torch.arange(documents.ids.shape[1], device=tokens.device)
+        first = count.where(first_of_document(documents.ids), 0).cummax(1).values
+        return (count - first)[:, num_past:]
     if token_mask is None:
         return torch.arange(num_past, num_past + tokens.shape[1], device=tokens.device)[None]
     # Padding in front of the first token shares its position.

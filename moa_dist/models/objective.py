@@ -7,12 +7,13 @@ Whatever a model learns, a batch says what it reads and what it is to predict wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy
+from moa_dist.models.documents import Documents
 from moa_dist.models.language_model import LanguageModelOutput
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingStatistics
@@ -34,20 +35,30 @@ class Batch(NamedTuple):
     """[B, R] int64: what the sequences are translations of."""
     source_mask: Tensor | None = None
     """[B, R] bool, false at padding; None when there is none."""
+    documents: Documents | None = None
+    """Documents of the S tokens that the model reads; None if it sees them as one text."""
 
     @property
     def num_sequences(self) -> int:
         """B."""
         return len(self.tokens)
 
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        """What the model is called with."""
+    def inputs(self) -> tuple[Any, ...]:
+        """What the model is called with: tokens, their mask, and what else it needs."""
         tokens, token_mask = self.tokens, self.token_mask
         if self.targets is None:
             tokens, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
-        if self.source is None:
+        if self.source is None and self.documents is None:
             return tokens, token_mask
-        return tokens, token_mask, None, self.source, self.source_mask
+        return tokens, token_mask, None, self.source, self.source_mask, self.documents
+
+    def in_documents(self, end: int) -> Batch:
+        """The same, but each token is to see its own document only; on the host.
+
+        Documents end with the token `end` in what the model reads.
+        """
+        tokens, token_mask, *_ = self.inputs()
+        return self._replace(documents=Documents.of(tokens, end, token_mask))
 
     def labels(self) -> Tensor:
         """[B, S] int64: what is to be predicted at each input token, or NO_TARGET."""
@@ -76,15 +87,18 @@ class Batch(NamedTuple):
             pinned = field.pin_memory() if (field.device.type, device.type) == _UPLOAD else field
             return pinned.to(device, non_blocking=True)
 
-        return self._each(copy)
+        documents = None if self.documents is None else self.documents.moved(copy)
+        return self._each(copy, documents)
 
     def rows(self, index: Tensor | slice) -> Batch:
         """Some of the sequences."""
-        return self._each(lambda field: field[index])
+        documents = None if self.documents is None else self.documents.rows(index)
+        return self._each(lambda field: field[index], documents)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tokens, *others = self
-        return Batch(change(tokens), *(None if x is None else change(x) for x in others))
+    def _each(self, change: Callable[[Tensor], Tensor], documents: Documents | None) -> Batch:
+        others = (self.token_mask, self.targets, self.source, self.source_mask)
+        mask, targets, source, source_mask = (None if x is None else change(x) for x in others)
+        return Batch(change(self.tokens), mask, targets, source, source_mask, documents)
 
 
 class Objective(NamedTuple):

@@ -25,7 +25,7 @@ class HeadSummary(NamedTuple):
     previous: Tensor
     """Attention to the preceding token; for the first token, to itself."""
     first: Tensor
-    """Attention to the first token of the sequence."""
+    """Attention to the first token that the query sees: of the sequence, or of its document."""
     itself: Tensor
     """Attention to the query's own token."""
 
@@ -76,6 +76,7 @@ def _summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummar
     key = torch.arange(k.shape[-2], device=q.device)
     query = torch.arange(q.shape[-2], device=q.device) + num_past
     distance_TS = (query[:, None] - key).abs().to(dtype)
+    first_T = visible[0].byte().argmax(-1).expand(len(query))
 
     def at(token_T: Tensor) -> Tensor:
         index = token_T.clamp(0, len(key) - 1)[None, :, None].expand(len(q), -1, 1)
@@ -86,7 +87,7 @@ def _summary(q: Tensor, k: Tensor, visible: Tensor, num_past: int) -> HeadSummar
         distance=(share_HTS * distance_TS).sum(-1),
         # A share of zero has no part in the entropy, and its logarithm is infinite.
         entropy=-(share_HTS * log_HTS.masked_fill(~visible, 0)).sum(-1),
-        previous=at(query - 1),
-        first=share_HTS[..., 0],
+        previous=at(torch.maximum(query - 1, first_T)),
+        first=at(first_T),
         itself=at(query),
     )

@@ -75,7 +75,10 @@ def export_jetmoe(checkpoint: Path, target: Path, dtype: torch.dtype = torch.flo
     require_valid(checkpoint)
     reader = Reader(checkpoint)
     model = reader.index.config.model
-    if problems := list(problems_of_model(model)):
+    problems = list(problems_of_model(model))
+    if reader.index.config.data.document_attention:
+        problems.append("`data.document_attention` is true, but tokens see documents before theirs")
+    if problems:
         raise ConfigError(problems, f"{checkpoint} cannot be exported as JetMoE")
     tokenizer = tokenizer_of(checkpoint)
     used = load_tokenizer(tokenizer)

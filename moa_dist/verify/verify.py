@@ -54,6 +54,8 @@ _EPS = 1e-2
 """Minimum of AdamW's eps: below it, the sign of a pure rounding error decides a step."""
 _OTHER_TEXTS = 1000
 """Offset from the seed of target texts to that of their sources."""
+_END = 0
+"""Token that ends documents, where the run keeps them apart: the most frequent one."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,11 @@ def _report(
 
 def make_batch(config: Config, seed: int) -> Batch:
     """Build the global batch, ordered by rank: distinct sequences, some of them short."""
+    batch = _whole_texts(config, seed)
+    return batch.in_documents(_END) if config.data.document_attention else batch
+
+
+def _whole_texts(config: Config, seed: int) -> Batch:
     tokens, token_mask = _texts(config, seed)
     match config.model.objective:
         case "causal":

@@ -14,7 +14,15 @@ from moa_dist.models.objective import Batch
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import RoutingStatistics
-from tests.models.small import FFN, LENGTH, small_config, small_model, tokens_of, with_capacity
+from tests.models.small import (
+    ATTENTION,
+    FFN,
+    LENGTH,
+    small_config,
+    small_model,
+    tokens_of,
+    with_capacity,
+)
 
 CPU = torch.device("cpu")
 
@@ -203,3 +211,17 @@ def test_a_dense_model_has_heads_only():
     first, second = attention_results(seen)
     assert (first.layer, first.repeat, second.layer) == (0, 0, 1)
     assert [head.queries for head in first.heads] == [2 * (tokens_of().shape[1] - 2)] * 2
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_documents_in_one_sequence_are_seen_as_those_alone(attention):
+    model, tokens = small_model(attention=attention).eval(), tokens_of(2, 9)
+    tokens[:, 3], tokens[:, 8:] = 0, 1
+    tokens[:, 4:8] += tokens[:, 4:8] == 0
+    tokens[:, :3] += tokens[:, :3] == 0
+    alone = torch.cat([tokens[:, :4], tokens[:, 4:8]])
+    together = attention_results(observe(model, [Batch(tokens).in_documents(0)], CPU))
+    apart = attention_results(observe(model, [Batch(alone, targets=alone)], CPU))
+    for layer, expected in zip(together, apart, strict=True):
+        for head, other in zip(layer.heads, expected.heads, strict=True):
+            assert head.model_dump() == pytest.approx(other.model_dump())

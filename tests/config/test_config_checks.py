@@ -111,6 +111,16 @@ COMPILE = "train.compile"
             {COMPILE: [False], "train.recompute": [False]},
         ),
         (
+            ["train.compile=true", "data.document_attention=true", f"{EP}=1"],
+            (COMPILE, "data.document_attention"),
+            {COMPILE: [False], "data.document_attention": [False]},
+        ),
+        (
+            [*TRANSLATION, "data.document_attention=true"],
+            ("data.document_attention", "model.objective"),
+            {"data.document_attention": [False]},
+        ),
+        (
             ["train.compile=true", "parallel.zero_stage=3", f"{EP}=1"],
             (COMPILE, "parallel.zero_stage"),
             {COMPILE: [False], "parallel.zero_stage": [2]},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -154,3 +155,30 @@ def test_held_out_micro_batches_hold_whole_groups(
     )
     assert [batch.num_sequences for batch in asked] == [4, 4]
     assert rows_of(asked) == rows_of(rounded)
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_documents_end_with_their_end_token(
+    make_shards: Callable[..., Manifest], tmp_path: Path, objective: str
+) -> None:
+    """Hidden or not. Of samples of one token, those of the end token are documents of one."""
+    manifest = make_shards(tmp_path, block_length=LENGTH)
+    run = config(tmp_path, 8)
+    model = run.model.changed(objective=objective)
+    apart = run.changed(model=model, data=run.data.changed(document_attention=True))
+    ranks, folders = {"rank": 0, "world_size": 1}, [DataFolder("train", tmp_path, manifest)]
+    for stream in (
+        lambda run: islice(training_batches(run, folders, consumed=0, **ranks), 6),
+        lambda run: held_out_batches(run, tmp_path, manifest, micro_batch=6, **ranks),
+    ):
+        lengths: list[int] = []
+        plain = stream(run.changed(model=model))
+        for batch, without in zip(stream(apart), plain, strict=True):
+            assert without.documents is None
+            assert torch.equal(batch.tokens, without.tokens)
+            assert batch.documents is not None
+            assert batch.documents.ids.shape == batch.inputs()[0].shape
+            assert torch.equal(batch.labels(), without.labels())
+            lengths += batch.documents.lengths
+        assert lengths.count(1) == LENGTH
+        assert set(lengths) == {1, LENGTH}

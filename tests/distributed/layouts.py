@@ -63,6 +63,8 @@ class Case:
     padded: bool = True
     skewed: bool = False
     """Few tokens are frequent, as in language: then some experts get none."""
+    documents: bool = False
+    """Sequences are short documents that do not see each other."""
     sequences: int = SEQUENCES
     steps: int = 1
     label_smoothing: float = 0.0
@@ -91,7 +93,11 @@ class Case:
             {
                 "name": "test",
                 "model": model,
-                "data": {"train": "none", "sequence_length": LENGTH},
+                "data": {
+                    "train": "none",
+                    "sequence_length": LENGTH,
+                    "document_attention": self.documents,
+                },
                 "parallel": {
                     "expert_parallel": self.expert_parallel,
                     "zero_stage": self.zero_stage,
@@ -118,6 +124,14 @@ class Case:
 
     def batch(self, step: int = 1) -> Batch:
         """The global batch: other tokens in every sequence, some padded at the end."""
+        batch = self._texts(step)
+        if not self.documents:
+            return batch
+        generator = torch.Generator().manual_seed(step)
+        is_end = torch.rand(batch.tokens.shape, generator=generator) < 0.3
+        return batch._replace(tokens=batch.tokens.masked_fill(is_end, 0)).in_documents(0)
+
+    def _texts(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(VOCABULARY, (self.sequences, LENGTH + 1), generator=generator)
         if self.skewed:

@@ -84,6 +84,19 @@ def test_sound_layout_is_equal(pools, model, zero_stage):
         assert report.dropped > 0
 
 
+def test_documents_are_equal(pools):
+    config = config_of(
+        "moeut",
+        "parallel={expert_parallel: 2, zero_stage: 0}",
+        "train.precision=fp64",
+        "data.document_attention=true",
+    )
+    assert differences(report_of(pools, config, 2)) == []
+    found = make_batch(report_of(pools, config, 2).config, 0).documents
+    assert found is not None
+    assert min(found.lengths) < max(found.lengths)
+
+
 def test_gathered_weights_on_four_ranks_are_equal(pools):
     config = config_of(
         "moeut",

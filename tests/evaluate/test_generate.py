@@ -54,7 +54,7 @@ class Fixed(nn.Module):
     def empty_cache(self):
         return Cache(())
 
-    def forward(self, tokens, token_mask, cache):
+    def forward(self, tokens, token_mask, cache, documents=None):
         self.seen.append(tokens.tolist())
         return SimpleNamespace(logits=self.logits.expand(*tokens.shape, -1), cache=cache)
 
@@ -96,6 +96,19 @@ def test_greedy_takes_the_most_probable_token_after_all_that_it_sees(model, max_
     # The limit from above is the same, and does not overflow.
     assert continued(model, PROMPTS, Sampling(temperature=5e-324), **options) == expected
     assert continued(model, PROMPTS, Sampling(top_k=1), **options) == expected
+
+
+@pytest.mark.parametrize("max_length", [6, 100])
+def test_a_text_does_not_see_what_precedes_its_end_token(model, max_length):
+    """After an end token, a prompt goes on as it would alone, with a cache and when cut."""
+    options = {"end_of_document": END, "max_length": max_length, "document_attention": True}
+    alone = continued(model, PROMPTS[:2], **options)
+    assert continued(model, PROMPTS[:2], **options | {"document_attention": False}) == alone
+    after = [[END, *PROMPTS[0]], [3, 4, END, *PROMPTS[1]]]
+    assert [text[:3] for text in continued(model, after, **options)] == [t[:3] for t in alone]
+    if max_length > 20:
+        assert continued(model, after, **options) == alone
+        assert continued(model, after, **options | {"document_attention": False}) != alone
 
 
 def test_prompts_do_not_see_each_other(model):

@@ -10,6 +10,7 @@ from moa_dist.checkpoint.write import write_sums
 from moa_dist.config import to_yaml
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer, train_tokenizer
+from moa_dist.errors import DataError
 from moa_dist.evaluate.export import CONFIG_FILE, MODEL_FILE
 from moa_dist.evaluate.generate import generate
 from moa_dist.evaluate.huggingface import MoaDistForCausalLM
@@ -140,3 +141,14 @@ def test_the_tokenizer_is_saved_next_to_the_model(exported, tmp_path, kind):
     assert loaded.generation_config.eos_token_id == end
     batch = tokenizer(["the cat sat", "a"], padding=True)
     assert batch["input_ids"][1][-len(ours.encode("a")) :] == ours.encode("a"), "padded on the left"
+
+
+def test_documents_are_refused(exported):
+    _, folder = exported
+    text = (folder / CONFIG_FILE).read_text()
+    (folder / CONFIG_FILE).write_text(
+        text.replace("document_attention: false", "document_attention: true")
+    )
+    with pytest.raises(DataError) as caught:
+        MoaDistForCausalLM.from_export(folder)
+    assert caught.value.key == "data.document_attention"

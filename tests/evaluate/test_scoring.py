@@ -1,5 +1,7 @@
 """A score is the log-softmax of one sequence at a time, whatever else is scored with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from moa_dist.data.tokenizer import train_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.evaluate.scoring import Request, Scorer
 from moa_dist.models.language_model import build_model
+from moa_dist.models.objective import Batch
 
 LENGTH = 12
 TEXT = "the cat sat on the mat and the dog ran after it, over the hill; "
@@ -128,3 +131,27 @@ def test_no_requests_and_no_continuation():
 def test_text_that_cannot_be_encoded():
     with pytest.raises(DataError):
         make_scorer().score([Request("", "\ud800")])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [None, {"factor": 0.5, "policy": "position"}])
+def test_documents_are_scored_as_in_a_packed_sample(capacity):
+    """By a forward over the text alone, which does not see the end token before it."""
+    scorer = replace(make_scorer(capacity=capacity), document_attention=True)
+    if capacity:  # which is shared by all tokens of a sequence, whatever their document
+        scorer = replace(scorer, max_length=100)
+    end, encode = scorer.tokenizer.end_of_document, scorer.tokenizer.encode
+    context, continuation = "the cat sat", " on the mat"
+    before, targets = encode(context), encode(continuation)
+    (score,) = scorer.score([Request(context, continuation)])
+    text = torch.tensor([[*before, *targets]])
+    sample = torch.cat([torch.tensor([[end]]), text], dim=1)
+    packed = scorer.model(*Batch(sample).in_documents(end).inputs()).logits[0]
+    expected = packed.log_softmax(-1)[len(before) :].gather(1, text[0, len(before) :, None]).sum()
+    assert score.log_likelihood == pytest.approx(expected.item(), rel=1e-12)
+    if capacity is None:
+        alone = scorer.model(text).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        expected = alone.gather(1, text[0, len(before) :, None]).sum()
+        assert score.log_likelihood == pytest.approx(expected.item(), rel=1e-12)
+        (other,) = replace(scorer, document_attention=False).score([Request(context, continuation)])
+        assert other.log_likelihood != pytest.approx(expected.item(), rel=1e-4)

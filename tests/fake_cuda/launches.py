@@ -44,7 +44,7 @@ FILLS = {"new_zeros", "zeros_like", "ones_like", "full_like", "new_ones", "new_f
 """Operations that do not read the tensor that they are called with."""
 COMPILER_OPTIONS = {"num_warps", "num_stages", "num_ctas"}
 """Arguments of a launch that are none of its kernel."""
-H100 = Hardware("cuda")
+H100 = Hardware("cuda", capability=(9, 0))
 
 
 class Launches(TorchDispatchMode):
@@ -64,6 +64,8 @@ class Launches(TorchDispatchMode):
         """Copies from the host, by place."""
         self.fp64: Counter[str] = Counter()
         """Results in fp64, by place."""
+        self.largest_mask = 0
+        """Elements of the largest result of type bool."""
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -91,6 +93,8 @@ class Launches(TorchDispatchMode):
             self.waits[f"{name} at {place}"] += 1
         if any(x.dtype == torch.float64 for x in outputs):
             self.fp64[f"{name} at {place}"] += 1
+        masks = (x.numel() for x in outputs if x.dtype == torch.bool)
+        self.largest_mask = max([self.largest_mask, *masks])
         read = [] if name in FILLS else inputs
         if name == "index_select":
             read = [outputs[0], inputs[1]]

@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models import rope_kernel
+from moa_dist.models import attention, rope_kernel
+from moa_dist.models.attention import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
 from tests.fake_cuda.launches import fake_cuda
 from tests.fake_cuda.training_step import measure
@@ -71,3 +73,31 @@ def test_waits_and_empty_launches_are_noticed():
         unused = dict.fromkeys(inspect.signature(rope_kernel._rotate.fn).parameters)
         with pytest.raises(AssertionError, match="without a tensor"):
             record().triton(rope_kernel._rotate, (), unused)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "path", ["configs/moeut/44m.yaml", "configs/moa/8k16e256d.yaml", "configs/dense/244m.yaml"]
+)
+def test_documents_need_neither_masks_nor_waits(path, recompute):
+    sequences, length = 2, 1024
+    plain, apart = (
+        measure(path, sequences, length, recompute=recompute, num_documents=n) for n in (0, 8)
+    )
+    kernels = apart.launches.kernels
+    assert kernels["_varlen_attn"] == kernels["_varlen_attn_backward"] * (1 + recompute) > 0
+    assert not apart.launches.waits
+    assert not apart.launches.fp64
+    assert apart.launches.largest_mask < length * length
+    assert apart.saved < 1.01 * plain.saved  # the prediction of memory holds for both
+    assert apart.launches.bytes_full < 1.15 * plain.launches.bytes_full
+
+
+def test_a_mask_of_documents_would_be_noticed(monkeypatch):
+    def masked(q, k, v, documents, *, causal):
+        visible = attention.visible_keys(q, k, AttentionMask(causal, documents=documents))
+        return F.scaled_dot_product_attention(q, k, v, visible)
+
+    monkeypatch.setattr(attention, "document_attention", masked)
+    launches, _ = measure("configs/small/moeut.yaml", 2, 64, num_documents=8)
+    assert launches.largest_mask >= 64 * 64

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moa_dist.config import load_config
+from moa_dist.models.documents import Documents
 from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.models.objective import Batch, objective
 from tests.fake_cuda.launches import Launches, fake_cuda
@@ -31,10 +32,19 @@ def bf16_model(path: str, *, recompute: bool = False) -> LanguageModel:
     return model.train()
 
 
-def micro_batch(model: LanguageModel, sequences: int, length: int, *, padded: bool) -> Batch:
-    """Make a batch of the meta device, with a mask if `padded`."""
+def micro_batch(
+    model: LanguageModel, sequences: int, length: int, *, padded: bool, num_documents: int = 0
+) -> Batch:
+    """Make a batch of the meta device, with a mask if `padded`.
+
+    Each sequence consists of `num_documents` of equal length, if any, which do not see each other.
+    """
     tokens = torch.empty(sequences, length + 1, dtype=torch.int64, device="meta")
     mask = torch.empty_like(tokens, dtype=torch.bool) if padded else None
+    if num_documents:
+        ids = (torch.arange(length) * num_documents // length).expand(sequences, -1)
+        documents = Documents.from_ids(ids).moved(lambda part: part.to("meta"))
+        return Batch(tokens, mask, documents=documents)
     if model.encoder is None:
         return Batch(tokens, mask)
     return Batch(
@@ -49,10 +59,11 @@ def measure(
     *,
     recompute: bool = False,
     padded: bool = False,
+    num_documents: int = 0,
 ) -> Measured:
     """Run one micro-batch of `sequences` x `length` tokens forward and backward."""
     model = bf16_model(path, recompute=recompute)
-    batch = micro_batch(model, sequences, length, padded=padded)
+    batch = micro_batch(model, sequences, length, padded=padded, num_documents=num_documents)
     kept_anyway = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 

@@ -26,14 +26,14 @@ def randomize(model: torch.nn.Module) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 
 
-def make_run(folder: Path, model: LanguageModel) -> Config:
-    """A run at step 0 with the weights of `model`, and a tokenizer."""
+def make_run(folder: Path, model: LanguageModel, *, apart: bool = False) -> Config:
+    """A run at step 0 with the weights of `model`, and a tokenizer; it keeps documents `apart`."""
     config = Config.model_validate(
         {
             "name": folder.name,
             "output": str(folder.parent),
             "model": model.config.model_dump(),
-            "data": {"train": "none", "sequence_length": LENGTH},
+            "data": {"train": "none", "sequence_length": LENGTH, "document_attention": apart},
             "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
         }
     )

@@ -270,6 +270,13 @@ def test_a_refused_export_names_every_reason(tmp_path, capsys):
     assert not (tmp_path / "jetmoe").exists()
 
 
+def test_a_model_of_documents_is_no_jetmoe(tmp_path, capsys):
+    make_run(tmp_path / "run", build_model(ModelConfig.model_validate(OURS)), apart=True)
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "jetmoe"), "--format", "jetmoe"]
+    assert main(command) == 2
+    assert "`data.document_attention`" in capsys.readouterr().err
+
+
 def test_jetmoe_8b_has_the_parameters_of_transformers():
     model = load_config(CONFIGS / "jetmoe/8b.yaml").model
     assert list(problems_of_model(model)) == []
