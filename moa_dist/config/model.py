@@ -184,6 +184,9 @@ class AttentionConfig(PartConfig):
     """Width of a head."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
+    qk_norm: bool = False
+    """Normalize every head's queries and keys before they are rotated: an RMSNorm each, with
+    learned scales that all heads share (Henry et al. 2020; as in Qwen3)."""
 
     def shrink(self, expert_parallel: int) -> Self:
         """Narrow the heads, but leave at least one pair of dimensions to rotate."""
@@ -198,12 +201,30 @@ class DenseAttentionConfig(AttentionConfig):
     kind: Literal["dense"] = "dense"
     """Names this kind."""
     num_heads: PositiveInt
-    """Heads."""
+    """Heads of queries."""
+    num_kv_heads: PositiveInt | None = None
+    """Heads of keys and values, each for equally many consecutive heads of queries (Ainslie et al.
+    2023); null for as many."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Heads of keys and values must divide those of queries."""
+        if self.num_heads % self.kv_heads:
+            yield Problem(
+                f"`{path}.num_kv_heads` is {self.num_kv_heads}, which does not divide "
+                f"`{path}.num_heads` = {self.num_heads}",
+                (f"{path}.num_kv_heads", f"{path}.num_heads"),
+            )
 
     def shrink(self, expert_parallel: int) -> Self:
-        """Keep a few narrow heads."""
+        """Keep a few narrow heads, which share keys and values if they did."""
         heads = min(self.num_heads, _SHRUNK_HEADS)
-        return super().shrink(expert_parallel).changed(num_heads=heads)
+        kv_heads = 1 if self.kv_heads < self.num_heads else None
+        return super().shrink(expert_parallel).changed(num_heads=heads, num_kv_heads=kv_heads)
 
 
 class MoAConfig(AttentionConfig):

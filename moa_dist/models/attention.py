@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import DenseAttentionConfig, Part
+from moa_dist.config.model import AttentionConfig, DenseAttentionConfig, Part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.documents import Documents, document_attention
 from moa_dist.models.linear import Linear
@@ -27,6 +27,8 @@ from moa_dist.profiling import annotated
 
 _BLOCK = 128
 """Queries whose mask is in memory at a time, where documents need one."""
+_HEAD_NORM_EPS = 1e-6
+"""Added to the mean square of a head's queries or keys, as in Qwen3."""
 
 
 class AttentionMask(NamedTuple):
@@ -172,11 +174,13 @@ def traced(
     mask: AttentionMask,
     head_ids: Tensor | None = None,
 ) -> AttentionTrace:
-    """Trace a layer with these routers, queries [B, H, T, d] and keys [B, H, S, d].
+    """Trace a layer with these routers, queries [B, H, T, d] and keys [B, h, S, d].
 
-    `head_ids` as in `AttentionTrace`.
+    Each head of the keys serves equally many consecutive ones of the queries. `head_ids` as in
+    `HeadTrace`.
     """
     visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return AttentionTrace(routing, HeadTrace(head_summary(q, k, visible, mask.num_past), head_ids))
 
 
@@ -189,17 +193,26 @@ def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
     return 2 * num_queries * num_keys * width
 
 
+def head_norm(config: AttentionConfig) -> nn.Module:
+    """Build the norm of a head's queries or keys [..., d], which does nothing without `qk_norm`."""
+    return nn.RMSNorm(config.d_head, eps=_HEAD_NORM_EPS) if config.qk_norm else nn.Identity()
+
+
 class DenseAttention(Attention):
-    """Multi-head attention without biases (Vaswani et al. 2017, section 3.2)."""
+    """Multi-head attention without biases (Vaswani et al. 2017, section 3.2).
+
+    Heads of queries may share heads of keys and values.
+    """
 
     def __init__(self, config: DenseAttentionConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         self.config = config
-        width = config.num_heads * config.d_head
+        width, kv_width = config.num_heads * config.d_head, config.kv_heads * config.d_head
         to_heads = Normal(init_scale / math.sqrt(d_model))
         self.q = Linear(d_model, width, to_heads)
-        self.k = Linear(d_model, width, to_heads)
-        self.v = Linear(d_model, width, to_heads)
+        self.k = Linear(d_model, kv_width, to_heads)
+        self.v = Linear(d_model, kv_width, to_heads)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.o = Linear(width, d_model, Normal(init_scale / math.sqrt(width)))
 
     @property
@@ -226,9 +239,10 @@ class DenseAttention(Attention):
     ) -> AttentionOutput:
         """Implement `Attention.forward`; `gathered` is empty, as there are no experts."""
         q, k, v = (
-            project(x).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
+            project(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)

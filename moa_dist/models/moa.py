@@ -20,6 +20,7 @@ from moa_dist.models.attention import (
     Attention,
     AttentionMask,
     AttentionOutput,
+    head_norm,
     softmax_attention,
     softmax_macs,
     traced,
@@ -53,6 +54,7 @@ class MoAAttention(RoutedModule, Attention):
         self.q = GroupedLinear(num_experts, d_model, width, XavierUniform())
         self.k = Linear(d_model, width, shared)
         self.v = Linear(d_model, width, shared)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
         self.bias = Bias(d_model) if config.output_bias else None
 
@@ -110,6 +112,7 @@ class MoAAttention(RoutedModule, Attention):
         # The heads of one place in an expert share its keys and values, whatever the slot: they
         # are brought together, [B, h * K, T, d].
         q = returning.wait().view(B, T, K, h, -1).permute(0, 3, 2, 1, 4).flatten(1, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)

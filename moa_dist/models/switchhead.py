@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.config.model import SwitchHeadConfig
 from moa_dist.kernels.row_map import ExpertWeights
@@ -18,6 +18,7 @@ from moa_dist.models.attention import (
     Attention,
     AttentionMask,
     AttentionOutput,
+    head_norm,
     softmax_attention,
     softmax_macs,
     traced,
@@ -49,6 +50,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         from_model = Normal(init_scale / math.sqrt(d_model))
         self.q = Linear(d_model, H * d, from_model)
         self.k = Linear(d_model, H * d, from_model)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.value_router = make_router(config.router, d_model, num_groups=H, init=from_model)
         self.v = GroupedLinear(num_experts, d_model, d, from_model)
         self.output_router = make_router(config.router, d_model, num_groups=H, init=from_model)
@@ -99,18 +101,18 @@ class SwitchHeadAttention(RoutedModule, Attention):
         """
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
 
-        def heads_of(x: Tensor) -> Tensor:
-            x = x.unflatten(-1, (H, -1)).transpose(1, 2)
+        def heads_of(x: Tensor, norm: nn.Module) -> Tensor:
+            x = norm(x.unflatten(-1, (H, -1)).transpose(1, 2))
             return apply_rope(x, self.config.rope, mask.rotation)
 
         value_routing = self.value_router(key, mask.new_key_mask)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         # Queries and keys are computed while rows are in flight.
         sent = plan.dispatch(value.reshape(B * S, D), "token")
-        q = heads_of(self.q(query))
+        q = heads_of(self.q(query), self.q_norm)
         experts = ExpertWeights(self.expert_weights("v", gathered))
         returning = plan.run_and_combine(experts, sent, "token", "group", weighted=True)
-        k = heads_of(self.k(key))
+        k = heads_of(self.k(key), self.k_norm)
         v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
         if cache is not None:
             k, v = cache = extended(cache, k, v)

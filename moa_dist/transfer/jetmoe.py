@@ -133,6 +133,8 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:
             yield "`model.attention.rope` does not rotate whole heads; JetMoE needs fraction 1"
+        if config.attention.qk_norm:
+            yield "`model.attention.qk_norm` is true; JetMoE needs false"
         yield from _router_problems("attention", config.attention.router)
     else:
         yield f"`model.attention.kind` is {config.attention.kind}; JetMoE needs moa"

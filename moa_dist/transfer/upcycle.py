@@ -117,7 +117,13 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
     heads = _HEADS_FIELD.get(type(attention))
     if heads is None:
         return
-    wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope}
+    if dense.kv_heads < dense.num_heads or dense.qk_norm:
+        yield Problem(
+            "attention of the dense model shares keys and values among heads, or normalizes them; "
+            "neither can be upcycled",
+            ("model.attention",),
+        )
+    wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope, "qk_norm": False}
     for name, value in wanted.items():
         if getattr(attention, name) != value:
             yield Problem(
