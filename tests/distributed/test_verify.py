@@ -164,7 +164,9 @@ def test_wrong_factor_on_expert_gradients_is_named(pools, zero_stage):
 
 
 def test_one_wrong_weight_of_one_rank_is_named(pools):
-    config = config_of("moa", "parallel.expert_parallel=2", "train.precision=fp32")
+    config = config_of(
+        "moa", "parallel.expert_parallel=2", "parallel.zero_stage=2", "train.precision=fp32"
+    )
     report = report_of(pools, config, 2, partial(with_fault, move_a_shard))
     found = {check.what: check for check in differences(report)}
     assert found["initial parameters"].where == "stack.layers.1.ffn.down.weight"
