@@ -9,7 +9,6 @@ being launched.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from triton.runtime.jit import KernelInterface
 import moa_dist
 from moa_dist.kernels.hardware import Hardware
 from tests.fake_cuda.gathers import GATHERS
+from tests.fake_cuda.host_waits import place
 
 PACKAGE = Path(moa_dist.__file__).parent
 UNLAUNCHED = {
@@ -88,18 +88,18 @@ class Launches(TorchDispatchMode):
         is_view = any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)
         if is_view or name in UNLAUNCHED:
             return
-        place = _place()
+        where = place()
         if any(not x.is_meta and x.dim() for x in inputs):
-            self.waits[f"{name} at {place}"] += 1
+            self.waits[f"{name} at {where}"] += 1
         if any(x.dtype == torch.float64 for x in outputs):
-            self.fp64[f"{name} at {place}"] += 1
+            self.fp64[f"{name} at {where}"] += 1
         masks = (x.numel() for x in outputs if x.dtype == torch.bool)
         self.largest_mask = max([self.largest_mask, *masks])
         read = [] if name in FILLS else inputs
         if name == "index_select":
             read = [outputs[0], inputs[1]]
         moved = sum(x.nbytes for x in (*read, *outputs) if x.is_meta)
-        self._count(name, place, moved, moved)
+        self._count(name, where, moved, moved)
 
     def _count(self, name: str, place: str, full: int, distinct: int) -> None:
         self.kernels[name] += 1
@@ -120,7 +120,7 @@ class Launches(TorchDispatchMode):
             if rows is not None and index is not None and not index.is_floating_point():
                 full += index.numel() * prod(rows.shape[1:]) * rows.element_size() - rows.nbytes
         assert distinct, f"the Triton kernel {name} is launched without a tensor"
-        self._count(f"triton:{name}", _place(), full, distinct)
+        self._count(f"triton:{name}", place(), full, distinct)
 
     @property
     def num_kernels(self) -> int:
@@ -130,16 +130,6 @@ class Launches(TorchDispatchMode):
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
-
-
-def _place() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE) and path.name != "profiling.py":
-            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "autograd"
 
 
 def fused_attention(
