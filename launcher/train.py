@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from moa_dist.cli.rank_output import say_once, say_unless_rank_0_does
-from moa_dist.distributed.launcher_watch import launchers, watch_launchers
+from moa_dist.distributed.launcher_watch import any_gone, launchers, watch_launchers
 from moa_dist.distributed.preemption import Preemption
 from moa_dist.errors import (
     ExitCode,
@@ -79,12 +79,15 @@ def main() -> int:
 
         def stop() -> None:
             preemption.requested = True
-            if rank == 0:
-                with suppress(OSError):  # it may have read this process's output
-                    print("the launcher is gone: this job saves and ends", file=sys.stderr)
 
-        with watch_launchers(launchers(os.environ), stop):
-            return run(args, preemption)
+        above = launchers(os.environ)
+        with watch_launchers(above, stop):
+            status = run(args, preemption)
+        # Here and not in `stop`: another rank may notice first, and all of them end.
+        if rank == 0 and any_gone(above):
+            with suppress(OSError):  # it may have read this process's output
+                print("the launcher is gone: this job saves and ends", file=sys.stderr)
+        return status
 
 
 def run(args: argparse.Namespace, preemption: Preemption) -> int:

@@ -182,6 +182,8 @@ def test_ranks_save_and_end_when_a_launcher_is_killed(job, launcher, above):
         assert launcher != "launch.py" or victim.pid == running.process.pid
         victim.kill()
         assert running.left(STOP_S) == [], running.output()
+        logs = [path.read_text() for path in running.run.glob("logs/*/rank-0.log")]
+        assert "the launcher is gone" in "".join([running.output(), *logs])
         assert_saved(running)
 
 
