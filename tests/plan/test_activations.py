@@ -59,14 +59,14 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
 
     What is recomputed is not saved by autograd, but held by closures.
     """
-    existing = [t.untyped_storage().data_ptr() for t in all_tensors()]
-    others = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    existing = [t.untyped_storage() for t in all_tensors()]  # kept: no other takes their place
+    others = {identity(parameter.untyped_storage()) for parameter in model.parameters()}
     storages: dict[int, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in others:
-            storages[storage.data_ptr()] = storage  # kept, so that no other takes its place
+        if identity(storage) not in others:
+            storages[identity(storage)] = storage  # kept for the same reason
         return tensor
 
     with (
@@ -77,10 +77,19 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
         source = tokens[:, 1:] if model.encoder is not None else None
         result = objective(model, Data(tokens, source=source))
     of_result = [part for value in result.statistics.values() for part in value]
-    others |= {*existing, *(part.untyped_storage().data_ptr() for part in of_result)}
+    others |= {identity(part.untyped_storage()) for part in of_result}
+    others |= {identity(storage) for storage in existing}
     for tensor in all_tensors():
         pack(tensor)
     return sum(s.nbytes() for s in storages.values())
+
+
+def identity(storage: torch.UntypedStorage) -> int:
+    """The address of the storage itself, not of its data.
+
+    Tensors that a compiled test left behind have storages without data, whose `data_ptr` raises.
+    """
+    return storage._cdata
 
 
 def all_tensors() -> list[Tensor]:
