@@ -87,6 +87,8 @@ def _rope(config: Config) -> Iterator[Problem]:
 def _parts(config: Config) -> Iterator[Problem]:
     for name, part in config.model.parts().items():
         yield from part.problems(f"model.{name}")
+        for field, router in part.routers.items():
+            yield from router.problems(f"model.{name}.{field}")
 
 
 def _size(config: Config) -> Iterator[Problem]:

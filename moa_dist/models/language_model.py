@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import BalanceConfig, ModelConfig
+from moa_dist.config.model import ModelConfig, RouterConfig
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
@@ -24,7 +24,6 @@ from moa_dist.models.rope import Rotation
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
-from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics, stacked
 
@@ -50,8 +49,8 @@ class _Alike(NamedTuple):
 
     part: str
     """The part of a layer that they belong to, `attention` or `ffn`."""
-    balance: BalanceConfig
-    """Their losses."""
+    config: RouterConfig
+    """Their configuration, which says what their losses are."""
     shape: torch.Size
     """[N, G, E] of their statistics."""
 
@@ -233,11 +232,12 @@ class LanguageModel(nn.Module):
         routers = self.routers()
         for call, value in statistics.items():
             part = call.router.partition(".")[0]
-            kind = _Alike(part, routers[call.key].config.balance, value.load.shape)
+            kind = _Alike(part, routers[call.key].config, value.load.shape)
             alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():
-            for name, loss in balance_losses(value, kind.balance).items():
+            first = routers[next(iter(alike[kind]))]
+            for name, loss in first.losses(value).items():
                 key, of_all = f"{kind.part}/{name}", loss * len(alike[kind])
                 sums[key] = sums[key] + of_all if key in sums else of_all
         return sums
@@ -252,9 +252,9 @@ class LanguageModel(nn.Module):
             of_routers = RoutingStatistics(
                 *(part.unflatten(0, (len(repeats), -1)).sum(1) for part in every)
             )
-            is_pooled = kind.balance.scope != "sequences"
+            is_pooled = kind.config.balance.scope != "sequences"
             result[kind] = of_routers.as_one_group() if is_pooled else of_routers
-        pooled = [kind for kind in result if kind.balance.scope == "global_batch"]
+        pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
         # Ranks may validate unequal numbers of batches, and use no loss then.
         if pooled and self.training:
             of_all_ranks = self.sum_over_ranks([result[kind] for kind in pooled])

@@ -99,7 +99,7 @@ class MoAAttention(RoutedModule, Attention):
     ) -> AttentionOutput:
         """Implement `Attention.forward`; at padding, y is the bias only."""
         B, T, D = query.shape
-        K, h = self.config.router.top_k, self.config.heads_per_expert
+        K, h = self.config.router.num_slots, self.config.heads_per_expert
         routing = self.router(query, mask.query_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
@@ -138,4 +138,4 @@ class MoAAttention(RoutedModule, Attention):
         head_TKh = routing.topk_ids[..., None] * h + torch.arange(h, device=routing.topk_ids.device)
         if routing.keep_mask is not None:
             head_TKh = head_TKh.where(routing.keep_mask[..., None], -1)
-        return head_TKh.view(num_sequences, -1, self.config.router.top_k * h)
+        return head_TKh.view(num_sequences, -1, self.config.router.num_slots * h)

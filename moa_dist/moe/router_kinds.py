@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from moa_dist.config.family import ReLURouterConfig
 from moa_dist.config.model import RouterConfig
 from moa_dist.moe.initialize import Initializer
+from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
+    ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
 }
 """Router module by section."""

@@ -1,0 +1,64 @@
+"""Relatives of MoA and MoEUT: kinds of attention, feed-forward part and router from other papers.
+
+`configs/family/README.md` shows each as a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from moa_dist.config.model import RouterConfig
+from moa_dist.errors import Problem
+
+
+class ReLURouterConfig(RouterConfig):
+    """Every expert with a positive logit, weighted by it: a varying number per token (ReMoE)."""
+
+    kind: Literal["relu"] = "relu"
+    """Names this kind."""
+    top_k: PositiveInt
+    """Mean number of experts per token that the loss of sparsity aims at."""
+    score: Literal["relu"] = "relu"  # type: ignore[assignment]  # not one of the others
+    """Function that turns logits into scores."""
+    max_experts: PositiveInt | None = None
+    """Most experts that a token takes, those with the largest logits; null for all. Memory of the
+    exchange and, on GPUs, of hidden rows grows with it."""
+    sparsity: PositiveFloat = 1e-8
+    """Coefficient, at the first step, of the loss that makes weights sparse."""
+    sparsity_multiplier: Annotated[float, Field(gt=1)] = 1.2
+    """After each step the coefficient is multiplied by this if tokens took more experts than
+    `top_k` in the mean over all layers, and divided by it if not."""
+
+    @property
+    def num_slots(self) -> int:
+        """Places for chosen experts per token."""
+        return self.max_experts or self.num_experts
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Refuse what belongs to a fixed number of experts."""
+        if self.max_experts is not None and not self.top_k <= self.max_experts <= self.num_experts:
+            yield Problem(
+                f"`{path}.max_experts` is {self.max_experts}; it must be from `top_k` = "
+                f"{self.top_k} to `num_experts` = {self.num_experts}",
+                (f"{path}.max_experts", f"{path}.top_k", f"{path}.num_experts"),
+            )
+        for field, value in (
+            ("gate", self.gate != "raw"),
+            ("expert_dropout", self.expert_dropout),
+            ("balance.bias_rate", self.balance.bias_rate),
+        ):
+            if value:
+                yield Problem(
+                    f"`{path}.{field}` chooses or weighs a fixed number of experts, which "
+                    f"`{path}.kind` = relu does not have",
+                    (f"{path}.{field}", f"{path}.kind"),
+                )
+
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """Keep the limit in the same place."""
+        smaller = super().shrink(at_least, expert_parallel)
+        limit = None if self.max_experts is None else min(self.max_experts, smaller.num_experts)
+        return smaller.changed(max_experts=limit)
