@@ -11,7 +11,7 @@ from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
 from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
-from moa_dist.config.objective_checks import translation, unequal_batches
+from moa_dist.config.objective_checks import causal_attention, translation, unequal_batches
 from moa_dist.config.optimization_checks import (
     decay,
     fractions_of_the_peak,
@@ -343,6 +343,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     held_out_folders,
     urls,
     translation,
+    causal_attention,
     _trace,
     warmup,
     decay,

@@ -10,8 +10,23 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.model import RouterConfig, shrunk
 from moa_dist.errors import Problem
+
+
+class MLPRouterConfig(RouterConfig):
+    """The top K of logits that have a hidden layer (ModuleFormer, Sparse Universal Transformer)."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Names this kind."""
+    d_hidden: PositiveInt
+    """Width of the hidden layer."""
+    activation: Literal["gelu", "tanh", "relu"] = "gelu"
+    """Nonlinearity of the hidden layer, which has a bias."""
+
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """Narrow the hidden layer."""
+        return super().shrink(at_least, expert_parallel).changed(d_hidden=shrunk(self.d_hidden, 8))
 
 
 class ReLURouterConfig(RouterConfig):

@@ -197,6 +197,11 @@ class AttentionConfig(PartConfig):
     """Normalize every head's queries and keys before they are rotated: an RMSNorm each, with
     learned scales that all heads share (Henry et al. 2020; as in Qwen3)."""
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query can see the keys before it only, as such a kind is defined."""
+        return False
+
     def shrink(self, expert_parallel: int) -> Self:
         """Narrow the heads, but leave at least one pair of dimensions to rotate."""
         fraction = 1.0 if self.rope is None else self.rope.fraction
@@ -243,10 +248,20 @@ class MoAConfig(AttentionConfig):
     """Names this kind."""
     heads_per_expert: PositiveInt = 1
     """Heads in one expert (1 in the paper); keys and values are shared by all experts."""
+    attend: Literal["softmax", "stick_breaking"] = "softmax"
+    """How queries and keys weigh values: by a softmax, or by breaking a stick from the nearest key
+    on, which knows the order of keys by itself and is causal (ModuleFormer)."""
+    kv_bias: bool = False
+    """Add biases to keys and values."""
     router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each query token."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query can see the keys before it only."""
+        return self.attend == "stick_breaking"
 
     def shrink(self, expert_parallel: int) -> Self:
         """Keep a few narrow heads in each of fewer experts."""

@@ -18,7 +18,13 @@ from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.documents import Documents, document_attention
 from moa_dist.models.linear import Linear
 from moa_dist.models.rope import Rotation, apply_rope
-from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
+from moa_dist.models.trace import (
+    AttentionTrace,
+    HeadTrace,
+    LogShares,
+    head_summary,
+    log_softmax_shares,
+)
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
 from moa_dist.moe.router import Router, Routing
@@ -142,7 +148,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     heads, shared, num_past = [], k.shape[1] != q.shape[1], mask.num_past
     for block in q.split(_BLOCK, dim=2):
         num_keys = num_past + block.shape[2]
-        seen = mask.documents._replace(ids=mask.documents.ids[:, :num_keys])
+        seen = mask.documents.of_first(num_keys)
         keys, values = (x[:, :, :num_keys] for x in (k, v))
         visible = visible_keys(block, keys, AttentionMask(True, None, None, num_past, None, seen))
         heads.append(
@@ -173,15 +179,17 @@ def traced(
     k: Tensor,
     mask: AttentionMask,
     head_ids: Tensor | None = None,
+    log_shares: LogShares = log_softmax_shares,
 ) -> AttentionTrace:
     """Trace a layer with these routers, queries [B, H, T, d] and keys [B, h, S, d].
 
     Each head of the keys serves equally many consecutive ones of the queries. `head_ids` as in
-    `HeadTrace`.
+    `HeadTrace`. `log_shares` turns their products into attention.
     """
     visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return AttentionTrace(routing, HeadTrace(head_summary(q, k, visible, mask.num_past), head_ids))
+    summary = head_summary(q, k, visible, mask.num_past, log_shares)
+    return AttentionTrace(routing, HeadTrace(summary, head_ids))
 
 
 def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:

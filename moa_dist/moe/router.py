@@ -155,7 +155,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_groups = num_groups
-        self.logits = RouterLogits(
+        self.logits: nn.Module = RouterLogits(
             d_model, num_groups * config.num_experts, init or Normal(1 / math.sqrt(d_model))
         )
         rate = config.balance.bias_rate
@@ -169,7 +169,7 @@ class Router(nn.Module):
 
     def macs(self, num_tokens: int) -> int:
         """Count multiply-accumulates of one application."""
-        return num_tokens * self.logits.weight.numel()
+        return num_tokens * sum(w.numel() for w in self.logits.parameters() if w.dim() == 2)
 
     @annotated("router")
     def forward(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from moa_dist.config.family import ReLURouterConfig
+from moa_dist.config.family import MLPRouterConfig, ReLURouterConfig
 from moa_dist.config.model import RouterConfig
 from moa_dist.moe.initialize import Initializer
+from moa_dist.moe.mlp_router import MLPRouter
 from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
+    MLPRouterConfig: MLPRouter,
     ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
 }

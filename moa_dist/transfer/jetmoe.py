@@ -133,8 +133,10 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:
             yield "`model.attention.rope` does not rotate whole heads; JetMoE needs fraction 1"
-        if config.attention.qk_norm:
-            yield "`model.attention.qk_norm` is true; JetMoE needs false"
+        for name, value in {"qk_norm": False, "kv_bias": False, "attend": "softmax"}.items():
+            if getattr(config.attention, name) != value:
+                found = getattr(config.attention, name)
+                yield f"`model.attention.{name}` is {found}; JetMoE needs {value}"
         yield from _router_problems("attention", config.attention.router)
     else:
         yield f"`model.attention.kind` is {config.attention.kind}; JetMoE needs moa"
@@ -157,6 +159,8 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
 
 def _router_problems(part: str, router: RouterConfig) -> Iterator[str]:
     path = f"model.{part}.router"
+    if router.kind != "topk":
+        yield f"`{path}.kind` is {router.kind}; JetMoE needs topk"
     if router.score != "softmax" or router.gate == "raw":
         yield (
             f"`{path}` has score {router.score} and gate {router.gate}; JetMoE needs a softmax "

@@ -8,11 +8,34 @@ from tests.distributed.layouts import MOA, Case, assert_equal, distributed, one_
 
 FP64, FP32 = 1e-9, 1e-5
 RELU = {"kind": "relu", "top_k": 2, "sparsity": 0.05}
+MLP = {
+    "kind": "mlp",
+    "d_hidden": 5,
+    "top_k": 2,
+    "score": "softmax",
+    "balance": {"mutual_information": 0.1},
+}
 FAMILY = {
     "remoe": {
         "position": "sinusoidal",
         "attention": MOA | {"router": RELU | {"num_experts": 6, "max_experts": 4}},
         "ffn": {"kind": "moe", "d_expert": 8, "router": RELU | {"num_experts": 7}},
+    },
+    "moduleformer": {
+        "attention": MOA
+        | {
+            "heads_per_expert": 2,
+            "rope": None,
+            "attend": "stick_breaking",
+            "kv_bias": True,
+            "router": MLP | {"num_experts": 5},
+        },
+        "ffn": {
+            "kind": "moe",
+            "d_expert": 8,
+            "activation": "gelu",
+            "router": MLP | {"num_experts": 7},
+        },
     },
 }
 """What the model of a `Case` is made of, by the name of the relative."""

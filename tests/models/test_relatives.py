@@ -5,13 +5,16 @@ tests/golden/relatives/ holds inputs, parameters, outputs and gradients printed 
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moa_dist.config.family import ReLURouterConfig
-from moa_dist.config.model import BalanceConfig, MoEFFNConfig
+from moa_dist.config.family import MLPRouterConfig, ReLURouterConfig
+from moa_dist.config.model import BalanceConfig, MoAConfig, MoEFFNConfig
+from moa_dist.models.attention import AttentionMask
 from moa_dist.models.feed_forward import MoEFeedForward
+from moa_dist.models.moa import MoAAttention
 from moa_dist.moe.adapt import StepLoad, adapt
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "relatives"
@@ -92,3 +95,54 @@ def test_remoe_holds_its_sparsity():
     for i, layer in enumerate(layers):
         for name in REMOE:
             close(layer.get_parameter(REMOE[name]), of_remoe(golden, f"final.{i}", name))
+
+
+MODULEFORMER = {
+    "gate_in": "router.logits.hidden.weight",
+    "gate_in_bias": "router.logits.bias",
+    "gate_out": "router.logits.out.weight",
+    "w_q": "q.weight",
+    "w_o": "o.weight",
+    "w_k": "k.weight",
+    "b_k": "k.bias",
+    "w_v": "v.weight",
+    "b_v": "v.bias",
+}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_moduleformer(padded):
+    golden = load_file(GOLDEN / f"moduleformer_causal{'_padded' if padded else ''}.safetensors")
+    x = golden["x"].requires_grad_()
+    router = MLPRouterConfig(
+        num_experts=7,
+        top_k=2,
+        d_hidden=20,
+        score="softmax",
+        group_sequences=len(x),
+        balance=BalanceConfig(mutual_information=3.0),
+    )
+    config = MoAConfig(
+        d_head=6,
+        heads_per_expert=2,
+        rope=None,
+        attend="stick_breaking",
+        kv_bias=True,
+        router=router,
+    )
+    layer = MoAAttention(config, 32, 1.0).double()
+    layer.load_state_dict({ours: golden[f"param.{n}"] for n, ours in MODULEFORMER.items()})
+    real = ~golden["pad"] if padded else None
+    output = layer(x, x, x, AttentionMask(True, real, real))
+    (loss,) = layer.router.losses(output.statistics["query"]).values()
+    main = (output.y * golden["grad_y"]).sum()
+    (main if padded else main + loss).backward()
+    y = output.y if real is None else output.y[real]
+    close(y, golden["y"] if real is None else golden["y"][real])
+    if not padded:  # their loss counts padding
+        # They add 1e-8 to the mean probability within its logarithm.
+        assert abs(loss / 3.0 - golden["aux"].item()) < 1e-6
+    for name, ours in MODULEFORMER.items():
+        gradient = golden[f"grad.{name}"]
+        error = (layer.get_parameter(ours).grad - gradient).norm()
+        assert error <= (1e-9 if padded else 1e-6) * gradient.norm(), name

@@ -1,0 +1,65 @@
+"""Stick-breaking attention: each key takes its share of what nearer keys have left.
+
+ModuleFormer (Shen et al. 2023, arXiv 2306.04640, section 3.2); equations as in its released code,
+where a query's own key takes part. It knows the order of keys without any position code.
+
+Shapes: B sequences, T queries, S keys, H heads of queries, h heads of keys, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moa_dist.models.attention import AttentionMask, visible_keys
+
+_BLOCK = 128
+"""Queries whose shares are in memory at a time."""
+
+
+def log_stick_shares(scores: Tensor, visible: Tensor) -> Tensor:
+    """Logarithms of `s_j * prod over j < m <= i of (1 - s_m)`, where s = sigmoid(scores).
+
+    `scores` [..., T, S] and `visible`, a bool mask that broadcasts to it: a key that is not visible
+    takes nothing, and leaves everything to those before it. Shares of a query sum to less than 1.
+    """
+    taken = F.logsigmoid(scores).masked_fill(~visible, -math.inf)
+    left = F.logsigmoid(-scores).masked_fill(~visible, 0.0)
+    # What the keys behind each one leave, summed from the nearest: differences would cancel.
+    behind = F.pad(left.flip(-1)[..., :-1].cumsum(-1), (1, 0)).flip(-1)
+    return taken + behind
+
+
+def stick_breaking_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """Sum v [B, h, S, d] by the stick-breaking shares of q [B, H, T, d] and k [B, h, S, d].
+
+    Each head of keys serves equally many consecutive heads of queries. Returns [B, H, T, d]. Shares
+    are in memory for a block of queries only, as the backward pass computes them again.
+    """
+    assert mask.causal
+    heads, num_past = [], mask.num_past
+    for block in q.unflatten(1, (k.shape[1], -1)).split(_BLOCK, dim=3):
+        num_keys = num_past + block.shape[3]
+        seen = AttentionMask(
+            causal=True,
+            key_mask=None if mask.key_mask is None else mask.key_mask[:, :num_keys],
+            num_past=num_past,
+            documents=None if mask.documents is None else mask.documents.of_first(num_keys),
+        )
+        keys, values = (x[:, :, None, :num_keys] for x in (k, v))
+        heads.append(checkpoint(_attend, block, keys, values, seen, use_reentrant=False))
+        num_past = num_keys
+    return torch.cat(heads, dim=3).flatten(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """q [B, h, H / h, T, d], k and v [B, h, 1, S, d] -> [B, h, H / h, T, d]."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(q.shape[-1])
+    visible = visible_keys(q, k, mask)
+    visible = visible[:, :, None] if visible.dim() == 4 else visible
+    return log_stick_shares(scores, visible).exp().to(v.dtype) @ v
