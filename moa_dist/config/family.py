@@ -8,10 +8,67 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
-from moa_dist.config.model import RouterConfig, shrunk
+from moa_dist.config.model import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    MoEFFNConfig,
+    RouterConfig,
+    shrunk,
+)
 from moa_dist.errors import Problem
+
+
+class MoHConfig(AttentionConfig):
+    """Mixture-of-head attention: all heads attend, and a token takes the results of some."""
+
+    kind: Literal["moh"] = "moh"
+    """Names this kind."""
+    num_shared_heads: NonNegativeInt = 0
+    """Heads that every token takes. A second gate divides its weight between them and the others;
+    both have gates that are softmaxes."""
+    bias: bool = False
+    """Add biases to queries, keys, values and the output."""
+    router: SerializeAsAny[RouterConfig]
+    """Chooses from the other heads; there are as many as experts."""
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """A token that takes all heads needs no router."""
+        if self.router.top_k == self.router.num_experts:
+            keys = (f"{path}.router.top_k", f"{path}.router.num_experts")
+            yield Problem(f"`{path}` takes all heads; use dense attention", keys)
+
+
+class ComposedAttentionConfig(DenseAttentionConfig):
+    """Dense attention whose heads are composed anew for each pair of tokens (DCMHA)."""
+
+    kind: Literal["composed"] = "composed"  # type: ignore[assignment]  # not that of its base
+    """Names this kind."""
+    d_compose: PositiveInt | None = None
+    """Hidden width of the layer that computes compositions; null for four times the heads."""
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Heads are composed one with one."""
+        if self.kv_heads != self.num_heads:
+            yield Problem(
+                f"`{path}.num_kv_heads` is {self.num_kv_heads}, but composed heads have keys and "
+                "values of their own; remove it",
+                (f"{path}.num_kv_heads",),
+            )
+
+
+class ResidualMoEConfig(MoEFFNConfig):
+    """Experts and a dense part, mixed per token (Residual MoE of DeepSpeed-MoE)."""
+
+    kind: Literal["residual_moe"] = "residual_moe"  # type: ignore[assignment]  # as above
+    """Names this kind."""
+    d_ff: PositiveInt
+    """Hidden width of the dense part."""
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Narrow the dense part too."""
+        return super().shrink(expert_parallel).changed(d_ff=shrunk(self.d_ff, 16))
 
 
 class MLPRouterConfig(RouterConfig):

@@ -300,6 +300,8 @@ class FFNConfig(PartConfig):
     """Nonlinearity."""
     gated: bool = False
     """Multiply the activation by a second linear projection (GLU)."""
+    bias: bool = False
+    """Add biases to all projections, of each expert its own."""
 
 
 class DenseFFNConfig(FFNConfig):

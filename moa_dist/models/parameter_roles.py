@@ -10,7 +10,7 @@ from moa_dist.models.block import Block
 from moa_dist.models.language_model import TokenEmbedding
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, RouterLogits
 
 
 class Role(Enum):
@@ -34,7 +34,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
     def role(name: str) -> Role:
         owner, _, leaf = name.rpartition(".")
-        if name.startswith(routers):
+        if name.startswith(routers) or isinstance(modules[owner], RouterLogits):
             return Role.ROUTER
         if leaf == "weight" and isinstance(modules[owner], (Linear, GroupedLinear)):
             return Role.MATRIX if name.startswith(blocks) else Role.EMBEDDING

@@ -10,11 +10,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moa_dist.config.family import MLPRouterConfig, ReLURouterConfig
-from moa_dist.config.model import BalanceConfig, MoAConfig, MoEFFNConfig
+from moa_dist.config.family import (
+    ComposedAttentionConfig,
+    MLPRouterConfig,
+    MoHConfig,
+    ReLURouterConfig,
+    ResidualMoEConfig,
+)
+from moa_dist.config.model import (
+    BalanceConfig,
+    MoAConfig,
+    MoEFFNConfig,
+    RopeConfig,
+    RouterConfig,
+)
 from moa_dist.models.attention import AttentionMask
+from moa_dist.models.composed_attention import ComposedAttention
 from moa_dist.models.feed_forward import MoEFeedForward
 from moa_dist.models.moa import MoAAttention
+from moa_dist.models.moh import MoHAttention
+from moa_dist.models.residual_moe import ResidualMoE
 from moa_dist.moe.adapt import StepLoad, adapt
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "relatives"
@@ -146,3 +161,127 @@ def test_moduleformer(padded):
         gradient = golden[f"grad.{name}"]
         error = (layer.get_parameter(ours).grad - gradient).norm()
         assert error <= (1e-9 if padded else 1e-6) * gradient.norm(), name
+
+
+def of_moh(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Their tensors by our names: heads of all three projections are cut out of one matrix."""
+    width, d, shared = 7 * 5, 5, 2
+    qkv = zip("qkv", golden[f"{prefix}.w_qkv"].split(width), strict=True)
+    biases = zip("qkv", golden[f"{prefix}.b_qkv"].split(width), strict=True)
+    out = golden[f"{prefix}.w_o"]
+    return {
+        **{f"{name}.weight": value for name, value in qkv},
+        **{f"{name}.bias": value for name, value in biases},
+        "stage_gate.weight": golden[f"{prefix}.w_stage"],
+        "shared_gate.weight": golden[f"{prefix}.w_shared"],
+        "router.logits.weight": golden[f"{prefix}.w_routed"],
+        "shared_o.weight": out[:, : shared * d],
+        "o.weight": out[:, shared * d :].T.unflatten(0, (-1, d)),
+        "bias.value": golden[f"{prefix}.b_o"],
+    }
+
+
+def test_moh():
+    golden = load_file(GOLDEN / "moh_dit.safetensors")
+    x = golden["x"].requires_grad_()
+    top_k = 2
+    # Their loss is not divided by the number of choices.
+    router = RouterConfig(
+        num_experts=5,
+        top_k=top_k,
+        score="softmax",
+        gate="renormalized",
+        group_sequences=len(x),
+        balance=BalanceConfig(switch=5.0 * top_k),
+    )
+    config = MoHConfig(num_shared_heads=2, d_head=5, rope=None, bias=True, router=router)
+    layer = MoHAttention(config, 30, 1.0).double()
+    layer.load_state_dict(of_moh(golden, "param"))
+    output = layer(x, x, x, AttentionMask(causal=False))
+    (loss,) = layer.router.losses(output.statistics["query"]).values()
+    ((output.y * golden["grad_y"]).sum() + loss).backward()
+    close(output.y, golden["y"])
+    close(loss, 5.0 * golden["aux"].squeeze())
+    close(x.grad, golden["grad.x"])
+    for name, gradient in of_moh(golden, "grad").items():
+        ours = layer.get_parameter(name).grad
+        # Biases of keys have none, but for rounding.
+        assert (ours - gradient).norm() <= BOUND * max(gradient.norm(), 1e-3), name
+
+
+def of_residual_moe(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Their tensors by our names: a bias of hidden units is the last row of our weight."""
+    value = {n.removeprefix(f"{prefix}."): v for n, v in golden.items() if n.startswith(f"{prefix}.")}
+    up = torch.cat([value["expert_in"].transpose(1, 2), value["expert_in_bias"][:, None]], dim=1)
+    return {
+        "router.logits.weight": value["w_gate"],
+        "up.weight": up,
+        "down.weight": value["expert_out"].transpose(1, 2),
+        "down_bias.value": value["expert_out_bias"],
+        "dense.up.weight": value["mlp_in"],
+        "dense.up.bias": value["mlp_in_bias"],
+        "dense.down.weight": value["mlp_out"],
+        "dense.down.bias": value["mlp_out_bias"],
+        "mix.weight": value["coefficient"],
+        "mix.bias": value["coefficient_bias"],
+    }
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_residual_moe(top_k):
+    golden = load_file(GOLDEN / f"residual_moe_top{top_k}.safetensors")
+    x = golden["x"].requires_grad_()
+    router = RouterConfig(
+        num_experts=6,
+        top_k=top_k,
+        score="softmax",
+        gate="raw" if top_k == 1 else "renormalized",
+        group_sequences=len(x),
+        balance=BalanceConfig(switch=3.0),
+    )
+    config = ResidualMoEConfig(d_expert=20, d_ff=20, activation="gelu", bias=True, router=router)
+    layer = ResidualMoE(config, 24, 1.0).double()
+    layer.load_state_dict(of_residual_moe(golden, "param"))
+    output = layer(x, x, None)
+    loss = (output.y * golden["grad_y"]).sum()
+    of_input, of_router = golden["grad.x"], golden["grad.w_gate"]
+    if top_k == 1:
+        (balance,) = layer.router.losses(output.statistics[""]).values()
+        close(balance, 3.0 * golden["aux"].squeeze())
+        loss = loss + balance
+    else:  # their loss counts first choices only, ours both
+        of_input = of_input - 3.0 * golden["grad_aux.x"]
+        of_router = of_router - 3.0 * golden["grad_aux.w_gate"]
+    loss.backward()
+    close(output.y, golden["y"])
+    close(x.grad, of_input)
+    gradients = of_residual_moe(golden, "grad") | {"router.logits.weight": of_router}
+    for name, gradient in gradients.items():
+        close(layer.get_parameter(name).grad, gradient)
+
+
+def of_dcmha(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    value = {n.removeprefix(f"{prefix}."): v for n, v in golden.items() if n.startswith(f"{prefix}.")}
+    return {
+        **{f"{name}.weight": value[f"w_{name}"] for name in "qkvo"},
+        "compose.hidden.weight": value["dw1"].flatten(1).T,
+        "compose.out": value["qkw"].flatten(2),
+        "compose.diagonal.weight": value["dd"].flatten(1).T,
+    }
+
+
+def test_dcmha():
+    golden = load_file(GOLDEN / "dcmha_causal.safetensors")
+    x = golden["x"].requires_grad_()
+    config = ComposedAttentionConfig(
+        num_heads=4, d_head=6, d_compose=16, rope=RopeConfig(fraction=1.0)
+    )
+    layer = ComposedAttention(config, 24, 1.0).double()
+    layer.load_state_dict(of_dcmha(golden, "param"))
+    real = ~golden["key_pad"]
+    output = layer(x, x, x, AttentionMask(True, real, real))
+    (output.y * golden["grad_y"]).sum().backward()
+    close(output.y[real], golden["y"][real])
+    close(x.grad, golden["grad.x"])
+    for name, gradient in of_dcmha(golden, "grad").items():
+        close(layer.get_parameter(name).grad, gradient)
