@@ -63,28 +63,30 @@ class CompositionWeights(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.hidden = Linear(d_model, 4 * d_hidden, Normal(1 / math.sqrt(d_model)))
-        self.out = nn.Parameter(torch.empty(4, d_hidden, 2 * _RANK * num_heads))
+        self.gather = nn.Parameter(torch.empty(4, d_hidden, _RANK * num_heads))
+        self.spread = nn.Parameter(torch.empty(4, d_hidden, _RANK * num_heads))
         self.diagonal = Linear(d_model, 4 * num_heads, Normal(_SMALL / math.sqrt(d_model)))
 
     def initializers(self) -> dict[str, Initializer]:
-        """Initial distribution of its own parameter."""
-        return {"out": Normal(_SMALL)}
+        """Initial distribution of its own parameters; what gathers heads is normalized anyway."""
+        std = 1 / math.sqrt(self.gather.shape[1])
+        return {"gather": Normal(std), "spread": Normal(_SMALL * std)}
 
     def macs(self, num_tokens: int) -> int:
         """Count multiply-accumulates for so many tokens."""
         return (
             self.hidden.macs(num_tokens)
             + self.diagonal.macs(num_tokens)
-            + (num_tokens * self.out.numel())
+            + (num_tokens * (self.gather.numel() + self.spread.numel()))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [4, B, N, T, 2 R + 1], packed for `Composition.of`."""
         hidden = F.gelu(self.hidden(x)).unflatten(-1, (4, -1))
-        low = torch.einsum("btck,cko->cbto", hidden, self.out).unflatten(
-            -1, (2, _RANK, self.num_heads)
-        )
-        gather, spread = low.unbind(3)  # [4, B, T, R, N]
+        gather, spread = (
+            torch.einsum("btck,cko->cbto", hidden, weight).unflatten(-1, (_RANK, self.num_heads))
+            for weight in (self.gather, self.spread)
+        )  # [4, B, T, R, N]
         gather = F.rms_norm(gather, (self.num_heads,), eps=_NORM_EPS)
         diagonal = self.diagonal(x).tanh().unflatten(-1, (4, 1, self.num_heads))
         parts = torch.cat([gather, spread, diagonal.permute(2, 0, 1, 3, 4)], dim=3)

@@ -1,4 +1,4 @@
-"""Residual MoE: experts correct a dense part (Rajbhandari et al. 2022, arXiv 2201.05596, section 4.1).
+"""Residual MoE: experts correct a dense part (DeepSpeed-MoE, arXiv 2201.05596, section 4.1).
 
 The released code mixes both by two learned weights per token; the paper adds them.
 """

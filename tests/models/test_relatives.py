@@ -211,7 +211,9 @@ def test_moh():
 
 def of_residual_moe(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Their tensors by our names: a bias of hidden units is the last row of our weight."""
-    value = {n.removeprefix(f"{prefix}."): v for n, v in golden.items() if n.startswith(f"{prefix}.")}
+    value = {
+        n.removeprefix(f"{prefix}."): v for n, v in golden.items() if n.startswith(f"{prefix}.")
+    }
     up = torch.cat([value["expert_in"].transpose(1, 2), value["expert_in_bias"][:, None]], dim=1)
     return {
         "router.logits.weight": value["w_gate"],
@@ -261,11 +263,14 @@ def test_residual_moe(top_k):
 
 
 def of_dcmha(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    value = {n.removeprefix(f"{prefix}."): v for n, v in golden.items() if n.startswith(f"{prefix}.")}
+    value = {
+        n.removeprefix(f"{prefix}."): v for n, v in golden.items() if n.startswith(f"{prefix}.")
+    }
     return {
         **{f"{name}.weight": value[f"w_{name}"] for name in "qkvo"},
         "compose.hidden.weight": value["dw1"].flatten(1).T,
-        "compose.out": value["qkw"].flatten(2),
+        "compose.gather": value["qkw"][:, :, :2].flatten(2),
+        "compose.spread": value["qkw"][:, :, 2:].flatten(2),
         "compose.diagonal.weight": value["dd"].flatten(1).T,
     }
 
