@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
@@ -71,6 +71,22 @@ class ResidualMoEConfig(MoEFFNConfig):
         return super().shrink(expert_parallel).changed(d_ff=shrunk(self.d_ff, 16))
 
 
+class DenseTrainingRouterConfig(RouterConfig):
+    """All experts in training, the top K of them in evaluation and generation (DS-MoE)."""
+
+    kind: Literal["dense_training"] = "dense_training"
+    """Names this kind."""
+
+    @property
+    def num_slots(self) -> int:
+        """Places for chosen experts per token in training."""
+        return self.num_experts
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Refuse what belongs to a choice in training."""
+        yield from _without_choice(self, path, self.capacity is not None)
+
+
 class MLPRouterConfig(RouterConfig):
     """The top K of logits that have a hidden layer (ModuleFormer, Sparse Universal Transformer)."""
 
@@ -117,20 +133,26 @@ class ReLURouterConfig(RouterConfig):
                 f"{self.top_k} to `num_experts` = {self.num_experts}",
                 (f"{path}.max_experts", f"{path}.top_k", f"{path}.num_experts"),
             )
-        for field, value in (
-            ("gate", self.gate != "raw"),
-            ("expert_dropout", self.expert_dropout),
-            ("balance.bias_rate", self.balance.bias_rate),
-        ):
-            if value:
-                yield Problem(
-                    f"`{path}.{field}` chooses or weighs a fixed number of experts, which "
-                    f"`{path}.kind` = relu does not have",
-                    (f"{path}.{field}", f"{path}.kind"),
-                )
+        yield from _without_choice(self, path)
 
     def shrink(self, at_least: int, expert_parallel: int) -> Self:
         """Keep the limit in the same place."""
         smaller = super().shrink(at_least, expert_parallel)
         limit = None if self.max_experts is None else min(self.max_experts, smaller.num_experts)
         return smaller.changed(max_experts=limit)
+
+
+def _without_choice(router: RouterConfig, path: str, capacity: bool = False) -> Iterator[Problem]:
+    """Refuse what chooses or weighs a fixed number of experts; `capacity` if it is set as well."""
+    for field, is_set in {
+        "gate": router.gate != "raw",
+        "expert_dropout": router.expert_dropout > 0,
+        "balance.bias_rate": router.balance.bias_rate > 0,
+        "capacity": capacity,
+    }.items():
+        if is_set:
+            yield Problem(
+                f"`{path}.{field}` is for a fixed number of chosen experts, which `{path}.kind` = "
+                f"{router.kind} does not have; remove it",
+                (f"{path}.{field}", f"{path}.kind"),
+            )

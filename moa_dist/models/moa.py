@@ -119,8 +119,8 @@ class MoAAttention(RoutedModule, Attention):
     ) -> AttentionOutput:
         """Implement `Attention.forward`; at padding, y is the bias only."""
         B, T, D = query.shape
-        K, h = self.config.router.num_slots, self.config.heads_per_expert
         routing = self.router(query, mask.query_mask)
+        K, h = routing.topk_ids.shape[-1], self.config.heads_per_expert
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
         # Keys and values are computed while rows are in flight.
@@ -160,4 +160,4 @@ class MoAAttention(RoutedModule, Attention):
         head_TKh = routing.topk_ids[..., None] * h + torch.arange(h, device=routing.topk_ids.device)
         if routing.keep_mask is not None:
             head_TKh = head_TKh.where(routing.keep_mask[..., None], -1)
-        return head_TKh.view(num_sequences, -1, self.config.router.num_slots * h)
+        return head_TKh.view(num_sequences, -1, routing.topk_ids.shape[-1] * h)

@@ -27,6 +27,12 @@ MLP = {
     "score": "softmax",
     "balance": {"mutual_information": 0.1},
 }
+DENSE_TRAINING = {
+    "kind": "dense_training",
+    "top_k": 2,
+    "score": "softmax",
+    "balance": {"mutual_information": 0.1},
+}
 FAMILY = {
     "remoe": {
         "attention": MOA | {"router": RELU | {"num_experts": 6, "max_experts": 4}},
@@ -47,6 +53,10 @@ FAMILY = {
             "activation": "gelu",
             "router": MLP | {"num_experts": 7},
         },
+    },
+    "ds_moe": {
+        "attention": MOA | {"router": DENSE_TRAINING | {"num_experts": 4}},
+        "ffn": {"kind": "moe", "d_expert": 8, "router": DENSE_TRAINING | {"num_experts": 5}},
     },
     "moh": {
         "attention": {
@@ -91,6 +101,7 @@ def cells() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("relative", "layout"), list(cells()))
 def test_steps_equal_one_process(pools, relative, layout):
-    case = replace(LAYOUTS[layout], model=POSITIONS | FAMILY[relative], skewed=True, steps=2, lr=0.3)
+    model = POSITIONS | FAMILY[relative]
+    case = replace(LAYOUTS[layout], model=model, skewed=True, steps=2, lr=0.3)
     bound = FP64 if case.precision == "fp64" else FP32
     assert_equal(distributed(pools, case), one_process(case), bound)
