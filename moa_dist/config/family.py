@@ -82,6 +82,11 @@ class DenseTrainingRouterConfig(RouterConfig):
         """Places for chosen experts per token in training."""
         return self.num_experts
 
+    @property
+    def chosen_in_training(self) -> int:
+        """All of them."""
+        return self.num_experts
+
     def problems(self, path: str) -> Iterable[Problem]:
         """Refuse what belongs to a choice in training."""
         yield from _without_choice(self, path, self.capacity is not None)

@@ -126,6 +126,11 @@ class RouterConfig(Kind):
         """Places for chosen experts per token, of which a kind may leave some empty."""
         return self.top_k
 
+    @property
+    def chosen_in_training(self) -> int:
+        """Experts that a token takes in training, in the mean."""
+        return self.top_k
+
     def problems(self, path: str) -> Iterable[Problem]:
         """Report what is wrong within this section, as `PartConfig.problems` does."""
         return ()
