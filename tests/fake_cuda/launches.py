@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -128,6 +128,9 @@ class Launches(TorchDispatchMode):
         return self.kernels.total()
 
 
+Recorded = TypeVar("Recorded", bound=Launches)
+
+
 def _identity(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
 
@@ -156,16 +159,18 @@ def fused_attention(
 
 
 @contextmanager
-def fake_cuda(hardware: Hardware = H100) -> Iterator[Callable[[], Launches]]:
+def fake_cuda(
+    hardware: Hardware = H100, record_of: type[Recorded] = Launches
+) -> Iterator[Callable[[], Recorded]]:
     """Take the meta device for a GPU; yields what starts a new record and returns it."""
-    current: list[Launches] = []
+    current: list[Recorded] = []
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         assert all(grid), f"an empty grid for {kernel.fn.__name__}: {grid}"
         return lambda *args, **kwargs: current[-1].triton(kernel, args, kwargs)
 
-    def record() -> Launches:
-        current.append(Launches())
+    def record() -> Recorded:
+        current.append(record_of())
         return current[-1]
 
     with pytest.MonkeyPatch.context() as patch:
