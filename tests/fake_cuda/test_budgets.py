@@ -30,6 +30,7 @@ def test_a_micro_batch_stays_within_its_budget(path):
     assert not above, budget
     assert not launches.waits
     assert not launches.fp64
+    assert not launches.narrow_sums
     # A budget that much is left of would not notice a regression.
     loose = {name: value for name, value in measured.items() if value < 0.9 * getattr(budget, name)}
     assert not loose, budget
@@ -66,8 +67,12 @@ def test_the_record_itself():
         assert launches.num_kernels > 2
 
 
-def test_waits_and_empty_launches_are_noticed():
+def test_waits_narrow_sums_and_empty_launches_are_noticed():
     with fake_cuda() as record:
+        with record() as launches:
+            x = torch.empty(8, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            x.index_select(0, torch.empty(16, dtype=torch.int64, device="meta")).sum().backward()
+        assert launches.narrow_sums.total() == 1
         with record() as launches:
             torch.ones(3).to("meta") + torch.empty(3, device="meta")
         assert launches.waits.total() == 1
