@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def run(tool: str, *arguments: str) -> str:
 
 def compile_all(
     paths: list[Path], kernels: list[str] | None, capability: tuple[int, int], num_workers: int
-) -> list[Compiled]:
+) -> Iterator[Compiled]:
     """Compile what these configurations launch, with the names of the kernels if given."""
     found: dict[Specialization, str] = {}
     for path in paths:
@@ -131,7 +132,7 @@ def compile_all(
         return compiled(*cases[number], capability)
 
     with multiprocessing.get_context("fork").Pool(num_workers) as pool:
-        return pool.map(_call, range(len(cases)), chunksize=1)
+        yield from pool.imap(_call, range(len(cases)))
 
 
 def _call(number: int) -> Compiled:
@@ -170,13 +171,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     paths = [CONFIGS / f"{name}.yaml" for name in args.config] if args.config else SHIPPED
-    found = compile_all(paths, args.kernel, divmod(args.gpu, 10), args.workers)
+    results = compile_all(paths, args.kernel, divmod(args.gpu, 10), args.workers)
     if args.json:
-        print(json.dumps([asdict(kernel) for kernel in found]))
+        print(json.dumps([asdict(kernel) for kernel in results]))
         return
     print(HEADER)
-    for kernel in sorted(found, key=lambda k: (k.kernel, k.type, -k.registers)):
-        print(row(kernel))
+    found = []
+    for kernel in results:
+        print(row(kernel), flush=True)  # as it comes, since all of them take minutes
+        found.append(kernel)
     worst = max(kernel.registers for kernel in found)
     spilled = sum(kernel.stack > 0 for kernel in found)
     print(f"{len(found)} specializations for sm_{args.gpu}: {worst} registers at most, ", end="")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from moa_dist.models import documents, language_model
 from moa_dist.models.objective import Batch, objective
-from moa_dist.models.padding import Runs
+from moa_dist.models.padding import Runs, padded_attention
 from tests.models.small import ATTENTION, VOCABULARY, small_model
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
@@ -122,3 +122,13 @@ def test_a_text_with_a_cache_has_its_mask(calls):
     assert num_calls
     model(tokens[:, 5:], mask[:, 5:], cache)
     assert len(calls) == num_calls
+
+
+def test_it_compiles_as_one_graph():
+    """On tensors without memory, as a CPU has no such kernel."""
+    runs = Runs.of(mask_of().to("meta"), LENGTH, causal=False)
+    q = torch.empty(len(TEXTS), 2, LENGTH, 8, dtype=torch.bfloat16, device="meta")
+    compiled = torch.compile(padded_attention, fullgraph=True, backend="aot_eager")
+    y = compiled(q.requires_grad_(), q, q, runs, causal=False)
+    y.sum().backward()
+    assert y.shape == q.grad.shape == q.shape
