@@ -206,14 +206,12 @@ def _hidden_gradients(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    COLUMN_TILES: tl.constexpr = (WIDTH_OUT + COLUMNS - 1) // COLUMNS
-    expert, row, end, column_tile = find_tile(
-        tile_expert, tile_row, ends, num_programs, num_experts, COLUMN_TILES
+    expert, row, end, first_column, offset = find_tile(
+        tile_expert, tile_row, ends, num_programs, num_experts, WIDTH_IN, WIDTH_OUT, COLUMNS
     )
     if expert < num_experts:
         rows, is_row, source = source_rows(row, end, read_grad, ROWS)
-        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
+        columns = first_column + tl.arange(0, COLUMNS)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         total = add_product(
             total, grad, source, down + offset, columns,
@@ -225,13 +223,14 @@ def _hidden_gradients(  # type: ignore[no-untyped-def]
         share = tl.zeros((ROWS,), tl.float32)
         parts = quarters(total)
         for i in tl.static_range(4):
-            columns = column_tile * COLUMNS + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+            columns = first_column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
             share += store_gradients(
                 parts[i], rows, is_row, inner_rows, columns,
                 inner, inner_gate, weight, hidden, grad_inner, grad_gate, WIDTH_OUT, ACTIVATION,
             )  # fmt: skip
         if weight is not None:
-            where = grad_weight + rows.to(tl.int64) * COLUMN_TILES + column_tile
+            where = grad_weight + rows.to(tl.int64) * tl.cdiv(WIDTH_OUT, COLUMNS)
+            where += first_column // COLUMNS
             tl.store(where, share, mask=is_row)
 
 

@@ -17,6 +17,7 @@ from moa_dist.config.model import AttentionConfig, DenseAttentionConfig, Part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.documents import Documents, document_attention
 from moa_dist.models.linear import Linear
+from moa_dist.models.padding import Runs, padded_attention
 from moa_dist.models.rope import Rotation, apply_rope
 from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
 from moa_dist.moe.initialize import Normal
@@ -47,6 +48,8 @@ class AttentionMask(NamedTuple):
     documents: Documents | None = None
     """Documents of the keys, to the last of which queries belong: a query sees those of its own
     document only. None if it sees those of all."""
+    runs: Runs | None = None
+    """What `key_mask` says, for flash attention; None where that does not run."""
 
     @property
     def new_key_mask(self) -> Tensor | None:
@@ -122,6 +125,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> T
         if mask.num_past:
             return _by_blocks(q, k, v, mask)
         return document_attention(q, k, v, mask.documents, causal=mask.causal)
+    if mask.runs is not None:
+        return padded_attention(q, k, v, mask.runs, causal=mask.causal)
     shared = k.shape[1] != q.shape[1]
     # A single query after those of the cache sees every key.
     causal = mask.causal and not (mask.num_past and q.shape[-2] == 1)

@@ -18,6 +18,7 @@ from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
 from moa_dist.models.kinds import make_attention, make_feed_forward
+from moa_dist.models.padding import Runs
 from moa_dist.models.trace import AttentionTrace, BlockTrace
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
@@ -91,12 +92,14 @@ class EncoderMemory(NamedTuple):
     """[B, S] bool, true for real tokens of the target; None when there is no padding."""
     source_mask: Tensor | None
     """[B, source length] bool, true for real tokens; None when there is no padding."""
+    runs: Runs | None = None
+    """What `source_mask` says, for flash attention; None where that does not run."""
 
     @property
     def mask(self) -> AttentionMask:
         """Let every token of the target see the whole source."""
         num_past = 0 if self.source_mask is None else self.source_mask.shape[1] - self.x.shape[1]
-        return AttentionMask(False, self.query_mask, self.source_mask, num_past)
+        return AttentionMask(False, self.query_mask, self.source_mask, num_past, runs=self.runs)
 
 
 class CrossAttention(nn.Module):

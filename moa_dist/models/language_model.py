@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import BalanceConfig, ModelConfig
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
-from moa_dist.models.documents import Documents, first_of_document
+from moa_dist.models.documents import Documents, first_of_document, flash_fits
 from moa_dist.models.linear import Linear
+from moa_dist.models.padding import Runs
 from moa_dist.models.rope import Rotation
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
@@ -143,7 +145,8 @@ class LanguageModel(nn.Module):
         Args:
             tokens: [B, S] int64.
             token_mask: [B, S] bool, false at padding; None without padding. The position of a token
-                is the number of real tokens before it, so padding may be anywhere.
+                is the number of real tokens before it. Padding may be in front of the text and
+                behind it; without a cache, flash attention on GPUs expects none within it.
             cache: tokens that precede `tokens`. Logits equal those of one forward over all of them;
                 there are no auxiliary losses.
             source: [B, R] int64, the text to translate, unless the cache holds it.
@@ -181,10 +184,13 @@ class LanguageModel(nn.Module):
                 raise ValueError("a model that translates needs a source")
             else:  # its keys and values are in the cache
                 x_source, source_mask = x[:, :0], cache.source_mask
-            memory = EncoderMemory(x_source, token_mask, source_mask)
+            runs = self._runs(x, None if source is None else source_mask, causal=False)
+            memory = EncoderMemory(x_source, token_mask, source_mask, runs)
         causal = self.config.objective != "masked"
         rotation = self._rotation(position, x.dtype)
-        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation, documents)
+        apart = documents is not None or num_past > 0
+        runs = self._runs(x, None if apart else key_mask, causal=causal)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation, documents, runs)
         output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
@@ -214,12 +220,21 @@ class LanguageModel(nn.Module):
             return None
         return Rotation.at(position, attention.d_head, attention.rope, dtype)
 
+    def _runs(self, queries: Tensor, key_mask: Tensor | None, *, causal: bool) -> Runs | None:
+        """Find once for all layers what `queries` [B, T, D] attend to, if flash attention runs."""
+        hardware, width = Hardware.of(queries.device), self.config.attention.d_head
+        if key_mask is None or not flash_fits(hardware, queries.dtype, width):
+            return None
+        return Runs.of(key_mask, queries.shape[1], causal=causal)
+
     def _encode(self, source: Tensor, token_mask: Tensor | None, trace: bool) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
         position = positions(source, token_mask)
         x = self._embed(source, position)
-        mask = AttentionMask(False, token_mask, token_mask, 0, self._rotation(position, x.dtype))
+        rotation = self._rotation(position, x.dtype)
+        runs = self._runs(x, token_mask, causal=False)
+        mask = AttentionMask(False, token_mask, token_mask, 0, rotation, runs=runs)
         output = self.encoder(x, mask, trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -42,6 +42,9 @@ UNLAUNCHED = {
 """Operations that allocate or rename memory; views are recognized by their schema."""
 FILLS = {"new_zeros", "zeros_like", "ones_like", "full_like", "new_ones", "new_full"}
 """Operations that do not read the tensor that they are called with."""
+ADDS = {"index_add", "index_add_", "index_reduce", "scatter_add", "scatter_add_", "scatter_reduce"}
+"""Operations that add to memory atomically, in its own type; so does `index_put` with a sum."""
+NARROW = (torch.bfloat16, torch.float16)
 COMPILER_OPTIONS = {"num_warps", "num_stages", "num_ctas"}
 """Arguments of a launch that are none of its kernel."""
 H100 = Hardware("cuda", capability=(9, 0))
@@ -64,6 +67,8 @@ class Launches(TorchDispatchMode):
         """Copies from the host, by place."""
         self.fp64: Counter[str] = Counter()
         """Results in fp64, by place."""
+        self.narrow_sums: Counter[str] = Counter()
+        """Operations that add rows one by one in 16 bits, by place."""
         self.largest_mask = 0
         """Elements of the largest result of type bool."""
 
@@ -91,6 +96,8 @@ class Launches(TorchDispatchMode):
         where = place()
         if any(not x.is_meta and x.dim() for x in inputs):
             self.waits[f"{name} at {where}"] += 1
+        if name in ADDS and any(x.dtype in NARROW for x in outputs):
+            self.narrow_sums[f"{name} at {where}"] += 1
         if any(x.dtype == torch.float64 for x in outputs):
             self.fp64[f"{name} at {where}"] += 1
         masks = (x.numel() for x in outputs if x.dtype == torch.bool)
@@ -128,6 +135,9 @@ class Launches(TorchDispatchMode):
         return self.kernels.total()
 
 
+Recorded = TypeVar("Recorded", bound=Launches)
+
+
 def _identity(x: Tensor) -> tuple[Any, ...]:
     return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()
 
@@ -156,16 +166,18 @@ def fused_attention(
 
 
 @contextmanager
-def fake_cuda(hardware: Hardware = H100) -> Iterator[Callable[[], Launches]]:
+def fake_cuda(
+    hardware: Hardware = H100, record_of: type[Recorded] = Launches
+) -> Iterator[Callable[[], Recorded]]:
     """Take the meta device for a GPU; yields what starts a new record and returns it."""
-    current: list[Launches] = []
+    current: list[Recorded] = []
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         assert all(grid), f"an empty grid for {kernel.fn.__name__}: {grid}"
         return lambda *args, **kwargs: current[-1].triton(kernel, args, kwargs)
 
-    def record() -> Launches:
-        current.append(Launches())
+    def record() -> Recorded:
+        current.append(record_of())
         return current[-1]
 
     with pytest.MonkeyPatch.context() as patch:

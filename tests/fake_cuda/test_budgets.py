@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moa_dist.config import load_config
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models import attention, rope_kernel
+from moa_dist.models import attention, language_model, rope_kernel
 from moa_dist.models.attention import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
 from tests.fake_cuda.launches import fake_cuda
@@ -29,6 +30,7 @@ def test_a_micro_batch_stays_within_its_budget(path):
     assert not above, budget
     assert not launches.waits
     assert not launches.fp64
+    assert not launches.narrow_sums
     # A budget that much is left of would not notice a regression.
     loose = {name: value for name, value in measured.items() if value < 0.9 * getattr(budget, name)}
     assert not loose, budget
@@ -65,8 +67,12 @@ def test_the_record_itself():
         assert launches.num_kernels > 2
 
 
-def test_waits_and_empty_launches_are_noticed():
+def test_waits_narrow_sums_and_empty_launches_are_noticed():
     with fake_cuda() as record:
+        with record() as launches:
+            x = torch.empty(8, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            x.index_select(0, torch.empty(16, dtype=torch.int64, device="meta")).sum().backward()
+        assert launches.narrow_sums.total() == 1
         with record() as launches:
             torch.ones(3).to("meta") + torch.empty(3, device="meta")
         assert launches.waits.total() == 1
@@ -91,6 +97,36 @@ def test_documents_need_neither_masks_nor_waits(path, recompute):
     assert apart.launches.largest_mask < length * length
     assert apart.saved < 1.01 * plain.saved  # the prediction of memory holds for both
     assert apart.launches.bytes_full < 1.15 * plain.launches.bytes_full
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("path", "per_layer"),
+    [("configs/masked_lm/8k16e256d.yaml", 1), ("configs/translation/moa.yaml", 3)],
+)
+def test_padding_needs_neither_masks_nor_waits(path, per_layer, recompute):
+    """Not for attention to a source either, which a layer of encoder and decoder has as well."""
+    sequences, length = 2, 1024
+    plain, padded = (
+        measure(path, sequences, length, recompute=recompute, padded=p) for p in (False, True)
+    )
+    attentions = load_config(path).model.num_layers * per_layer
+    kernels = padded.launches.kernels
+    assert kernels["_varlen_attn_backward"] == attentions
+    assert kernels["_varlen_attn"] == attentions * (1 + recompute)
+    assert not [name for name in kernels if name.startswith("_scaled_dot_product")]
+    assert not padded.launches.waits
+    assert padded.launches.largest_mask < length * length
+    assert padded.saved < 1.02 * plain.saved
+    assert padded.launches.bytes_full < 1.15 * plain.launches.bytes_full
+
+
+@pytest.mark.parametrize("path", ["configs/masked_lm/8k16e256d.yaml"])
+def test_padding_needs_a_mask_where_flash_attention_does_not_run(path, monkeypatch):
+    monkeypatch.setattr(language_model, "flash_fits", lambda *_: False)
+    kernels = measure(path, 2, 64, padded=True).launches.kernels
+    assert kernels["_scaled_dot_product_efficient_attention"]
+    assert not kernels["_varlen_attn"]
 
 
 def test_a_mask_of_documents_would_be_noticed(monkeypatch):
