@@ -29,6 +29,22 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def url_problem(url: str) -> str | None:
+    """Return what is wrong with a URL, without repeating what may be a secret."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in REMOTE_EXTRAS:
+        schemes = (f"{known}://" for known in REMOTE_EXTRAS)
+        return f"is a URL of {scheme}://, which cannot be read; use one of {', '.join(schemes)}"
+    if (scheme != "hf" and "@" in rest) or any(mark in rest for mark in ("?", "#", "::")):
+        return (
+            f"is a URL of {scheme}:// with a user, a query, a fragment or `::`; give the folder "
+            "alone, and credentials in the environment"
+        )
+    if not all(part not in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+        return f"is a URL of {scheme}:// without a host or bucket, or with an empty part"
+    return None
+
+
 class CacheConfig(Section):
     """Where each node keeps shards that are read from URLs."""
 
