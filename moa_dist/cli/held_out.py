@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.data.cache import mirror
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import AnyManifest, PairManifest, load_any_manifest
+from moa_dist.data.places import mirror, prepare_texts
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained
 
@@ -60,6 +60,7 @@ def held_out_folders(chosen: Path | None, trained: Trained) -> list[DataFolder]:
             "shards with --data"
         )
     found = []
+    prepare_texts(data, data.held_out)
     for each in data.held_out:
         folder = mirror(data, each)
         if not folder.is_dir():

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from moa_dist.config.prepare import BadLineRule, DocumentRule, ErrorRule, FormatRule
 from moa_dist.data.left_out import LeftOut
-
-ErrorRule = Literal["strict", "replace"]
-DocumentRule = Literal["file", "blank-line", "line"]
-FormatRule = Literal["auto", "text", "json", "csv"]
-BadLineRule = Literal["stop", "skip"]
 
 DEFAULT_FIELD = "text"
 
