@@ -95,7 +95,12 @@ def _other_tokenizer_for_text(
     data: DataConfig, folders: Sequence[DataFolder]
 ) -> Iterator[DataError]:
     """Compare the tokenizer that text shall get with that of folders which were prepared."""
-    configured = identity_of_configured_tokenizer(data.prepare)
+    if not any(is_text(each.path) for each in (*data.sources, *data.held_out)):
+        return
+    try:
+        configured = identity_of_configured_tokenizer(data.prepare)
+    except DataError:
+        return  # reported with the text
     for folder in folders if configured is not None else ():
         if folder.manifest.tokenizer_sha256 != configured:
             yield DataError(
