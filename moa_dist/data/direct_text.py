@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -166,6 +167,11 @@ def prepare_at(
             progress=report,
         )
         _progress_file(place).unlink(missing_ok=True)
+        if _files.__wrapped__(folder.path) != _files(folder.path):
+            shutil.rmtree(place)
+            raise DataError(
+                f"{folder.path}: changed while it was prepared; start again", path=Path(folder.path)
+            )
 
 
 class _Report:
@@ -227,7 +233,7 @@ def _alone(place: Path, text: str, should_stop: ShouldStop) -> Iterator[None]:
                     "again",
                     path=place,
                 )
-            if now - printed > _REPORT_S:
+            if now - printed > _REPORT_S and os.environ.get("LOCAL_RANK", "0") == "0":
                 printed = now
                 _say(f"waiting for another process that prepares {text}: {seen}")
             time.sleep(_POLL_S)

@@ -26,6 +26,7 @@ from moa_dist.data.places import is_unprepared, local_path, prepare_texts
 from moa_dist.data.prepare import prepare
 from moa_dist.data.text_options import TextOptions
 from moa_dist.errors import DataError, StoppedError
+from tests.data.servers import FaultyServer
 from tests.data.test_saved_datasets import save_to_disk
 from tests.raises import raises_data_error
 from tests.small_shards import write_folder
@@ -323,6 +324,33 @@ def test_whoever_is_killed_is_followed_by_the_next(tmp_path: Path) -> None:
             second.send_signal(signal.SIGKILL)
         assert second.wait(120) in (0, -signal.SIGKILL)
     assert contents(prepare_all(data)) == prepared(text, tmp_path / "out")
+
+
+def test_text_that_changes_meanwhile_is_not_kept(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing(*args: object, **options: object) -> object:
+        (corpus / "c.txt").write_text("more")
+        return prepare(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("moa_dist.data.prepare.prepare", changing)
+    data = config(tmp_path, str(corpus))
+    with raises_data_error("changed while", path=corpus):
+        prepare_all(data)
+    assert is_unprepared(data, data.sources[0])
+
+
+def test_text_behind_a_url(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FaultyServer(corpus).serving() as server:
+        data = config(tmp_path, f"{server.url}/{{a,b}}.jsonl.gz")
+        assert contents(prepare_all(data)) == prepared(corpus, tmp_path / "out")
+        before = server.requests.total()
+        prepare_all(data)
+        assert server.requests.total() == before
+        missing = config(tmp_path, f"{server.url}/{{a,b,c}}.jsonl.gz")
+        with raises_data_error("1 of 3 files are missing", f"{server.url}/c.jsonl.gz"):
+            prepare_all(missing)
 
 
 def test_a_place_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
