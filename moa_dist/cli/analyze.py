@@ -14,7 +14,7 @@ from moa_dist.checkpoint.format import checkpoints
 from moa_dist.cli.arguments import add_model_path, between
 from moa_dist.cli.held_out import (
     add_held_out_arguments,
-    held_out_data,
+    held_out_folder,
     num_sequences,
     with_progress,
 )
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
-    folder, manifest = held_out_data(args.data, trained)
+    folder, manifest = held_out_folder(args.data, trained)
     batches = _batches(args, trained, folder, manifest)
     total = num_sequences(manifest, args.sequences)
     seen = observe(trained.model, with_progress("reading", batches, total, _size), trained.device)

@@ -62,10 +62,12 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         metavar="PATH",
-        help="files, folders of them, or - for stdin. Plain text, JSON Lines, other JSON, CSV and "
-        "TSV, also compressed with gzip, bzip2, xz or zstd, and parquet are recognized by content "
-        "and name; zstd and parquet need the extra moa-dist[formats]. What else a folder holds is "
-        "left out and named in the summary, as are hidden files",
+        help="files, folders of them, URLs (s3, gs, hf, https), or - for stdin; 'a-{00..99}.tar' "
+        "stands for a range. Plain text, JSON Lines, other JSON, CSV and TSV, and tar archives of "
+        "these such as webdataset shards, also compressed with gzip, bzip2, xz or zstd, parquet, "
+        "Arrow and data sets that Hugging Face's library saved are recognized by content and name; "
+        "zstd, parquet and Arrow need the extra moa-dist[formats]. What else a folder or archive "
+        "holds is left out and named in the summary, as are hidden files",
     )
     texts.add_argument(
         "--pairs",
@@ -93,7 +95,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-field",
         metavar="NAME",
-        help="field of JSON, or column of CSV and parquet, that holds the text; a.b is field b of "
+        help="field of JSON, or column of a table, that holds the text; a.b is field b of "
         "the object in field a (text)",
     )
     parser.add_argument(

@@ -13,9 +13,9 @@ from pydantic import (
     PositiveInt,
 )
 
-from moa_dist.config.data import DataConfig, FolderPath
+from moa_dist.config.data import DataConfig
 from moa_dist.config.model import ModelConfig
-from moa_dist.config.section import MAY_CHANGE, Section
+from moa_dist.config.section import MAY_CHANGE, FolderPath, Section
 
 
 class ExpertExchangeConfig(Section):

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import os.path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+)
 from pydantic import model_validator as validator
+
+FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; unlike the words of a command, it has met no shell that knows what `~` is."""
 
 
 class _MayChange:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from moa_dist.config.prepare import ErrorRule
 from moa_dist.data.compression import decompressed, looks_binary, read_errors_named
-from moa_dist.data.text_options import ErrorRule, TextCounts
+from moa_dist.data.text_options import TextCounts
 from moa_dist.errors import DataError
 
 MAX_RECORD_BYTES = 1 << 28

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from moa_dist.data.hold_out import SPLITS, HoldOut, Split, Survey
-from moa_dist.data.input_files import LeftOut, find_files
+from moa_dist.data.input_files import find_files
+from moa_dist.data.left_out import LeftOut
 from moa_dist.data.manifest import (
     Manifest,
     save_manifest,

@@ -13,20 +13,23 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from moa_dist.data.archives import is_tar, read_members
 from moa_dist.data.compression import (
     content_suffix,
     decompressed,
+    is_arrow,
     is_parquet,
     read_errors_named,
     read_head,
 )
 from moa_dist.data.decoding import Decoder
-from moa_dist.data.input_files import (
+from moa_dist.data.input_kinds import (
     CSV_SUFFIXES,
     JSON_SUFFIXES,
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
     PLAIN_SUFFIXES,
+    TAR_SUFFIXES,
 )
 from moa_dist.data.records import (
     Records,
@@ -37,12 +40,12 @@ from moa_dist.data.records import (
     read_csv,
     read_json_lines,
     read_json_values,
-    read_parquet,
 )
+from moa_dist.data.tables import read_arrow, read_parquet
 from moa_dist.data.text_options import TextCounts, TextOptions
 from moa_dist.errors import DataError
 
-Format = Literal["text", "json-lines", "json-values", "csv", "parquet"]
+Format = Literal["text", "json-lines", "json-values", "csv", "parquet", "arrow", "tar"]
 
 _PIECE_CHARACTERS = 1 << 16
 _PROSE_SUFFIXES = frozenset({".txt", ".text"})
@@ -117,13 +120,26 @@ def _all_documents(
     for path in files:
         counts.files_opened += 1
         with read_errors_named(path), path.open("rb") as raw:
-            decoder = Decoder(path, options.errors, counts)
-            kind = recognize(path, read_head(path), options)
-            stream = raw if kind == "parquet" else decompressed(path, raw)
-            for parts in _documents_of(kind, decoder, stream, options, counts):
+            for parts in _documents_in(path, raw, options, counts):
                 yield _located(parts, raw, finished_bytes, counts)
         finished_bytes += path.stat().st_size
         counts.input_bytes = finished_bytes
+
+
+def _documents_in(
+    path: Path, raw: BinaryIO, options: TextOptions, counts: TextCounts
+) -> Iterator[Iterator[str]]:
+    """Yield the documents of a file, or of the members of an archive."""
+    kind = recognize(path, read_head(path, raw), options)
+    stream = raw if kind == "parquet" else decompressed(path, raw)
+    if kind != "tar":
+        yield from _documents_of(kind, Decoder(path, options.errors, counts), stream, options)
+        return
+    prefers_json = options.json_field is not None
+    members = read_members(path, stream, counts.left_out, prefers_json=prefers_json)
+    for member, content in members:
+        with read_errors_named(member), content:
+            yield from _documents_in(member, content, options, counts)
 
 
 def _located(
@@ -144,6 +160,10 @@ def recognize(path: Path, head: bytes, options: TextOptions) -> Format:
     start = head.decode("utf-8-sig", errors="ignore")
     if is_parquet(head) or (suffix in PARQUET_SUFFIXES and chosen == "auto"):
         return "parquet"
+    if is_arrow(head) or (suffix == ".arrow" and chosen == "auto"):
+        return "arrow"
+    if is_tar(head) or (suffix in TAR_SUFFIXES and chosen == "auto"):
+        return "tar"
     if chosen == "auto":
         if suffix in JSON_SUFFIXES:
             chosen = "json"
@@ -171,7 +191,7 @@ def recognize(path: Path, head: bytes, options: TextOptions) -> Format:
 
 
 def _documents_of(
-    kind: Format, decoder: Decoder, stream: BinaryIO, options: TextOptions, counts: TextCounts
+    kind: Format, decoder: Decoder, stream: BinaryIO, options: TextOptions
 ) -> Iterator[Iterator[str]]:
     """Yield the documents of a file, each as an iterator over parts of its text."""
     records: Records
@@ -184,9 +204,11 @@ def _documents_of(
             records = read_csv(decoder, stream, options.field)
         case "parquet":
             records = read_parquet(decoder.path, stream, options.field)
-        case "text":
+        case "arrow":
+            records = read_arrow(decoder.path, stream, options.field)
+        case _:
             return _SPLITTERS[options.documents](decoder.parts(stream))
-    return _texts(decoder.path, records, options, counts)
+    return _texts(decoder.path, records, options, decoder.counts)
 
 
 def _whole(parts: Iterator[str]) -> Iterator[Iterator[str]]:

@@ -11,8 +11,8 @@ from pydantic import JsonValue
 from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change, Changes, changes, covers, refused
 from moa_dist.config.run import Config
-from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import MANIFEST_FILE, sha256_of
+from moa_dist.data.places import local_path
 from moa_dist.train.schedule import learning_rate
 
 DATA = "data.train"
