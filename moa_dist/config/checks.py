@@ -16,6 +16,7 @@ from moa_dist.config.optimization_checks import (
     decay,
     fractions_of_the_peak,
     optimizer,
+    phases,
     warmup,
 )
 from moa_dist.config.run import Config
@@ -353,5 +354,6 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _kept_checkpoints,
     unknown_permissions,
     _enough_experts,
+    phases,
 )
 """Each is independent of the others, so an invalid field skips only the checks that read it."""

@@ -94,16 +94,29 @@ DecayShape = Literal["linear", "sqrt", "cosine"]
 (Haegele et al. 2024)."""
 
 
+class PhaseConfig(Section):
+    """A stretch of steps over which the learning rate goes from where it is to another value."""
+
+    steps: PositiveInt | None = None
+    """How many; null, which one phase may have, for all that the others leave of `train.steps`."""
+    to: Annotated[float, Field(ge=0, le=1)]
+    """Fraction of `optimizer.lr` at the end. The rate stays where the phase before ended there."""
+    shape: DecayShape = "linear"
+    """How it goes there."""
+
+
 class ScheduleConfig(Section):
     """Learning rate over steps, relative to `optimizer.lr`."""
 
-    kind: Literal["constant", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    kind: Literal["constant", "cosine", "inverse_sqrt", "wsd", "phases"] = "cosine"
     """Shape after the warm-up. `wsd` (warm-up, stable, decay) stays at the peak until the last
-    `decay_steps` steps."""
+    `decay_steps` steps; `phases` are free, and the first of them is the warm-up."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Phases one after the other, as several peaks need them; the rate stays after the last."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     warmup_start: NonNegativeFloat = 0.0
-    """Fraction of the peak at step 0 of the warm-up."""
+    """Fraction of the peak at step 0 of the warm-up, or of the first of `phases`."""
     final: NonNegativeFloat = 0.1
     """Fraction of the peak at the end of the cosine or of the decay."""
     decay_steps: NonNegativeInt = 0
