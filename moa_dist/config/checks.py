@@ -183,6 +183,15 @@ def _tasks(config: Config) -> Iterator[Problem]:
         )
 
 
+def _samples(config: Config) -> Iterator[Problem]:
+    if config.evaluation.samples.prompts and config.model.objective != "causal":
+        yield Problem(
+            f"`evaluation.samples.prompts` are continued, which a model of `model.objective` "
+            f"{config.model.objective} cannot do",
+            ("evaluation.samples.prompts", "model.objective"),
+        )
+
+
 def _precision(config: Config) -> Iterator[Problem]:
     if config.train.precision == "bf16" and config.parallel.zero_stage == 0:
         yield Problem(
@@ -345,15 +354,16 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _trace,
     warmup,
     decay,
+    phases,
     fractions_of_the_peak,
     optimizer,
     _init,
     _tasks,
+    _samples,
     _precision,
     _compile,
     _kept_checkpoints,
     unknown_permissions,
     _enough_experts,
-    phases,
 )
 """Each is independent of the others, so an invalid field skips only the checks that read it."""

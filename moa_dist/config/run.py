@@ -171,6 +171,25 @@ class TrainConfig(Section):
     null accepts any finite loss."""
 
 
+class SamplesConfig(Section):
+    """Texts that the model continues during training."""
+
+    prompts: tuple[str, ...] = ()
+    """Beginnings of texts; an empty one starts a document. Without any, there are no samples."""
+    every: PositiveInt = 500
+    """Steps between samples; the last step is always followed by some."""
+    tokens: PositiveInt = 64
+    """New tokens per prompt, at most. Each costs a forward on every rank."""
+    temperature: NonNegativeFloat = 0.8
+    """Divisor of the logits; 0 always takes the most probable token."""
+    top_k: PositiveInt | None = None
+    """Draw from so many most probable tokens; null for all."""
+    top_p: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Draw from the fewest tokens whose probabilities add up to this."""
+    seed: NonNegativeInt = 0
+    """Seed of the draws, which are the same at every step."""
+
+
 class EvaluationConfig(Section):
     """Validation during training."""
 
@@ -181,6 +200,8 @@ class EvaluationConfig(Section):
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks to score with every validation, each as `NAME=PATH` like those of
     `moa-dist eval --tasks`: `[lambada=eval/lambada.jsonl, blimp=eval/blimp]`."""
+    samples: SamplesConfig = SamplesConfig()
+    """Texts that the model continues, with or without validation."""
 
 
 class LoggingConfig(Section):

@@ -13,6 +13,7 @@ from moa_dist.data.check import check_data
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError, Problem
 from moa_dist.evaluate.export import is_export
+from moa_dist.evaluate.samples import samples_of
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
 from moa_dist.observe.tracker import missing_packages
@@ -47,6 +48,7 @@ def check_run(config: Config, world_size: int) -> None:
             objective=config.model.objective,
         )
         task_evaluation(config)
+        samples_of(config)
         if resumes:
             _check_tokenizer(config, folder)
         if newest is not None:  # else the checkpointer will explain
