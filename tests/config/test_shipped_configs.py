@@ -73,7 +73,14 @@ def test_small_masked_models_differ_in_the_number_of_experts_alone():
     assert all(config == alike[0] for config in alike)
 
 
-EXAMPLES = {"own_text": 1, "moeut_44m": 8, "moa_moe": 2, "masked_lm": 1}
+EXAMPLES = {
+    "own_text": 1,
+    "second_phase": 1,
+    "fine_tune": 1,
+    "moeut_44m": 8,
+    "moa_moe": 2,
+    "masked_lm": 1,
+}
 """Ranks that their headings start."""
 
 

@@ -165,6 +165,7 @@ def test_a_tokenizer_of_others_adds_nothing_to_a_text(tmp_path):
     assert theirs.eos_token_id == ours.end_of_document
 
 
+@pytest.mark.full
 def test_weights_in_bf16_are_loaded_as_such(tmp_path):
     exported(tmp_path / "first", small_config("moa", vocab_size=VOCABULARY))
     export(tmp_path / "first.run/step-00000000", tmp_path / "out", torch.bfloat16)

@@ -114,6 +114,7 @@ def test_exported_it_computes_the_same(run, tmp_path):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.full
 def test_exported_it_runs_where_neither_it_nor_the_package_is_installed(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     read_elsewhere([tmp_path / "out"])
