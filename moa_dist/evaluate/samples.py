@@ -2,8 +2,8 @@
 
 Prompt i is continued by rank i mod W. Experts and parameters may lie on other ranks, so every rank
 enters the same number of forwards: one per new token, also when its texts have ended, or when it
-has none. Each forward reads whole texts, as nothing else does for experts with a capacity, which
-keep it here. Without one, the texts are those of `generate`.
+has none. Each forward reads whole texts, because experts with a capacity, which they keep here,
+cannot use a cache. Without a capacity, the texts are those of `generate`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Samples:
     @torch.no_grad()
     def _read(self, model: nn.Module, texts: list[list[int]]) -> Tensor:
         """Return logits [B, V] of the next tokens, fp64 on the CPU."""
-        # A group of sequences shares the experts' capacity: each gets one text, rest padding.
+        # A group of sequences shares the experts' capacity: it gets one text, the rest is padding.
         stride = sequences_per_group(self.config.model)
         rows = [row for text in texts for row in [text, *[[]] * (stride - 1)]]
         padded, real = padded_left(rows, max(map(len, rows)))

@@ -2,11 +2,13 @@
 
 import ast
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._library.custom_ops import OPDEFS
 from transformers import PreTrainedTokenizerFast
 
 from moa_dist import __version__, load_model
@@ -132,6 +134,24 @@ def test_the_code_imports_what_comes_with_torch_and_transformers():
             elif isinstance(node, ast.ImportFrom):
                 assert node.module.partition(".")[0] in allowed, name
     assert not any("moa_dist_train" in name or "collectives" in name for name in files)
+
+
+def test_every_file_can_be_imported_next_to_the_package(tmp_path, monkeypatch):
+    """Those for GPUs, too, which are imported on first use: operators have names of their own."""
+    pytest.importorskip("triton", reason="in the extra `dev`")
+    folder = tmp_path / "generated_for_test"
+    folder.mkdir()
+    files = generate_code()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(OPDEFS)
+    modules = [import_module(f"{folder.name}.{name.removesuffix('.py')}") for name in files]
+    assert len(modules) == len(files)
+    names = {name.removeprefix("moa_dist::") for name in before if name.startswith("moa_dist::")}
+    new = {name for name in set(OPDEFS) - before if name.startswith("moa_dist")}
+    assert {name.partition("::")[2] for name in new} == names
+    assert names
 
 
 def test_the_code_names_its_version():
