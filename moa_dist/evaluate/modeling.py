@@ -63,10 +63,11 @@ class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Compute logits [B, S, V] for `input_ids` [B, S] int64.
 
-        `attention_mask` [B, P + S] is 0 at padding, which may be anywhere; it covers the P tokens
-        that are in the `cache`, too. With `use_cache`, the cache is extended and returned. With
-        `labels` [B, S], also computes the mean cross-entropy of each next label; labels of -100
-        are ignored. Other arguments request outputs that these models do not have, and are ignored.
+        `attention_mask` [B, P + S] is 0 at padding, which may be where `LanguageModel` allows it;
+        it covers the P tokens that are in the `cache`, too. With `use_cache`, the cache is extended
+        and returned. With `labels` [B, S], also computes the mean cross-entropy of each next label;
+        labels of -100 are ignored. Other arguments request outputs that these models do not have,
+        and are ignored.
         """
         token_mask = None if attention_mask is None else attention_mask.bool()
         if use_cache and cache is None:
