@@ -16,6 +16,7 @@ from moa_dist.config.optimization_checks import (
     decay,
     fractions_of_the_peak,
     optimizer,
+    phases,
     warmup,
 )
 from moa_dist.config.run import Config
@@ -182,6 +183,15 @@ def _tasks(config: Config) -> Iterator[Problem]:
         )
 
 
+def _samples(config: Config) -> Iterator[Problem]:
+    if config.evaluation.samples.prompts and config.model.objective != "causal":
+        yield Problem(
+            f"`evaluation.samples.prompts` are continued, which a model of `model.objective` "
+            f"{config.model.objective} cannot do",
+            ("evaluation.samples.prompts", "model.objective"),
+        )
+
+
 def _precision(config: Config) -> Iterator[Problem]:
     if config.train.precision == "bf16" and config.parallel.zero_stage == 0:
         yield Problem(
@@ -344,10 +354,12 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _trace,
     warmup,
     decay,
+    phases,
     fractions_of_the_peak,
     optimizer,
     _init,
     _tasks,
+    _samples,
     _precision,
     _compile,
     _kept_checkpoints,

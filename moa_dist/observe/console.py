@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,13 @@ from typing import TextIO
 from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.observe.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
+from moa_dist.observe.metrics import (
+    RunStart,
+    SampleMetrics,
+    StepMetrics,
+    Timing,
+    ValidationMetrics,
+)
 from moa_dist.observe.routing import dead_experts, overall_drop_share, worst_imbalance
 from moa_dist.units import duration, short
 
@@ -93,6 +100,15 @@ class Console:
             f"{in_bytes}over {short(metrics.tokens)} tokens{_by_folder(metrics.losses)}"
             + "".join(f"  {name} {value:.3f}" for name, value in metrics.tasks.items())
         )
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Print a line per text, in which line breaks are escaped."""
+        width = len(str(self._num_steps))
+        for prompt, text in metrics.samples:
+            self._print(
+                f"sample {metrics.step:>{width}}/{self._num_steps}        "
+                f"{json.dumps(prompt, ensure_ascii=False)} {json.dumps(text, ensure_ascii=False)}"
+            )
 
     def rewind(self, step: int) -> None:
         """Do nothing: printed lines stay, and a note reports the rollback."""

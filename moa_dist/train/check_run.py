@@ -15,6 +15,7 @@ from moa_dist.data.places import is_unprepared, local_path, prepare_texts
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError, Problem
 from moa_dist.evaluate.export import is_export
+from moa_dist.evaluate.samples import samples_of
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
 from moa_dist.observe.tracker import missing_packages
@@ -46,6 +47,7 @@ def check_run(config: Config, world_size: int, should_stop: ShouldStop = never) 
         lacks_text = _check_data(config, should_stop, may_prepare=not problems)
         if not lacks_text:
             task_evaluation(config)
+            samples_of(config)
         if resumes and not lacks_text:
             _check_tokenizer(config, folder)
         if newest is not None and not lacks_text:  # else the checkpointer will explain

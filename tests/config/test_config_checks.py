@@ -65,6 +65,32 @@ COMPILE = "train.compile"
         (["init.weights=a", "init.branch=b"], ("init.weights", "init.branch"), {}),
         (["init.new=[a]"], ("init.new", "init.weights"), {}),
         (["evaluation.tasks=[piqa=a]"], ("evaluation.tasks", "data.valid"), {}),
+        (
+            ["evaluation.samples.prompts=[a]", "model.objective=masked"],
+            ("evaluation.samples.prompts", "model.objective"),
+            {},
+        ),
+        (
+            ["schedule.phases=[{to: 1}]"],
+            ("schedule.phases", "schedule.kind"),
+            {"schedule.kind": ["phases"]},
+        ),
+        (["schedule.kind=phases"], ("schedule.phases", "schedule.kind"), {}),
+        (
+            ["schedule.kind=phases", "schedule.phases=[{to: 1}, {to: 0}]"],
+            ("schedule.phases",),
+            {},
+        ),
+        (
+            ["schedule.kind=phases", "schedule.phases=[{steps: 60, to: 1}, {steps: 41, to: 0}]"],
+            ("schedule.phases", "train.steps"),
+            {},
+        ),
+        (
+            ["schedule.kind=phases", "schedule.phases=[{to: 1}]", "schedule.warmup_steps=5"],
+            ("schedule.warmup_steps", "schedule.kind"),
+            {},
+        ),
         (["schedule.kind=wsd"], ("schedule.decay_steps", "schedule.kind"), {}),
         (
             ["schedule.decay_steps=5"],
