@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import RouterConfig
+from moa_dist.kernels.gradient_sum import GradientSum, linear, sum_of
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
@@ -95,9 +95,9 @@ class RouterLogits(nn.Module):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with _without_autocast(x_TD.device.type):
             if has_wide_product(x_TD) and x_TD.dtype == self.weight.dtype:
-                logits: Tensor = _WideProduct.apply(x_TD, self.weight)
+                logits: Tensor = _WideProduct.apply(x_TD, self.weight, *sum_of(self.weight))
                 return logits
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return linear(x_TD.to(dtype), self.weight)
 
 
 def has_wide_product(x: Tensor) -> bool:
@@ -115,15 +115,25 @@ class _WideProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        handle: Tensor | None = None,
+        total: GradientSum | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.total = total
         return torch.mm(x, weight.T, out_dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        return grad @ weight, grad.T @ x
+        if ctx.total is None:
+            return grad @ weight, grad.T @ x, None, None
+        ctx.total.add_product(grad.T, x)
+        return grad @ weight, None, None, None
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:

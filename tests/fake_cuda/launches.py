@@ -27,7 +27,7 @@ from triton.runtime.jit import KernelInterface
 
 import moa_dist
 from moa_dist.kernels.hardware import Hardware
-from tests.fake_cuda.gathers import GATHERS
+from tests.fake_cuda.gathers import GATHERS, UPDATED
 from tests.fake_cuda.host_waits import place
 
 PACKAGE = Path(moa_dist.__file__).parent
@@ -120,8 +120,12 @@ class Launches(TorchDispatchMode):
         operands = inspect.signature(kernel.fn).bind(*args, **options).arguments
         # An operand that is not used is another one, passed in its place.
         tensors = {_identity(x): x for x in operands.values() if isinstance(x, Tensor)}
-        distinct = full = sum(x.nbytes for x in tensors.values())
         name = kernel.fn.__name__
+        distinct = full = sum(x.nbytes for x in tensors.values())
+        for read, written in UPDATED.get(name, ()):
+            if operands[read] is operands[written]:
+                distinct += operands[read].nbytes
+                full += operands[read].nbytes
         for gather in GATHERS.get(name, ()):
             rows, index = operands[gather.rows], operands[gather.index]
             if rows is not None and index is not None and not index.is_floating_point():

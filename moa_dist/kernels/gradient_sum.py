@@ -1,0 +1,202 @@
+"""Gradients of tensors that a forward pass uses several times, such as weights of shared layers.
+
+Autograd would round the gradient of every use to the tensor's type and add the rounded ones in that
+type. Here uses add to one sum in fp32 or wider instead, within the product that computes their term
+where this is possible, and what leaves the backward pass is rounded once.
+
+A sum exists from the first use that the backward pass reaches to the last. In the autograd graph
+it is a node between the tensor and its uses: these return no gradient, but the node runs after
+all of them, and returns the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Into(NamedTuple):
+    """Where the gradient of a tensor goes."""
+
+    out: Tensor
+    """Receives the result."""
+    total: Tensor | None = None
+    """What is added to the gradient before it is rounded; may be `out` itself."""
+
+
+class GradientSum:
+    """The sum of the gradients of one tensor over its uses in one forward pass."""
+
+    def __init__(self, tensor: Tensor, num_uses: int) -> None:
+        self._dtype = tensor.dtype
+        self._wide = torch.promote_types(tensor.dtype, torch.float32)
+        self._num_uses = num_uses
+        self._num_added = 0
+        self._total: Tensor | None = None
+
+    def into(self, like: Tensor) -> Into:
+        """Begin a use whose gradient has the shape of `like`; `out` must then be filled.
+
+        It is the sum so far, which thereby becomes the sum with this use. The result of the last
+        use is rounded.
+        """
+        self._num_added += 1
+        total = self._total
+        dtype = self._dtype if self._num_added == self._num_uses else self._wide
+        if total is None or total.dtype != dtype:
+            self._total = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        assert self._total is not None
+        return Into(self._total, total)
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient of a use."""
+        self._num_added += 1
+        if self._total is None:
+            self._total = gradient.to(self._wide, copy=True)
+        else:
+            self._total += gradient
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add `left @ right`, the gradient of a use, unrounded."""
+        self._num_added += 1
+        total, wide = self._total, self._wide
+        if left.device.type == "cpu" or left.dtype == wide:
+            left, right = left.to(wide), right.to(wide)
+            self._total = torch.mm(left, right) if total is None else total.addmm_(left, right)
+        elif total is None:
+            self._total = torch.mm(left, right, out_dtype=wide)
+        else:
+            torch.addmm(total, left, right, out_dtype=wide, out=total)
+
+    def take(self) -> Tensor | None:
+        """Return the sum, rounded to the type of the tensor, and begin anew; None if it is zero."""
+        total, self._total, self._num_added = self._total, None, 0
+        return None if total is None else total.to(self._dtype)
+
+
+class _Summed(NamedTuple):
+    handle: Tensor
+    """Connects a use to the node that returns the sum."""
+    sum: GradientSum
+
+
+class _Return(torch.autograd.Function):
+    """Returns the sum of a tensor's gradients, after all uses of the handle have added theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, total: GradientSum) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total = total
+        return tensor.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, None]:
+        return ctx.total.take(), None
+
+
+_ATTRIBUTE = "summed_gradient"
+
+
+class Repeats:
+    """The uses that one forward pass makes of some parameters, and the sums of their gradients."""
+
+    def __init__(self, weights: Mapping[Tensor, Tensor], num_uses: int) -> None:
+        """Sum the gradients of what is used in place of each parameter, perhaps itself."""
+        self._summed: list[tuple[Tensor, Tensor, _Summed]] = []
+        if num_uses == 1 or not torch.is_grad_enabled():
+            return
+        for parameter, used in weights.items():
+            if used.requires_grad:
+                total = GradientSum(used, num_uses)
+                self._summed.append((parameter, used, _Summed(_Return.apply(used, total), total)))
+
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        """Let operations of this file, and routed experts, add to the sums while open."""
+        for parameter, _, summed in self._summed:
+            setattr(parameter, _ATTRIBUTE, summed)
+        try:
+            yield
+        finally:
+            for parameter, _, _ in self._summed:
+                delattr(parameter, _ATTRIBUTE)
+
+    def aliases(self) -> dict[Tensor, Tensor]:
+        """Return what other code, such as a compiled graph, shall use instead of each tensor.
+
+        The gradient of a use is then rounded before it is added.
+        """
+        return {used: _Alias.apply(used, *summed) for _, used, summed in self._summed}
+
+
+def _summed(tensor: Tensor) -> _Summed | None:
+    if torch.compiler.is_compiling():
+        return None
+    found: _Summed | None = getattr(tensor, _ATTRIBUTE, None)
+    return found
+
+
+def used_for(parameter: Tensor, used: Tensor) -> Tensor:
+    """Return `used`, which stands for a parameter in all its uses, with the parameter's sum."""
+    summed = _summed(parameter)
+    if summed is not None:
+        setattr(used, _ATTRIBUTE, summed)
+    return used
+
+
+def sum_of(tensor: Tensor) -> tuple[Tensor | None, GradientSum | None]:
+    """Return what a differentiable operation that uses `tensor` takes as two more operands.
+
+    They are the handle, and the sum to which backward adds the gradient; None without a sum.
+    """
+    return _summed(tensor) or (None, None)
+
+
+class _Alias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, handle: Tensor, total: GradientSum) -> Tensor:
+        ctx.total = total
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.total.add(grads[0])
+        return None, None, None
+
+
+def vector(tensor: Tensor) -> Tensor:
+    """Return a small tensor for one use, whose gradient is rounded before it is added."""
+    summed = _summed(tensor)
+    return tensor if summed is None else _Alias.apply(tensor, *summed)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, handle: Tensor, total: GradientSum) -> Tensor:
+        # The weight itself, not an alias: ZeRO 3 frees it between the passes.
+        ctx.save_for_backward(x, weight)
+        ctx.total = total
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        rows = grad.flatten(0, -2)
+        ctx.total.add_product(rows.T, x.flatten(0, -2).to(grad.dtype))
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `x @ weight.T + bias` in the type of x [..., I] for weight [O, I]."""
+    summed = _summed(weight)
+    if summed is None:
+        return F.linear(x, weight.to(x.dtype), bias)
+    y: Tensor = _Linear.apply(x, weight, *summed)
+    return y if bias is None else y + vector(bias)
