@@ -79,12 +79,6 @@ class GradientSum:
         return None if total is None else total.to(self._dtype)
 
 
-class _Summed(NamedTuple):
-    handle: Tensor
-    """Connects a use to the node that returns the sum."""
-    sum: GradientSum
-
-
 class _Return(torch.autograd.Function):
     """Returns the sum of a tensor's gradients, after all uses of the handle have added theirs."""
 
@@ -101,29 +95,48 @@ class _Return(torch.autograd.Function):
 
 _ATTRIBUTE = "summed_gradient"
 
+Operands = tuple[Tensor, GradientSum]
+"""What a differentiable operation takes besides a tensor whose gradients are summed: the handle,
+which connects it to the node that returns the sum, and the sum, to which its backward adds."""
+
+
+class _Summed:
+    """A tensor and the sum of its gradients."""
+
+    def __init__(self, tensor: Tensor, num_uses: int) -> None:
+        self.tensor = tensor
+        self._sum = GradientSum(tensor, num_uses)
+        self._handle: Tensor | None = None
+
+    def operands(self) -> Operands:
+        """Return operands of a use; the first one must have the tensor whole, under ZeRO 3 too."""
+        if self._handle is None:
+            self._handle = _Return.apply(self.tensor, self._sum)
+        return self._handle, self._sum
+
 
 class Repeats:
     """The uses that one forward pass makes of some parameters, and the sums of their gradients."""
 
     def __init__(self, weights: Mapping[Tensor, Tensor], num_uses: int) -> None:
         """Sum the gradients of what is used in place of each parameter, perhaps itself."""
-        self._summed: list[tuple[Tensor, Tensor, _Summed]] = []
-        if num_uses == 1 or not torch.is_grad_enabled():
-            return
-        for parameter, used in weights.items():
-            if used.requires_grad:
-                total = GradientSum(used, num_uses)
-                self._summed.append((parameter, used, _Summed(_Return.apply(used, total), total)))
+        self._summed: dict[Tensor, _Summed] = {}
+        if num_uses > 1 and torch.is_grad_enabled():
+            self._summed = {
+                parameter: _Summed(used, num_uses)
+                for parameter, used in weights.items()
+                if used.requires_grad
+            }
 
     @contextmanager
     def summing(self) -> Iterator[None]:
         """Let operations of this file, and routed experts, add to the sums while open."""
-        for parameter, _, summed in self._summed:
+        for parameter, summed in self._summed.items():
             setattr(parameter, _ATTRIBUTE, summed)
         try:
             yield
         finally:
-            for parameter, _, _ in self._summed:
+            for parameter in self._summed:
                 delattr(parameter, _ATTRIBUTE)
 
     def aliases(self) -> dict[Tensor, Tensor]:
@@ -131,7 +144,10 @@ class Repeats:
 
         The gradient of a use is then rounded before it is added.
         """
-        return {used: _Alias.apply(used, *summed) for _, used, summed in self._summed}
+        return {
+            summed.tensor: _Alias.apply(summed.tensor, *summed.operands())
+            for summed in self._summed.values()
+        }
 
 
 def _summed(tensor: Tensor) -> _Summed | None:
@@ -149,12 +165,10 @@ def used_for(parameter: Tensor, used: Tensor) -> Tensor:
     return used
 
 
-def sum_of(tensor: Tensor) -> tuple[Tensor | None, GradientSum | None]:
-    """Return what a differentiable operation that uses `tensor` takes as two more operands.
-
-    They are the handle, and the sum to which backward adds the gradient; None without a sum.
-    """
-    return _summed(tensor) or (None, None)
+def sum_of(tensor: Tensor) -> Operands | tuple[None, None]:
+    """Return the operands that a use of `tensor` takes; None, None if there is no sum."""
+    summed = _summed(tensor)
+    return (None, None) if summed is None else summed.operands()
 
 
 class _Alias(torch.autograd.Function):
@@ -172,7 +186,7 @@ class _Alias(torch.autograd.Function):
 def vector(tensor: Tensor) -> Tensor:
     """Return a small tensor for one use, whose gradient is rounded before it is added."""
     summed = _summed(tensor)
-    return tensor if summed is None else _Alias.apply(tensor, *summed)
+    return tensor if summed is None else _Alias.apply(tensor, *summed.operands())
 
 
 class _Linear(torch.autograd.Function):
@@ -198,5 +212,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     summed = _summed(weight)
     if summed is None:
         return F.linear(x, weight.to(x.dtype), bias)
-    y: Tensor = _Linear.apply(x, weight, *summed)
+    y: Tensor = _Linear.apply(x, weight, *summed.operands())
     return y if bias is None else y + vector(bias)
