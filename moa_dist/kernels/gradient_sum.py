@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,6 +26,19 @@ class Into(NamedTuple):
     """Receives the result."""
     total: Tensor | None = None
     """What is added to the gradient before it is rounded; may be `out` itself."""
+
+
+def _is_widened(x: Tensor) -> bool:
+    """Whether a product of rows like x is unrounded only if these are widened: not on GPUs."""
+    return x.device.type == "cpu" or x.dtype not in (torch.bfloat16, torch.float16)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Compute `left @ right` in fp32 or wider."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if _is_widened(left):
+        return torch.mm(left.to(wide), right.to(wide))
+    return torch.mm(left, right, out_dtype=wide)
 
 
 class GradientSum:
@@ -64,12 +76,12 @@ class GradientSum:
     def add_product(self, left: Tensor, right: Tensor) -> None:
         """Add `left @ right`, the gradient of a use, unrounded."""
         self._num_added += 1
+        if self._total is None:
+            self._total = wide_product(left, right)
+            return
         total, wide = self._total, self._wide
-        if left.device.type == "cpu" or left.dtype == wide:
-            left, right = left.to(wide), right.to(wide)
-            self._total = torch.mm(left, right) if total is None else total.addmm_(left, right)
-        elif total is None:
-            self._total = torch.mm(left, right, out_dtype=wide)
+        if _is_widened(left):
+            total.addmm_(left.to(wide), right.to(wide))
         else:
             torch.addmm(total, left, right, out_dtype=wide, out=total)
 
@@ -139,6 +151,14 @@ class Repeats:
             for parameter in self._summed:
                 delattr(parameter, _ATTRIBUTE)
 
+    def detached(self, used: Tensor) -> Tensor:
+        """Return what is used in place of a parameter without its own edges in the graph.
+
+        Nothing then makes zeros of the gradients that its uses do not return.
+        """
+        is_summed = any(used is summed.tensor for summed in self._summed.values())
+        return used.detach() if is_summed else used
+
     def aliases(self) -> dict[Tensor, Tensor]:
         """Return what other code, such as a compiled graph, shall use instead of each tensor.
 
@@ -183,34 +203,10 @@ class _Alias(torch.autograd.Function):
         return None, None, None
 
 
-def vector(tensor: Tensor) -> Tensor:
-    """Return a small tensor for one use, whose gradient is rounded before it is added."""
+def alias(tensor: Tensor) -> Tensor:
+    """Return a tensor for one use, whose gradient is rounded before it is added.
+
+    For operations that cannot add to a sum. An alias keeps the memory that ZeRO 3 would free.
+    """
     summed = _summed(tensor)
     return tensor if summed is None else _Alias.apply(tensor, *summed.operands())
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, handle: Tensor, total: GradientSum) -> Tensor:
-        # The weight itself, not an alias: ZeRO 3 frees it between the passes.
-        ctx.save_for_backward(x, weight)
-        ctx.total = total
-        return F.linear(x, weight.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
-        rows = grad.flatten(0, -2)
-        ctx.total.add_product(rows.T, x.flatten(0, -2).to(grad.dtype))
-        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `x @ weight.T + bias` in the type of x [..., I] for weight [O, I]."""
-    summed = _summed(weight)
-    if summed is None:
-        return F.linear(x, weight.to(x.dtype), bias)
-    y: Tensor = _Linear.apply(x, weight, *summed.operands())
-    return y if bias is None else y + vector(bias)

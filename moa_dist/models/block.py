@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.shared_input import share
 from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
@@ -233,6 +234,7 @@ class Block(nn.Module):
         trace: bool,
     ) -> tuple[Tensor, AttentionOutput]:
         n = x if self.placement == "post" else self.attention_norm(x)
+        n = share(n, self.attention.parameters())
         # Peri, MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else.
         value = x if self.placement == "peri" else n
         output = self.attention(n, n, value, mask, gathered, cache, trace)
@@ -243,6 +245,7 @@ class Block(nn.Module):
         self, x: Tensor, token_mask: Tensor | None, gathered: Gathered, trace: bool
     ) -> tuple[Tensor, FeedForwardOutput]:
         n = x if self.placement == "post" else self.ffn_norm(x)
+        n = share(n, self.ffn.parameters())
         output = self.ffn(x if self.placement == "peri" else n, n, token_mask, gathered, trace)
         x = x + self.dropout(output.y)
         return self.ffn_norm(x) if self.placement == "post" else x, output

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moa_dist.kernels import gradient_sum
+from moa_dist.kernels.gradient_sum import alias
+from moa_dist.kernels.shared_input import linear
 from moa_dist.moe.initialize import Constant, Initializer
 
 
@@ -25,7 +26,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_out]."""
-        return gradient_sum.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def macs(self, num_rows: int) -> int:
         """Count multiply-accumulates for `num_rows` rows."""
@@ -45,4 +46,4 @@ class Bias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return x + gradient_sum.vector(self.value)
+        return x + alias(self.value)

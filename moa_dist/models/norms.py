@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.kernels import gradient_sum
+from moa_dist.kernels.gradient_sum import alias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -13,7 +13,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        weight, bias = map(gradient_sum.vector, (self.weight, self.bias))
+        weight, bias = map(alias, (self.weight, self.bias))
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
@@ -22,5 +22,5 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        weight = gradient_sum.vector(self.weight)
+        weight = alias(self.weight)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)

@@ -158,10 +158,10 @@ class LayerStack(nn.Module):
     ) -> BlockOutput:
         layer, rest = self.layers[index], (cache, memory, trace)
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(layer, repeats, x, mask, gathered, *rest)
+            return recomputed(layer, repeats, x, mask, gathered.map(repeats.detached), *rest)
         if self._compiled is None or not (torch.is_grad_enabled() and self.training) or trace:
             with repeats.summing():
-                return layer(x, mask, gathered, *rest)
+                return layer(x, mask, gathered.map(repeats.detached), *rest)
         compiled, alias = self._compiled[index], repeats.aliases()
         weights = {name: alias.get(weight, weight) for name, weight in compiled.named_parameters()}
         gathered = gathered.map(lambda weight: alias.get(weight, weight))
