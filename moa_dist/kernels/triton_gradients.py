@@ -300,9 +300,6 @@ def _outer_products(  # type: ignore[no-untyped-def]
     end = tl.load(ends + expert + 1)
     inputs = tile // COLUMN_TILES * ROWS + tl.arange(0, ROWS)
     outputs = tile % COLUMN_TILES * COLUMNS + tl.arange(0, COLUMNS)
-    where = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
-    where += inputs[:, None] * WIDTH_OUT + outputs[None, :]
-    mask = (inputs < WIDTH_IN)[:, None] & (outputs < WIDTH_OUT)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(first, end, DEPTH):
         rows = start + tl.arange(0, DEPTH)
@@ -324,6 +321,13 @@ def _outer_products(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
-    if before is not None:
-        total += tl.load(before + where, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + where, total.to(out.dtype.element_ty), mask=mask)
+    offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
+    parts = quarters(total)
+    for i in tl.static_range(4):
+        outputs = tile % COLUMN_TILES * COLUMNS + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+        where = offset + inputs[:, None] * WIDTH_OUT + outputs[None, :]
+        mask = (inputs < WIDTH_IN)[:, None] & (outputs < WIDTH_OUT)[None, :]
+        part = parts[i]
+        if before is not None:
+            part += tl.load(before + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + where, part.to(out.dtype.element_ty), mask=mask)
