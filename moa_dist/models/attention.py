@@ -17,6 +17,7 @@ from moa_dist.config.model import AttentionConfig, DenseAttentionConfig, Part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.documents import Documents, document_attention
 from moa_dist.models.linear import Linear
+from moa_dist.models.norms import RMSNorm
 from moa_dist.models.padding import Runs, padded_attention
 from moa_dist.models.rope import Rotation, apply_rope
 from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
@@ -200,7 +201,7 @@ def softmax_macs(num_queries: int, num_keys: int, width: int) -> int:
 
 def head_norm(config: AttentionConfig) -> nn.Module:
     """Build the norm of a head's queries or keys [..., d], which does nothing without `qk_norm`."""
-    return nn.RMSNorm(config.d_head, eps=_HEAD_NORM_EPS) if config.qk_norm else nn.Identity()
+    return RMSNorm(config.d_head, eps=_HEAD_NORM_EPS) if config.qk_norm else nn.Identity()
 
 
 class DenseAttention(Attention):

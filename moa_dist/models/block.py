@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.shared_input import share
 from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
 from moa_dist.models.kinds import make_attention, make_feed_forward
+from moa_dist.models.norms import LayerNorm, RMSNorm
 from moa_dist.models.padding import Runs
 from moa_dist.models.trace import AttentionTrace, BlockTrace
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
@@ -26,14 +28,14 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 Value = TypeVar("Value")
 
-NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
-    "layernorm": nn.LayerNorm,
-    "rmsnorm": nn.RMSNorm,
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
 }
 """Norm modules by `ModelConfig.norm`."""
 
 
-def make_norm(config: ModelConfig, eps: float) -> nn.LayerNorm | nn.RMSNorm:
+def make_norm(config: ModelConfig, eps: float) -> LayerNorm | RMSNorm:
     """Build a norm over the model's width."""
     # Torch's RMSNorm would else take the precision of its input's type: 0.008 for bfloat16.
     return NORMS[config.norm](config.d_model, eps=eps)
@@ -48,6 +50,10 @@ class GatheredExperts(NamedTuple):
     """Experts of a decoder's attention to the source."""
     ffn: Gathered = NOTHING_GATHERED
     """Experts of the feed-forward part."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> GatheredExperts:
+        """Apply a function to all weights."""
+        return GatheredExperts(*({n: function(w) for n, w in part.items()} for part in self))
 
 
 class PendingExperts(NamedTuple):
@@ -183,6 +189,17 @@ class Block(nn.Module):
             )
         )
 
+    def weights(self, gathered: GatheredExperts) -> dict[Tensor, Tensor]:
+        """Return what is used in place of each parameter: gathered weights, or itself."""
+        used: dict[Tensor, Tensor] = {parameter: parameter for parameter in self.parameters()}
+        cross = None if self.cross is None else self.cross.attention
+        parts: tuple[nn.Module | None, ...] = (self.attention, cross, self.ffn)
+        for part, weights in zip(parts, gathered, strict=True):
+            if isinstance(part, RoutedModule):
+                layers = part.expert_layers()
+                used |= {layers[name].weight: weight for name, weight in weights.items()}
+        return used
+
     def forward(
         self,
         x: Tensor,
@@ -217,6 +234,7 @@ class Block(nn.Module):
         trace: bool,
     ) -> tuple[Tensor, AttentionOutput]:
         n = x if self.placement == "post" else self.attention_norm(x)
+        n = share(n, self.attention.parameters())
         # Peri, MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else.
         value = x if self.placement == "peri" else n
         output = self.attention(n, n, value, mask, gathered, cache, trace)
@@ -227,6 +245,7 @@ class Block(nn.Module):
         self, x: Tensor, token_mask: Tensor | None, gathered: Gathered, trace: bool
     ) -> tuple[Tensor, FeedForwardOutput]:
         n = x if self.placement == "post" else self.ffn_norm(x)
+        n = share(n, self.ffn.parameters())
         output = self.ffn(x if self.placement == "peri" else n, n, token_mask, gathered, trace)
         x = x + self.dropout(output.y)
         return self.ffn_norm(x) if self.placement == "post" else x, output

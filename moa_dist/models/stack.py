@@ -6,13 +6,15 @@ MoEUT's layer grouping (Csordas et al. 2024, section 2.1); G = num_layers is the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from moa_dist.config.model import ModelConfig
+from moa_dist.kernels.gradient_sum import Repeats
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
@@ -76,7 +78,7 @@ class LayerStack(nn.Module):
         self.first_layer = num_distinct if cross else 0
         self.layers = nn.ModuleList([Block(config, cross=cross) for _ in range(num_distinct)])
         self.recompute = recompute
-        self._compiled: tuple[Callable[..., BlockOutput], ...] | None = None
+        self._compiled: tuple[nn.Module, ...] | None = None
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile blocks for training, each as one graph; `options` are those of `torch.compile`.
@@ -84,7 +86,7 @@ class LayerStack(nn.Module):
         Blocks of equal shapes share their code. Evaluation, whose shapes vary, runs uncompiled.
         """
         self._compiled = tuple(
-            torch.compile(layer, fullgraph=True, dynamic=False, **options)
+            cast(nn.Module, torch.compile(layer, fullgraph=True, dynamic=False, **options))
             for layer in self.blocks()
         )
 
@@ -117,14 +119,18 @@ class LayerStack(nn.Module):
         extended: list[KeyValues] = []
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
         # that they overlap with the computation of earlier layers.
-        pending = [layer.gather_experts() for layer in self.blocks()]
+        blocks = list(self.blocks())
+        pending = [layer.gather_experts() for layer in blocks]
         gathered: list[GatheredExperts] = []
+        repeats: list[Repeats] = []
         for repeat in range(self.num_repeats):
             for i in range(len(self.layers)):
                 if repeat == 0:
                     gathered.append(pending[i].wait())
+                    weights = blocks[i].weights(gathered[i])
+                    repeats.append(Repeats(weights, self.num_repeats))
                 past = None if cache is None else cache[repeat * len(self.layers) + i]
-                output = self._apply_layer(i, x, mask, gathered[i], past, memory, trace)
+                output = self._apply_layer(i, repeats[i], x, mask, gathered[i], past, memory, trace)
                 x = output.x
                 if output.cache is not None:
                     extended.append(output.cache)
@@ -142,6 +148,7 @@ class LayerStack(nn.Module):
     def _apply_layer(
         self,
         index: int,
+        repeats: Repeats,
         x: Tensor,
         mask: AttentionMask,
         gathered: GatheredExperts,
@@ -149,12 +156,13 @@ class LayerStack(nn.Module):
         memory: EncoderMemory | None,
         trace: bool,
     ) -> BlockOutput:
-        layer: Callable[..., BlockOutput] = self.layers[index]
-        arguments = (x, mask, gathered, cache, memory, trace)
-        if not torch.is_grad_enabled():
-            return layer(*arguments)
-        if self.recompute:
-            return recomputed(self.layers[index], *arguments)
-        if self._compiled is not None and self.training and not trace:
-            layer = self._compiled[index]
-        return layer(*arguments)
+        layer, rest = self.layers[index], (cache, memory, trace)
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(layer, repeats, x, mask, gathered.map(repeats.detached), *rest)
+        if self._compiled is None or not (torch.is_grad_enabled() and self.training) or trace:
+            with repeats.summing():
+                return layer(x, mask, gathered.map(repeats.detached), *rest)
+        compiled, alias = self._compiled[index], repeats.aliases()
+        weights = {name: alias.get(weight, weight) for name, weight in compiled.named_parameters()}
+        gathered = gathered.map(lambda weight: alias.get(weight, weight))
+        return functional_call(compiled, weights, (x, mask, gathered, *rest))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import Part
 from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.gradient_sum import used_for
 from moa_dist.moe.dispatch import Dispatcher, Level, LocalTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.router import Router
@@ -86,7 +87,8 @@ class RoutedModule(nn.Module, ABC):
 
         They are those of all experts if they were gathered, else of this rank's experts.
         """
-        return gathered[name] if name in gathered else self.expert_layers()[name].weight
+        weight = self.expert_layers()[name].weight
+        return used_for(weight, gathered[name]) if name in gathered else weight
 
 
 def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:

@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import RouterConfig
+from moa_dist.kernels.gradient_sum import GradientSum, sum_of
 from moa_dist.kernels.hardware import Hardware
+from moa_dist.kernels.shared_input import Term, backward_of_map, linear, terms_of
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.fused_choice import LEAST_SUM, Options, can_fuse, choose
@@ -90,14 +91,15 @@ class RouterLogits(nn.Module):
         """Initial distribution of each parameter."""
         return {"weight": self.init}
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, outputs]."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with _without_autocast(x_TD.device.type):
-            if has_wide_product(x_TD) and x_TD.dtype == self.weight.dtype:
-                logits: Tensor = _WideProduct.apply(x_TD, self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., outputs]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with _without_autocast(x.device.type):
+            if has_wide_product(x) and x.dtype == self.weight.dtype:
+                operands = x, self.weight, *sum_of(self.weight), terms_of(x)
+                logits: Tensor = _WideProduct.apply(*operands)
                 return logits
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return linear(x.to(dtype), self.weight)
 
 
 def has_wide_product(x: Tensor) -> bool:
@@ -115,15 +117,24 @@ class _WideProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        handle: Tensor | None = None,
+        total: GradientSum | None = None,
+        terms: list[Term] | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
+        ctx.total, ctx.terms = total, terms
+        logits = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        return logits.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        return grad @ weight, grad.T @ x
+        return *backward_of_map(grad, x, weight, ctx.total, ctx.terms), None, None, None
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:
@@ -181,7 +192,7 @@ class Router(nn.Module):
                 f"a batch of {B} sequences does not split into groups of "
                 f"{self.config.group_sequences} (router.group_sequences)"
             )
-        logits = self.logits(x_BSD.flatten(0, 1))
+        logits = self.logits(x_BSD).flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         if self.config.capacity is None and can_fuse(logits, E):
             return self._choose_fused(logits, token_mask, N, choice)

@@ -27,7 +27,7 @@ from triton.runtime.jit import KernelInterface
 
 import moa_dist
 from moa_dist.kernels.hardware import Hardware
-from tests.fake_cuda.gathers import GATHERS
+from tests.fake_cuda.gathers import GATHERS, UPDATED
 from tests.fake_cuda.host_waits import place
 
 PACKAGE = Path(moa_dist.__file__).parent
@@ -59,6 +59,8 @@ class Launches(TorchDispatchMode):
         """Kernels launched by operation, those of Triton by `triton:` and their name."""
         self.by_place: Counter[str] = Counter()
         """Kernels launched by file of the package; those of autograd's own nodes by `autograd`."""
+        self.bytes_by_place: Counter[str] = Counter()
+        """What `bytes_full` counts, by file."""
         self.bytes_full = 0
         """Bytes read and written, a gathered operand counted once per gathered row."""
         self.bytes_distinct = 0
@@ -111,6 +113,7 @@ class Launches(TorchDispatchMode):
     def _count(self, name: str, place: str, full: int, distinct: int) -> None:
         self.kernels[name] += 1
         self.by_place[place.partition(":")[0]] += 1
+        self.bytes_by_place[place.partition(":")[0]] += full
         self.bytes_full += full
         self.bytes_distinct += distinct
 
@@ -120,8 +123,12 @@ class Launches(TorchDispatchMode):
         operands = inspect.signature(kernel.fn).bind(*args, **options).arguments
         # An operand that is not used is another one, passed in its place.
         tensors = {_identity(x): x for x in operands.values() if isinstance(x, Tensor)}
-        distinct = full = sum(x.nbytes for x in tensors.values())
         name = kernel.fn.__name__
+        distinct = full = sum(x.nbytes for x in tensors.values())
+        for read, written in UPDATED.get(name, ()):
+            if operands[read] is operands[written]:
+                distinct += operands[read].nbytes
+                full += operands[read].nbytes
         for gather in GATHERS.get(name, ()):
             rows, index = operands[gather.rows], operands[gather.index]
             if rows is not None and index is not None and not index.is_floating_point():
@@ -165,6 +172,16 @@ def fused_attention(
     return efficient(q, k, v, bias, True, dropout_p, is_causal)[0]
 
 
+def fused_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Stand in for torch's fused RMSNorm of GPUs, which takes the shapes of a LayerNorm's tensors.
+
+    On the meta device torch composes it of a dozen operations.
+    """
+    return F.layer_norm(x, shape, weight, None, eps or 1e-6)
+
+
 @contextmanager
 def fake_cuda(
     hardware: Hardware = H100, record_of: type[Recorded] = Launches
@@ -184,4 +201,5 @@ def fake_cuda(
         patch.setattr(KernelInterface, "__getitem__", launcher)
         patch.setattr(Hardware, "of", classmethod(lambda cls, device: hardware))
         patch.setattr(F, "scaled_dot_product_attention", fused_attention)
+        patch.setattr(F, "rms_norm", fused_norm)
         yield record

@@ -7,17 +7,22 @@ import torch
 import torch.nn.functional as F
 
 from moa_dist.config import load_config
+from moa_dist.kernels import triton_gradients
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.models import attention, language_model, rope_kernel
 from moa_dist.models.attention import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
+from tests.fake_cuda.estimates import of_experts, part_bytes
 from tests.fake_cuda.launches import fake_cuda
-from tests.fake_cuda.training_step import measure
+from tests.fake_cuda.training_step import bf16_model, measure
 
 
 @pytest.mark.parametrize("path", BUDGETS)
 def test_a_micro_batch_stays_within_its_budget(path):
-    """If it needs less by now, lower the budget: `python -m tests.fake_cuda` prints the numbers."""
+    """If it needs less by now, lower the budget: `python -m tests.fake_cuda` prints the numbers.
+
+    Neither may it need much more than its parts must move, nor less: then an estimate is wrong.
+    """
     launches, saved = measure(path)
     budget = BUDGETS[path]
     measured = {
@@ -31,6 +36,10 @@ def test_a_micro_batch_stays_within_its_budget(path):
     assert not launches.waits
     assert not launches.fp64
     assert not launches.narrow_sums
+    parts = part_bytes(bf16_model(path), 8 * 1024)
+    assert 1 <= launches.bytes_full / sum(parts.values()) <= 1.3
+    if of_experts(parts):
+        assert 1 <= of_experts(launches.bytes_by_place) / of_experts(parts) <= 1.3
     # A budget that much is left of would not notice a regression.
     loose = {name: value for name, value in measured.items() if value < 0.9 * getattr(budget, name)}
     assert not loose, budget
@@ -137,3 +146,16 @@ def test_a_mask_of_documents_would_be_noticed(monkeypatch):
     monkeypatch.setattr(attention, "document_attention", masked)
     launches, _ = measure("configs/small/moeut.yaml", 2, 64, num_documents=8)
     assert launches.largest_mask >= 64 * 64
+
+
+def test_a_sum_in_place_is_read_and_written():
+    with fake_cuda() as record:
+        total, other = (torch.empty(4, 8, 8, device="meta") for _ in range(2))
+        operands = dict.fromkeys(inspect.signature(triton_gradients._outer_products.fn).parameters)
+        moved = []
+        for before in (None, other, total):
+            launches = record()
+            named = operands | {"before": before, "out": total}
+            launches.triton(triton_gradients._outer_products, (), named)
+            moved.append(launches.bytes_full)
+        assert moved == [total.nbytes, 2 * total.nbytes, 2 * total.nbytes]
