@@ -24,6 +24,13 @@ class LeftOut:
         if len(names) < _MOST_NAMED:
             names.append(str(path))
 
+    def update(self, other: LeftOut) -> None:
+        """Count what another count holds, too."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            names = self.names.setdefault(reason, [])
+            names.extend(other.names[reason][: _MOST_NAMED - len(names)])
+
     def __str__(self) -> str:
         return "; ".join(
             f"{count:,} {reason} ({', '.join(self.names[reason])}"

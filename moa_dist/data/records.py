@@ -53,7 +53,8 @@ def _begins_with_object(line: str) -> bool:
 def read_json_lines(decoder: Decoder, stream: BinaryIO) -> Records:
     """Yield the values of each line that is not blank; usually a line holds one."""
     path = decoder.path
-    for number, raw in enumerate(whole_lines(path, stream), start=1):
+    lines = whole_lines(path, stream, decoder.line + 1)
+    for number, raw in enumerate(lines, start=decoder.line + 1):
         try:
             line = decoder.decode(raw).strip()
         except DataError as error:
