@@ -10,7 +10,7 @@ from contextlib import suppress
 from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
-from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
+from moa_dist.config.model import PARTS, Part, PartConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
 from moa_dist.config.optimization_checks import (
     decay,
@@ -19,6 +19,7 @@ from moa_dist.config.optimization_checks import (
     phases,
     warmup,
 )
+from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
 from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import BalanceConfig, ModelConfig
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.routers import BalanceConfig
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm

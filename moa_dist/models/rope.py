@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import RopeConfig
+from moa_dist.config.positions import RopeConfig
 from moa_dist.kernels.hardware import Hardware
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity

@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig, RouterConfig
+from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig
+from moa_dist.config.routers import RouterConfig
 
 BLOCK_NORM_EPS = 1e-6
 """Epsilon of all norms but the last: transformers ignores `rms_norm_eps` for them."""

@@ -31,9 +31,9 @@ from moa_dist.config.model import (
     ModelConfig,
     MoEFFNConfig,
     PartConfig,
-    RouterConfig,
     SwitchHeadConfig,
 )
+from moa_dist.config.routers import RouterConfig
 from moa_dist.errors import Problem
 from moa_dist.models.attention import DenseAttention
 from moa_dist.models.block import Block

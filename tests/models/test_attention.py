@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa_dist.config.model import MoAConfig, RopeConfig, SwitchHeadConfig
+from moa_dist.config.model import MoAConfig, SwitchHeadConfig
+from moa_dist.config.positions import RopeConfig
 from moa_dist.models import rope_kernel
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.moa import MoAAttention

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.moe import fused_choice, router, router_kernels, sort_kernels
 from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.fused_choice import Chosen, Options, StatisticsGradients
