@@ -301,6 +301,11 @@ def _top_k(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]
             (f"{path}.expert_dropout", f"{path}.top_k", f"{path}.num_experts"),
         )
 
+def _group_limit(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    if router.group_limit is not None:
+        yield from router.group_limit.problems(path, router.num_experts, router.top_k)
+
+
 
 def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
     if router.gate == "renormalized" and router.top_k == 1 < router.num_experts:
@@ -342,7 +347,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     *(
         _for_routers(part, check)
         for part in PARTS
-        for check in (_top_k, _gate, _sequence_groups, unequal_batches)
+        for check in (_top_k, _gate, _group_limit, _sequence_groups, unequal_batches)
     ),
     _parts,
     _size,

@@ -5,11 +5,14 @@ A new kind is a subclass of `RouterConfig`, a module, and a line in `moa_dist.mo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import lcm
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from moa_dist.config.section import Kind, Section
+from moa_dist.errors import Problem
 
 _SHRUNK_TOP_K = 3
 _ALIGNMENT = 8
@@ -72,6 +75,42 @@ class BalanceConfig(Section):
     DeepSeek-V3 uses 0.001 with sigmoid scores."""
 
 
+class GroupLimitConfig(Section):
+    """A choice of groups of experts, within which a token's experts are chosen (DeepSeek-V3).
+
+    A group's score is the sum of its two highest scores, bias included. With as many groups as
+    `parallel.expert_parallel`, if that divides the experts, a token reaches few ranks.
+    """
+
+    num_groups: Annotated[int, Field(ge=2)]
+    """Groups of consecutive experts, all of one size (SwitchHead: of each head's experts)."""
+    top_groups: PositiveInt
+    """Groups chosen per token."""
+
+    def problems(self, path: str, num_experts: int, top_k: int) -> Iterable[Problem]:
+        """Groups must be equal, hold two experts to score them by, and suffice for `top_k`."""
+        limit = f"{path}.group_limit"
+        size, rest = divmod(num_experts, self.num_groups)
+        if rest or size < 2:
+            yield Problem(
+                f"`{limit}.num_groups` is {self.num_groups}, but `{path}.num_experts` = "
+                f"{num_experts} does not make so many equal groups of two experts or more",
+                (f"{limit}.num_groups", f"{path}.num_experts"),
+            )
+        elif self.top_groups >= self.num_groups:
+            yield Problem(
+                f"`{limit}.top_groups` is {self.top_groups} of {self.num_groups} groups, which "
+                "limits nothing; choose fewer, or set `group_limit` to null",
+                (f"{limit}.top_groups", f"{limit}.num_groups"),
+            )
+        elif top_k > self.top_groups * size:
+            yield Problem(
+                f"`{path}.top_k` is {top_k}, but {self.top_groups} groups of {size} experts have "
+                f"{self.top_groups * size}",
+                (f"{path}.top_k", f"{limit}.top_groups"),
+            )
+
+
 class RouterConfig(Kind):
     """Which experts a token takes, and with which weights. A family with one kind: `topk`."""
 
@@ -89,6 +128,11 @@ class RouterConfig(Kind):
     divided by the sum of the chosen scores (the same as a softmax over the chosen logits); or
     that with the sum detached from the gradient (MoA, equation 6). `raw` is the default since
     the published numbers were made with it and it trains the router even at `top_k` 1."""
+    route_scale: PositiveFloat = 1.0
+    """Multiplies all weights after the gate (`routed_scaling_factor` of DeepSeek-V3)."""
+    group_limit: GroupLimitConfig | None = None
+    """Groups of experts that are chosen first; null for none. On GPUs, the choice then takes
+    several kernels instead of one; weights, statistics and gradients do not."""
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability, in training, that an expert is hidden from a token (sigma-MoE's regularizer). If
     fewer than `top_k` stay visible, hidden ones are chosen too. It is drawn per rank, so runs of
@@ -109,7 +153,11 @@ class RouterConfig(Kind):
         ranks hold shares as unequal as before.
         """
         top_k = min(self.top_k, _SHRUNK_TOP_K)
-        num_experts = shrunk(self.num_experts, max(16 * top_k, at_least), expert_parallel)
+        at_least, modulus = max(16 * top_k, at_least), expert_parallel
+        if self.group_limit is not None:
+            of_groups = self.group_limit.num_groups * max(2, top_k)
+            at_least, modulus = max(at_least, of_groups), lcm(modulus, self.group_limit.num_groups)
+        num_experts = shrunk(self.num_experts, at_least, modulus)
         if self.top_k == self.num_experts:
             top_k = num_experts
         return self.changed(num_experts=num_experts, top_k=top_k, expert_dropout=0.0)
