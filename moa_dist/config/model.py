@@ -276,3 +276,6 @@ def whole_groups(num_sequences: int, model: ModelConfig) -> int:
     """Round a number of sequences up to whole groups."""
     group = sequences_per_group(model)
     return -(-num_sequences // group) * group
+    logit_soft_cap: PositiveFloat | None = None
+    """Bound of the output head's logits: each becomes `cap * tanh(logit / cap)`. It is 30 in
+    Gemma 2; null for none."""

@@ -20,10 +20,12 @@ from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
-from moa_dist.models.documents import Documents, first_of_document, flash_fits
+from moa_dist.models.documents import Documents, flash_fits
 from moa_dist.models.linear import Linear
 from moa_dist.models.padding import Runs
+from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
+from moa_dist.models.soft_cap import soft_capped
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
@@ -199,6 +201,8 @@ class LanguageModel(nn.Module):
             traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
+        if self.config.logit_soft_cap is not None:
+            logits = soft_capped(logits, self.config.logit_soft_cap)
         if output.cache is None:
             aux_losses = self._aux_losses(statistics)
             return LanguageModelOutput(logits, aux_losses, statistics, None, traces)
@@ -309,39 +313,6 @@ def _check_documents(
             f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has read "
             f"{expected}, cache included"
         )
-
-
-def positions(
-    tokens: Tensor,
-    token_mask: Tensor | None,
-    num_past: int = 0,
-    documents: Documents | None = None,
-) -> Tensor:
-    """Count the real tokens before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
-
-    Padding has the position of the real token before it. `token_mask` [B, num_past + S] bool and
-    `documents`, within each of which tokens are counted, cover tokens read earlier as well.
-    """
-    if documents is not None:
-        # Padding is no part of a document, and its own positions do not matter.
-        count = torch.arange(documents.ids.shape[1], device=tokens.device)
-        first = count.where(first_of_document(documents.ids), 0).cummax(1).values
-        return (count - first)[:, num_past:]
-    if token_mask is None:
-        return torch.arange(num_past, num_past + tokens.shape[1], device=tokens.device)[None]
-    # Padding in front of the first token shares its position.
-    return (token_mask.cumsum(1)[:, num_past:] - 1).clamp(min=0)
-
-
-def sinusoidal_positions(position: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
-    """Embed positions [B, S] -> [B, S, d_model], sines first (Vaswani et al. 2017, section 3.5)."""
-    half = d_model // 2
-    frequency = torch.exp(
-        torch.arange(half, device=position.device) * (-math.log(10000.0) / max(half - 1, 1))
-    )
-    angle = position[..., None] * frequency
-    table = torch.cat([angle.sin(), angle.cos()], dim=-1)
-    return F.pad(table, (0, d_model - 2 * half)).to(dtype)
 
 
 def build_model(
