@@ -19,6 +19,7 @@ from moa_dist.config.optimization_checks import (
     phases,
     warmup,
 )
+from moa_dist.config.position_checks import rotations, window
 from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
@@ -71,18 +72,6 @@ def _layers(config: Config) -> Iterator[Problem]:
             f"`model.num_layers` = {layers}; use {one_of(divisors(layers))}",
             ("model.num_distinct_layers", "model.num_layers"),
             {"model.num_distinct_layers": divisors(layers)},
-        )
-
-
-def _rope(config: Config) -> Iterator[Problem]:
-    attention = config.model.attention
-    rope = attention.rope
-    if rope is not None and int(attention.d_head * rope.fraction) < 2:
-        yield Problem(
-            f"`model.attention.rope.fraction` = {rope.fraction:g} of `model.attention.d_head` = "
-            f"{attention.d_head} rotates no dimension; their product must be at least 2, or "
-            "set `model.attention.rope` to null",
-            ("model.attention.rope.fraction", "model.attention.d_head"),
         )
 
 
@@ -301,11 +290,6 @@ def _top_k(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]
             (f"{path}.expert_dropout", f"{path}.top_k", f"{path}.num_experts"),
         )
 
-def _group_limit(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
-    if router.group_limit is not None:
-        yield from router.group_limit.problems(path, router.num_experts, router.top_k)
-
-
 
 def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
     if router.gate == "renormalized" and router.top_k == 1 < router.num_experts:
@@ -315,6 +299,11 @@ def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
             (f"{path}.gate", f"{path}.top_k"),
             {f"{path}.gate": ("raw", "renormalized_detached")},
         )
+
+
+def _group_limit(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    if router.group_limit is not None:
+        yield from router.group_limit.problems(path, router.num_experts, router.top_k)
 
 
 def _sequence_groups(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
@@ -343,7 +332,8 @@ def _for_routers(part: Part, check: RouterCheck) -> Callable[[Config], Iterator[
 CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _name,
     _layers,
-    _rope,
+    rotations,
+    window,
     *(
         _for_routers(part, check)
         for part in PARTS

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
 
-from moa_dist.config.positions import RopeConfig
+from moa_dist.config.positions import RopeConfig, WindowConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.config.section import Kind, Section
 from moa_dist.errors import Problem
@@ -76,15 +76,24 @@ class AttentionConfig(PartConfig):
     """Width of a head."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
+    window: WindowConfig | None = None
+    """How far queries see, in some layers or in all; null for no limit."""
+    soft_cap: PositiveFloat | None = None
+    """Bound of the logits of the softmax: each becomes `soft_cap * tanh(logit / soft_cap)`. It is
+    50 in Gemma 2. No fused kernel of torch has it, so attention is then computed a block of queries
+    at a time, and again in the backward pass: slower, with as little memory."""
     qk_norm: bool = False
     """Normalize every head's queries and keys before they are rotated: an RMSNorm each, with
     learned scales that all heads share (Henry et al. 2020; as in Qwen3)."""
 
     def shrink(self, expert_parallel: int) -> Self:
-        """Narrow the heads, but leave at least one pair of dimensions to rotate."""
-        fraction = 1.0 if self.rope is None else self.rope.fraction
+        """Narrow heads and window, but leave at least one pair of dimensions to rotate."""
+        window = None if self.window is None else self.window.shrink()
+        ropes = [self.rope, None if window is None else window.rope]
+        fraction = min((rope.fraction for rope in ropes if rope is not None), default=1.0)
         d_head = shrunk(self.d_head, max(_SHRUNK_WIDTH, ceil(2 / fraction)))
-        return self.changed(d_head=d_head, **self._shrunk_routers(expert_parallel))
+        routers = self._shrunk_routers(expert_parallel)
+        return self.changed(d_head=d_head, window=window, **routers)
 
 
 class DenseAttentionConfig(AttentionConfig):
@@ -269,6 +278,9 @@ class ModelConfig(Section):
 
 def sequences_per_group(model: ModelConfig) -> int:
     """Sequences that belong together, since a router counts them as one group."""
+    logit_soft_cap: PositiveFloat | None = None
+    """Bound of the output head's logits: each becomes `cap * tanh(logit / cap)`. It is 30 in
+    Gemma 2; null for none."""
     return lcm(*(router.group_sequences for router in model.routers().values()))
 
 
@@ -276,6 +288,3 @@ def whole_groups(num_sequences: int, model: ModelConfig) -> int:
     """Round a number of sequences up to whole groups."""
     group = sequences_per_group(model)
     return -(-num_sequences // group) * group
-    logit_soft_cap: PositiveFloat | None = None
-    """Bound of the output head's logits: each becomes `cap * tanh(logit / cap)`. It is 30 in
-    Gemma 2; null for none."""

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
+from moa_dist.config.positions import RopeConfig
 from moa_dist.config.routers import BalanceConfig
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.documents import Documents, flash_fits
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.padding import Runs
 from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
@@ -190,11 +191,11 @@ class LanguageModel(nn.Module):
             runs = self._runs(x, None if source is None else source_mask, causal=False)
             memory = EncoderMemory(x_source, token_mask, source_mask, runs)
         causal = self.config.objective != "masked"
-        rotation = self._rotation(position, x.dtype)
         apart = documents is not None or num_past > 0
         runs = self._runs(x, None if apart else key_mask, causal=causal)
-        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation, documents, runs)
-        output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, None, documents, runs=runs)
+        masks = self._layer_masks(mask, position, x.dtype)
+        output = self.stack(x, masks, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
             statistics = encoded.statistics | statistics
@@ -218,12 +219,20 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
 
-    def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
-        """Compute once what all layers rotate by, at `position` [B, S] or [1, S]."""
+    def _layer_masks(self, mask: AttentionMask, position: Tensor, dtype: torch.dtype) -> LayerMasks:
+        """Compute once what all layers see, and by what they rotate at `position` [B or 1, S]."""
         attention = self.config.attention
-        if attention.rope is None:
-            return None
-        return Rotation.at(position, attention.d_head, attention.rope, dtype)
+
+        def rotation(rope: RopeConfig | None) -> Rotation | None:
+            return None if rope is None else Rotation.at(position, attention.d_head, rope, dtype)
+
+        full = mask._replace(rotation=rotation(attention.rope))
+        if (window := attention.window) is None:
+            return LayerMasks(full, full)
+        local = full._replace(window=window.size)
+        if window.rope is not None:
+            local = local._replace(rotation=rotation(window.rope))
+        return LayerMasks(full, local, window)
 
     def _runs(self, queries: Tensor, key_mask: Tensor | None, *, causal: bool) -> Runs | None:
         """Find once for all layers what `queries` [B, T, D] attend to, if flash attention runs."""
@@ -237,10 +246,9 @@ class LanguageModel(nn.Module):
         assert self.encoder_norm is not None
         position = positions(source, token_mask)
         x = self._embed(source, position)
-        rotation = self._rotation(position, x.dtype)
         runs = self._runs(x, token_mask, causal=False)
-        mask = AttentionMask(False, token_mask, token_mask, 0, rotation, runs=runs)
-        output = self.encoder(x, mask, trace=trace)
+        mask = AttentionMask(False, token_mask, token_mask, runs=runs)
+        output = self.encoder(x, self._layer_masks(mask, position, x.dtype), trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
     def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:

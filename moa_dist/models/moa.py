@@ -18,15 +18,13 @@ from moa_dist.config.model import MoAConfig
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     Attention,
-    AttentionMask,
     AttentionOutput,
     head_norm,
-    softmax_attention,
-    softmax_macs,
     traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Bias, Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
@@ -67,12 +65,12 @@ class MoAAttention(RoutedModule, Attention):
         """The only router, which routes queries."""
         return {"query": self.router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
         K = self.config.router.top_k
         width = self.config.heads_per_expert * self.config.d_head
         return {
-            "projections": self.k.macs(length) + self.v.macs(length),
+            "projections": sum(projection.macs(length) for projection in dense),
             "experts": length * K * (self.q.macs_per_row() + self.o.macs_per_row()),
             "routers": self.router.macs(length),
             "softmax": softmax_macs(length, length, K * width),
@@ -110,13 +108,14 @@ class MoAAttention(RoutedModule, Attention):
         returning = plan.run_and_combine(experts, sent, "token", "slot", weighted=False)
         v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
         # The heads of one place in an expert share its keys and values, whatever the slot: they
-        # are brought together, [B, h * K, T, d].
-        q = returning.wait().view(B, T, K, h, -1).permute(0, 3, 2, 1, 4).flatten(1, 2)
+        # are brought together, [B, h * experts used, T, d].
+        q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
+        heads = softmax_attention(q, k, v, mask, self.config.soft_cap)
+        heads = heads.to(query.dtype)  # autocast narrows it
 
         slots = heads.unflatten(1, (h, K)).permute(0, 3, 2, 1, 4).reshape(B * T * K, -1)
         experts = ExpertWeights(self.expert_weights("o", gathered))
@@ -133,8 +132,8 @@ class MoAAttention(RoutedModule, Attention):
         return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
 
     def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:
-        """Return `HeadTrace.head_ids` [B, T, K * h]: the heads of the expert in each slot."""
-        h = self.config.heads_per_expert
+        """Return `HeadTrace.head_ids`: the heads of the expert in each slot, then shared ones."""
+        h, T = self.config.heads_per_expert, len(routing.topk_ids)
         head_TKh = routing.topk_ids[..., None] * h + torch.arange(h, device=routing.topk_ids.device)
         if routing.keep_mask is not None:
             head_TKh = head_TKh.where(routing.keep_mask[..., None], -1)

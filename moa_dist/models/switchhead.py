@@ -16,16 +16,15 @@ from moa_dist.config.model import SwitchHeadConfig
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     Attention,
-    AttentionMask,
     AttentionOutput,
     head_norm,
-    softmax_attention,
-    softmax_macs,
     traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
+from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -65,14 +64,14 @@ class SwitchHeadAttention(RoutedModule, Attention):
         """One router for the values of source tokens, one for the outputs of destination tokens."""
         return {"value": self.value_router, "output": self.output_router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
         H, K = self.config.num_heads, self.config.router.top_k
         return {
-            "projections": self.q.macs(length) + self.k.macs(length),
+            "projections": sum(p.macs(length) for p in dense if p is not None),
             "experts": length * H * K * (self.v.macs_per_row() + self.o.macs_per_row()),
             "routers": self.value_router.macs(length) + self.output_router.macs(length),
-            "softmax": softmax_macs(length, length, H * self.config.d_head),
+            "softmax": softmax_macs(length, num_keys or length, H * self.config.d_head),
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
@@ -116,7 +115,9 @@ class SwitchHeadAttention(RoutedModule, Attention):
         v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
+        soft_cap = self.config.soft_cap
+        heads = softmax_attention(q, k, v, mask, soft_cap)
+        heads = heads.to(query.dtype)  # autocast narrows it
         heads = heads.transpose(1, 2).reshape(B * T * H, -1)
 
         output_routing = self.output_router(query, mask.query_mask)
@@ -130,4 +131,5 @@ class SwitchHeadAttention(RoutedModule, Attention):
         )
         routing = {"value": value_routing, "output": output_routing}
         statistics = {name: value.statistics for name, value in routing.items()}
-        return AttentionOutput(y, statistics, cache, traced(routing, q, k, mask) if trace else None)
+        decided = traced(routing, q, k, mask, soft_cap=soft_cap) if trace else None
+        return AttentionOutput(y, statistics, cache, decided)

@@ -168,6 +168,9 @@ def _router_problems(part: str, router: RouterConfig) -> Iterator[str]:
     if router.balance.bias_rate:
         yield f"`{path}.balance.bias_rate` trained a selection bias; JetMoE has none"
 
+    if router.route_scale != 1 or router.group_limit is not None:
+        yield f"`{path}` has a route_scale or a group_limit; JetMoE has neither"
+
 
 def settings_of(config: ModelConfig, *, max_length: int, end_of_document: int) -> dict[str, Any]:
     """Build the content of `config.json` for a model without problems and its context length."""

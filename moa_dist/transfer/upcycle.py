@@ -143,6 +143,21 @@ def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[Problem]
                 (f"model.ffn.{name}",),
                 {f"model.ffn.{name}": [getattr(dense, name)]},
             )
+
+
+def _routing_problems(path: str, part: PartConfig) -> Iterator[Problem]:
+    """Copies must add up to what they are copies of."""
+    for name, router in part.routers.items():
+        for field, value in (("route_scale", 1.0), ("group_limit", None)):
+            if getattr(router, field) != value:
+                key = f"{path}.{name}.{field}"
+                yield Problem(
+                    f"`{key}` is set, but copies of a dense part need "
+                    f"{'null' if value is None else value}",
+                    (key,),
+                    {key: [value]},
+                )
+
     slices, rest = divmod(dense.d_ff, ffn.d_expert)
     if rest or ffn.router.num_experts % slices:
         yield Problem(

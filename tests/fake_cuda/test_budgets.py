@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from moa_dist.config import load_config
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models import attention, language_model, rope_kernel
-from moa_dist.models.attention import AttentionMask
+from moa_dist.models import language_model, rope_kernel, softmax
+from moa_dist.models.mask import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
 from tests.fake_cuda.launches import fake_cuda
 from tests.fake_cuda.training_step import measure
@@ -131,9 +131,9 @@ def test_padding_needs_a_mask_where_flash_attention_does_not_run(path, monkeypat
 
 def test_a_mask_of_documents_would_be_noticed(monkeypatch):
     def masked(q, k, v, documents, *, causal):
-        visible = attention.visible_keys(q, k, AttentionMask(causal, documents=documents))
+        visible = softmax.visible_keys(q, k, AttentionMask(causal, documents=documents))
         return F.scaled_dot_product_attention(q, k, v, visible)
 
-    monkeypatch.setattr(attention, "document_attention", masked)
+    monkeypatch.setattr(softmax, "document_attention", masked)
     launches, _ = measure("configs/small/moeut.yaml", 2, 64, num_documents=8)
     assert launches.largest_mask >= 64 * 64

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block
 from moa_dist.models.language_model import build_model
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.losses import balance_losses
