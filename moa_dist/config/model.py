@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from math import ceil, lcm
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
 from moa_dist.config.positions import RopeConfig, WindowConfig
 from moa_dist.config.routers import RouterConfig, shrunk
@@ -137,13 +137,18 @@ class MoAConfig(AttentionConfig):
     """Heads in one expert (1 in the paper); keys and values are shared by all experts."""
     router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each query token."""
+    shared_experts: NonNegativeInt = 0
+    """Experts that every query token uses with weight 1, next to those that it is routed to. They
+    share keys and values with these, and every rank holds them."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
     def shrink(self, expert_parallel: int) -> Self:
         """Keep a few narrow heads in each of fewer experts."""
         heads = min(self.heads_per_expert, _SHRUNK_HEADS)
-        return super().shrink(expert_parallel).changed(heads_per_expert=heads)
+        shared = min(self.shared_experts, _SHRUNK_HEADS)
+        result = super().shrink(expert_parallel)
+        return result.changed(heads_per_expert=heads, shared_experts=shared)
 
 
 class SwitchHeadConfig(AttentionConfig):
@@ -155,6 +160,9 @@ class SwitchHeadConfig(AttentionConfig):
     """Heads, each with one attention matrix and its own experts."""
     router: SerializeAsAny[RouterConfig]
     """Used twice: for values on the source token, for outputs on the destination token."""
+    shared_experts: bool = False
+    """Give every head a value and an output expert that all tokens use with weight 1, next to those
+    that they are routed to. Every head is on for all tokens already. Every rank holds them."""
 
     @property
     def num_flat_experts(self) -> int:
@@ -192,6 +200,15 @@ class DenseFFNConfig(FFNConfig):
         return self.changed(d_ff=shrunk(self.d_ff, _SHRUNK_D_FF))
 
 
+class SharedExpertConfig(Section):
+    """An expert that every token uses, next to those that the router chooses for it."""
+
+    d_expert: PositiveInt
+    """Hidden width; several shared experts of DeepSeek-V3 are one of their joint width."""
+    sigmoid_gate: bool = False
+    """Weigh its output by the sigmoid of a linear map of what the router reads (Qwen2-MoE)."""
+
+
 class MoEFFNConfig(FFNConfig):
     """Mixture of feed-forward experts: sigma-MoE with sigmoid scores, or softmax MoE."""
 
@@ -201,13 +218,20 @@ class MoEFFNConfig(FFNConfig):
     """Hidden width of one expert."""
     router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each token."""
+    shared_expert: SharedExpertConfig | None = None
+    """An expert that every token uses, with the same `activation` and `gated`; null for none. Every
+    rank holds it."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
     def shrink(self, expert_parallel: int) -> Self:
         """Keep fewer and narrower experts."""
+        shared = self.shared_expert
+        if shared is not None:
+            shared = shared.changed(d_expert=shrunk(shared.d_expert, _SHRUNK_WIDTH))
         d_expert = shrunk(self.d_expert, _SHRUNK_WIDTH)
-        return super().shrink(expert_parallel).changed(d_expert=d_expert)
+        result = super().shrink(expert_parallel)
+        return result.changed(d_expert=d_expert, shared_expert=shared)
 
 
 Objective = Literal["causal", "masked", "translation"]
@@ -254,6 +278,9 @@ class ModelConfig(Section):
     translation."""
     head_bias: bool = True
     """Bias in the output head."""
+    logit_soft_cap: PositiveFloat | None = None
+    """Bound of the output head's logits: each becomes `cap * tanh(logit / cap)`. It is 30 in
+    Gemma 2; null for none."""
     attention: SerializeAsAny[AttentionConfig]
     """Attention of every layer."""
     ffn: SerializeAsAny[FFNConfig]
@@ -278,9 +305,6 @@ class ModelConfig(Section):
 
 def sequences_per_group(model: ModelConfig) -> int:
     """Sequences that belong together, since a router counts them as one group."""
-    logit_soft_cap: PositiveFloat | None = None
-    """Bound of the output head's logits: each becomes `cap * tanh(logit / cap)`. It is 30 in
-    Gemma 2; null for none."""
     return lcm(*(router.group_sequences for router in model.routers().values()))
 
 

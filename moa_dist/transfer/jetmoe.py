@@ -134,14 +134,20 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:
             yield "`model.attention.rope` does not rotate whole heads; JetMoE needs fraction 1"
-        if config.attention.qk_norm:
-            yield "`model.attention.qk_norm` is true; JetMoE needs false"
+        unlike = {"qk_norm": False, "window": None, "soft_cap": None, "shared_experts": 0}
+        for name, value in unlike.items():
+            if getattr(config.attention, name) != value:
+                yield f"`model.attention.{name}` is set, but JetMoE has no such part"
+        if rope is not None and rope.scaling is not None:
+            yield "`model.attention.rope.scaling` is set, but JetMoE has no such part"
         yield from _router_problems("attention", config.attention.router)
     else:
         yield f"`model.attention.kind` is {config.attention.kind}; JetMoE needs moa"
     if isinstance(config.ffn, MoEFFNConfig):
         if not config.ffn.gated:
             yield "`model.ffn.gated` is false; JetMoE needs gated experts"
+        if config.ffn.shared_expert is not None:
+            yield "`model.ffn.shared_expert` is set, but JetMoE has no such part"
         yield from _router_problems("ffn", config.ffn.router)
     else:
         yield f"`model.ffn.kind` is {config.ffn.kind}; JetMoE needs moe"
@@ -163,13 +169,12 @@ def _router_problems(part: str, router: RouterConfig) -> Iterator[str]:
             f"`{path}` has score {router.score} and gate {router.gate}; JetMoE needs a softmax "
             "over the chosen experts: softmax and renormalized"
         )
+    if router.route_scale != 1 or router.group_limit is not None:
+        yield f"`{path}` has a route_scale or a group_limit; JetMoE has neither"
     if router.capacity is not None:
         yield f"`{path}.capacity` drops tokens; JetMoE drops none"
     if router.balance.bias_rate:
         yield f"`{path}.balance.bias_rate` trained a selection bias; JetMoE has none"
-
-    if router.route_scale != 1 or router.group_limit is not None:
-        yield f"`{path}` has a route_scale or a group_limit; JetMoE has neither"
 
 
 def settings_of(config: ModelConfig, *, max_length: int, end_of_document: int) -> dict[str, Any]:

@@ -123,7 +123,16 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
             "neither can be upcycled",
             ("model.attention",),
         )
-    wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope, "qk_norm": False}
+    wanted = {
+        heads: dense.num_heads,
+        "d_head": dense.d_head,
+        "rope": dense.rope,
+        "window": dense.window,
+        "soft_cap": dense.soft_cap,
+        "qk_norm": False,
+        "shared_experts": 0,
+    }
+    yield from _routing_problems("model.attention", attention)
     for name, value in wanted.items():
         if getattr(attention, name) != value:
             yield Problem(
@@ -131,17 +140,6 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
                 f"attention need {value}",
                 (f"model.attention.{name}",),
                 {f"model.attention.{name}": [value]},
-            )
-
-
-def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[Problem]:
-    for name in ("activation", "gated"):
-        if getattr(ffn, name) != getattr(dense, name):
-            yield Problem(
-                f"`model.ffn.{name}` is {getattr(ffn, name)}, but {getattr(dense, name)} in the "
-                "dense model; make them equal",
-                (f"model.ffn.{name}",),
-                {f"model.ffn.{name}": [getattr(dense, name)]},
             )
 
 
@@ -158,6 +156,23 @@ def _routing_problems(path: str, part: PartConfig) -> Iterator[Problem]:
                     {key: [value]},
                 )
 
+
+def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[Problem]:
+    yield from _routing_problems("model.ffn", ffn)
+    if ffn.shared_expert is not None:
+        yield Problem(
+            "`model.ffn.shared_expert` is set, but the dense FFN is copied into the routed experts",
+            ("model.ffn.shared_expert",),
+            {"model.ffn.shared_expert": [None]},
+        )
+    for name in ("activation", "gated"):
+        if getattr(ffn, name) != getattr(dense, name):
+            yield Problem(
+                f"`model.ffn.{name}` is {getattr(ffn, name)}, but {getattr(dense, name)} in the "
+                "dense model; make them equal",
+                (f"model.ffn.{name}",),
+                {f"model.ffn.{name}": [getattr(dense, name)]},
+            )
     slices, rest = divmod(dense.d_ff, ffn.d_expert)
     if rest or ffn.router.num_experts % slices:
         yield Problem(
