@@ -36,8 +36,10 @@ def attention_by_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, soft_cap: float | None = None
 ) -> Tensor:
     """Compute what `moa_dist.models.softmax.softmax_attention` does, for any mask and cap."""
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    device = q.device.type
+    # Else the backward pass, which autocast does not cover, would meet other types.
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     heads: Tensor = _ByBlocks.apply(q, k, v, mask, soft_cap)
     return heads
 

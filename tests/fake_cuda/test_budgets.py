@@ -129,6 +129,41 @@ def test_padding_needs_a_mask_where_flash_attention_does_not_run(path, monkeypat
     assert not kernels["_varlen_attn"]
 
 
+@pytest.mark.parametrize("num_documents", [0, 8])
+@pytest.mark.parametrize(
+    "path", ["configs/moeut/44m.yaml", "configs/moa/8k16e256d.yaml", "configs/dense/244m.yaml"]
+)
+def test_windows_are_those_of_flash_attention(path, num_documents):
+    """No masks, no waits, nothing else to keep; with documents, full layers go there too."""
+    sequences, length = 2, 1024
+    plain = measure(path, sequences, length)
+    local = measure(
+        path,
+        sequences,
+        length,
+        num_documents=num_documents,
+        overrides=["model.attention.window={size: 128, full_every: 2}"],
+    )
+    kernels = local.launches.kernels
+    num_layers = load_config(path).model.num_layers
+    expected = num_layers if num_documents else num_layers // 2
+    assert kernels["_varlen_attn"] == kernels["_varlen_attn_backward"] == expected
+    assert not local.launches.waits
+    assert local.launches.largest_mask < length * length
+    assert local.saved < 1.01 * plain.saved
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_soft_caps_need_neither_masks_nor_logits_of_whole_sequences(padded):
+    sequences, length, path = 1, 1024, "configs/small/moeut.yaml"
+    overrides = ["model.attention.soft_cap=50", "model.attention.window={size: 256, full_every: 2}"]
+    plain = measure(path, sequences, length)
+    capped = measure(path, sequences, length, padded=padded, overrides=overrides)
+    assert not capped.launches.waits
+    assert capped.launches.largest_mask <= 128 * length < length * length
+    assert capped.saved < 1.01 * plain.saved
+
+
 def test_a_mask_of_documents_would_be_noticed(monkeypatch):
     def masked(q, k, v, documents, *, causal):
         visible = softmax.visible_keys(q, k, AttentionMask(causal, documents=documents))

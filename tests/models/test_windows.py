@@ -105,6 +105,21 @@ def test_blocks_after_a_cache(num_queries, seen, window, soft_cap):
     torch.testing.assert_close(heads * real, expected * real, **CLOSE)
 
 
+def test_autocast_narrows_both_passes():
+    q, k, v = (x.detach().float().requires_grad_() for x in operands())
+    mask = AttentionMask(True, window=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        heads = softmax_attention(q, k, v.bfloat16(), mask, 0.7)
+    assert heads.dtype == torch.bfloat16
+    exact = softmax_attention(q, k, v, mask, 0.7)
+    torch.testing.assert_close(heads.float(), exact, rtol=0, atol=0.05)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x.float().sum(), (q, k)) for x in (heads, exact)), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
+
+
 def test_a_cap_within_texts_of_two_lengths():
     """As in the attention of a decoder to its source."""
     q, k, v = operands(5)
