@@ -124,6 +124,7 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         "norm": "rmsnorm",
         "norm_eps": BLOCK_NORM_EPS,
         "position": "none",
+        "logit_soft_cap": None,
     }
     if not config.tie_embeddings:
         wanted["head_bias"] = False
