@@ -2,7 +2,7 @@
 
 It is for windows where flash attention does not run, for caches of documents, and for soft caps. A
 block reads only the keys that it may see, and its logits are computed again in the backward pass:
-what is kept are queries, keys and values.
+what is kept are queries, keys, values and the result, as by flash attention.
 
 Shapes: B sequences, T queries, S keys and values, H heads of queries in h groups, each of which
 shares a head of keys, d head width; t queries in a block, r = H / h * t rows.
@@ -49,7 +49,6 @@ class _ByBlocks(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, soft_cap: float | None
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.mask, ctx.soft_cap = mask, soft_cap
         heads = torch.empty_like(q)
         for queries, keys in _blocks(mask, q.shape[2], k.shape[2]):
@@ -57,22 +56,24 @@ class _ByBlocks(torch.autograd.Function):
             visible = mask.visible(queries, keys, q.device)
             share, _ = _softmax(rows, k[:, :, keys], _length(queries), visible, soft_cap)
             heads[:, :, queries] = _heads(share.to(v.dtype) @ v[:, :, keys], q.shape[1])
+        ctx.save_for_backward(q, k, v, heads)
         return heads
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, heads = ctx.saved_tensors
         grad_q = torch.empty_like(q)
         wide = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
         scale = q.shape[-1] ** -0.5
         for queries, keys in _blocks(ctx.mask, q.shape[2], k.shape[2]):
-            rows, grad = (_rows(x, queries, k.shape[1]) for x in (q, grads[0]))
+            rows, of_rows, grad = (_rows(x, queries, k.shape[1]) for x in (q, heads, grads[0]))
             visible = ctx.mask.visible(queries, keys, q.device)
             share, slope = _softmax(rows, k[:, :, keys], _length(queries), visible, ctx.soft_cap)
             grad_v[:, :, keys] += share.to(v.dtype).mT @ grad
-            of_share = share * (grad @ v[:, :, keys].mT)
-            of_logits = of_share - share * of_share.sum(-1, keepdim=True)
+            # Its mean over the softmax follows from what came out, as in flash attention.
+            mean = (grad.to(wide) * of_rows).sum(-1, keepdim=True)
+            of_logits = share * ((grad @ v[:, :, keys].mT).to(wide) - mean)
             if slope is not None:
                 of_logits = of_logits * slope
             of_logits = (of_logits * scale).to(q.dtype)
