@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from annotated_types import Ge
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from moa_dist.config.section import Section
@@ -89,7 +88,7 @@ class WindowConfig(Section):
     """Tokens that a query sees at most, itself and those before it; in a masked model and in an
     encoder, so many in both directions. Padding does not count. Attention to the source in a
     decoder that translates is never limited."""
-    full_every: Annotated[int, Ge(2)] | None = None
+    full_every: Annotated[int | None, Field(ge=2)] = None
     """Every so many layers one sees all tokens: with 4, the 4th, 8th, ... of `model.num_layers`.
     Repeats of a shared layer count, so one layer may see far in some repeats and not in others.
     Null for none. It is 2 in Gemma 2, 6 in Gemma 3, 4 in OLMo 3."""
