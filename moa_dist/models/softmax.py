@@ -28,7 +28,8 @@ def softmax_attention(
         mask = mask._replace(window=None)  # which hides nothing
     if soft_cap is not None or (mask.documents is not None and mask.num_past):
         return attention_by_blocks(q, k, v, mask, soft_cap)
-    if mask.runs is not None:
+    # Runs of queries that see both ways hold padding, runs of keys do not: their indices differ.
+    if mask.runs is not None and (mask.causal or mask.window is None):
         return padded_attention(q, k, v, mask.runs, causal=mask.causal, window=mask.window)
     if mask.window is not None:
         if mask.num_past or not mask.is_by_index or not flash_takes(q):

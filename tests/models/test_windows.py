@@ -12,6 +12,7 @@ from moa_dist.models.block_attention import attention_by_blocks
 from moa_dist.models.counts import count
 from moa_dist.models.documents import Documents
 from moa_dist.models.mask import AttentionMask
+from moa_dist.models.padding import Runs
 from moa_dist.models.softmax import softmax_attention
 from tests.models.small import ATTENTION, VOCABULARY, small_config, small_model, tokens_of
 
@@ -176,6 +177,32 @@ def test_flash_attention_is_called_with_the_window(causal, packed, monkeypatch):
     monkeypatch.setattr(documents, "varlen_attn", flash)
     monkeypatch.setattr(softmax, "flash_takes", lambda _: True)
     torch.testing.assert_close(softmax_attention(q, k, v, mask), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_around_texts_within_windows(causal, monkeypatch):
+    """Flash attention over runs of tokens takes causal windows; others go by blocks."""
+
+    def flash(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert causal
+        assert torch.equal(cu_q, cu_k)
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        place = torch.arange(len(q))
+        run = (place[:, None] >= cu_q[1:]).sum(1)
+        distance = place[:, None] - place
+        visible = (distance >= 0) & (distance <= window_size[0]) & (run[:, None] == run)
+        parts = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*parts, visible, scale=scale).transpose(0, 1)
+
+    q, k, v = operands()
+    real = torch.tensor([[0, 0] + [1] * 9, [1] * 8 + [0] * 3]).bool()
+    mask = AttentionMask(causal, real, real, window=3)
+    expected = softmax_attention(q, k, v, mask)
+    monkeypatch.setattr(documents, "varlen_attn", flash)
+    heads = softmax_attention(q, k, v, mask._replace(runs=Runs.of(real, T, causal=causal)))
+    torch.testing.assert_close(
+        heads * real[:, None, :, None], expected * real[:, None, :, None], **CLOSE
+    )
 
 
 # Models.
