@@ -17,8 +17,8 @@ from moa_dist.config.model import FFNConfig, MoEFFNConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.device import should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.kinds import make_attention, make_feed_forward
+from moa_dist.models.mask import AttentionMask
 from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.sharding import EXCHANGES, shard_experts
 from moa_dist.train.build import build_engine

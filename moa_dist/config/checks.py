@@ -10,7 +10,7 @@ from contextlib import suppress
 from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
-from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
+from moa_dist.config.model import PARTS, Part, PartConfig
 from moa_dist.config.objective_checks import translation, unequal_batches
 from moa_dist.config.optimization_checks import (
     decay,
@@ -19,6 +19,8 @@ from moa_dist.config.optimization_checks import (
     phases,
     warmup,
 )
+from moa_dist.config.position_checks import rotations, window
+from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
 from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of
@@ -70,18 +72,6 @@ def _layers(config: Config) -> Iterator[Problem]:
             f"`model.num_layers` = {layers}; use {one_of(divisors(layers))}",
             ("model.num_distinct_layers", "model.num_layers"),
             {"model.num_distinct_layers": divisors(layers)},
-        )
-
-
-def _rope(config: Config) -> Iterator[Problem]:
-    attention = config.model.attention
-    rope = attention.rope
-    if rope is not None and int(attention.d_head * rope.fraction) < 2:
-        yield Problem(
-            f"`model.attention.rope.fraction` = {rope.fraction:g} of `model.attention.d_head` = "
-            f"{attention.d_head} rotates no dimension; their product must be at least 2, or "
-            "set `model.attention.rope` to null",
-            ("model.attention.rope.fraction", "model.attention.d_head"),
         )
 
 
@@ -311,6 +301,11 @@ def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
         )
 
 
+def _group_limit(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    if router.group_limit is not None:
+        yield from router.group_limit.problems(path, router.num_experts, router.top_k)
+
+
 def _sequence_groups(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
     group, micro = router.group_sequences, config.train.micro_batch
     if micro % group:
@@ -337,11 +332,12 @@ def _for_routers(part: Part, check: RouterCheck) -> Callable[[Config], Iterator[
 CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _name,
     _layers,
-    _rope,
+    rotations,
+    window,
     *(
         _for_routers(part, check)
         for part in PARTS
-        for check in (_top_k, _gate, _sequence_groups, unequal_batches)
+        for check in (_top_k, _gate, _group_limit, _sequence_groups, unequal_batches)
     ),
     _parts,
     _size,

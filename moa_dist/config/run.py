@@ -140,6 +140,9 @@ class TrainConfig(Section):
     """Fraction of every target's probability that is spread evenly over the vocabulary in training
     (Szegedy et al. 2015, section 7). The reported training loss includes it, validation does
     not."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the mean squared logsumexp of the head's logits, over the targets (PaLM:
+    1e-4). It is reported as `logits/z_loss`; the reported training loss does not include it."""
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification. `tf32` is
     fp32 whose products run on the tensor cores of GPUs, with factors rounded to 10 bits; `fp32`

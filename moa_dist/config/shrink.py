@@ -6,7 +6,8 @@ Every field that is not a size stays as it is, including fields that this file d
 from __future__ import annotations
 
 from moa_dist.config.checks import check_fields
-from moa_dist.config.model import ModelConfig, sequences_per_group, shrunk
+from moa_dist.config.model import ModelConfig, sequences_per_group
+from moa_dist.config.routers import shrunk
 from moa_dist.config.run import Config
 
 _LENGTH = 16

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from moa_dist.config.model import ModelConfig
 from moa_dist.distributed.pending import Pending
 from moa_dist.kernels.shared_input import share
-from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
+from moa_dist.models.attention import Attention, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
 from moa_dist.models.kinds import make_attention, make_feed_forward
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.norms import LayerNorm, RMSNorm
 from moa_dist.models.padding import Runs
 from moa_dist.models.trace import AttentionTrace, BlockTrace
@@ -147,6 +148,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
         super().__init__()
         self.placement = config.norm_placement
+        self.window = config.attention.window
+        self.is_causal = config.objective == "causal" or cross
         init_scale = math.sqrt(2 / config.num_layers)
         self.attention_norm = make_norm(config, config.norm_eps)
         self.attention = make_attention(config.attention, config.d_model, init_scale)
@@ -169,12 +172,17 @@ class Block(nn.Module):
         own = {"attention": self.attention}
         return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
-    def macs(self, length: int) -> dict[str, int]:
-        """Count multiply-accumulates of one application to a sequence of `length`, by part.
+    def macs(self, length: int, application: int) -> dict[str, int]:
+        """Count multiply-accumulates of an application to a sequence of `length`, by part.
 
-        The source that a decoder's layer attends to has the same length.
+        Applications are counted from 0 in a stack. The source that a decoder's layer attends to has
+        the same length.
         """
-        parts = Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length))
+        window = None if self.window is None else self.window.size_in(application)
+        if window is not None and not self.is_causal:
+            window = 2 * window - 1
+        num_keys = length if window is None else min(window, length)
+        parts = Counter(self.attention.macs(length, num_keys)) + Counter(self.ffn.macs(length))
         if self.cross is not None:
             parts += Counter(self.cross.attention.macs(length))
         return dict(parts)

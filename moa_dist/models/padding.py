@@ -58,7 +58,12 @@ def _starts(begin: Tensor, end: Tensor, length: int) -> Tensor:
     return F.pad(starts, (0, 1), value=len(begin) * length).int()
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs, *, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt d) v within each run: q [B, H, T, d], k and v [B, h, S, d]."""
+def padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, runs: Runs, *, causal: bool, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt d) v within each run: q [B, H, T, d], k and v [B, h, S, d].
+
+    With a `window`, queries see only keys that are fewer tokens away.
+    """
     longest = q.shape[2], k.shape[2]  # at most; how long they are is known to the GPU alone
-    return flash(q, k, v, (runs.queries, runs.keys), longest, causal=causal)
+    return flash(q, k, v, (runs.queries, runs.keys), longest, causal=causal, window=window)

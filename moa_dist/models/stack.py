@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.kernels.gradient_sum import Repeats
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
+from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.recompute import recomputed
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.router import Router
@@ -101,14 +101,15 @@ class LayerStack(nn.Module):
     def macs(self, length: int) -> dict[str, int]:
         """Count multiply-accumulates of all layers over a sequence of `length`, by part."""
         parts: Counter[str] = Counter()
-        for layer in self.blocks():
-            parts += Counter(layer.macs(length))
-        return {part: count * self.num_repeats for part, count in parts.items()}
+        for application in range(self.num_repeats * len(self.layers)):
+            layer = cast(Block, self.layers[application % len(self.layers)])
+            parts += Counter(layer.macs(length, application))
+        return dict(parts)
 
     def forward(
         self,
         x: Tensor,
-        mask: AttentionMask,
+        masks: LayerMasks,
         cache: tuple[KeyValues, ...] | None = None,
         memory: EncoderMemory | None = None,
         trace: bool = False,
@@ -129,7 +130,9 @@ class LayerStack(nn.Module):
                     gathered.append(pending[i].wait())
                     weights = blocks[i].weights(gathered[i])
                     repeats.append(Repeats(weights, self.num_repeats))
-                past = None if cache is None else cache[repeat * len(self.layers) + i]
+                application = repeat * len(self.layers) + i
+                past = None if cache is None else cache[application]
+                mask = masks.of(application)
                 output = self._apply_layer(i, repeats[i], x, mask, gathered[i], past, memory, trace)
                 x = output.x
                 if output.cache is not None:

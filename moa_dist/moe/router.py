@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import GroupLimitConfig, RouterConfig
 from moa_dist.kernels.gradient_sum import GradientSum, sum_of
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.kernels.shared_input import Term, backward_of_map, linear, terms_of
@@ -195,10 +195,11 @@ class Router(nn.Module):
         logits = self.logits(x_BSD).flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         if self.config.capacity is None and can_fuse(logits, E):
-            return self._choose_fused(logits, token_mask, N, choice)
+            routing = self._choose_fused(logits, token_mask, N, choice)
+            return routing._replace(topk_weights=self._scaled(routing.topk_weights))
         logits = logits.unflatten(-1, (self.num_groups, E))
         scores = SCORES[self.config.score](logits)
-        group_offset = (torch.arange(self.num_groups, device=logits.device) * E)[:, None]
+        group_offset = self._group_offset(logits.device)
         if choice is None:
             chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
             chosen = scores.gather(-1, chosen_ids)
@@ -208,7 +209,7 @@ class Router(nn.Module):
             chosen = scores.gather(-1, chosen_ids)
         return Routing(
             topk_ids=chosen_ids + group_offset,
-            topk_weights=GATES[self.config.gate](chosen),
+            topk_weights=self._scaled(GATES[self.config.gate](chosen)),
             keep_mask=keep_mask,
             statistics=_statistics(logits, chosen_ids, keep_mask, token_mask, N),
         )
@@ -222,13 +223,19 @@ class Router(nn.Module):
     ) -> Routing:
         """Choose by logits [T, G * E] as `forward` does step by step, in few kernels."""
         config, G = self.config, self.num_groups
-        dropout = config.expert_dropout if self.training and choice is None else 0.0
+        given = None if choice is None else choice.topk_ids
+        if config.group_limit is not None and given is None:
+            # The kernels know no such limit: they weigh and count what is chosen here.
+            grouped = logits.detach().unflatten(-1, (G, -1))
+            chosen_ids = self._selectable(SCORES[config.score](grouped)).topk(config.top_k).indices
+            given = chosen_ids + self._group_offset(logits.device)
+        dropout = config.expert_dropout if self.training and given is None else 0.0
         chosen = choose(
             logits,
             None if self.bias is None else self.bias.value,
             torch.rand_like(logits) if dropout else None,
             token_mask,
-            None if choice is None else choice.topk_ids,
+            given,
             Options(config.top_k, G, num_sequence_groups, config.score, config.gate, dropout),
         )
         return Routing(
@@ -247,15 +254,24 @@ class Router(nn.Module):
             ),
         )
 
+    def _group_offset(self, device: torch.device) -> Tensor:
+        """Return the first flat id [G, 1] of each router group."""
+        return (torch.arange(self.num_groups, device=device) * self.config.num_experts)[:, None]
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        scale = self.config.route_scale
+        return weights if scale == 1 else weights * scale
+
     def _selectable(self, scores: Tensor) -> Tensor:
-        """Return the scores to choose by: detached, biased, with dropout of experts in training."""
+        """Return the scores to choose by: detached, biased, without experts that are hidden."""
         scores = scores.detach()
         if self.bias is not None:
             scores = self.bias(scores)
         if self.training and self.config.expert_dropout:
             hidden = torch.rand_like(scores) < self.config.expert_dropout
             scores = scores.masked_fill(hidden, -math.inf)
-        return scores
+        limit = self.config.group_limit
+        return scores if limit is None else _within_best_groups(scores, limit)
 
     def _keep(
         self,
@@ -275,6 +291,16 @@ class Router(nn.Module):
             num_sequence_groups=num_sequence_groups,
             capacity=self.config.capacity,
         )
+
+
+def _within_best_groups(scores: Tensor, limit: GroupLimitConfig) -> Tensor:
+    """Hide experts beyond the best groups from `scores` [T, G, E] (DeepSeek-V3, section 2.1.2)."""
+    grouped = scores.unflatten(-1, (limit.num_groups, -1))
+    best = grouped.topk(2).values.sum(-1).topk(limit.top_groups).indices
+    is_hidden = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+    # Experts that dropout hides stay ahead of those of other groups.
+    dropped_last = grouped.clamp(min=torch.finfo(scores.dtype).min)
+    return dropped_last.masked_fill(is_hidden[..., None], -math.inf).flatten(-2)
 
 
 def _statistics(

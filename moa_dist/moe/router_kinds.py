@@ -1,8 +1,8 @@
-"""The kinds of router: a new one is a section in `config/model.py`, a module, and a line here."""
+"""The kinds of router: a new one is a section in `config/routers.py`, a module, and a line here."""
 
 from __future__ import annotations
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.router import Router
 

@@ -70,8 +70,10 @@ class Console:
             f"{100 * metrics.step // total:3d}%",
             f"loss {metrics.loss:6.3f}",
         ]
-        if metrics.aux_losses:
-            fields.append(_balance(metrics.aux_losses))
+        of_logits = "logits/"  # a loss, but not of routers
+        balance = {n: v for n, v in metrics.aux_losses.items() if not n.startswith(of_logits)}
+        if balance:
+            fields.append(_balance(balance))
         fields += [
             f"lr {metrics.lr:.1e}",
             _grad_norm(metrics.grad_norm, self._clip_norm),

@@ -98,6 +98,7 @@ def expected_traffic(
             num_experts=router.config.num_experts,
             top_k=router.config.top_k,
             num_ranks=layout.expert_parallel,
+            group_limit=router.config.group_limit,
         )
 
     return expert_traffic(model, layout, rows_of)

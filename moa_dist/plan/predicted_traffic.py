@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
@@ -54,37 +55,74 @@ class Rows(NamedTuple):
 
 
 def expected_rows(
-    num_tokens: int, *, num_groups: int, num_experts: int, top_k: int, num_ranks: int
+    num_tokens: int,
+    *,
+    num_groups: int,
+    num_experts: int,
+    top_k: int,
+    num_ranks: int,
+    group_limit: GroupLimitConfig | None = None,
 ) -> Rows:
     """Predict rows of `num_tokens` tokens over `num_ranks` (P) ranks that share the experts.
 
     A token's K of E experts are random without repetition, so it misses m experts of a rank with
-    probability C(E - m, K) / C(E, K). A row goes once to each rank that it does not miss.
+    probability C(E - m, K) / C(E, K). With a limit, so are first its groups of experts, then its
+    experts among theirs. A row goes once to each rank that it does not miss.
     """
-    of_a_token = _rows_of_a_token(num_groups, num_experts, top_k, num_ranks)
+    limits = (1, 1) if group_limit is None else (group_limit.num_groups, group_limit.top_groups)
+    of_a_token = _rows_of_a_token(num_groups, num_experts, top_k, num_ranks, *limits)
     to_others = num_tokens * (num_ranks - 1) / num_ranks
     return Rows(*(rows * to_others for rows in of_a_token))
 
 
 @cache
-def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: int) -> Rows:
+def _rows_of_a_token(
+    num_groups: int, num_experts: int, top_k: int, num_ranks: int, num_limits: int, top_limits: int
+) -> Rows:
     """Return rows of a token to all ranks, its own included."""
     token = group = slot = 0.0
     shards = pairwise(shard_starts(num_groups * num_experts, num_ranks))
+    size = num_experts // num_limits
     # Ranks differ only by how many experts of each router group they hold.
-    alike = Counter(_held_by_group(first, stop, num_experts) for first, stop in shards)
+    alike = Counter(_held_by_group(first, stop, num_experts, size) for first, stop in shards)
     for held, num_alike in alike.items():
-        missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
+        missed = [_missed(parts, size, top_k, top_limits) for parts in held]
         token += num_alike * (1 - prod(missed))
         group += num_alike * sum(1 - p for p in missed)
-        slot += num_alike * sum(top_k * m / num_experts for m in held)
+        slot += num_alike * sum(top_k * sum(parts) / num_experts for parts in held)
     return Rows(token, group, slot)
 
 
-def _held_by_group(first: int, stop: int, num_experts: int) -> tuple[int, ...]:
-    """Count the flat experts [first, stop) of each router group that has any."""
+def _missed(held: tuple[int, ...], size: int, top_k: int, top_limits: int) -> float:
+    """Return how likely none of a token's experts is on a rank.
+
+    It chooses `top_limits` parts of `size` experts each, of which the rank holds `held`, and K
+    experts among them.
+    """
+    ways = Counter({(0, 0): 1})  # sets of parts, by how many they are and the experts held of them
+    for here in held:
+        for (num_parts, num_held), count in list(ways.items()):
+            ways[num_parts + 1, num_held + here] += count
+    chosen = {m: count for (num_parts, m), count in ways.items() if num_parts == top_limits}
+    missing = sum(count * comb(size * top_limits - m, top_k) for m, count in chosen.items())
+    return missing / (comb(len(held), top_limits) * comb(size * top_limits, top_k))
+
+
+def _held_by_group(
+    first: int, stop: int, num_experts: int, size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Count the flat experts [first, stop) of each router group that has any.
+
+    They are counted by parts of a router group, of `size` experts each.
+    """
     groups = range(first // num_experts, -(-stop // num_experts))
-    return tuple(min(stop, (g + 1) * num_experts) - max(first, g * num_experts) for g in groups)
+    return tuple(
+        tuple(
+            max(min(stop, start + size) - max(first, start), 0)
+            for start in range(g * num_experts, (g + 1) * num_experts, size)
+        )
+        for g in groups
+    )
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from moa_dist.config.model import (
     ModelConfig,
     MoEFFNConfig,
     PartConfig,
-    RouterConfig,
     SwitchHeadConfig,
 )
+from moa_dist.config.routers import RouterConfig
 from moa_dist.errors import Problem
 from moa_dist.models.attention import DenseAttention
 from moa_dist.models.block import Block
@@ -123,7 +123,16 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
             "neither can be upcycled",
             ("model.attention",),
         )
-    wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope, "qk_norm": False}
+    wanted = {
+        heads: dense.num_heads,
+        "d_head": dense.d_head,
+        "rope": dense.rope,
+        "window": dense.window,
+        "soft_cap": dense.soft_cap,
+        "qk_norm": False,
+        "shared_experts": 0,
+    }
+    yield from _routing_problems("model.attention", attention)
     for name, value in wanted.items():
         if getattr(attention, name) != value:
             yield Problem(
@@ -134,7 +143,28 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
             )
 
 
+def _routing_problems(path: str, part: PartConfig) -> Iterator[Problem]:
+    """Copies must add up to what they are copies of."""
+    for name, router in part.routers.items():
+        for field, value in (("route_scale", 1.0), ("group_limit", None)):
+            if getattr(router, field) != value:
+                key = f"{path}.{name}.{field}"
+                yield Problem(
+                    f"`{key}` is set, but copies of a dense part need "
+                    f"{'null' if value is None else value}",
+                    (key,),
+                    {key: [value]},
+                )
+
+
 def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[Problem]:
+    yield from _routing_problems("model.ffn", ffn)
+    if ffn.shared_expert is not None:
+        yield Problem(
+            "`model.ffn.shared_expert` is set, but the dense FFN is copied into the routed experts",
+            ("model.ffn.shared_expert",),
+            {"model.ffn.shared_expert": [None]},
+        )
     for name in ("activation", "gated"):
         if getattr(ffn, name) != getattr(dense, name):
             yield Problem(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from moa_dist.config import load_config
 from moa_dist.kernels import triton_gradients
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models import attention, language_model, rope_kernel
-from moa_dist.models.attention import AttentionMask
+from moa_dist.models import language_model, rope_kernel, softmax
+from moa_dist.models.mask import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
 from tests.fake_cuda.estimates import of_experts, part_bytes
 from tests.fake_cuda.launches import fake_cuda
@@ -138,12 +138,47 @@ def test_padding_needs_a_mask_where_flash_attention_does_not_run(path, monkeypat
     assert not kernels["_varlen_attn"]
 
 
+@pytest.mark.parametrize("num_documents", [0, 8])
+@pytest.mark.parametrize(
+    "path", ["configs/moeut/44m.yaml", "configs/moa/8k16e256d.yaml", "configs/dense/244m.yaml"]
+)
+def test_windows_are_those_of_flash_attention(path, num_documents):
+    """No masks, no waits, nothing else to keep; with documents, full layers go there too."""
+    sequences, length = 2, 1024
+    plain = measure(path, sequences, length)
+    local = measure(
+        path,
+        sequences,
+        length,
+        num_documents=num_documents,
+        overrides=["model.attention.window={size: 128, full_every: 2}"],
+    )
+    kernels = local.launches.kernels
+    num_layers = load_config(path).model.num_layers
+    expected = num_layers if num_documents else num_layers // 2
+    assert kernels["_varlen_attn"] == kernels["_varlen_attn_backward"] == expected
+    assert not local.launches.waits
+    assert local.launches.largest_mask < length * length
+    assert local.saved < 1.01 * plain.saved
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_soft_caps_need_neither_masks_nor_logits_of_whole_sequences(padded):
+    sequences, length, path = 1, 1024, "configs/small/moeut.yaml"
+    overrides = ["model.attention.soft_cap=50", "model.attention.window={size: 256, full_every: 2}"]
+    plain = measure(path, sequences, length)
+    capped = measure(path, sequences, length, padded=padded, overrides=overrides)
+    assert not capped.launches.waits
+    assert capped.launches.largest_mask <= 128 * length < length * length
+    assert capped.saved < 1.01 * plain.saved
+
+
 def test_a_mask_of_documents_would_be_noticed(monkeypatch):
     def masked(q, k, v, documents, *, causal):
-        visible = attention.visible_keys(q, k, AttentionMask(causal, documents=documents))
+        visible = softmax.visible_keys(q, k, AttentionMask(causal, documents=documents))
         return F.scaled_dot_product_attention(q, k, v, visible)
 
-    monkeypatch.setattr(attention, "document_attention", masked)
+    monkeypatch.setattr(softmax, "document_attention", masked)
     launches, _ = measure("configs/small/moeut.yaml", 2, 64, num_documents=8)
     assert launches.largest_mask >= 64 * 64
 

@@ -15,17 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig, RouterConfig
+from moa_dist.config.model import MoAConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.kernels.routed_experts import Kernel, grouped_experts
 from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
+from moa_dist.models.attention import Attention, AttentionOutput
 from moa_dist.models.kinds import ATTENTION
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.objective import Batch as Data
 from moa_dist.models.objective import objective
 from moa_dist.moe.experts import GroupedLinear
@@ -200,7 +202,7 @@ class RunningMixtures(RoutedModule, Attention):
     def routers(self) -> dict[str, Router]:
         return {}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         return {"experts": length * 3 * 2 * self.widen.macs_per_row()}
 
     def routed_projections(self) -> list[RoutedProjection]:

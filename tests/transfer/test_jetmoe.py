@@ -217,6 +217,10 @@ def test_the_model_of_the_folder_stays(tmp_path, capsys):
     assert "`model`" in capsys.readouterr().err
 
 
+SLOWER = {"fraction": 1.0, "scaling": {"kind": "linear", "factor": 2.0}}
+LIMIT = {"num_groups": 2, "top_groups": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "values"),
     [
@@ -246,6 +250,14 @@ def test_the_model_of_the_folder_stays(tmp_path, capsys):
             "ffn.router.capacity",
             [],
         ),
+        ({"logit_soft_cap": 30.0}, "logit_soft_cap", ["30"]),
+        ({"attention": OURS["attention"] | {"soft_cap": 50.0}}, "attention.soft_cap", []),
+        ({"attention": OURS["attention"] | {"window": {"size": 8}}}, "attention.window", []),
+        ({"attention": OURS["attention"] | {"shared_experts": 1}}, "attention.shared_experts", []),
+        ({"attention": OURS["attention"] | {"rope": SLOWER}}, "attention.rope.scaling", []),
+        ({"ffn": OURS["ffn"] | {"shared_expert": {"d_expert": 8}}}, "ffn.shared_expert", []),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"route_scale": 2.0}}}, "ffn.router", []),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"group_limit": LIMIT}}}, "ffn.router", []),
         (
             {"ffn": OURS["ffn"] | {"router": ROUTER | {"balance": {"bias_rate": 0.1}}}},
             "ffn.router.balance.bias_rate",
