@@ -16,12 +16,13 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.router import Choice, Router, Routing
 
 
 def recomputed(block: nn.Module, *args: Any) -> Any:
     """Call `block(*args)`, but recompute its activations in the backward pass."""
-    routers = [module for module in block.modules() if isinstance(module, Router)]
+    routers = [module for module in used_modules(block) if isinstance(module, Router)]
     choices: list[Choice] = []
     passes = 0
 

@@ -260,7 +260,7 @@ def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
                 layer.num_experts * layer.macs_per_row()
                 for _, module in routed_modules(model)
                 if module.part == part
-                for layer in module.expert_layers().values()
+                for layer in module.held_expert_layers().values()
             )
             both = ("weights and gradients", 2)
             element = ("B", layout.element_bytes)
