@@ -27,8 +27,13 @@ def borrowed(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, value
 
 
+def named_used_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of `module`, its children and what it borrows, recursively."""
+    yield name, module
+    for child_name, child in chain(module.named_children(), borrowed(module)):
+        yield from named_used_modules(child, f"{name}.{child_name}".lstrip("."))
+
+
 def used_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield `module`, its children and what it borrows, recursively."""
-    yield module
-    for _, child in chain(module.named_children(), borrowed(module)):
-        yield from used_modules(child)
+    """Yield the modules alone."""
+    return (used for _, used in named_used_modules(module))
