@@ -7,10 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moa_dist.analyze.analyze import attention_results, observe, router_results
+from moa_dist.analyze.panels import plates
+from moa_dist.analyze.results import Analysis
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.sharing import SharingConfig
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.objective import Batch
 from moa_dist.models.stack import RouterCall, applications
 from moa_dist.moe.losses import BALANCE_LOSSES
 from moa_dist.moe.router import Router
@@ -233,3 +237,37 @@ def test_both_texts_of_a_translation():
     assert blocks[1].cross.norm is not blocks[3].cross.norm
     assert logits.shape == (2, 8, VOCABULARY)
     assert {call.layer for call in model(target, source=source).statistics} == set(range(12))
+
+
+def test_choices_of_shared_routers_are_analyzed_together():
+    """Routers of one application have one repeat; plots and results hold both."""
+    model = model_of("tied experts").eval()
+    seen = observe(model, [Batch(tokens_of(4))], torch.device("cpu"))
+    repeats = {(r.layer, r.router): r.num_repeats for r in router_results(model, seen, 1, str)}
+    assert repeats == {
+        (layer, router): 1
+        for layer in range(5)
+        for router in ("attention.value", "attention.output", "ffn")
+        if layer or router != "ffn"
+    }
+    for name, expected in (("everything", {1}), ("adapters", {1, 2})):
+        model = model_of(name).eval()
+        seen = observe(model, [Batch(tokens_of(4))], torch.device("cpu"))
+        routers, heads = router_results(model, seen, 1, str), attention_results(seen)
+        assert {r.num_repeats for r in routers} == expected
+        assert len(heads) == model.config.num_layers
+        analysis = Analysis(
+            name="", step=1, data="", tokens=32, sequence_length=8, min_count=1,
+            routers=routers, attention=heads,
+        )  # fmt: skip
+        assert plates(analysis)
+
+
+@pytest.mark.parametrize("name", ["adapters", "everything"])
+def test_blocks_that_borrow_compile(name):
+    model, plain = (model_of(name, attention="moa", ffn="dense").float() for _ in range(2))
+    model.compile_blocks(backend="eager")
+    for each in (model, plain):
+        each.train()(tokens_of()).logits.square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

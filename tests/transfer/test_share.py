@@ -33,8 +33,8 @@ NAMES = {
     "attention.k": "k_proj",
     "attention.v": "v_proj",
     "attention.o": "o_proj",
-    "ffn.gate": "gate_proj",
-    "ffn.up": "up_proj",
+    "ffn.up": "gate_proj",  # what is activated
+    "ffn.gate": "up_proj",
     "ffn.down": "down_proj",
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
