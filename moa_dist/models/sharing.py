@@ -56,30 +56,51 @@ class AdaptedLinear(nn.Module):
 
 
 def make_layers(config: ModelConfig, *, cross: bool) -> Layers:
-    """Build the blocks of a stack; with `cross` they also attend to an encoder."""
-    sharing, num_core = config.sharing, config.num_core_layers
+    """Build the blocks of a stack; with `cross` they also attend to an encoder.
+
+    Raises ValueError unless the distinct layers divide those between prelude and coda.
+    """
+    first = config.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
+    layers = core_layers(config)
+    if config.sharing.is_partial:
+        core, order = _core_by_part(config, layers, cross=cross), list(range(len(layers)))
+    else:
+        core, order = [Block(config, cross=cross) for _ in range(max(layers) + 1)], layers
+    blocks = [
+        *(Block(first, cross=cross) for _ in range(config.prelude)),
+        *core,
+        *(Block(config, cross=cross) for _ in range(config.coda)),
+    ]
+    start, end = config.prelude, config.prelude + len(core)
+    of_core = (start + block for block in order)
+    return Layers(blocks, (*range(start), *of_core, *range(end, len(blocks))))
+
+
+def core_layers(config: ModelConfig) -> list[int]:
+    """Number the distinct layer of every application between prelude and coda, from 0."""
+    num_core = config.num_core_layers
     distinct = config.num_distinct_layers or num_core
     if num_core < 1 or num_core % distinct:
         raise ValueError(f"{distinct} distinct layers do not divide {num_core} layers")
-    first = config.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
-    blocks = [Block(first, cross=cross) for _ in range(config.prelude)]
-    if sharing.order == "cycle":
-        layer_of = [i % distinct for i in range(num_core)]
-    else:
-        layer_of = [i // config.num_repeats for i in range(num_core)]
-    if sharing.is_partial:
-        core = [Block(config, cross=cross, has_vector=sharing.vectors) for _ in layer_of]
-        for block, layer in zip(core, layer_of, strict=True):
-            lender = core[layer_of.index(layer)]
-            _adapt(block, sharing) if block is lender else _share(block, lender, sharing)
-        layer_of = list(range(num_core))
-    else:
-        core = [Block(config, cross=cross) for _ in range(distinct)]
-    blocks += core
-    order = [*range(config.prelude), *(config.prelude + layer for layer in layer_of)]
-    order += range(len(blocks), len(blocks) + config.coda)
-    blocks += [Block(config, cross=cross) for _ in range(config.coda)]
-    return Layers(blocks, tuple(order))
+    if config.sharing.order == "cycle":
+        return [i % distinct for i in range(num_core)]
+    return [i // config.num_repeats for i in range(num_core)]
+
+
+def _core_by_part(config: ModelConfig, layers: list[int], *, cross: bool) -> list[Block]:
+    """Build a block for every application; the first of each layer lends to the others."""
+    sharing = config.sharing
+    lenders: dict[int, Block] = {}
+    blocks = []
+    for layer in layers:
+        block = Block(config, cross=cross, has_vector=sharing.vectors)
+        if layer in lenders:
+            _share(block, lenders[layer], sharing)
+        else:
+            _adapt(block, sharing)
+            lenders[layer] = block
+        blocks.append(block)
+    return blocks
 
 
 def _adapt(lender: Block, sharing: SharingConfig) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moa_dist.config.model import ModelConfig
 from moa_dist.errors import Problem
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.models.sharing import AdaptedLinear
+from moa_dist.models.sharing import AdaptedLinear, core_layers
 from moa_dist.models.stack import LayerStack
 from moa_dist.moe.borrowing import named_used_modules
 
@@ -111,21 +111,14 @@ def _start_shared(
     start: str,
 ) -> None:
     """Fill everything but adapters and vectors."""
-    choose, distinct = STARTS[start], config.num_distinct_layers or config.num_core_layers
-    chosen = None if choose is None else choose(distinct, config.num_core_layers)
+    choose, layers = STARTS[start], core_layers(config)
+    chosen = None if choose is None else choose(max(layers) + 1, len(layers))
     for tensor, uses in _uses(stack).items():
         if chosen is not None and len(uses) > 1:
-            layer = _layer_at(uses[0].position - config.prelude, config)
+            layer = layers[uses[0].position - config.prelude]
             uses = [_Use(config.prelude + chosen[layer], uses[0].name)]
         values = [originals[position][name].double() for position, name in uses]
         tensor.copy_(torch.stack(values).mean(0))
-
-
-def _layer_at(position: int, config: ModelConfig) -> int:
-    """Return the distinct layer of an application between prelude and coda."""
-    distinct = config.num_distinct_layers or config.num_core_layers
-    cycles = config.sharing.order == "cycle"
-    return position % distinct if cycles else position // config.num_repeats
 
 
 def _uses(stack: LayerStack) -> dict[Tensor, list[_Use]]:

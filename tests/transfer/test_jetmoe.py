@@ -225,6 +225,8 @@ def test_the_model_of_the_folder_stays(tmp_path, capsys):
         ({"head_bias": True}, "head_bias", ["True"]),
         ({"position": "sinusoidal"}, "position", ["sinusoidal"]),
         ({"scale_embeddings": True}, "scale_embeddings", ["True"]),
+        ({"sharing": {"own": ["norms"]}}, "sharing", []),
+        ({"coda": 2}, "coda", ["2"]),
         ({"objective": "masked"}, "objective", ["masked", "causal"]),
         ({"objective": "translation"}, "objective", ["translation"]),
         ({"attention": OURS["attention"] | {"rope": {"fraction": 0.5}}}, "attention.rope", []),
