@@ -71,7 +71,7 @@ class StackOutput(NamedTuple):
     cache: tuple[KeyValues, ...] | None = None
     """One entry per application of a layer, with new keys and values; None if none was given."""
     traces: dict[LayerCall, BlockTrace] | None = None
-    """By application of a layer, numbered as in `RouterCall`; None unless traces were requested."""
+    """By application of a layer; None unless traces were requested."""
 
 
 class LayerStack(nn.Module):
@@ -91,6 +91,7 @@ class LayerStack(nn.Module):
         self._compiled: tuple[Callable[..., BlockOutput], ...] | None = None
 
     def _planned(self, order: Iterable[int]) -> Iterator[PlannedLayer]:
+        """Number all applications; routers, which blocks may share, are counted by themselves."""
         blocks, times = list(self.blocks()), Counter[Any]()
         keys: dict[Router, RouterKey] = {}
         for index in order:

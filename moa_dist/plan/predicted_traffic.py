@@ -99,7 +99,7 @@ class Layout:
     num_micro_batches: int
     """Micro-batches per rank and step."""
     num_repeats: int
-    """Applications of each shared layer in a forward."""
+    """Applications of each layer between prelude and coda in a forward."""
     recompute: bool
     """Whether forwards run twice."""
     element_bytes: int
