@@ -280,7 +280,7 @@ def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Te
     """List gradients that exist before ZeRO reduces them.
 
     Gradients of a shared layer are summed over its repeats, so none is complete before the backward
-    pass nears its end; what is applied once counts among them. Otherwise they arrive layer by layer.
+    pass nears its end; what is applied once is counted, too. Otherwise they arrive layer by layer.
     """
     element = ("B", layout.element_bytes)
     if layout.num_repeats > 1:
