@@ -70,7 +70,9 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
     block = model.stack.layers[len(model.stack.layers) // 2]
     given: dict[str, tuple[Any, ...]] = {}
     parts = {
-        name: module for name, module in block.named_children() if isinstance(module, RoutedModule)
+        name: module
+        for name, module in (("attention", block.attention), ("ffn", block.ffn))
+        if isinstance(module, RoutedModule)
     }
     hooks = [
         module.register_forward_pre_hook(_remember(given, name)) for name, module in parts.items()

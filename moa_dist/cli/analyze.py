@@ -19,7 +19,7 @@ from moa_dist.cli.held_out import (
     with_progress,
 )
 from moa_dist.cli.output import not_written
-from moa_dist.config.model import whole_groups
+from moa_dist.config.sequence_groups import whole_groups
 from moa_dist.data.batches import held_out_batches, in_documents
 from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from moa_dist.config import sharing_checks
 from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
@@ -64,17 +65,6 @@ def _name(config: Config) -> Iterator[Problem]:
         )
 
 
-def _layers(config: Config) -> Iterator[Problem]:
-    layers, distinct = config.model.num_layers, config.model.num_distinct_layers
-    if distinct is not None and layers % distinct:
-        yield Problem(
-            f"`model.num_distinct_layers` is {distinct}, which does not divide "
-            f"`model.num_layers` = {layers}; use {one_of(divisors(layers))}",
-            ("model.num_distinct_layers", "model.num_layers"),
-            {"model.num_distinct_layers": divisors(layers)},
-        )
-
-
 def _parts(config: Config) -> Iterator[Problem]:
     for name, part in config.model.parts().items():
         yield from part.problems(f"model.{name}")
@@ -92,7 +82,8 @@ def _size(config: Config) -> Iterator[Problem]:
                 "elements; make its sizes or `model.d_model` smaller",
                 (f"model.{name}", "model.d_model"),
             )
-    layers = "num_layers" if model.num_distinct_layers is None else "num_distinct_layers"
+    all_distinct = model.num_distinct_layers is None or model.sharing.is_partial
+    layers = "num_layers" if all_distinct else "num_distinct_layers"
     if getattr(model, layers) > _MOST_LAYERS:
         yield Problem(
             f"`model.{layers}` is {getattr(model, layers)}; use at most {_MOST_LAYERS}",
@@ -331,7 +322,8 @@ def _for_routers(part: Part, check: RouterCheck) -> Callable[[Config], Iterator[
 
 CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _name,
-    _layers,
+    sharing_checks.repeats,
+    sharing_checks.sharing,
     rotations,
     window,
     *(

@@ -9,7 +9,7 @@ torch, so a configuration can be checked anywhere.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil, lcm
+from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Serializ
 from moa_dist.config.positions import RopeConfig, WindowConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.config.section import Kind, Section
+from moa_dist.config.sharing import SharingConfig
 from moa_dist.errors import Problem
 
 Part = Literal["attention", "ffn"]
@@ -254,7 +255,16 @@ class ModelConfig(Section):
     """Layers applied, repeats counted."""
     num_distinct_layers: PositiveInt | None = None
     """Layers with their own parameters (MoEUT's group size G), applied in order ABAB...;
-    absent means all of `num_layers`. Must divide `num_layers`."""
+    absent means all. Must divide the number of layers between prelude and coda."""
+    sharing: SharingConfig = SharingConfig()
+    """What layers that repeat share, if not everything."""
+    prelude: Annotated[int, Field(ge=0)] = 0
+    """First layers, applied once, with parameters of their own."""
+    coda: Annotated[int, Field(ge=0)] = 0
+    """Last layers, likewise."""
+    prelude_ffn: DenseFFNConfig | None = None
+    """Feed-forward part of the prelude, such as that of DeepSeek-V3's first layers; null for
+    `ffn`."""
     norm_placement: Literal["pre", "post", "peri"] = "pre"
     """`pre` and `post` as usual; `peri` (MoEUT section 2.3) normalizes only what feeds a
     softmax or a sigmoid: queries, keys and routers."""
@@ -286,9 +296,20 @@ class ModelConfig(Section):
     ffn: SerializeAsAny[FFNConfig]
     """Feed-forward part of every layer."""
 
+    @property
+    def num_core_layers(self) -> int:
+        """Applications of layers between prelude and coda."""
+        return self.num_layers - self.prelude - self.coda
+
+    @property
+    def num_repeats(self) -> int:
+        """Applications of each of them."""
+        return self.num_core_layers // (self.num_distinct_layers or max(self.num_core_layers, 1))
+
     def parts(self) -> dict[str, PartConfig]:
-        """Both parts of a layer, experts or not."""
-        return {"attention": self.attention, "ffn": self.ffn}
+        """All parts that layers are made of, experts or not, by their field."""
+        prelude = {} if self.prelude_ffn is None else {"prelude_ffn": self.prelude_ffn}
+        return {"attention": self.attention, "ffn": self.ffn, **prelude}
 
     def routed_parts(self) -> dict[str, PartConfig]:
         """The parts of a layer that have experts."""
@@ -301,14 +322,3 @@ class ModelConfig(Section):
             for part, section in self.parts().items()
             for name, router in section.routers.items()
         }
-
-
-def sequences_per_group(model: ModelConfig) -> int:
-    """Sequences that belong together, since a router counts them as one group."""
-    return lcm(*(router.group_sequences for router in model.routers().values()))
-
-
-def whole_groups(num_sequences: int, model: ModelConfig) -> int:
-    """Round a number of sequences up to whole groups."""
-    group = sequences_per_group(model)
-    return -(-num_sequences // group) * group

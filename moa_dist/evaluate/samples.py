@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moa_dist.config.model import sequences_per_group
 from moa_dist.config.run import Config
+from moa_dist.config.sequence_groups import sequences_per_group
 from moa_dist.data.places import local_path
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks

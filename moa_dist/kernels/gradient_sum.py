@@ -127,18 +127,30 @@ class _Summed:
         return self._handle, self._sum
 
 
-class Repeats:
-    """The uses that one forward pass makes of some parameters, and the sums of their gradients."""
+class GradientSums:
+    """The sums of one forward pass: of every parameter that has several uses in it."""
 
-    def __init__(self, weights: Mapping[Tensor, Tensor], num_uses: int) -> None:
-        """Sum the gradients of what is used in place of each parameter, perhaps itself."""
+    def __init__(self, num_uses: Mapping[Tensor, int]) -> None:
+        self._num_uses = num_uses if torch.is_grad_enabled() else {}
         self._summed: dict[Tensor, _Summed] = {}
-        if num_uses > 1 and torch.is_grad_enabled():
-            self._summed = {
-                parameter: _Summed(used, num_uses)
-                for parameter, used in weights.items()
-                if used.requires_grad
-            }
+
+    def of(self, weights: Mapping[Tensor, Tensor]) -> Repeats:
+        """Return those of some parameters, given what is used in place of each, perhaps itself.
+
+        Layers that share a parameter get the same sum.
+        """
+        for parameter, used in weights.items():
+            num_uses = self._num_uses.get(parameter, 1)
+            if num_uses > 1 and used.requires_grad and parameter not in self._summed:
+                self._summed[parameter] = _Summed(used, num_uses)
+        return Repeats({p: self._summed[p] for p in weights if p in self._summed})
+
+
+class Repeats:
+    """The uses that a layer makes of some parameters, and the sums of their gradients."""
+
+    def __init__(self, summed: dict[Tensor, _Summed]) -> None:
+        self._summed = summed
 
     @contextmanager
     def summing(self) -> Iterator[None]:

@@ -13,16 +13,18 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
-from moa_dist.distributed.pending import Pending
 from moa_dist.kernels.shared_input import share
 from moa_dist.models.attention import Attention, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
 from moa_dist.models.kinds import make_attention, make_feed_forward
+from moa_dist.models.linear import Bias
 from moa_dist.models.mask import AttentionMask
 from moa_dist.models.norms import LayerNorm, RMSNorm
 from moa_dist.models.padding import Runs
 from moa_dist.models.trace import AttentionTrace, BlockTrace
+from moa_dist.moe.borrowing import used_modules
+from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
@@ -55,21 +57,6 @@ class GatheredExperts(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> GatheredExperts:
         """Apply a function to all weights."""
         return GatheredExperts(*({n: function(w) for n, w in part.items()} for part in self))
-
-
-class PendingExperts(NamedTuple):
-    """Expert weights of one layer that are being gathered."""
-
-    attention: Mapping[str, Pending]
-    """Experts of self-attention."""
-    cross: Mapping[str, Pending]
-    """Experts of a decoder's attention to the source."""
-    ffn: Mapping[str, Pending]
-    """Experts of the feed-forward part."""
-
-    def wait(self) -> GatheredExperts:
-        """Wait until all weights have arrived."""
-        return GatheredExperts(*({name: w.wait() for name, w in part.items()} for part in self))
 
 
 _NO_GATHERED_EXPERTS = GatheredExperts()
@@ -145,8 +132,12 @@ class Block(nn.Module):
     In a decoder that translates, attention to the source comes between them.
     """
 
-    def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, cross: bool = False, has_vector: bool = False
+    ) -> None:
+        """Build a layer; with `has_vector` it adds a learned vector to its input."""
         super().__init__()
+        self.vector = Bias(config.d_model) if has_vector else None
         self.placement = config.norm_placement
         self.window = config.attention.window
         self.is_causal = config.objective == "causal" or cross
@@ -187,22 +178,28 @@ class Block(nn.Module):
             parts += Counter(self.cross.attention.macs(length))
         return dict(parts)
 
-    def gather_experts(self) -> PendingExperts:
-        """Start to gather expert weights: once per forward, for all repeats of this layer."""
+    def start_gathering(self, gathering: ExpertGathering) -> None:
+        """Start to gather expert weights: once per forward, for all that use them."""
+        for part in self._parts():
+            gathering.start(part)
+
+    def gathered(self, gathering: ExpertGathering) -> GatheredExperts:
+        """Wait for the expert weights of this layer."""
+        return GatheredExperts(*map(gathering.wait, self._parts()))
+
+    def _parts(self) -> tuple[nn.Module | None, ...]:
+        """Return what may have experts, in the order of `GatheredExperts`."""
         cross = None if self.cross is None else self.cross.attention
-        return PendingExperts(
-            *(
-                part.gather_experts() if isinstance(part, RoutedModule) else {}
-                for part in (self.attention, cross, self.ffn)
-            )
-        )
+        return self.attention, cross, self.ffn
 
     def weights(self, gathered: GatheredExperts) -> dict[Tensor, Tensor]:
         """Return what is used in place of each parameter: gathered weights, or itself."""
-        used: dict[Tensor, Tensor] = {parameter: parameter for parameter in self.parameters()}
-        cross = None if self.cross is None else self.cross.attention
-        parts: tuple[nn.Module | None, ...] = (self.attention, cross, self.ffn)
-        for part, weights in zip(parts, gathered, strict=True):
+        used: dict[Tensor, Tensor] = {
+            parameter: parameter
+            for module in used_modules(self)
+            for parameter in module.parameters(recurse=False)
+        }
+        for part, weights in zip(self._parts(), gathered, strict=True):
             if isinstance(part, RoutedModule):
                 layers = part.expert_layers()
                 used |= {layers[name].weight: weight for name, weight in weights.items()}
@@ -218,6 +215,7 @@ class Block(nn.Module):
         trace: bool = False,
     ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`."""
+        x = x if self.vector is None else self.vector(x)
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
         x, attention = self._attend(x, mask, gathered.attention, own, trace)
         named = _within("attention", attention.statistics)

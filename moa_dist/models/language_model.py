@@ -58,6 +58,8 @@ class _Alike(NamedTuple):
     """The part of a layer that they belong to, `attention` or `ffn`."""
     balance: BalanceConfig
     """Their losses."""
+    num_repeats: int
+    """Applications of each."""
     shape: torch.Size
     """[N, G, E] of their statistics."""
 
@@ -258,10 +260,11 @@ class LanguageModel(nn.Module):
         little more than one of a single router.
         """
         alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]] = {}
-        routers = self.routers()
+        routers, repeats = self.routers(), Counter(call.key for call in statistics)
         for call, value in statistics.items():
             part = call.router.partition(".")[0]
-            kind = _Alike(part, routers[call.key].config.balance, value.load.shape)
+            balance = routers[call.key].config.balance
+            kind = _Alike(part, balance, repeats[call.key], value.load.shape)
             alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels.gradient_sum import Repeats
+from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.router import Choice, Router, Routing
 
 
@@ -25,7 +26,7 @@ def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
 
     Gradients of weights go to the sums of `repeats`.
     """
-    routers = [module for module in block.modules() if isinstance(module, Router)]
+    routers = [module for module in used_modules(block) if isinstance(module, Router)]
     choices: list[Choice] = []
     passes = 0
 

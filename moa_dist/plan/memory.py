@@ -260,7 +260,7 @@ def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
                 layer.num_experts * layer.macs_per_row()
                 for _, module in routed_modules(model)
                 if module.part == part
-                for layer in module.expert_layers().values()
+                for layer in module.held_expert_layers().values()
             )
             both = ("B", layout.element_bytes + _sum_bytes(layout))
             yield term(f"all experts of {part} and gradients", ("elements", elements), both)
@@ -284,7 +284,8 @@ def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Te
     """List gradients that exist before ZeRO reduces them.
 
     Gradients of a shared layer are summed over its repeats, in fp32 or wider, so none is complete
-    before the backward pass nears its end. Otherwise they arrive layer by layer.
+    before the backward pass nears its end; what is applied once is counted, too. Otherwise they
+    arrive layer by layer.
     """
     element = ("B", _sum_bytes(layout))
     if layout.num_repeats > 1:

@@ -25,6 +25,7 @@ from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.stack import applications
 from moa_dist.moe.dispatch import Level
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.routed_module import RoutedModule, routed_modules
@@ -136,7 +137,7 @@ class Layout:
     num_micro_batches: int
     """Micro-batches per rank and step."""
     num_repeats: int
-    """Applications of each layer in a forward."""
+    """Applications of each layer between prelude and coda in a forward."""
     recompute: bool
     """Whether forwards run twice."""
     element_bytes: int
@@ -161,36 +162,39 @@ def expert_traffic(
     if layout.expert_parallel == 1:
         return {}
     traffic: dict[TrafficKey, TrafficVolume] = {}
+    times = applications(model)
     for name, module in routed_modules(model):
         exchanged = getattr(layout.exchange, module.part)
-        traffic |= TRAFFIC[exchanged](name, module, layout, rows_of)
+        traffic |= TRAFFIC[exchanged](name, module, times[module], layout, rows_of)
     return traffic
 
 
 def _weights(
-    layer: str, module: RoutedModule, layout: Layout, _: RowsOfRouter
+    layer: str, module: RoutedModule, _times: int, layout: Layout, _: RowsOfRouter
 ) -> dict[TrafficKey, TrafficVolume]:
     """Count gathers: one per forward and backward, whatever the repeats and recomputation."""
     messages, num_bytes = 0, 0
-    for layer_weights in module.expert_layers().values():
+    for layer_weights in module.held_expert_layers().values():
         num_experts = -(-layer_weights.num_experts // layout.expert_parallel)
         shard = num_experts * layer_weights.macs_per_row()
         messages += 1
         num_bytes += (layout.expert_parallel - 1) * shard * layout.element_bytes
+    if not messages:  # borrowed from a module that gathers them
+        return {}
     factor = layout.world_size * layout.num_micro_batches
     volume = TrafficVolume(factor * messages, factor * num_bytes)
     return {TrafficKey(layer, "gather", backward): volume for backward in (False, True)}
 
 
 def _tokens(
-    layer: str, module: RoutedModule, layout: Layout, rows_of: RowsOfRouter
+    layer: str, module: RoutedModule, times: int, layout: Layout, rows_of: RowsOfRouter
 ) -> dict[TrafficKey, TrafficVolume]:
     forwards = 2 if layout.recompute else 1
-    calls = layout.world_size * layout.num_micro_batches * layout.num_repeats
+    calls = layout.world_size * layout.num_micro_batches * times
     traffic: dict[TrafficKey, TrafficVolume] = {}
 
-    def add(key: TrafficKey, times: int, num_bytes: float) -> None:
-        more = TrafficVolume(calls * times, round(num_bytes * times))
+    def add(key: TrafficKey, passes: int, num_bytes: float) -> None:
+        more = TrafficVolume(calls * passes, round(num_bytes * passes))
         traffic[key] = traffic[key].plus(more) if key in traffic else more
 
     projections = module.routed_projections()
@@ -217,9 +221,10 @@ def _tokens(
 
 TRAFFIC: dict[
     str,
-    Callable[[str, RoutedModule, Layout, RowsOfRouter], dict[TrafficKey, TrafficVolume]],
+    Callable[[str, RoutedModule, int, Layout, RowsOfRouter], dict[TrafficKey, TrafficVolume]],
 ] = {"tokens": _tokens, "weights": _weights}
-"""Traffic of a module by what ranks exchange for it, see `moe.sharding.EXCHANGES`."""
+"""Traffic of a module, applied so many times in a forward, by what ranks exchange for it; see
+`moe.sharding.EXCHANGES`."""
 
 
 class StateTraffic(NamedTuple):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig
 from moa_dist.config.routers import RouterConfig
+from moa_dist.config.sharing import SharingConfig
 
 BLOCK_NORM_EPS = 1e-6
 """Epsilon of all norms but the last: transformers ignores `rms_norm_eps` for them."""
@@ -125,12 +126,16 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         "norm_eps": BLOCK_NORM_EPS,
         "position": "none",
         "logit_soft_cap": None,
+        "prelude": 0,
+        "coda": 0,
     }
     if not config.tie_embeddings:
         wanted["head_bias"] = False
     for name, value in wanted.items():
         if getattr(config, name) != value:
             yield f"`model.{name}` is {getattr(config, name)}; JetMoE needs {value}"
+    if config.sharing != SharingConfig():
+        yield "`model.sharing` shares layers by part; JetMoE needs whole layers in the order ABAB"
     if isinstance(config.attention, MoAConfig):
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:

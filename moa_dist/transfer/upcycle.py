@@ -76,6 +76,12 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[Problem]:
             now, before = ("null" if value is None else value for value in (now, before))
             text = f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
             yield Problem(text, (f"model.{name}",), {f"model.{name}": [getattr(dense, name)]})
+    if config.sharing.is_partial:
+        yield Problem(
+            "`model.sharing` shares layers by part, which cannot be upcycled; upcycle a model with "
+            "distinct layers, and share them with `moa-dist share`",
+            ("model.sharing",),
+        )
     changed = [name for name in PARTS if getattr(dense, name) != getattr(config, name)]
     if not changed:
         text = (

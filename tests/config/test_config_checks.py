@@ -30,6 +30,16 @@ FULL = (f"{WINDOW}.full_every", "model.num_layers")
     [
         (["name=a/b"], ("name",), {}),
         (["model.num_distinct_layers=3"], LAYERS, {LAYERS[0]: [1, 2, 4]}),
+        (["model.prelude=1"], LAYERS, {LAYERS[0]: [1, 3]}),
+        (["model.prelude=2", "model.coda=2"], ("model.prelude", "model.coda", LAYERS[1]), {}),
+        (["model.prelude_ffn={d_ff: 8}"], ("model.prelude_ffn", "model.prelude"), {}),
+        (
+            ["model.num_distinct_layers=null", "model.sharing.adapter_rank=2"],
+            ("model.sharing", LAYERS[0]),
+            {},
+        ),
+        (["model.sharing.own=[routers, attention, ffn]"], ("model.sharing.own",), {}),
+        (["model.sharing.own=[norms, norms]"], ("model.sharing.own",), {}),
         (
             ["model.attention.rope.fraction=0.1"],
             ("model.attention.rope.fraction", "model.attention.d_head"),

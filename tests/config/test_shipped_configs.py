@@ -81,6 +81,8 @@ EXAMPLES = {
     "moeut_44m": 8,
     "moa_moe": 2,
     "masked_lm": 1,
+    "tied_experts": 2,
+    "shared_core": 1,
 }
 """Ranks that their headings start."""
 

@@ -15,6 +15,9 @@ SIZES = {
     "model.d_model",
     "model.num_layers",
     "model.num_distinct_layers",
+    "model.prelude",
+    "model.coda",
+    "model.prelude_ffn.d_ff",
     *(
         f"model.{part}.{size}"
         for part in ("attention", "ffn")

@@ -31,7 +31,7 @@ ASSUMED = Assumptions()
 def part_bytes(model: LanguageModel, num_tokens: int) -> Counter[str]:
     """Estimate the bytes of each part for a micro-batch of `num_tokens`."""
     T, D, V = num_tokens, model.config.d_model, model.config.vocab_size
-    repeats = model.stack.num_repeats
+    repeats = model.config.num_repeats
     rows = row_bytes(model, NARROW)
     parts: Counter[str] = Counter()
     parts["embedding"] = NARROW * (3 * T * D + V * D)
@@ -149,5 +149,5 @@ def floor_of(model: LanguageModel, num_tokens: int) -> Floor:
     macs = 3 * num_tokens * model.stack.macs(1)["experts"]
     peak = GPU.flops("bf16")
     assert peak is not None
-    num_layers = model.stack.num_repeats * len(list(routed_modules(model)))
+    num_layers = model.config.num_repeats * len(list(routed_modules(model)))
     return Floor(2 * macs / peak / num_layers, moved / GPU.memory_bandwidth / num_layers)

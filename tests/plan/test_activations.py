@@ -151,6 +151,29 @@ def test_activations_are_those_that_autograd_saves(attention, ffn, norm, dtype, 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("objective", ["causal", "translation"])
+def test_layers_of_several_kinds(objective, recompute):
+    """Those between prelude and coda have adapters; the prelude's FFN is dense."""
+    config = case(
+        DENSE,
+        MOE,
+        "pre",
+        objective=objective,
+        num_layers=7,
+        prelude=2,
+        prelude_ffn={"d_ff": 200},
+        coda=1,
+        sharing={"own": ["norms", "routers"], "adapter_rank": 8, "vectors": True},
+    )
+    found = saved(build_model(config, recompute=recompute), at_once=True)
+    lines = predicted(config, torch.float32, at_once=True, recompute=recompute)
+    between = [line for line in lines if "recomputed" not in line.name]
+    assert total(between) == pytest.approx(found, rel=TOLERANCE)
+    layers = {line.factors[0][1] for line in between if line.factors[0][0] == "layers"}
+    assert layers == {4, 2, 1}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("attention", "norm"),

@@ -229,6 +229,8 @@ LIMIT = {"num_groups": 2, "top_groups": 1}
         ({"head_bias": True}, "head_bias", ["True"]),
         ({"position": "sinusoidal"}, "position", ["sinusoidal"]),
         ({"scale_embeddings": True}, "scale_embeddings", ["True"]),
+        ({"sharing": {"own": ["norms"]}}, "sharing", []),
+        ({"coda": 2}, "coda", ["2"]),
         ({"objective": "masked"}, "objective", ["masked", "causal"]),
         ({"objective": "translation"}, "objective", ["translation"]),
         ({"attention": OURS["attention"] | {"rope": {"fraction": 0.5}}}, "attention.rope", []),

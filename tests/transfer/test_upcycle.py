@@ -219,6 +219,14 @@ def test_experts_are_not_made_of_experts():
     assert re.search(r"\bmoe\b", problem.text)
 
 
+def test_layers_shared_by_part_are_refused():
+    shared = {"sharing": {"own": ["norms"]}}
+    dense = ModelConfig.model_validate(DENSE | shared)
+    config = ModelConfig.model_validate(DENSE | shared | {"ffn": moe(24, 8, 2, "softmax")})
+    (problem,) = problems_of(dense, config)
+    assert problem.keys == ("model.sharing",)
+
+
 def test_the_shipped_pair_fits():
     dense, sparse = (load_config(CONFIGS / f"small/{n}.yaml").model for n in ("dense", "upcycled"))
     assert list(problems_of(dense, sparse)) == []
