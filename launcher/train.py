@@ -22,6 +22,7 @@ from moa_dist.errors import (
     MoaDistError,
     PeerError,
     SaveError,
+    StoppedError,
     TrainingError,
     refused_paths_named,
 )
@@ -106,7 +107,10 @@ def run(args: argparse.Namespace, preemption: Preemption) -> int:
         require_usable_gpus()  # before the layout: launchers start one rank where they see no GPU
         with refused_paths_named():
             config = load_config(args.config, args.overrides)
-            check_run(config, args.world_size or world_size)
+            check_run(config, args.world_size or world_size, lambda: preemption.requested)
+    except StoppedError as error:
+        say_once(rank, str(error))
+        return ExitCode.PREEMPTED
     except MoaDistError as error:
         say_once(rank, str(error))
         return ExitCode.USER

@@ -162,6 +162,10 @@ class TrainingError(MoaDistError):
     """Training cannot continue, for example because the loss is no longer finite."""
 
 
+class StoppedError(MoaDistError):
+    """A signal has ended work that a later run of the same command continues."""
+
+
 class SaveError(TrainingError):
     """A checkpoint could not be written: the disk is full, read-only or missing."""
 

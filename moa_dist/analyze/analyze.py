@@ -5,6 +5,7 @@ Shapes: B sequences of S tokens, V vocabulary, E experts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import log
@@ -42,6 +43,8 @@ class Observations:
     """Choices of each router."""
     attention: dict[tuple[LayerCall, str], HeadSums]
     """Sums over heads, by layer call and attention within the layer, in order of execution."""
+    calls: dict[RouterKey, list[tuple[LayerCall, str]]]
+    """Applications of each router: the layer call, and the router's name within the layer."""
     num_encoder_layers: int
     """Number of distinct layers that read the source; they come first."""
     source_routers: frozenset[RouterKey]
@@ -66,8 +69,7 @@ class Observations:
             heads.add(trace.heads[name], beyond_first)
         for (layer, name), chosen in self.routers.items():
             tokens, token_mask = texts[self.text_of_router((layer, name))]
-            repeats = range(len(chosen.load_RE))
-            routings = [traces[layer, repeat].routing[name] for repeat in repeats]
+            routings = [traces[call].routing[own] for call, own in self.calls[layer, name]]
             chosen.add(tokens.flatten(), token_mask.flatten(), routings)
 
     def text_of_layer(self, layer: int) -> Text:
@@ -100,9 +102,14 @@ def _tokens(tokens: Tensor | None, token_mask: Tensor | None) -> Tokens:
 
 
 def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
-    vocab_size, repeats = model.config.vocab_size, range(model.stack.num_repeats)
+    vocab_size = model.config.vocab_size
     texts: list[Text] = ["text"] if model.encoder is None else ["text", "source"]
     stacks = [model.stack] if model.encoder is None else [model.encoder, model.stack]
+    calls: dict[RouterKey, list[tuple[LayerCall, str]]] = defaultdict(list)
+    for stack in stacks:
+        for planned in stack.plan:
+            for name, router_call in planned.routers.items():
+                calls[router_call.key].append((planned.call, name))
     return Observations(
         {text: torch.zeros(vocab_size, dtype=torch.int64, device=device) for text in texts},
         {
@@ -110,18 +117,18 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
                 vocab_size,
                 router.num_experts,
                 router.num_groups * router.config.num_slots,
-                len(repeats),
+                len(calls[key]),
                 device,
             )
             for key, router in model.routers().items()
         },
         {
-            ((stack.first_layer + number, repeat), name): HeadSums(attention.num_heads, device)
+            (planned.call, name): HeadSums(attention.num_heads, device)
             for stack in stacks
-            for repeat in repeats
-            for number, layer in enumerate(stack.blocks())
-            for name, attention in layer.attentions().items()
+            for planned in stack.plan
+            for name, attention in stack.block(planned).attentions().items()
         },
+        calls,
         num_encoder_layers=model.stack.first_layer,
         source_routers=frozenset(
             (model.stack.first_layer + number, f"{name}.{router}")

@@ -12,6 +12,7 @@ from moa_dist.config.model import (
     FFNConfig,
     ModelConfig,
 )
+from moa_dist.config.sharing import SharingConfig
 from moa_dist.models.counts import count
 from moa_dist.models.kinds import make_attention, make_feed_forward
 
@@ -68,6 +69,8 @@ def equal_parameters(model: ModelConfig, length: int) -> ModelConfig:
         return model.model_copy(
             update={
                 "num_distinct_layers": None,
+                "sharing": SharingConfig(),
+                "prelude_ffn": None,
                 "norm_placement": "pre",
                 "attention": attention,
                 "ffn": DenseFFNConfig(d_ff=d_ff),

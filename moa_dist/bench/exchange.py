@@ -17,9 +17,10 @@ from moa_dist.config.model import FFNConfig, MoEFFNConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.device import should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.kinds import make_attention, make_feed_forward
-from moa_dist.moe.routed_module import RoutedModule
+from moa_dist.models.mask import AttentionMask
+from moa_dist.moe.gathering import ExpertGathering
+from moa_dist.moe.routed_module import Gathered
 from moa_dist.moe.sharding import EXCHANGES, shard_experts
 from moa_dist.train.build import build_engine
 from moa_dist.train.engine import Engine, StepResult
@@ -103,10 +104,11 @@ def _compare(
     )
 
 
-def _gathered(module: nn.Module) -> dict[str, Tensor]:
+def _gathered(module: nn.Module) -> Gathered:
     """Gather the experts of other ranks, if the module's weights are exchanged."""
-    pending = module.gather_experts() if isinstance(module, RoutedModule) else {}
-    return {name: weights.wait() for name, weights in pending.items()}
+    gathering = ExpertGathering()
+    gathering.start(module)
+    return gathering.wait(module)
 
 
 def _attend(module: nn.Module, x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from moa_dist.bench.measure import Work
 from moa_dist.bench.recorder import RecordingDispatcher
 from moa_dist.bench.setting import Setting, gradients
 from moa_dist.data.batches import held_out_batches
-from moa_dist.data.cache import mirror
 from moa_dist.data.manifest import load_manifest
+from moa_dist.data.places import mirror, prepare_texts
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import load_trained
 from moa_dist.moe.dispatch import LocalTokenDispatcher
@@ -54,6 +54,7 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
     held_out = trained.config.data.held_out
     if not held_out or trained.config.model.objective == "translation":
         raise DataError(f"{run}: learned routers need data.valid, and no translation model")
+    prepare_texts(trained.config.data, held_out[:1])
     folder = mirror(trained.config.data, held_out[0])
     batch = next(
         held_out_batches(
@@ -69,7 +70,9 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
     block = model.stack.layers[len(model.stack.layers) // 2]
     given: dict[str, tuple[Any, ...]] = {}
     parts = {
-        name: module for name, module in block.named_children() if isinstance(module, RoutedModule)
+        name: module
+        for name, module in (("attention", block.attention), ("ffn", block.ffn))
+        if isinstance(module, RoutedModule)
     }
     hooks = [
         module.register_forward_pre_hook(_remember(given, name)) for name, module in parts.items()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moa_dist.bench.measure import Work
 from moa_dist.config.run import Config
 from moa_dist.distributed.mesh import Mesh
-from moa_dist.models.attention import AttentionMask
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.objective import Batch
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing

@@ -14,12 +14,12 @@ from moa_dist.checkpoint.format import checkpoints
 from moa_dist.cli.arguments import add_model_path, between
 from moa_dist.cli.held_out import (
     add_held_out_arguments,
-    held_out_data,
+    held_out_folder,
     num_sequences,
     with_progress,
 )
 from moa_dist.cli.output import not_written
-from moa_dist.config.model import whole_groups
+from moa_dist.config.sequence_groups import whole_groups
 from moa_dist.data.batches import held_out_batches, in_documents
 from moa_dist.data.manifest import AnyManifest, PairManifest
 from moa_dist.data.validation import validation_batches
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
-    folder, manifest = held_out_data(args.data, trained)
+    folder, manifest = held_out_folder(args.data, trained)
     batches = _batches(args, trained, folder, manifest)
     total = num_sequences(manifest, args.sequences)
     seen = observe(trained.model, with_progress("reading", batches, total, _size), trained.device)

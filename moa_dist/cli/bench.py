@@ -18,7 +18,7 @@ from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import in_a_job, in_this_job
 from moa_dist.cli.arguments import add_json, between
 from moa_dist.config import load_config
-from moa_dist.distributed.device import set_product_precision
+from moa_dist.distributed.device import default_device, set_product_precision
 from moa_dist.errors import ConfigError
 from moa_dist.evaluate.trained import config_of_run
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     words = [*args.sections, *more]  # sections may follow as well as precede the file
     names = [word for word in words if "=" not in word]
     in_job = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(args.device) if args.device else default_device()
     ranks = args.ranks or (torch.cuda.device_count() if device.type == "cuda" else 2)
     _check(names, args, device, ranks, in_job)
     changes = [word for word in words if "=" in word]

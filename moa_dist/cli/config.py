@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
             vocab_size=config.model.vocab_size,
             world_size=args.world_size or 1,
             objective=config.model.objective,
+            may_lack_text=True,
         )
     problems = find_layout_problems(config, args.world_size) if args.world_size else []
     if problems:

@@ -14,7 +14,7 @@ from typing import Any
 from moa_dist.cli.arguments import add_json, add_model_path
 from moa_dist.cli.held_out import (
     add_held_out_arguments,
-    held_out_data,
+    held_out_folders,
     num_sequences,
     with_progress,
 )
@@ -24,9 +24,10 @@ from moa_dist.cli.rank_output import run_on_ranks
 from moa_dist.cli.translate import add_search_arguments, warn_of_long_texts
 from moa_dist.data.batches import held_out_batches
 from moa_dist.data.decoding import read_lines
+from moa_dist.data.folders import DataFolder
 from moa_dist.errors import DataError
 from moa_dist.evaluate.bleu import bleu, require_sacrebleu
-from moa_dist.evaluate.perplexity import bits_per_byte, perplexity
+from moa_dist.evaluate.perplexity import Perplexity, bits_per_byte, combined, perplexity
 from moa_dist.evaluate.scoring import Request, Score, Scorer, scorer_of
 from moa_dist.evaluate.tasks.task import Mean, Result
 from moa_dist.evaluate.trained import Trained, load_trained, require
@@ -115,28 +116,44 @@ def _bleu(args: argparse.Namespace, trained: Trained, rank: int) -> dict[str, An
 def _perplexity(
     args: argparse.Namespace, trained: Trained, rank: int, world_size: int
 ) -> dict[str, Any]:
-    folder, manifest = held_out_data(args.data, trained)
+    """Evaluate each folder; returns the result over all and, of several, that of each."""
+    folders = held_out_folders(args.data, trained)
+    results = [_perplexity_on(folder, args, trained, rank, world_size) for folder in folders]
+
+    def report(which: slice) -> dict[str, Any]:
+        together = combined(results[which])
+        manifests = [folder.manifest for folder in folders[which]]
+        return {
+            "data": ", ".join(str(folder.path) for folder in folders[which]),
+            "tokens": together.tokens,
+            "loss": together.loss,
+            "perplexity": together.perplexity,
+            "bits_per_byte": bits_per_byte(results[which], trained.config.model, manifests),
+        }
+
+    whole = report(slice(None))
+    if len(folders) > 1:
+        each = {folder.name: report(slice(i, i + 1)) for i, folder in enumerate(folders)}
+        whole["folders"] = each
+    return whole
+
+
+def _perplexity_on(
+    folder: DataFolder, args: argparse.Namespace, trained: Trained, rank: int, world_size: int
+) -> Perplexity:
     batches = held_out_batches(
         trained.config,
-        folder,
-        manifest,
+        folder.path,
+        folder.manifest,
         rank=rank,
         world_size=world_size,
         micro_batch=args.micro_batch,
         sequences=args.sequences,
     )
-    total = num_sequences(manifest, args.sequences)
     if rank == 0:
-        sizes = attrgetter("num_sequences")
-        batches = with_progress("validating", batches, total, sizes, world_size)
-    result = perplexity(trained.model, batches, trained.device)
-    return {
-        "data": str(folder),
-        "tokens": result.tokens,
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": bits_per_byte([result], trained.config.model, [manifest]),
-    }
+        total, sizes = num_sequences(folder.manifest, args.sequences), attrgetter("num_sequences")
+        batches = with_progress(f"validating on {folder.name}", batches, total, sizes, world_size)
+    return perplexity(trained.model, batches, trained.device)
 
 
 def _run_tasks(examples: Examples, scorer: Scorer, rank: int) -> dict[str, Result]:
@@ -164,14 +181,12 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 def _as_text(report: dict[str, Any]) -> str:
     lines = [f"{report['checkpoint']} (step {report['step']:,})"]
+    folders = report.get("folders", {})
+    for name, found in folders.items():
+        lines += _loss_lines(f"{name}: {found['data']}", found)
     if "loss" in report:
-        lines += [
-            f"{report['data']}, {report['tokens']:,} tokens",
-            f"  loss           {report['loss']:.4f}",
-            f"  perplexity     {report['perplexity']:.3f}",
-        ]
-        if report["bits_per_byte"] is not None:
-            lines.append(f"  bits per byte  {report['bits_per_byte']:.4f}")
+        title = f"all {len(folders)} together" if folders else report["data"]
+        lines += _loss_lines(title, report)
     if "bleu" in report:
         found = report["bleu"]
         lines += [
@@ -183,6 +198,17 @@ def _as_text(report: dict[str, Any]) -> str:
     for task, result in report.get("tasks", {}).items():
         lines += _task_lines(task, result)
     return "\n".join(lines)
+
+
+def _loss_lines(title: str, found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{title}, {found['tokens']:,} tokens",
+        f"  loss           {found['loss']:.4f}",
+        f"  perplexity     {found['perplexity']:.3f}",
+    ]
+    if found["bits_per_byte"] is not None:
+        lines.append(f"  bits per byte  {found['bits_per_byte']:.4f}")
+    return lines
 
 
 def _task_lines(task: str, result: dict[str, Any]) -> list[str]:

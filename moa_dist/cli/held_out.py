@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from moa_dist.cli.arguments import between
 from moa_dist.cli.progress import ProgressLine
-from moa_dist.data.cache import mirror
-from moa_dist.data.manifest import AnyManifest, PairManifest, load_manifest, load_pair_manifest
+from moa_dist.data.folders import DataFolder
+from moa_dist.data.manifest import AnyManifest, PairManifest, load_any_manifest
+from moa_dist.data.places import mirror, prepare_texts
 from moa_dist.errors import DataError
 from moa_dist.evaluate.trained import Trained
 
@@ -30,31 +31,51 @@ def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
-    """Return the folder of shards to read, by default the run's, and its manifest.
+def held_out_folder(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
+    """Return the folder of shards to read, by default the run's only one, and its manifest.
 
     Raises DataError if it does not exist or does not match the model.
     """
-    data = trained.config.data
-    paths = [folder.path for folder in data.held_out]
-    if chosen is None and not paths:
-        raise DataError(
-            f"{trained.folder}: the run has no validation data (data.valid); pass a folder of "
-            "shards with --data"
-        )
+    paths = [folder.path for folder in trained.config.data.held_out]
     if chosen is None and len(paths) > 1:
         raise DataError(
             f"{trained.folder}: the run has {len(paths)} folders of validation data (data.valid); "
             f"choose one with --data: {', '.join(paths)}"
         )
-    folder = mirror(data, data.held_out[0]) if chosen is None else chosen
-    if chosen is None and not folder.is_dir():
+    ((_, folder, manifest),) = held_out_folders(chosen, trained)
+    return folder, manifest
+
+
+def held_out_folders(chosen: Path | None, trained: Trained) -> list[DataFolder]:
+    """Return the folder of shards to read, by default all of the run's, with their manifests.
+
+    Raises DataError if one does not exist or does not match the model.
+    """
+    data = trained.config.data
+    if chosen is not None:
+        return [DataFolder(str(chosen), chosen, _manifest(chosen, trained))]
+    if not data.held_out:
         raise DataError(
-            f"{folder}: the run's validation data (data.valid) was not found; start in the folder "
-            "where the run was started, or pass a folder of shards with --data"
+            f"{trained.folder}: the run has no validation data (data.valid); pass a folder of "
+            "shards with --data"
         )
-    pairs = trained.config.model.objective == "translation"
-    manifest: AnyManifest = load_pair_manifest(folder) if pairs else load_manifest(folder)
+    found = []
+    prepare_texts(data, data.held_out)
+    for each in data.held_out:
+        folder = mirror(data, each)
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: the run's validation data (data.valid) was not found; start in the "
+                "folder where the run was started, or pass a folder of shards with --data"
+            )
+        found.append(DataFolder(each.label, folder, _manifest(folder, trained)))
+    return found
+
+
+def _manifest(folder: Path, trained: Trained) -> AnyManifest:
+    """Return the manifest of a folder that matches the model. Raises DataError."""
+    data = trained.config.data
+    manifest = load_any_manifest(folder, trained.config.model.objective)
     problems = []
     if manifest.tokenizer_sha256 != trained.tokenizer_sha256:
         problems.append(
@@ -69,7 +90,7 @@ def held_out_data(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManif
         )
     if problems:
         raise DataError("\n".join(problems))
-    return folder, manifest
+    return manifest
 
 
 def num_sequences(manifest: AnyManifest, wanted: int | None) -> int:

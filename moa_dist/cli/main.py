@@ -38,6 +38,7 @@ COMMANDS = {
     "export": ("moa_dist.cli.export", "export a trained model to our format or Hugging Face's"),
     "import": ("moa_dist.cli.import_model", "start a run from a transformers model"),
     "upcycle": ("moa_dist.cli.upcycle", "start a run with experts from a dense run"),
+    "share": ("moa_dist.cli.share", "start a run with shared layers from a run without"),
     "translate": ("moa_dist.cli.translate", "translate a file with a trained model"),
     "generate": ("moa_dist.cli.generate", "continue a text with a trained model"),
 }

@@ -6,11 +6,11 @@ from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
 from moa_dist.config.model import PARTS
-from moa_dist.data.cache import local_path
 from moa_dist.data.epochs import sources_read
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import load_manifest
 from moa_dist.data.mixture import Mixture, configured_stages
+from moa_dist.data.places import local_path
 from moa_dist.errors import DataError
 from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
 from moa_dist.models.language_model import LanguageModel, meta_model

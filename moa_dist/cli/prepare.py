@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.data.prepare import DEFAULT_SAMPLES_PER_SHARD, Prepared, prepare
 from moa_dist.data.prepare_pairs import PairFiles, prepare_pairs
-from moa_dist.data.text_options import TextOptions
+from moa_dist.data.prepare_parts import join_parts, prepare_part
+from moa_dist.data.text_options import TextCounts, TextOptions
 from moa_dist.errors import DataError
+
+_OF_TEXT = ("valid_share", "max_bytes", "documents", "format", "json_field", "bad_lines", "part")
+"""Options that make no sense for pairs."""
+_OF_PARTS = (
+    *_OF_TEXT, "sequence_length", "vocab_size", "tokenizer", "end_of_document",
+    "samples_per_shard", "seed", "errors",
+)  # fmt: skip
+"""Options that parts were made with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"samples per shard, at most ({DEFAULT_SAMPLES_PER_SHARD})",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all random choices (0)")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="with --tokenizer: tokenize only part I of N of the input, into DIR.parts, on any "
+        "machine; then --join",
+    )
     parser.add_argument("--force", action="store_true", help="replace existing data in DIR")
 
 
@@ -62,10 +80,12 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         metavar="PATH",
-        help="files, folders of them, or - for stdin. Plain text, JSON Lines, other JSON, CSV and "
-        "TSV, also compressed with gzip, bzip2, xz or zstd, and parquet are recognized by content "
-        "and name; zstd and parquet need the extra moa-dist[formats]. What else a folder holds is "
-        "left out and named in the summary, as are hidden files",
+        help="files, folders of them, URLs (s3, gs, hf, https), or - for stdin; 'a-{00..99}.tar' "
+        "stands for a range. Plain text, JSON Lines, other JSON, CSV and TSV, and tar archives of "
+        "these such as webdataset shards, also compressed with gzip, bzip2, xz or zstd, parquet, "
+        "Arrow and data sets that Hugging Face's library saved are recognized by content and name; "
+        "zstd, parquet and Arrow need the extra moa-dist[formats]. What else a folder or archive "
+        "holds is left out and named in the summary, as are hidden files",
     )
     texts.add_argument(
         "--pairs",
@@ -77,6 +97,13 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
         "translations of each other; may be repeated. Pairs with an empty text, or one of more "
         "than --sequence-length tokens, are skipped. Prepare validation files separately, with "
         "--tokenizer",
+    )
+    texts.add_argument(
+        "--join",
+        type=Path,
+        metavar="PARTS",
+        help="instead of --input: join the parts in this folder, DIR.parts, made by --part; gives "
+        "the same as preparing the whole text at once",
     )
     parser.add_argument(
         "--documents",
@@ -93,7 +120,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-field",
         metavar="NAME",
-        help="field of JSON, or column of CSV and parquet, that holds the text; a.b is field b of "
+        help="field of JSON, or column of a table, that holds the text; a.b is field b of "
         "the object in field a (text)",
     )
     parser.add_argument(
@@ -113,21 +140,29 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _part(text: str) -> tuple[int, int]:
+    """Parse `I/N`."""
+    try:
+        number, num_parts = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 3/8") from None
+    return number, num_parts
+
+
 def run(args: argparse.Namespace) -> int:
     """Prepare the data and print a summary; returns the exit status."""
+    if args.join:
+        return _join(args)
     if args.pairs:
         return _prepare_pairs(args)
-    prepared = prepare(
-        args.input,
-        args.output,
-        block_length=args.sequence_length,
-        vocab_size=args.vocab_size,
-        tokenizer=args.tokenizer,
-        end_of_document=args.end_of_document,
-        samples_per_shard=args.samples_per_shard,
-        valid_share=args.valid_share,
-        seed=args.seed,
-        text=TextOptions(
+    options: dict[str, Any] = {
+        "block_length": args.sequence_length,
+        "tokenizer": args.tokenizer,
+        "end_of_document": args.end_of_document,
+        "samples_per_shard": args.samples_per_shard,
+        "valid_share": args.valid_share,
+        "seed": args.seed,
+        "text": TextOptions(
             documents=args.documents,
             json_field=args.json_field,
             errors=args.errors,
@@ -135,27 +170,33 @@ def run(args: argparse.Namespace) -> int:
             format=args.format,
             bad_lines=args.bad_lines,
         ),
-        force=args.force,
-        progress=ProgressLine(),
-    )
-    _print_summary(prepared)
+        "force": args.force,
+        "progress": ProgressLine(),
+    }
+    if args.part:
+        made = prepare_part(args.input, args.output, *args.part, **options)
+        _print_discarded(made.discarded)
+        _print_counts(made.part.counts)
+        print(
+            f"{made.folder}: part {made.part.number} of {made.part.num_parts}; when all are here, "
+            f"moa-dist prepare --join {made.folder.parent} --output {args.output}"
+        )
+        return 0
+    made_all = prepare(args.input, args.output, vocab_size=args.vocab_size, **options)
+    _print_discarded(made_all.discarded)
+    _print_summary(made_all)
+    return 0
+
+
+def _join(args: argparse.Namespace) -> int:
+    _refuse(args, _OF_PARTS, "--join")
+    _print_summary(join_parts(args.join, args.output, force=args.force, progress=ProgressLine()))
+    print(f"{args.join} is no longer needed")
     return 0
 
 
 def _prepare_pairs(args: argparse.Namespace) -> int:
-    for name, default in (
-        ("valid_share", 0.0),
-        ("max_bytes", None),
-        ("documents", "file"),
-        ("format", "auto"),
-        ("json_field", None),
-        ("bad_lines", "stop"),
-    ):
-        if getattr(args, name) != default:
-            option = f"--{name.replace('_', '-')}"
-            raise DataError(
-                f"{option} cannot be combined with --pairs; prepare separate files instead"
-            )
+    _refuse(args, _OF_TEXT, "--pairs")
     made = prepare_pairs(
         [PairFiles(*pair) for pair in args.pairs],
         args.output,
@@ -177,8 +218,25 @@ def _prepare_pairs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_summary(prepared: Prepared) -> None:
-    counts = prepared.counts
+def _refuse(args: argparse.Namespace, names: Iterable[str], with_option: str) -> None:
+    """Raise DataError if one of the options was given that another one excludes."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise DataError(f"{option} cannot be combined with {with_option}", key=option)
+
+
+def _print_discarded(differences: list[str]) -> None:
+    if differences:
+        print(
+            "started anew: the unfinished work of an earlier run differed in "
+            f"{', '.join(differences)}"
+        )
+
+
+def _print_counts(counts: TextCounts) -> None:
     print(
         f"text: {counts.documents:,} documents, {counts.text_bytes:,} bytes; skipped "
         f"{counts.empty:,} empty documents; replaced text in {counts.replaced:,} lines"
@@ -187,6 +245,10 @@ def _print_summary(prepared: Prepared) -> None:
         print(f"skipped {counts.bad_lines:,} bad lines, the first: {counts.first_bad_line}")
     if counts.left_out.counts:
         print(f"left out: {counts.left_out}")
+
+
+def _print_summary(prepared: Prepared) -> None:
+    _print_counts(prepared.counts)
     if prepared.held_out:
         print(f"held out: {prepared.held_out}")
     for folder, manifest in prepared.manifests.items():

@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from moa_dist.checkpoint.check import require_valid
 from moa_dist.checkpoint.format import read_model, tokenizer_of
-from moa_dist.checkpoint.tensor_file import TensorSpec
 from moa_dist.cli.arguments import add_overrides
 from moa_dist.config import load_config
 from moa_dist.config.run import run_folder
 from moa_dist.errors import ConfigError
 from moa_dist.evaluate.trained import find_checkpoint
-from moa_dist.transfer.new_run import write_new_run
+from moa_dist.transfer.new_run import write_new_model
 from moa_dist.transfer.upcycle import problems_of, upcycle
 
 
@@ -45,15 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if problems := list(problems_of(index.config.model, config.model)):
         raise ConfigError(problems, f"{args.config} from {checkpoint}")
     model, parts = upcycle(dense, config.model, seed=config.train.seed)
-    state = model.state_dict()
-    tokenizer, target = tokenizer_of(checkpoint), run_folder(config)
-    write_new_run(
-        target,
-        config,
-        [TensorSpec(name, torch.float32, tuple(t.shape)) for name, t in state.items()],
-        (tensor.contiguous() for tensor in state.values()),
-        tokenizer.read_bytes() if tokenizer.exists() else None,
-    )
+    target = run_folder(config)
+    write_new_model(target, config, model, tokenizer_of(checkpoint))
     for part in parts:
         print(f"{part.name}: {part.how}")
     print(f"{target}: created at step 0 from {checkpoint}; train it with the same configuration")

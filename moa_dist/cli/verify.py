@@ -104,7 +104,8 @@ def _sizes(report: Report) -> str:
     model, train = report.config.model, report.config.train
     words = [
         f"{report.num_parameters:,} parameters",
-        f"{model.num_layers} layers ({model.num_distinct_layers or model.num_layers} distinct)",
+        f"{model.num_layers} layers ({model.num_distinct_layers or model.num_core_layers} distinct"
+        f"{' between others' if model.num_core_layers < model.num_layers else ''})",
         f"{train.global_batch} sequences of {report.config.data.sequence_length}",
         f"{1 - report.real_share:.0%} padding",
         f"{report.idle_experts} idle experts",

@@ -7,17 +7,21 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from moa_dist.config import sharing_checks
 from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
-from moa_dist.config.model import PARTS, Part, PartConfig, RouterConfig
+from moa_dist.config.model import PARTS, Part, PartConfig
 from moa_dist.config.objective_checks import causal_attention, translation, unequal_batches
 from moa_dist.config.optimization_checks import (
     decay,
     fractions_of_the_peak,
     optimizer,
+    phases,
     warmup,
 )
+from moa_dist.config.position_checks import rotations, window
+from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
 from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of
@@ -61,29 +65,6 @@ def _name(config: Config) -> Iterator[Problem]:
         )
 
 
-def _layers(config: Config) -> Iterator[Problem]:
-    layers, distinct = config.model.num_layers, config.model.num_distinct_layers
-    if distinct is not None and layers % distinct:
-        yield Problem(
-            f"`model.num_distinct_layers` is {distinct}, which does not divide "
-            f"`model.num_layers` = {layers}; use {one_of(divisors(layers))}",
-            ("model.num_distinct_layers", "model.num_layers"),
-            {"model.num_distinct_layers": divisors(layers)},
-        )
-
-
-def _rope(config: Config) -> Iterator[Problem]:
-    attention = config.model.attention
-    rope = attention.rope
-    if rope is not None and int(attention.d_head * rope.fraction) < 2:
-        yield Problem(
-            f"`model.attention.rope.fraction` = {rope.fraction:g} of `model.attention.d_head` = "
-            f"{attention.d_head} rotates no dimension; their product must be at least 2, or "
-            "set `model.attention.rope` to null",
-            ("model.attention.rope.fraction", "model.attention.d_head"),
-        )
-
-
 def _parts(config: Config) -> Iterator[Problem]:
     for name, part in config.model.parts().items():
         yield from part.problems(f"model.{name}")
@@ -103,7 +84,8 @@ def _size(config: Config) -> Iterator[Problem]:
                 "elements; make its sizes or `model.d_model` smaller",
                 (f"model.{name}", "model.d_model"),
             )
-    layers = "num_layers" if model.num_distinct_layers is None else "num_distinct_layers"
+    all_distinct = model.num_distinct_layers is None or model.sharing.is_partial
+    layers = "num_layers" if all_distinct else "num_distinct_layers"
     if getattr(model, layers) > _MOST_LAYERS:
         yield Problem(
             f"`model.{layers}` is {getattr(model, layers)}; use at most {_MOST_LAYERS}",
@@ -181,6 +163,15 @@ def _tasks(config: Config) -> Iterator[Problem]:
             f"`evaluation.tasks` score continuations, which `model.objective` "
             f"{config.model.objective} does not predict",
             ("evaluation.tasks", "model.objective"),
+        )
+
+
+def _samples(config: Config) -> Iterator[Problem]:
+    if config.evaluation.samples.prompts and config.model.objective != "causal":
+        yield Problem(
+            f"`evaluation.samples.prompts` are continued, which a model of `model.objective` "
+            f"{config.model.objective} cannot do",
+            ("evaluation.samples.prompts", "model.objective"),
         )
 
 
@@ -303,6 +294,11 @@ def _gate(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
         )
 
 
+def _group_limit(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
+    if router.group_limit is not None:
+        yield from router.group_limit.problems(path, router.num_experts, router.top_k)
+
+
 def _sequence_groups(config: Config, router: RouterConfig, path: str) -> Iterator[Problem]:
     group, micro = router.group_sequences, config.train.micro_batch
     if micro % group:
@@ -328,12 +324,14 @@ def _for_routers(part: Part, check: RouterCheck) -> Callable[[Config], Iterator[
 
 CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _name,
-    _layers,
-    _rope,
+    sharing_checks.repeats,
+    sharing_checks.sharing,
+    rotations,
+    window,
     *(
         _for_routers(part, check)
         for part in PARTS
-        for check in (_top_k, _gate, _sequence_groups, unequal_batches)
+        for check in (_top_k, _gate, _group_limit, _sequence_groups, unequal_batches)
     ),
     _parts,
     _size,
@@ -347,10 +345,12 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _trace,
     warmup,
     decay,
+    phases,
     fractions_of_the_peak,
     optimizer,
     _init,
     _tasks,
+    _samples,
     _precision,
     _compile,
     _kept_checkpoints,

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
 )
 
-from moa_dist.config.section import MAY_CHANGE, Section
+from moa_dist.config.prepare import PrepareConfig
+from moa_dist.config.section import MAY_CHANGE, FolderPath, Section
 
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path; unlike the words of a command, it has met no shell that knows what `~` is."""
 REMOTE_EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf", "https": "http", "http": "http"}
 """Scheme of a URL -> extra of the package that reads it."""
 _SPLITS = ("train", "valid")
@@ -27,6 +24,22 @@ _SPLITS = ("train", "valid")
 def is_remote(path: str) -> bool:
     """Whether a folder is given by a URL."""
     return "://" in path
+
+
+def url_problem(url: str) -> str | None:
+    """Return what is wrong with a URL, without repeating what may be a secret."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in REMOTE_EXTRAS:
+        schemes = (f"{known}://" for known in REMOTE_EXTRAS)
+        return f"is a URL of {scheme}://, which cannot be read; use one of {', '.join(schemes)}"
+    if (scheme != "hf" and "@" in rest) or any(mark in rest for mark in ("?", "#", "::")):
+        return (
+            f"is a URL of {scheme}:// with a user, a query, a fragment or `::`; give the folder "
+            "alone, and credentials in the environment"
+        )
+    if not all(part not in ("", ".", "..") for part in rest.rstrip("/").split("/")):
+        return f"is a URL of {scheme}:// without a host or bucket, or with an empty part"
+    return None
 
 
 class CacheConfig(Section):
@@ -47,7 +60,8 @@ class FolderConfig(Section):
     """The folder, or the URL of one."""
     name: str | None = None
     """Name in metrics and checkpoints: letters, digits, `.`, `_` and `-`. By default the folder's
-    own name, or its parent's if that is `train` or `valid`: `books` for `data/books/train`."""
+    own name, or its parent's if that is `train` or `valid`: `books` for `data/books/train`, and for
+    a range of files."""
 
     @property
     def label(self) -> str:
@@ -55,7 +69,7 @@ class FolderConfig(Section):
         if self.name is not None:
             return self.name
         parts = [part for part in self.path.split("/") if part not in ("", ".", "..")]
-        if len(parts) > 1 and parts[-1] in _SPLITS:
+        if len(parts) > 1 and (parts[-1] in _SPLITS or "{" in parts[-1]):
             parts.pop()
         return re.sub(r"[^A-Za-z0-9._-]+", "-", parts[-1] if parts else "data")
 
@@ -83,12 +97,15 @@ class DataConfig(Section):
     train: Annotated[FolderPath | tuple[SourceConfig, ...], MAY_CHANGE]
     """Folder with the training shards and their manifest, or several sources with weights. A
     folder may be a URL: `s3://`, `gs://`, `hf://`, `https://` or `http://`. A resumed run may find
-    them elsewhere."""
+    them elsewhere. Text that was never prepared, in any form that `moa-dist prepare` reads, is
+    prepared when the run starts (see `data.prepare`)."""
     valid: Annotated[FolderPath | tuple[FolderConfig, ...] | None, MAY_CHANGE] = None
     """Folder with the validation shards, or several, on each of which the loss is also reported by
     itself; null for no validation."""
     cache: Annotated[CacheConfig, MAY_CHANGE] = CacheConfig()
     """Where shards from URLs are kept."""
+    prepare: Annotated[PrepareConfig, MAY_CHANGE] = PrepareConfig()
+    """How text becomes shards. Changes make other data, which a resumed run notices."""
     sequence_length: PositiveInt
     """Tokens per sequence; must equal the block length that the shards were prepared with."""
     document_attention: bool = False

@@ -14,9 +14,8 @@ from moa_dist.config.model import (
     AttentionConfig,
     DenseAttentionConfig,
     MoEFFNConfig,
-    RouterConfig,
-    shrunk,
 )
+from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.errors import Problem
 
 
@@ -49,7 +48,11 @@ class ComposedAttentionConfig(DenseAttentionConfig):
     """Hidden width of the layer that computes compositions; null for four times the heads."""
 
     def problems(self, path: str) -> Iterable[Problem]:
-        """Heads are composed one with one."""
+        """Heads are composed one with one, without a bound on what is composed."""
+        yield from super().problems(path)
+        if self.soft_cap is not None:
+            key = f"{path}.soft_cap"
+            yield Problem(f"`{key}` does not work with composed heads; remove it", (key,))
         if self.kv_heads != self.num_heads:
             yield Problem(
                 f"`{path}.num_kv_heads` is {self.num_kv_heads}, but composed heads have keys and "
@@ -151,6 +154,7 @@ def _without_choice(router: RouterConfig, path: str, capacity: bool = False) -> 
     """Refuse what chooses or weighs a fixed number of experts; `capacity` if it is set as well."""
     for field, is_set in {
         "gate": router.gate != "raw",
+        "group_limit": router.group_limit is not None,
         "expert_dropout": router.expert_dropout > 0,
         "balance.bias_rate": router.balance.bias_rate > 0,
         "capacity": capacity,

@@ -6,12 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from moa_dist.config.data import REMOTE_EXTRAS, FolderConfig, SourceConfig, is_remote
+from moa_dist.config.data import FolderConfig, SourceConfig, is_remote, url_problem
 from moa_dist.config.run import Config
 from moa_dist.errors import Problem
 
 TRAIN, VALID = "data.train", "data.valid"
-_SCHEMES = tuple(f"{scheme}://" for scheme in REMOTE_EXTRAS)
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -62,23 +61,8 @@ def urls(config: Config) -> Iterator[Problem]:
     ):
         for index, folder in enumerate(folders):
             key_path = f"{field}.{index}.path" if is_list else field
-            if is_remote(folder.path) and (problem := _url_problem(folder.path)):
+            if is_remote(folder.path) and (problem := url_problem(folder.path)):
                 yield Problem(f"`{key_path}` {problem}", (key_path,))
-
-
-def _url_problem(url: str) -> str | None:
-    """Return what is wrong with a URL, without repeating what may be a secret."""
-    scheme, _, rest = url.partition("://")
-    if scheme not in REMOTE_EXTRAS:
-        return f"is a URL of {scheme}://, which cannot be read; use one of {', '.join(_SCHEMES)}"
-    if (scheme != "hf" and "@" in rest) or any(mark in rest for mark in ("?", "#", "::")):
-        return (
-            f"is a URL of {scheme}:// with a user, a query, a fragment or `::`; give the folder "
-            "alone, and credentials in the environment"
-        )
-    if not all(part not in ("", ".", "..") for part in rest.rstrip("/").split("/")):
-        return f"is a URL of {scheme}:// without a host or bucket, or with an empty part"
-    return None
 
 
 def _names(folders: Sequence[FolderConfig], field: str) -> Iterator[Problem]:

@@ -1,151 +1,30 @@
 """What a model is made of: attention kind x FFN kind x stack x norm placement.
 
-A new kind of attention, feed-forward part or router is a subclass of its family here, which knows
-its routers, its experts and how to shrink; a module; and a line in `moa_dist.models.kinds`, or for
-routers in `moa_dist.moe.router_kinds`. Every field's docstring is its documentation: `moa-dist
-config fields` prints it. Nothing here imports torch, so a configuration can be checked anywhere.
+A new kind of attention or feed-forward part is a subclass of its family here, which knows its
+routers, its experts and how to shrink; a module; and a line in `moa_dist.models.kinds`. Every
+field's docstring is its documentation: `moa-dist config fields` prints it. Nothing here imports
+torch, so a configuration can be checked anywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil, lcm
+from math import ceil
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
+from moa_dist.config.positions import RopeConfig, WindowConfig
+from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.config.section import Kind, Section
+from moa_dist.config.sharing import SharingConfig
 from moa_dist.errors import Problem
 
 Part = Literal["attention", "ffn"]
 """The two parts of a layer that may hold experts."""
 PARTS: tuple[Part, ...] = ("attention", "ffn")
 
-_SHRUNK_WIDTH, _SHRUNK_D_FF, _SHRUNK_HEADS, _SHRUNK_TOP_K = 8, 32, 2, 3
-_ALIGNMENT = 8
-"""Shrunk widths keep their remainder by it: kernels and rotated widths depend on that."""
-
-
-def shrunk(size: int, at_least: int, modulus: int = _ALIGNMENT) -> int:
-    """The least number from `at_least` up with the remainder of `size`, and never above `size`."""
-    return min(size, at_least + (size - at_least) % modulus)
-
-
-class RopeConfig(Section):
-    """Rotary position embedding, rotate-half pairing."""
-
-    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of each head's dimensions that is rotated; the width is rounded down to even."""
-    base: PositiveFloat = 10000.0
-    """Wavelength base."""
-
-
-class CapacityConfig(Section):
-    """A limit on the assignments that one expert takes from one group of sequences.
-
-    The limit is `C = min(ceil(factor * top_k * tokens / num_experts), tokens)`, where `tokens`
-    counts the real tokens of the group, so it does not depend on how ranks share the batch.
-    """
-
-    factor: PositiveFloat
-    """Capacity relative to a perfectly even load."""
-    policy: Literal["position", "probability"] = "position"
-    """Order of dropping: latest positions first, or lowest scores first. The latter looks at the
-    whole group, so in a causal model a later token may displace an earlier one; and rounding
-    decides between scores that differ by rounding only, as those of equal tokens without
-    positions."""
-
-
-class BalanceConfig(Section):
-    """Coefficients of the auxiliary losses, each a mean over groups of sequences, and a bias.
-
-    Statistics are summed over all repeats of a shared layer before the loss is taken, so
-    that repeats may specialize. Coefficients keep their meaning whatever the number of
-    ranks, micro-batches or padding tokens.
-    """
-
-    scope: Literal["sequences", "micro_batch", "global_batch"] = "sequences"
-    """Set of tokens over which load is balanced. `sequences`: those of `group_sequences` sequences,
-    so the loss does not depend on the layout; the strictest choice, as not even a single sequence
-    may prefer some experts. `micro_batch`: those of one rank's micro-batch, as most systems do; the
-    loss then changes with the number of ranks and `train.micro_batch`. `global_batch`: those of the
-    whole step on all ranks, exactly and in any layout, at the cost of one small all-reduce per
-    forward; this lets experts specialize most. It needs `train.micro_batch` = `train.global_batch`
-    / ranks, since an accumulated step never holds all its tokens at once. In evaluation, where no
-    loss is used, it counts like `micro_batch`. Capacity is always per `group_sequences`."""
-
-    switch: NonNegativeFloat = 0.0
-    """Switch balance `E * sum_e f_e P_e` (f: share of assignments, P: mean probability)."""
-    z_loss: NonNegativeFloat = 0.0
-    """Mean squared `logsumexp` of the router's logits."""
-    entropy: NonNegativeFloat = 0.0
-    """Negative entropy of the mean probability (MoEUT section 2.2)."""
-    mutual_information: NonNegativeFloat = 0.0
-    """`H(e|x) - H(e)`: the mean entropy of a token's probabilities less the entropy of their mean
-    (Mod-Squad, SUT). Minimizing it makes each token's choice certain and the average even."""
-    bias_rate: NonNegativeFloat = 0.0
-    """Balance without a loss (DeepSeek-V3, section 2.1.2): a bias per expert is added to the scores
-    when experts are chosen, not when they are weighed, and after each step it moves up by this much
-    where an expert's load was below the mean, down where above. Loads are those of the whole step:
-    all ranks, micro-batches and repeats, before dropping, whatever the scope. 0 means no bias;
-    DeepSeek-V3 uses 0.001 with sigmoid scores."""
-
-
-class RouterConfig(Kind):
-    """Which experts a token takes, and with which weights. A family with one kind: `topk`."""
-
-    kinds: ClassVar[dict[str, type[Kind]]] = {}
-    kind: str = "topk"
-    """Names this kind: the top K of linear logits."""
-    num_experts: PositiveInt
-    """Number of experts to choose from (SwitchHead: per head)."""
-    top_k: PositiveInt
-    """Experts chosen per token (SwitchHead: per head and token)."""
-    score: Literal["softmax", "sigmoid"]
-    """Function that turns logits into scores."""
-    gate: Literal["raw", "renormalized", "renormalized_detached"] = "raw"
-    """Weight of a chosen expert: its score as it is (the authors' released code and sigma-MoE);
-    divided by the sum of the chosen scores (the same as a softmax over the chosen logits); or
-    that with the sum detached from the gradient (MoA, equation 6). `raw` is the default since
-    the published numbers were made with it and it trains the router even at `top_k` 1."""
-    expert_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability, in training, that an expert is hidden from a token (sigma-MoE's regularizer). If
-    fewer than `top_k` stay visible, hidden ones are chosen too. It is drawn per rank, so runs of
-    different layouts are not equal token by token."""
-    capacity: CapacityConfig | None = None
-    """Limit per expert and group of sequences; absent means dropless."""
-    group_sequences: PositiveInt = 1
-    """Sequences per group in which capacity and, with `balance.scope` sequences, balance statistics
-    are counted; must divide the micro-batch. With 1, neither drops nor losses depend on the layout.
-    Larger groups are made of the sequences of one micro-batch, so they do."""
-    balance: BalanceConfig = BalanceConfig()
-    """Auxiliary losses and bias of this router."""
-
-    @property
-    def num_slots(self) -> int:
-        """Places for chosen experts per token, of which a kind may leave some empty."""
-        return self.top_k
-
-    @property
-    def chosen_in_training(self) -> int:
-        """Experts that a token takes in training, in the mean."""
-        return self.top_k
-
-    def problems(self, path: str) -> Iterable[Problem]:
-        """Report what is wrong within this section, as `PartConfig.problems` does."""
-        return ()
-
-    def shrink(self, at_least: int, expert_parallel: int) -> Self:
-        """A router over fewer experts, of which some stay idle; see `moa_dist.config.shrink`.
-
-        It has at least `at_least` experts, and the remainder by `expert_parallel` stays, so that
-        ranks hold shares as unequal as before.
-        """
-        top_k = min(self.top_k, _SHRUNK_TOP_K)
-        num_experts = shrunk(self.num_experts, max(16 * top_k, at_least), expert_parallel)
-        if self.top_k == self.num_experts:
-            top_k = num_experts
-        return self.changed(num_experts=num_experts, top_k=top_k, expert_dropout=0.0)
+_SHRUNK_WIDTH, _SHRUNK_D_FF, _SHRUNK_HEADS = 8, 32, 2
 
 
 class PartConfig(Kind):
@@ -198,6 +77,12 @@ class AttentionConfig(PartConfig):
     """Width of a head."""
     rope: RopeConfig | None = RopeConfig()
     """Rotary positions; null for none."""
+    window: WindowConfig | None = None
+    """How far queries see, in some layers or in all; null for no limit."""
+    soft_cap: PositiveFloat | None = None
+    """Bound of the logits of the softmax: each becomes `soft_cap * tanh(logit / soft_cap)`. It is
+    50 in Gemma 2. No fused kernel of torch has it, so attention is then computed a block of queries
+    at a time, and again in the backward pass: slower, with as little memory."""
     qk_norm: bool = False
     """Normalize every head's queries and keys before they are rotated: an RMSNorm each, with
     learned scales that all heads share (Henry et al. 2020; as in Qwen3)."""
@@ -208,10 +93,13 @@ class AttentionConfig(PartConfig):
         return False
 
     def shrink(self, expert_parallel: int) -> Self:
-        """Narrow the heads, but leave at least one pair of dimensions to rotate."""
-        fraction = 1.0 if self.rope is None else self.rope.fraction
+        """Narrow heads and window, but leave at least one pair of dimensions to rotate."""
+        window = None if self.window is None else self.window.shrink()
+        ropes = [self.rope, None if window is None else window.rope]
+        fraction = min((rope.fraction for rope in ropes if rope is not None), default=1.0)
         d_head = shrunk(self.d_head, max(_SHRUNK_WIDTH, ceil(2 / fraction)))
-        return self.changed(d_head=d_head, **self._shrunk_routers(expert_parallel))
+        routers = self._shrunk_routers(expert_parallel)
+        return self.changed(d_head=d_head, window=window, **routers)
 
 
 class DenseAttentionConfig(AttentionConfig):
@@ -260,6 +148,9 @@ class MoAConfig(AttentionConfig):
     """Add biases to keys and values."""
     router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each query token."""
+    shared_experts: NonNegativeInt = 0
+    """Experts that every query token uses with weight 1, next to those that it is routed to. They
+    share keys and values with these, and every rank holds them."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
@@ -271,7 +162,9 @@ class MoAConfig(AttentionConfig):
     def shrink(self, expert_parallel: int) -> Self:
         """Keep a few narrow heads in each of fewer experts."""
         heads = min(self.heads_per_expert, _SHRUNK_HEADS)
-        return super().shrink(expert_parallel).changed(heads_per_expert=heads)
+        shared = min(self.shared_experts, _SHRUNK_HEADS)
+        result = super().shrink(expert_parallel)
+        return result.changed(heads_per_expert=heads, shared_experts=shared)
 
 
 class SwitchHeadConfig(AttentionConfig):
@@ -283,6 +176,9 @@ class SwitchHeadConfig(AttentionConfig):
     """Heads, each with one attention matrix and its own experts."""
     router: SerializeAsAny[RouterConfig]
     """Used twice: for values on the source token, for outputs on the destination token."""
+    shared_experts: bool = False
+    """Give every head a value and an output expert that all tokens use with weight 1, next to those
+    that they are routed to. Every head is on for all tokens already. Every rank holds them."""
 
     @property
     def num_flat_experts(self) -> int:
@@ -322,6 +218,15 @@ class DenseFFNConfig(FFNConfig):
         return self.changed(d_ff=shrunk(self.d_ff, _SHRUNK_D_FF))
 
 
+class SharedExpertConfig(Section):
+    """An expert that every token uses, next to those that the router chooses for it."""
+
+    d_expert: PositiveInt
+    """Hidden width; several shared experts of DeepSeek-V3 are one of their joint width."""
+    sigmoid_gate: bool = False
+    """Weigh its output by the sigmoid of a linear map of what the router reads (Qwen2-MoE)."""
+
+
 class MoEFFNConfig(FFNConfig):
     """Mixture of feed-forward experts: sigma-MoE with sigmoid scores, or softmax MoE."""
 
@@ -331,13 +236,20 @@ class MoEFFNConfig(FFNConfig):
     """Hidden width of one expert."""
     router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each token."""
+    shared_expert: SharedExpertConfig | None = None
+    """An expert that every token uses, with the same `activation` and `gated`; null for none. Every
+    rank holds it."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
 
     def shrink(self, expert_parallel: int) -> Self:
         """Keep fewer and narrower experts."""
+        shared = self.shared_expert
+        if shared is not None:
+            shared = shared.changed(d_expert=shrunk(shared.d_expert, _SHRUNK_WIDTH))
         d_expert = shrunk(self.d_expert, _SHRUNK_WIDTH)
-        return super().shrink(expert_parallel).changed(d_expert=d_expert)
+        result = super().shrink(expert_parallel)
+        return result.changed(d_expert=d_expert, shared_expert=shared)
 
 
 Objective = Literal["causal", "masked", "translation"]
@@ -360,7 +272,16 @@ class ModelConfig(Section):
     """Layers applied, repeats counted."""
     num_distinct_layers: PositiveInt | None = None
     """Layers with their own parameters (MoEUT's group size G), applied in order ABAB...;
-    absent means all of `num_layers`. Must divide `num_layers`."""
+    absent means all. Must divide the number of layers between prelude and coda."""
+    sharing: SharingConfig = SharingConfig()
+    """What layers that repeat share, if not everything."""
+    prelude: Annotated[int, Field(ge=0)] = 0
+    """First layers, applied once, with parameters of their own."""
+    coda: Annotated[int, Field(ge=0)] = 0
+    """Last layers, likewise."""
+    prelude_ffn: DenseFFNConfig | None = None
+    """Feed-forward part of the prelude, such as that of DeepSeek-V3's first layers; null for
+    `ffn`."""
     norm_placement: Literal["pre", "post", "peri"] = "pre"
     """`pre` and `post` as usual; `peri` (MoEUT section 2.3) normalizes only what feeds a
     softmax or a sigmoid: queries, keys and routers."""
@@ -384,14 +305,28 @@ class ModelConfig(Section):
     translation."""
     head_bias: bool = True
     """Bias in the output head."""
+    logit_soft_cap: PositiveFloat | None = None
+    """Bound of the output head's logits: each becomes `cap * tanh(logit / cap)`. It is 30 in
+    Gemma 2; null for none."""
     attention: SerializeAsAny[AttentionConfig]
     """Attention of every layer."""
     ffn: SerializeAsAny[FFNConfig]
     """Feed-forward part of every layer."""
 
+    @property
+    def num_core_layers(self) -> int:
+        """Applications of layers between prelude and coda."""
+        return self.num_layers - self.prelude - self.coda
+
+    @property
+    def num_repeats(self) -> int:
+        """Applications of each of them."""
+        return self.num_core_layers // (self.num_distinct_layers or max(self.num_core_layers, 1))
+
     def parts(self) -> dict[str, PartConfig]:
-        """Both parts of a layer, experts or not."""
-        return {"attention": self.attention, "ffn": self.ffn}
+        """All parts that layers are made of, experts or not, by their field."""
+        prelude = {} if self.prelude_ffn is None else {"prelude_ffn": self.prelude_ffn}
+        return {"attention": self.attention, "ffn": self.ffn, **prelude}
 
     def routed_parts(self) -> dict[str, PartConfig]:
         """The parts of a layer that have experts."""
@@ -404,14 +339,3 @@ class ModelConfig(Section):
             for part, section in self.parts().items()
             for name, router in section.routers.items()
         }
-
-
-def sequences_per_group(model: ModelConfig) -> int:
-    """Sequences that belong together, since a router counts them as one group."""
-    return lcm(*(router.group_sequences for router in model.routers().values()))
-
-
-def whole_groups(num_sequences: int, model: ModelConfig) -> int:
-    """Round a number of sequences up to whole groups."""
-    group = sequences_per_group(model)
-    return -(-num_sequences // group) * group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.errors import Problem
 

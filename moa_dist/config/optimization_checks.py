@@ -50,6 +50,40 @@ def decay(config: Config) -> Iterator[Problem]:
         )
 
 
+def phases(config: Config) -> Iterator[Problem]:
+    """Phases belong to their kind of schedule, and must fit into the run."""
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.kind != "phases":
+        if schedule.phases:
+            yield Problem(
+                f"`schedule.phases` have no effect with `schedule.kind` {schedule.kind}; remove "
+                "them, or set `schedule.kind` to phases",
+                ("schedule.phases", "schedule.kind"),
+                {"schedule.kind": ("phases",)},
+            )
+        return
+    if not schedule.phases:
+        text = "`schedule.kind` phases needs `schedule.phases`, such as [{steps: 100, to: 1}]"
+        yield Problem(text, ("schedule.phases", "schedule.kind"))
+    if schedule.warmup_steps:
+        yield Problem(
+            "`schedule.warmup_steps` has no effect with `schedule.kind` phases; make it the first "
+            f"of them, {{steps: {schedule.warmup_steps}, to: 1}}",
+            ("schedule.warmup_steps", "schedule.kind"),
+        )
+    lengths = [phase.steps for phase in schedule.phases]
+    if lengths.count(None) > 1:
+        text = "several `schedule.phases` have no `steps`; only one can have what the others leave"
+        yield Problem(text, ("schedule.phases",))
+    given = sum(length or 0 for length in lengths)
+    if given > steps:
+        yield Problem(
+            f"`schedule.phases` have {given} steps, more than `train.steps` = {steps}; shorten "
+            "them, or train longer",
+            ("schedule.phases", "train.steps"),
+        )
+
+
 def fractions_of_the_peak(config: Config) -> Iterator[Problem]:
     """Rates are relative to the peak."""
     for name in ("final", "warmup_start"):

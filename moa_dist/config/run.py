@@ -13,9 +13,9 @@ from pydantic import (
     PositiveInt,
 )
 
-from moa_dist.config.data import DataConfig, FolderPath
+from moa_dist.config.data import DataConfig
 from moa_dist.config.model import ModelConfig
-from moa_dist.config.section import MAY_CHANGE, Section
+from moa_dist.config.section import MAY_CHANGE, FolderPath, Section
 
 
 class ExpertExchangeConfig(Section):
@@ -94,16 +94,29 @@ DecayShape = Literal["linear", "sqrt", "cosine"]
 (Haegele et al. 2024)."""
 
 
+class PhaseConfig(Section):
+    """A stretch of steps over which the learning rate goes from where it is to another value."""
+
+    steps: PositiveInt | None = None
+    """How many; null, which one phase may have, for all that the others leave of `train.steps`."""
+    to: Annotated[float, Field(ge=0, le=1)]
+    """Fraction of `optimizer.lr` at the end. The rate stays where the phase before ended there."""
+    shape: DecayShape = "linear"
+    """How it goes there."""
+
+
 class ScheduleConfig(Section):
     """Learning rate over steps, relative to `optimizer.lr`."""
 
-    kind: Literal["constant", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    kind: Literal["constant", "cosine", "inverse_sqrt", "wsd", "phases"] = "cosine"
     """Shape after the warm-up. `wsd` (warm-up, stable, decay) stays at the peak until the last
-    `decay_steps` steps."""
+    `decay_steps` steps; `phases` are free, and the first of them is the warm-up."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Phases one after the other, as several peaks need them; the rate stays after the last."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     warmup_start: NonNegativeFloat = 0.0
-    """Fraction of the peak at step 0 of the warm-up."""
+    """Fraction of the peak at step 0 of the warm-up, or of the first of `phases`."""
     final: NonNegativeFloat = 0.1
     """Fraction of the peak at the end of the cosine or of the decay."""
     decay_steps: NonNegativeInt = 0
@@ -127,6 +140,9 @@ class TrainConfig(Section):
     """Fraction of every target's probability that is spread evenly over the vocabulary in training
     (Szegedy et al. 2015, section 7). The reported training loss includes it, validation does
     not."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the mean squared logsumexp of the head's logits, over the targets (PaLM:
+    1e-4). It is reported as `logits/z_loss`; the reported training loss does not include it."""
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     """`bf16` computes in bfloat16 over fp32 master weights; `fp64` is for verification. `tf32` is
     fp32 whose products run on the tensor cores of GPUs, with factors rounded to 10 bits; `fp32`
@@ -158,6 +174,25 @@ class TrainConfig(Section):
     null accepts any finite loss."""
 
 
+class SamplesConfig(Section):
+    """Texts that the model continues during training."""
+
+    prompts: tuple[str, ...] = ()
+    """Beginnings of texts; an empty one starts a document. Without any, there are no samples."""
+    every: PositiveInt = 500
+    """Steps between samples; the last step is always followed by some."""
+    tokens: PositiveInt = 64
+    """New tokens per prompt, at most. Each costs a forward on every rank."""
+    temperature: NonNegativeFloat = 0.8
+    """Divisor of the logits; 0 always takes the most probable token."""
+    top_k: PositiveInt | None = None
+    """Draw from so many most probable tokens; null for all."""
+    top_p: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Draw from the fewest tokens whose probabilities add up to this."""
+    seed: NonNegativeInt = 0
+    """Seed of the draws, which are the same at every step."""
+
+
 class EvaluationConfig(Section):
     """Validation during training."""
 
@@ -168,6 +203,8 @@ class EvaluationConfig(Section):
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks to score with every validation, each as `NAME=PATH` like those of
     `moa-dist eval --tasks`: `[lambada=eval/lambada.jsonl, blimp=eval/blimp]`."""
+    samples: SamplesConfig = SamplesConfig()
+    """Texts that the model continues, with or without validation."""
 
 
 class LoggingConfig(Section):

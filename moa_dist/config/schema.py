@@ -29,7 +29,7 @@ def section_types(info: FieldInfo) -> tuple[type[Section], ...]:
     """Return the sections that the field may hold, one per kind; none for a plain value."""
     chosen_by_kind = family(info)
     if chosen_by_kind is not None:
-        return tuple(chosen_by_kind.kinds.values())
+        return tuple(chosen_by_kind.choices().values())
     return tuple(
         t for t in _alternatives(info.annotation) if isinstance(t, type) and issubclass(t, Section)
     )

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import os.path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+)
 from pydantic import model_validator as validator
+
+FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path; unlike the words of a command, it has met no shell that knows what `~` is."""
 
 
 class _MayChange:
@@ -65,6 +75,11 @@ class Kind(Section):
         if isinstance(name, str):
             cls.kinds[name] = cls
 
+    @classmethod
+    def choices(cls) -> dict[str, type[Self]]:
+        """Return the kinds that a field declared as this class may hold, by name."""
+        return {name: kind for name, kind in cls.kinds.items() if issubclass(kind, cls)}
+
     @validator(mode="wrap")
     @classmethod
     def _choose(
@@ -74,9 +89,9 @@ class Kind(Section):
         if not isinstance(value, dict):
             return handler(value)
         name = value.get("kind", cls.model_fields["kind"].default)
-        chosen = cls.kinds.get(name) if isinstance(name, str) else None
-        if chosen is None or not issubclass(chosen, cls):
-            raise ValueError(f"kind {name!r} is not one of {', '.join(cls.kinds)}")
+        chosen = cls.choices().get(name) if isinstance(name, str) else None
+        if chosen is None:
+            raise ValueError(f"kind {name!r} is not one of {', '.join(cls.choices())}")
         if chosen is cls:
             return handler(value)
         if info.mode == "json":  # strict, as JSON has its own rules for what counts as a tuple

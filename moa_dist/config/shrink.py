@@ -6,8 +6,10 @@ Every field that is not a size stays as it is, including fields that this file d
 from __future__ import annotations
 
 from moa_dist.config.checks import check_fields
-from moa_dist.config.model import ModelConfig, sequences_per_group, shrunk
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.routers import shrunk
 from moa_dist.config.run import Config
+from moa_dist.config.sequence_groups import sequences_per_group
 
 _LENGTH = 16
 _VOCABULARY, _D_MODEL = 64, 24
@@ -39,14 +41,18 @@ def shrink(config: Config, world_size: int) -> Config:
 
 
 def _shrink_model(model: ModelConfig, ep: int) -> ModelConfig:
-    distinct = model.num_distinct_layers or model.num_layers
+    distinct = model.num_distinct_layers or model.num_core_layers
     layers = min(distinct, _LAYERS)
+    prelude, coda = min(model.prelude, 1), min(model.coda, 1)
     return model.changed(
         vocab_size=shrunk(model.vocab_size, _VOCABULARY),
         dropout=0.0,
         d_model=shrunk(model.d_model, _D_MODEL),
-        num_layers=layers * min(model.num_layers // distinct, _REPEATS),
+        num_layers=prelude + layers * min(model.num_repeats, _REPEATS) + coda,
         num_distinct_layers=None if model.num_distinct_layers is None else layers,
+        prelude=prelude,
+        coda=coda,
+        prelude_ffn=None if model.prelude_ffn is None else model.prelude_ffn.shrink(ep),
         attention=model.attention.shrink(ep),
         ffn=model.ffn.shrink(ep),
     )

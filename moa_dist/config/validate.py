@@ -121,7 +121,7 @@ def _show(value: Any) -> str:
 def _choose_kind(
     family: type[Kind], data: dict[str, Any], path: str, problems: list[Problem]
 ) -> type[Section]:
-    by_kind = family.kinds
+    by_kind = family.choices()
     allowed = ", ".join(by_kind)
     given = data.get("kind", family.model_fields["kind"].get_default())
     if given is PydanticUndefined:

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moa_dist.config.model import whole_groups
 from moa_dist.config.run import Config
+from moa_dist.config.sequence_groups import whole_groups
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.history import OrderHistory
 from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest

@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple
 
 from pydantic import TypeAdapter
 
-from moa_dist.config.data import REMOTE_EXTRAS, CacheConfig, DataConfig, FolderConfig, is_remote
+from moa_dist.config.data import REMOTE_EXTRAS, CacheConfig, FolderConfig
 from moa_dist.data.manifest import MANIFEST_FILE, ShardEntry, sha256_of
 from moa_dist.data.remote import download
 from moa_dist.errors import DataError
@@ -38,13 +38,6 @@ _PART = ".part-"
 """Begins the name of a file that is being written."""
 _WAIT_S = 60.0
 """How long a rank waits for another one, which fetches the same shard or changes the cache."""
-
-
-def local_path(data: DataConfig, folder: FolderConfig) -> Path:
-    """Return where a run reads a folder: itself, or its place in the cache."""
-    if not is_remote(folder.path):
-        return Path(folder.path)
-    return cache_folder(data.cache) / f"{folder.label}{_suffix(folder.path.rstrip('/'))}"
 
 
 def _suffix(url: str) -> str:
@@ -60,16 +53,15 @@ def cache_folder(cache: CacheConfig) -> Path:
     return Path(base) / "moa-dist"
 
 
-def mirror(data: DataConfig, folder: FolderConfig) -> Path:
-    """Return `local_path`, after fetching the manifest and tokenizer of a remote folder.
+def place_of(cache: CacheConfig, folder: FolderConfig) -> Path:
+    """Return the place of a remote folder in the cache."""
+    return cache_folder(cache) / f"{folder.label}{_suffix(folder.path.rstrip('/'))}"
 
-    Raises DataError.
-    """
-    path = local_path(data, folder)
-    if not is_remote(folder.path):
-        return path
-    url = folder.path.rstrip("/")
-    limit = int(data.cache.max_gb * 1e9)
+
+def fetch_manifest(cache: CacheConfig, folder: FolderConfig) -> None:
+    """Fetch the manifest and tokenizer of a remote folder to its place. Raises DataError."""
+    path, url = place_of(cache, folder), folder.path.rstrip("/")
+    limit = int(cache.max_gb * 1e9)
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path.parent / ".locks").mkdir(exist_ok=True)
@@ -77,7 +69,7 @@ def mirror(data: DataConfig, folder: FolderConfig) -> Path:
         files[ORIGIN_FILE] = _ORIGIN.dump_json(_Origin(url, limit))
         if not all(_keep(path / name, content, limit) for name, content in files.items()):
             raise DataError(
-                f"{path.parent}: data.cache.max_gb = {data.cache.max_gb:g} has no room for the "
+                f"{path.parent}: data.cache.max_gb = {cache.max_gb:g} has no room for the "
                 f"manifest and tokenizer of {url}; raise it",
                 path=path.parent,
                 key="data.cache.max_gb",
@@ -89,7 +81,6 @@ def mirror(data: DataConfig, folder: FolderConfig) -> Path:
             path=path,
             key="data.cache.folder",
         ) from error
-    return path
 
 
 def is_cached(folder: Path) -> bool:

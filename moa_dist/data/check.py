@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from moa_dist.config.data import DataConfig, FolderConfig, SourceConfig
 from moa_dist.config.model import Objective
-from moa_dist.data.cache import mirror
+from moa_dist.data.direct_text import is_text
 from moa_dist.data.folders import DataFolder, RunData
 from moa_dist.data.manifest import (
     AnyManifest,
@@ -15,6 +16,13 @@ from moa_dist.data.manifest import (
     load_any_manifest,
     read_regular_file,
     sha256_of,
+)
+from moa_dist.data.places import (
+    identity_of_configured_tokenizer,
+    is_unprepared,
+    local_path,
+    mirror,
+    vocabulary_of_text,
 )
 from moa_dist.data.shards import shard_file_problem
 from moa_dist.data.stream import readers_problem
@@ -28,7 +36,12 @@ _MOST_SHARDS_NAMED = 5
 
 
 def check_data(
-    data: DataConfig, *, vocab_size: int, world_size: int, objective: Objective = "causal"
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    world_size: int,
+    objective: Objective = "causal",
+    may_lack_text: bool = False,
 ) -> RunData:
     """Check that the prepared data fits the run, without reading any shard.
 
@@ -39,6 +52,8 @@ def check_data(
         vocab_size: the model's vocabulary size.
         world_size: number of ranks.
         objective: the model's objective.
+        may_lack_text: whether text that the run would prepare first is left out of the result; it
+            must exist all the same.
 
     Returns:
         The folders to train and validate on, with their manifests.
@@ -50,11 +65,14 @@ def check_data(
     uneven = None if objective == "translation" else readers_problem(data.readers, world_size)
     if uneven:
         problems.append(uneven)
+    here = partial(_ready, data, vocab_size, objective, problems, may_lack_text=may_lack_text)
     train, valid = (
         tuple(_checked_folders(folders, data, vocab_size, objective, problems))
-        for folders in (data.sources, data.held_out)
+        for folders in (list(here(data.sources)), list(here(data.held_out)))
     )
     problems.extend(_other_tokenizers([*train, *valid]))
+    if may_lack_text:
+        problems.extend(_other_tokenizer_for_text(data, [*train, *valid]))
     if problems:
         raise DataError("\n".join(map(str, problems)), causes=problems)
     return RunData(train, valid)
@@ -71,6 +89,60 @@ def _other_tokenizers(folders: Sequence[DataFolder]) -> Iterator[DataError]:
                 path=folder,
                 key="tokenizer_sha256",
             )
+
+
+def _other_tokenizer_for_text(
+    data: DataConfig, folders: Sequence[DataFolder]
+) -> Iterator[DataError]:
+    """Compare the tokenizer that text shall get with that of folders which were prepared."""
+    if not any(is_text(each.path) for each in (*data.sources, *data.held_out)):
+        return
+    try:
+        configured = identity_of_configured_tokenizer(data.prepare)
+    except DataError:
+        return  # reported with the text
+    for folder in folders if configured is not None else ():
+        if folder.manifest.tokenizer_sha256 != configured:
+            yield DataError(
+                f"{folder.path}: {folder.name} was prepared with a different tokenizer than "
+                f"data.prepare.tokenizer, {data.prepare.tokenizer}; name {folder.path} there",
+                path=folder.path,
+                key="tokenizer_sha256",
+            )
+
+
+def _ready(
+    data: DataConfig,
+    vocab_size: int,
+    objective: Objective,
+    problems: list[DataError],
+    configured: Sequence[FolderConfig],
+    *,
+    may_lack_text: bool,
+) -> Iterator[FolderConfig]:
+    """Yield the folders whose shards were made; of text, append what is wrong to `problems`."""
+    for each in configured:
+        try:
+            if objective == "translation" and is_text(each.path):
+                raise DataError(
+                    f"{each.path}: text, but translation needs pairs of texts; prepare them with "
+                    "moa-dist prepare --pairs",
+                    path=Path(each.path),
+                    key="model.objective",
+                )
+            if not is_unprepared(data, each):
+                yield each
+                continue
+            if not may_lack_text:
+                raise DataError(
+                    f"{each.path}: text whose shards are missing in {local_path(data, each)}; "
+                    "start again, which prepares them",
+                    path=Path(each.path),
+                )
+            if size := vocabulary_of_text(data, each):
+                problems.extend(_too_large(Path(each.path), size, vocab_size, objective))
+        except DataError as error:
+            problems.append(error)
 
 
 def _checked_folders(
@@ -117,7 +189,7 @@ def _checked_manifest(
                 key="data.sequence_length",
             )
         )
-    problems.extend(_vocabulary_problems(folder, manifest, vocab_size, objective))
+    problems.extend(_too_large(folder, manifest.vocab_size, vocab_size, objective))
     problems.extend(_tokenizer_problems(folder, manifest))
     if can_skip and data.on_damage == "skip":
         return manifest
@@ -125,17 +197,16 @@ def _checked_manifest(
     return manifest
 
 
-def _vocabulary_problems(
-    folder: Path, manifest: AnyManifest, vocab_size: int, objective: Objective
+def _too_large(
+    folder: Path, size: int, vocab_size: int, objective: Objective
 ) -> Iterator[DataError]:
-    """Compare the tokenizer's vocabulary with the model's, whose last id may be the mask token."""
+    """Compare a tokenizer's vocabulary with the model's, whose last id may be the mask token."""
     reserved = 1 if objective == "masked" else 0
-    if manifest.vocab_size + reserved > vocab_size:
+    if size + reserved > vocab_size:
         mask = ", the last id being the mask token" if reserved else ""
         yield DataError(
-            f"{folder}: its tokenizer has {manifest.vocab_size} tokens, but model.vocab_size is "
-            f"{vocab_size}; set model.vocab_size to at least {manifest.vocab_size + reserved}"
-            f"{mask}",
+            f"{folder}: its tokenizer has {size} tokens, but model.vocab_size is {vocab_size}; set "
+            f"model.vocab_size to at least {size + reserved}{mask}",
             path=folder,
             key="model.vocab_size",
         )

@@ -1,8 +1,8 @@
 """Opens files by what they hold: compressed streams are recognized by content before name.
 
-Formats that hold no text as such, like archives and PDF, are refused by name instead of being
-read as bytes. Only parquet and zstd need a package beyond the standard library (the extra
-`formats`).
+Formats that hold no text as such, like PDF, are refused by name instead of being
+read as bytes. Only parquet, Arrow and zstd need a package beyond the standard library (the
+extra `formats`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _PARQUET = b"PAR1"
+_ARROW = (b"ARROW1\0\0", b"\xff\xff\xff\xff")  # a file; a stream, whose first message follows
 # Kinds that hold no text as such: where their mark is, the mark, and what they are.
 _OTHER_KINDS = (
     (0, b"PK\x03\x04", "a zip archive (or an office document or e-book, which are zip archives)"),
-    (257, b"ustar\0", "a tar archive"),
-    (257, b"ustar  \0", "a tar archive"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
     (0, b"Rar!\x1a\x07", "a rar archive"),
     (0, b"\x04\x22\x4d\x18", "an lz4 stream"),
@@ -48,8 +47,6 @@ _OTHER_KINDS = (
     (0, b"%PDF-", "a PDF"),
     (0, b"{\\rtf", "an RTF document"),
     (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document"),
-    (0, b"ARROW1\0\0", "an Arrow file"),
-    (0, b"\xff\xff\xff\xff\x00", "an Arrow stream"),
     (0, b"Obj\x01", "an Avro file"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (0, b"\x93NUMPY", "a NumPy file"),
@@ -67,18 +64,18 @@ def content_suffix(path: Path) -> str:
     return inner.suffix.lower()
 
 
-def read_head(path: Path) -> bytes:
-    """Return the beginning of a file's decompressed content.
+def read_head(path: Path, raw: BinaryIO) -> bytes:
+    """Return the beginning of a file's decompressed content, and rewind the file.
 
     Raises:
         DataError: the content is of a kind that cannot be read as text, which the message names,
             or the package that decompresses it is missing.
     """
-    with path.open("rb") as raw:
-        stream = decompressed(path, raw)
-        head = stream.read(HEAD_BYTES)
-        if stream is not raw and (inner := _compression(head)):
-            refuse(path, f"a {inner} stream inside of another compressed stream", "decompress it")
+    stream = decompressed(path, raw)
+    head = stream.read(HEAD_BYTES)
+    raw.seek(0)
+    if stream is not raw and (inner := _compression(head)):
+        refuse(path, f"a {inner} stream inside of another compressed stream", "decompress it")
     for start, mark, kind in _OTHER_KINDS:
         if head.startswith(mark, start):
             refuse(path, kind, "unpack or convert it to text or JSON Lines")
@@ -88,6 +85,14 @@ def read_head(path: Path) -> bytes:
 def is_parquet(head: bytes) -> bool:
     """Return whether a file begins as parquet does."""
     return head.startswith(_PARQUET)
+
+
+def is_arrow(head: bytes) -> bool:
+    """Return whether a file begins as an Arrow file or stream does.
+
+    The first message of a stream is a schema, of at most a few MB.
+    """
+    return head.startswith(_ARROW[0]) or (head.startswith(_ARROW[1]) and head[7:8] == b"\0")
 
 
 def looks_binary(head: bytes) -> bool:
@@ -106,7 +111,7 @@ def decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     raw.seek(0)
     match _compression(start) or _SUFFIXES.get(path.suffix.lower()):
         case "gzip":
-            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
         case "bzip2":
             return cast(BinaryIO, bz2.BZ2File(raw))
         case "xz":
@@ -139,7 +144,9 @@ class _ZstdStream(io.RawIOBase):
         pyarrow = import_pyarrow(path, "zstd")
         self._empty = not raw.read(1)  # the library calls an empty file truncated
         raw.seek(0)
-        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
+        self._stream = pyarrow.CompressedInputStream(
+            pyarrow.PythonFile(_Lent(raw), mode="r"), "zstd"
+        )
         self._error: type[Exception] = pyarrow.ArrowException
 
     def readable(self) -> bool:
@@ -156,6 +163,18 @@ class _ZstdStream(io.RawIOBase):
             raise OSError(str(error)) from error
         buffer[: len(content)] = content
         return len(content)
+
+
+class _Lent:
+    """A stream that stays open when the library, which is done with it, closes it."""
+
+    closed = False
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.read = raw.read
+
+    def close(self) -> None:
+        pass
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from moa_dist.config.prepare import ErrorRule
 from moa_dist.data.compression import decompressed, looks_binary, read_errors_named
-from moa_dist.data.text_options import ErrorRule, TextCounts
+from moa_dist.data.text_options import TextCounts
 from moa_dist.errors import DataError
 
 MAX_RECORD_BYTES = 1 << 28
@@ -29,7 +30,8 @@ class Decoder:
     """Counts the lines in which something was replaced."""
     line: int = 0
     """Number of the current line, counted from 1."""
-    _offset: int = 0
+    offset: int = 0
+    """Bytes of the file before the next one to decode."""
     _continues: bool = False
 
     def parts(self, stream: BinaryIO) -> Iterator[str]:
@@ -60,9 +62,9 @@ class Decoder:
         self.line += not self._continues
         self._continues = not raw.endswith(b"\n")
         # Splitting at newlines first is safe: no other UTF-8 character contains that byte.
-        text = raw.removeprefix(_BYTE_ORDER_MARK) if self._offset == 0 else raw
-        start = self._offset + len(raw) - len(text)
-        self._offset += len(raw)
+        text = raw.removeprefix(_BYTE_ORDER_MARK) if self.offset == 0 else raw
+        start = self.offset + len(raw) - len(text)
+        self.offset += len(raw)
         try:
             if b"\0" in text:  # UTF-16 without a mark decodes as UTF-8 full of NUL characters
                 at = text.index(b"\0")
@@ -85,13 +87,13 @@ class Decoder:
             return text.decode(errors="replace").replace("\0", "\ufffd")
 
 
-def whole_lines(path: Path, stream: BinaryIO) -> Iterator[bytes]:
-    """Yield whole lines with their ends.
+def whole_lines(path: Path, stream: BinaryIO, first: int = 1) -> Iterator[bytes]:
+    """Yield whole lines with their ends, of which the first has the number `first`.
 
     Raises:
         DataError: a line is longer than `MAX_RECORD_BYTES`.
     """
-    number = 0
+    number = first - 1
     while raw := stream.readline(MAX_RECORD_BYTES + 1):
         number += 1
         if len(raw) > MAX_RECORD_BYTES:

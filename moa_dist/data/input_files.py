@@ -6,65 +6,40 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from moa_dist.data.compression import COMPRESSED_SUFFIXES, content_suffix, read_head
+from moa_dist.config.data import is_remote
+from moa_dist.data.brace_ranges import expand, has_braces, require_all
+from moa_dist.data.input_kinds import has_no_suffix, holds_text, list_of_kinds, unknown_kind
+from moa_dist.data.left_out import LeftOut
 from moa_dist.data.manifest import MANIFEST_FILE
+from moa_dist.data.remote_files import remote_files
+from moa_dist.data.saved_datasets import (
+    SPLITS_FILE,
+    dataset_files,
+    is_saved_dataset,
+    require_one_split,
+)
 from moa_dist.errors import DataError
 
-# fmt: off
-PLAIN_SUFFIXES = frozenset({
-    ".txt", ".text", ".md", ".rst", ".tex", ".html", ".htm", ".xml", ".yaml", ".yml", ".toml",
-    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".rs", ".go", ".java", ".js", ".ts", ".sh",
-    ".sql",
-})
-# fmt: on
-JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
-JSON_SUFFIXES = JSONL_SUFFIXES | {".json"}
-CSV_SUFFIXES = frozenset({".csv", ".tsv"})
-PARQUET_SUFFIXES = frozenset({".parquet"})
-_KNOWN = PLAIN_SUFFIXES | JSON_SUFFIXES | CSV_SUFFIXES | PARQUET_SUFFIXES
-_ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar"})
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
-_MOST_NAMED = 5
-
-
-@dataclass
-class LeftOut:
-    """Counts what was left out of the folders, by reason, with the names of the first few."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    """Files or folders left out for each reason."""
-    names: dict[str, list[str]] = field(default_factory=dict)
-    """The first of them."""
-
-    def add(self, reason: str, path: Path) -> None:
-        """Count a file or folder."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        names = self.names.setdefault(reason, [])
-        if len(names) < _MOST_NAMED:
-            names.append(str(path))
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{count:,} {reason} ({', '.join(self.names[reason])}"
-            f"{', ...' if count > _MOST_NAMED else ''})"
-            for reason, count in self.counts.items()
-        )
 
 
 def find_files(
     inputs: Sequence[str], stdin: BinaryIO | None, spool: Path, left_out: LeftOut | None = None
 ) -> list[Path]:
-    """Resolve files, folders (recursively, sorted, known kinds) and `-` (stdin).
+    """Resolve files, folders (recursively, sorted, known kinds), URLs of both, and `-` (stdin).
+
+    Each may have braces, such as `shards-{00000..00099}.tar`.
 
     Args:
-        inputs: paths, or `-`.
+        inputs: paths, URLs, or `-`.
         stdin: stream to read `-` from; None for the process's stdin.
         spool: file to copy stdin to, because text is read more than once. Pipes that a shell
-            names, such as /dev/fd/63, are copied next to it.
+            names, such as /dev/fd/63, are copied next to it, and so is each remote file while it
+            is read.
         left_out: counts what the folders hold and is not read.
 
     Raises:
@@ -73,26 +48,36 @@ def find_files(
     left_out = LeftOut() if left_out is None else left_out
     files: list[Path] = []
     for number, name in enumerate(inputs):
-        path = Path(name)
-        try:
-            is_folder, is_file = path.is_dir(), path.is_file()
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be opened ({error.strerror}); check --input", path=path
-            ) from error
         if name == "-":
             if spool not in files:
                 files.append(_copied(stdin or sys.stdin.buffer, spool))
-        elif is_folder:
-            files.extend(_files_in(path, left_out, spool))
-        elif is_file:
-            files.append(path)
-        elif name.startswith(_STREAMS) and path.exists():
-            with path.open("rb") as stream:
+        elif is_remote(name):
+            files.extend(remote_files(name, spool.parent, left_out))
+        elif name.startswith(_STREAMS) and Path(name).exists() and not Path(name).is_file():
+            with Path(name).open("rb") as stream:
                 files.append(_copied(stream, spool.with_name(f"{spool.name}-{number}")))
         else:
-            raise DataError(f"{path}: no such file or folder; check --input", path=path)
+            for path in _expanded(name):
+                files += _files_in(path, left_out, spool) if path.is_dir() else [path]
     return files
+
+
+def _expanded(name: str) -> list[Path]:
+    """Return the files and folders that a name stands for, all of which exist."""
+    try:
+        paths = [Path(name)]
+        if has_braces(name) and not paths[0].exists():
+            names = expand(name)
+            paths = [Path(each) for each in names]
+            require_all(name, names, [str(path) for path in paths if not path.exists()])
+        other = next((path for path in paths if not path.is_file() and not path.is_dir()), None)
+    except OSError as error:
+        raise DataError(
+            f"{name}: cannot be opened ({error.strerror}); check --input", path=Path(name)
+        ) from error
+    if other is not None:
+        raise DataError(f"{other}: no such file or folder; check --input", path=other)
+    return paths
 
 
 def _copied(stream: BinaryIO, spool: Path) -> Path:
@@ -114,10 +99,8 @@ def _files_in(folder: Path, left_out: LeftOut, spool: Path) -> list[Path]:
     if not found:
         remains = f", only {left_out}" if left_out.counts else ""
         raise DataError(
-            f"{folder}: no text files in this folder{remains}; known suffixes are "
-            f"{' '.join(sorted(_KNOWN))}, optionally followed by one of "
-            f"{' '.join(sorted(COMPRESSED_SUFFIXES))}. "
-            "A file given by name may have any suffix",
+            f"{folder}: no text files in this folder{remains}; {list_of_kinds()}. A file given by "
+            "name may have any suffix",
             path=folder,
         )
     return found
@@ -129,6 +112,10 @@ def _walk(folder: Path, seen: set[str], left_out: LeftOut, own: set[str]) -> Ite
     if MANIFEST_FILE in names and "shard-000000.tar" in names:
         left_out.add("folders of prepared shards", folder)
         return
+    if is_saved_dataset(names):
+        yield from dataset_files(folder, left_out)
+        return
+    require_one_split(folder, names)
     for name in names:
         path = folder / name
         if name.startswith("."):
@@ -150,22 +137,13 @@ def _walk(folder: Path, seen: set[str], left_out: LeftOut, own: set[str]) -> Ite
 def _reason_to_leave_out(path: Path) -> str | None:
     if not path.is_file():
         return "broken links" if path.is_symlink() else "not regular files"
-    suffix = content_suffix(path)
-    if suffix in _KNOWN:
-        return None
-    if suffix in _ARCHIVES or path.suffix.lower() in _ARCHIVES:
-        return "archives, to unpack first"
-    if suffix or not (path.suffix.lower() in COMPRESSED_SUFFIXES or _holds_text(path)):
+    if path.name == SPLITS_FILE:
+        return "descriptions of data sets"
+    if reason := unknown_kind(path):
+        return reason
+    if has_no_suffix(path):
+        with suppress(OSError), path.open("rb") as raw:
+            if holds_text(path, raw):
+                return None
         return "of unknown kind"
     return None
-
-
-def _holds_text(path: Path) -> bool:
-    """Return whether a file without a suffix, such as `part-00000`, holds UTF-8 text."""
-    try:
-        head = read_head(path)
-        # The end of the head may cut a character.
-        head[: max(len(head) - 4, 0) or len(head)].decode()
-    except (OSError, EOFError, UnicodeDecodeError, DataError):
-        return False
-    return bool(head.strip()) and b"\0" not in head

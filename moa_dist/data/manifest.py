@@ -170,6 +170,12 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 checksum of a file, which is read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def read_regular_file(file: Path) -> bytes:
     """Read a file. Raises OSError, also for a pipe or a device, which could block forever."""
     if file.exists() and not file.is_file():

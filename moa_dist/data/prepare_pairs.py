@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from moa_dist.data.assembly import Progress
 from moa_dist.data.decoding import read_lines
 from moa_dist.data.manifest import (
     PairManifest,
@@ -24,7 +25,6 @@ from moa_dist.data.manifest import (
 )
 from moa_dist.data.output_folder import check_output, partial_folder, put_in_place
 from moa_dist.data.pairs import write_pairs
-from moa_dist.data.prepare import Progress
 from moa_dist.data.shards import Tokens
 from moa_dist.data.tokenizer import (
     DEFAULT_SAMPLE_BYTES,

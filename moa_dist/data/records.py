@@ -1,4 +1,4 @@
-"""Reads records: JSON Lines, other JSON, CSV and parquet.
+"""Reads records: JSON Lines, other JSON and CSV; `tables.py` reads those of columns.
 
 Each reader yields (line or row, record), where a record that cannot be read is the error that says
 why. So one bad line need not end the reading; `field_of` does the same for the field that holds
@@ -14,13 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moa_dist.data.compression import HEAD_BYTES, import_pyarrow
+from moa_dist.data.compression import HEAD_BYTES
 from moa_dist.data.decoding import MAX_RECORD_BYTES, Decoder, whole_lines
 from moa_dist.errors import DataError
 
 Records = Iterator[tuple[int, Any]]
 _DELIMITERS = ",\t;|"
-_ROWS_AT_ONCE = 256
 _SPACE = re.compile(r"[\s,\x1e]*")
 _OBJECT = re.compile(r'\s*(\[\s*)?\{\s*("(?:[^"\\\n]|\\.)*"\s*:|\}\s*$)')
 _PARSER = json.JSONDecoder()
@@ -54,7 +53,8 @@ def _begins_with_object(line: str) -> bool:
 def read_json_lines(decoder: Decoder, stream: BinaryIO) -> Records:
     """Yield the values of each line that is not blank; usually a line holds one."""
     path = decoder.path
-    for number, raw in enumerate(whole_lines(path, stream), start=1):
+    lines = whole_lines(path, stream, decoder.line + 1)
+    for number, raw in enumerate(lines, start=decoder.line + 1):
         try:
             line = decoder.decode(raw).strip()
         except DataError as error:
@@ -212,35 +212,6 @@ def _bad_row(path: Path, number: int, reason: str) -> DataError:
         path=path,
         line=number,
     )
-
-
-def read_parquet(path: Path, stream: BinaryIO, field: str) -> Records:
-    """Yield each row as a mapping that holds at least the column of `field`.
-
-    Raises:
-        DataError: no column has that name, or the extra `formats` is missing.
-    """
-    pyarrow = import_pyarrow(path, "parquet")
-    import pyarrow.parquet as parquet
-
-    try:
-        file = parquet.ParquetFile(stream, pre_buffer=False, buffer_size=HEAD_BYTES)
-        names = file.schema_arrow.names
-        column = field if field in names else field.partition(".")[0]
-        if column not in names:
-            raise DataError(
-                f"{path}: no column '{column}' (the file has: {', '.join(names)}); name the right "
-                "column with --json-field",
-                path=path,
-                key=field,
-            )
-        row = 0
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record
-    except pyarrow.ArrowException as error:
-        raise OSError(str(error)) from error
 
 
 def field_of(path: Path, line: int, record: Any, field: str) -> str:

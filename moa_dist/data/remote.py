@@ -9,10 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from moa_dist.config.data import REMOTE_EXTRAS
 from moa_dist.errors import DataError
+
+Result = TypeVar("Result")
 
 _ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.5
@@ -26,8 +29,8 @@ _TRY_AGAIN = (408, 425, 429)
 """Client errors of HTTP that pass."""
 
 
-class _WrongContentError(Exception):
-    """What was downloaded is not the file that the manifest describes."""
+class WrongContentError(Exception):
+    """What was downloaded is not the file that was announced, such as by the manifest."""
 
 
 def download(url: str, check: Callable[[bytes], str | None], size: int = 0) -> bytes:
@@ -42,8 +45,35 @@ def download(url: str, check: Callable[[bytes], str | None], size: int = 0) -> b
         DataError: the file does not exist, may not be read, or could not be read intact in several
             attempts.
     """
-    deadline = time.monotonic() + _TOTAL_S
-    reason: Exception = TimeoutError(f"no time left of {_TOTAL_S:.0f} s")
+
+    def read() -> bytes:
+        content = _read(url)
+        if problem := check(content):
+            raise WrongContentError(problem)
+        return content
+
+    return attempt(url, read, limit_s=time_limit(size), total_s=_TOTAL_S)
+
+
+def time_limit(size: int) -> float:
+    """Return how many seconds an attempt to read so many bytes may take."""
+    return _PATIENCE_S + size / 2**20
+
+
+def attempt(url: str, work: Callable[[], Result], *, limit_s: float, total_s: float) -> Result:
+    """Return what `work` returns, which is called again if it fails in a way that may pass.
+
+    Args:
+        url: what is read, for messages.
+        work: reads it; raises WrongContentError if what it has read is not intact.
+        limit_s: how long each attempt may take.
+        total_s: how long all of them may take together.
+
+    Raises:
+        DataError: no attempt succeeded, or trying again would not help.
+    """
+    deadline = time.monotonic() + total_s
+    reason: Exception = TimeoutError(f"no time left of {total_s:.0f} s")
     attempts = 0
     for pause in _pauses():
         time.sleep(pause)
@@ -52,17 +82,14 @@ def download(url: str, check: Callable[[bytes], str | None], size: int = 0) -> b
             break
         attempts += 1
         try:
-            content = _within(min(_PATIENCE_S + size / 2**20, left_s), lambda: _read(url))
-            if problem := check(content):
-                raise _WrongContentError(problem)
-            return content
+            return _within(min(limit_s, left_s), work)
         except Exception as error:  # libraries of five services, each with errors of its own
             if is_final(error):
                 raise DataError(f"{url}: {explain(error, url)}") from error
             reason = error
     raise DataError(
         f"{url}: {attempts} attempts failed, the last one with: {explain(reason, url)}",
-        key="sha256" if isinstance(reason, _WrongContentError) else None,
+        key="sha256" if isinstance(reason, WrongContentError) else None,
     ) from reason
 
 
@@ -99,7 +126,7 @@ def explain(error: BaseException, url: str) -> str:
             "no permission to read it; set the credentials in the environment of every rank "
             "(such as AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS or HF_TOKEN)"
         )
-    if isinstance(error, _WrongContentError):
+    if isinstance(error, WrongContentError):
         return str(error)
     name, text = type(error).__name__, str(error).partition("\n")[0]
     return f"{name}: {text}"[:300] if text else name
@@ -119,9 +146,9 @@ def _read(url: str) -> bytes:
     return content
 
 
-def _within(limit_s: float, work: Callable[[], bytes]) -> bytes:
+def _within(limit_s: float, work: Callable[[], Result]) -> Result:
     """Return what `work` returns; raise TimeoutError if it takes too long, and leave it behind."""
-    result: list[bytes] = []
+    result: list[Result] = []
     failure: list[BaseException] = []
 
     def run() -> None:

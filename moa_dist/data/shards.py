@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import tar_file_iterator
 
 from moa_dist.data.cache import is_cached, read_cached
-from moa_dist.data.manifest import Manifest, ShardEntry, sha256_of
+from moa_dist.data.manifest import Manifest, ShardEntry, file_sha256, sha256_of
 from moa_dist.errors import DataError
 
 Tokens = NDArray[np.unsignedinteger]
@@ -44,17 +44,14 @@ def write_shard(folder: Path, index: int, samples_SL: Tokens) -> ShardEntry:
 
 def write_members(folder: Path, index: int, members: Iterable[tuple[str, Tokens]]) -> ShardEntry:
     """Write shard `index` from named arrays; return its manifest entry."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    path = folder / f"shard-{index:06d}.tar"
+    with tarfile.open(path, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, tokens in members:
             # A new TarInfo has no owner and no time, so the bytes do not depend on the machine.
             member = tarfile.TarInfo(name)
             member.size = tokens.nbytes
             tar.addfile(member, io.BytesIO(tokens.tobytes()))
-    content = buffer.getvalue()
-    file = f"shard-{index:06d}.tar"
-    (folder / file).write_bytes(content)
-    return ShardEntry(file=file, sha256=sha256_of(content), bytes=len(content))
+    return ShardEntry(file=path.name, sha256=file_sha256(path), bytes=path.stat().st_size)
 
 
 def read_shard(folder: Path, manifest: Manifest, index: int) -> Tokens:

@@ -7,26 +7,30 @@ counted. Documents come in pieces, so memory is bounded however large a file or 
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from moa_dist.data.archives import is_tar, read_members
 from moa_dist.data.compression import (
     content_suffix,
     decompressed,
+    is_arrow,
     is_parquet,
     read_errors_named,
     read_head,
 )
 from moa_dist.data.decoding import Decoder
-from moa_dist.data.input_files import (
+from moa_dist.data.input_kinds import (
     CSV_SUFFIXES,
     JSON_SUFFIXES,
     JSONL_SUFFIXES,
     PARQUET_SUFFIXES,
     PLAIN_SUFFIXES,
+    TAR_SUFFIXES,
 )
 from moa_dist.data.records import (
     Records,
@@ -37,12 +41,13 @@ from moa_dist.data.records import (
     read_csv,
     read_json_lines,
     read_json_values,
-    read_parquet,
 )
+from moa_dist.data.spans import Span, bounded
+from moa_dist.data.tables import read_arrow, read_parquet
 from moa_dist.data.text_options import TextCounts, TextOptions
 from moa_dist.errors import DataError
 
-Format = Literal["text", "json-lines", "json-values", "csv", "parquet"]
+Format = Literal["text", "json-lines", "json-values", "csv", "parquet", "arrow", "tar"]
 
 _PIECE_CHARACTERS = 1 << 16
 _PROSE_SUFFIXES = frozenset({".txt", ".text"})
@@ -64,25 +69,46 @@ def read_documents(
     Raises:
         DataError: a file cannot be read or decoded, or the input holds no text.
     """
+    yield from read_spans([Span(path) for path in files], options, counts)
+    check_any_text(len(files), counts)
+
+
+def read_spans(
+    spans: Sequence[Span],
+    options: TextOptions,
+    counts: TextCounts,
+    *,
+    first: int = 0,
+    opening: Callable[[int], None] = lambda index: None,
+) -> Iterator[Iterator[str]]:
+    """Yield every document that is not empty in spans of files; see `read_documents`.
+
+    Args:
+        spans: what to read.
+        options: how to split and decode it.
+        counts: updated as pieces are consumed.
+        first: index of the span to start with, where `counts` are those of the ones before it.
+        opening: called with the index of each span before it is opened.
+    """
     limit = options.max_bytes
-    for parts in _all_documents(files, options, counts):
-        opening = _up_to_text(parts)
-        if opening is None:
-            counts.empty += 1
-            continue
-        counts.documents += 1
-        pieces = split_pieces(_counted(chain(opening, parts), limit, counts))
-        yield pieces
-        deque(pieces, maxlen=0)
-        if limit is not None and counts.text_bytes > limit - 4:
+    for index in range(first, len(spans)):
+        opening(index)
+        for pieces in _documents_with_text(spans[index], options, counts):
+            yield pieces
+            deque(pieces, maxlen=0)
             # The longest character may no longer fit.
-            for path in files[counts.files_opened - 1 :]:
-                counts.left_out.add("not read to the end, as --max-bytes says", path)
-            break
+            if limit is not None and counts.text_bytes > limit - 4:
+                for span in spans[index:]:
+                    counts.left_out.add("not read to the end, as --max-bytes says", span.path)
+                return
+
+
+def check_any_text(num_files: int, counts: TextCounts) -> None:
+    """Raise DataError if what was read held no text."""
     if counts.documents == 0:
         bad = f", {counts.bad_lines} bad lines" if counts.bad_lines else ""
         raise DataError(
-            f"the input holds no text ({len(files)} files, {counts.empty} empty documents{bad}); "
+            f"the input holds no text ({num_files} files, {counts.empty} empty documents{bad}); "
             "give --input files that hold text",
             key="--input",
         )
@@ -110,20 +136,46 @@ def split_pieces(parts: Iterable[str], limit: int = _PIECE_CHARACTERS) -> Iterat
     yield "".join(waiting)
 
 
-def _all_documents(
-    files: Sequence[Path], options: TextOptions, counts: TextCounts
+def _documents_with_text(
+    span: Span, options: TextOptions, counts: TextCounts
 ) -> Iterator[Iterator[str]]:
-    finished_bytes = 0
-    for path in files:
-        counts.files_opened += 1
-        with read_errors_named(path), path.open("rb") as raw:
-            decoder = Decoder(path, options.errors, counts)
-            kind = recognize(path, read_head(path), options)
-            stream = raw if kind == "parquet" else decompressed(path, raw)
-            for parts in _documents_of(kind, decoder, stream, options, counts):
-                yield _located(parts, raw, finished_bytes, counts)
-        finished_bytes += path.stat().st_size
-        counts.input_bytes = finished_bytes
+    """Yield the documents of a span that are not empty, each as an iterator over its pieces."""
+    for parts in _located_documents(span, options, counts):
+        opening = _up_to_text(parts)
+        if opening is None:
+            counts.empty += 1
+            continue
+        counts.documents += 1
+        yield split_pieces(_counted(chain(opening, parts), options.max_bytes, counts))
+
+
+def _located_documents(
+    span: Span, options: TextOptions, counts: TextCounts
+) -> Iterator[Iterator[str]]:
+    finished_bytes, path = counts.input_bytes, span.path
+    counts.files_opened += 1
+    with read_errors_named(path), path.open("rb") as raw:
+        for parts in _documents_in(span, raw, options, counts):
+            yield _located(parts, raw, finished_bytes - span.start, counts)
+    counts.input_bytes = finished_bytes + span.size
+
+
+def _documents_in(
+    span: Span, raw: BinaryIO, options: TextOptions, counts: TextCounts
+) -> Iterator[Iterator[str]]:
+    """Yield the documents of a span, or of the members of an archive."""
+    path = span.path
+    kind = recognize(path, read_head(path, raw), options)
+    stream = bounded(raw if kind == "parquet" else decompressed(path, raw), span)
+    if kind != "tar":
+        decoder = Decoder(path, options.errors, counts, span.first_line - 1, span.start)
+        yield from _documents_of(kind, decoder, stream, options)
+        return
+    prefers_json = options.json_field is not None
+    members = read_members(path, stream, counts.left_out, prefers_json=prefers_json)
+    for member, content in members:
+        with read_errors_named(member), content:
+            yield from _documents_in(Span(member), content, options, counts)
 
 
 def _located(
@@ -144,6 +196,10 @@ def recognize(path: Path, head: bytes, options: TextOptions) -> Format:
     start = head.decode("utf-8-sig", errors="ignore")
     if is_parquet(head) or (suffix in PARQUET_SUFFIXES and chosen == "auto"):
         return "parquet"
+    if is_arrow(head) or (suffix == ".arrow" and chosen == "auto"):
+        return "arrow"
+    if is_tar(head) or (suffix in TAR_SUFFIXES and chosen == "auto"):
+        return "tar"
     if chosen == "auto":
         if suffix in JSON_SUFFIXES:
             chosen = "json"
@@ -171,7 +227,7 @@ def recognize(path: Path, head: bytes, options: TextOptions) -> Format:
 
 
 def _documents_of(
-    kind: Format, decoder: Decoder, stream: BinaryIO, options: TextOptions, counts: TextCounts
+    kind: Format, decoder: Decoder, stream: BinaryIO, options: TextOptions
 ) -> Iterator[Iterator[str]]:
     """Yield the documents of a file, each as an iterator over parts of its text."""
     records: Records
@@ -184,9 +240,11 @@ def _documents_of(
             records = read_csv(decoder, stream, options.field)
         case "parquet":
             records = read_parquet(decoder.path, stream, options.field)
-        case "text":
+        case "arrow":
+            records = read_arrow(decoder.path, stream, options.field)
+        case _:
             return _SPLITTERS[options.documents](decoder.parts(stream))
-    return _texts(decoder.path, records, options, counts)
+    return _texts(decoder.path, records, options, decoder.counts)
 
 
 def _whole(parts: Iterator[str]) -> Iterator[Iterator[str]]:
@@ -266,13 +324,19 @@ def _valid_unicode(
     return text
 
 
-def _up_to_text(parts: Iterator[str]) -> list[str] | None:
+def _up_to_text(parts: Iterator[str]) -> Iterator[str] | None:
     """Return the parts up to the first that is not white space; None if the document is empty."""
+    packed: list[bytes] = []  # gigabytes of white space take little memory
     opening: list[str] = []
+    length = 0
     for part in parts:
         opening.append(part)
         if part and not part.isspace():
-            return opening
+            return chain((zlib.decompress(space).decode() for space in packed), opening)
+        length += len(part)
+        if length > _PIECE_CHARACTERS:
+            packed.append(zlib.compress("".join(opening).encode(), level=1))
+            opening, length = [], 0
     return None
 
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from moa_dist.data.input_files import LeftOut
-
-ErrorRule = Literal["strict", "replace"]
-DocumentRule = Literal["file", "blank-line", "line"]
-FormatRule = Literal["auto", "text", "json", "csv"]
-BadLineRule = Literal["stop", "skip"]
+from moa_dist.config.prepare import BadLineRule, DocumentRule, ErrorRule, FormatRule
+from moa_dist.data.left_out import LeftOut
 
 DEFAULT_FIELD = "text"
 
@@ -22,8 +17,8 @@ class TextOptions:
     documents: DocumentRule = "file"
     """For plain text: a document is a whole file, lines up to a blank line, or a line."""
     json_field: str | None = None
-    """For JSON, CSV and parquet: the field or column that holds the text of each record, where
-    `a.b` is field b of the object in field a; None for `text`."""
+    """For JSON, CSV, parquet and Arrow: the field or column that holds the text of each record,
+    where `a.b` is field b of the object in field a; None for `text`."""
     errors: ErrorRule = "strict"
     """Whether text that is not UTF-8 is an error, or is replaced and counted."""
     max_bytes: int | None = None
@@ -56,7 +51,7 @@ class TextCounts:
     first_bad_line: str = ""
     """What is wrong with the first of them."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """Files that were not read."""
+    """Files, and members of archives, that were not read."""
     files_opened: int = 0
     """Files that were opened."""
     input_bytes: int = 0

@@ -7,6 +7,21 @@ import os
 import torch
 import torch.distributed as dist
 
+from moa_dist.distributed.gpus import require_usable_gpus
+
+
+def default_device() -> torch.device:
+    """Return the current GPU, or the CPU of a machine without GPUs.
+
+    Whatever computes asks here, unless a device was given, so that nothing falls back to the CPU
+    unnoticed.
+
+    Raises:
+        ClusterError: Torch cannot use the GPUs of this machine, and nobody has hidden them.
+    """
+    require_usable_gpus()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 def min_device_memory(device: torch.device) -> int:
     """Return the smallest memory capacity of any rank, in bytes. Collective.

@@ -67,8 +67,8 @@ def unusable_gpus(environment: Mapping[str, str] = os.environ) -> UnusableGpus |
     text = f"this machine has {present} GPUs, but torch {torch.__version__} can use none of them"
     return UnusableGpus(
         text,
-        f"{_remedy(environment)}. To compute on the CPU nevertheless, hide the GPUs: "
-        f"{CUDA_VARIABLE}= python launcher/launch.py ...",
+        f"{_remedy(environment)}. To compute on the CPU nevertheless, hide the GPUs from the "
+        f"command: {CUDA_VARIABLE}= COMMAND",
     )
 
 

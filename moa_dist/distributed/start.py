@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moa_dist.distributed.gpus import require_usable_gpus
+from moa_dist.distributed.device import default_device
 from moa_dist.distributed.heartbeat import Heartbeat, heartbeat
 from moa_dist.distributed.store import local_store
 from moa_dist.errors import ClusterError, PeerError, PeerErrorKind
@@ -66,8 +66,7 @@ def device_of(rank: int, local_rank: int) -> torch.device:
     Raises:
         ClusterError: Torch cannot use the GPUs of this machine, or it has fewer than ranks.
     """
-    require_usable_gpus()
-    if not torch.cuda.is_available():
+    if default_device().type == "cpu":
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ClusterError(

@@ -49,6 +49,7 @@ def _data(config: Config) -> Iterator[Finding]:
     from moa_dist.data.check import check_data
     from moa_dist.data.manifest import PairManifest
     from moa_dist.data.pairs import read_pairs
+    from moa_dist.data.places import is_unprepared
     from moa_dist.data.shards import read_shard
     from moa_dist.errors import DataError
 
@@ -56,8 +57,16 @@ def _data(config: Config) -> Iterator[Finding]:
         # world_size 1, because divisibility by the number of ranks is checked by the layout.
         model = config.model
         data = check_data(
-            config.data, vocab_size=model.vocab_size, world_size=1, objective=model.objective
+            config.data,
+            vocab_size=model.vocab_size,
+            world_size=1,
+            objective=model.objective,
+            may_lack_text=True,
         )
+        for folder in (*config.data.sources, *config.data.held_out):
+            if is_unprepared(config.data, folder):
+                text = f"{folder.path}: text, which the first start prepares"
+                yield Finding("data", "ok", text, subject=folder.path)
         for _, path, manifest in (*data.train, *data.valid):
             if isinstance(manifest, PairManifest):
                 read_pairs(path, manifest)

@@ -24,6 +24,7 @@ from moa_dist.errors import MoaDistError
 from moa_dist.provenance import code_hash
 
 if TYPE_CHECKING:
+    from moa_dist.config.data import DataConfig, FolderConfig
     from moa_dist.distributed.gpus import UnusableGpus
 
 _REACH_S = 5.0
@@ -82,23 +83,28 @@ def _gpus() -> tuple[int, str, UnusableGpus | None]:
 def _configuration(request: Message, facts: dict[str, str]) -> Iterator[Finding]:
     from moa_dist.config import load_config, to_yaml
     from moa_dist.config.run import run_folder
-    from moa_dist.data.cache import local_path
     from moa_dist.doctor.configured import check_on_host
 
     config = load_config(request["config"], request["overrides"])
     facts["configuration"] = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
     for folder in (*config.data.sources, *config.data.held_out):
-        facts[f"{folder.label} manifest"] = _manifest_hash(local_path(config.data, folder))
+        if found := _manifest_hash(config.data, folder):
+            facts[f"{folder.label} manifest"] = found
     yield from check_on_host(config)
     if request["token"] is not None:
         yield from _shared(run_folder(config), request["token"], request["node"])
 
 
-def _manifest_hash(folder: Path) -> str:
+def _manifest_hash(data: DataConfig, folder: FolderConfig) -> str | None:
+    """Return what hosts must agree on; None for text, which each may prepare at its first start."""
     from moa_dist.data.manifest import MANIFEST_FILE
+    from moa_dist.data.places import is_unprepared, local_path
 
-    with suppress(OSError):
-        return hashlib.sha256((folder / MANIFEST_FILE).read_bytes()).hexdigest()[:16]
+    with suppress(OSError, MoaDistError):
+        if is_unprepared(data, folder):
+            return None
+        manifest = (local_path(data, folder) / MANIFEST_FILE).read_bytes()
+        return hashlib.sha256(manifest).hexdigest()[:16]
     return "missing"
 
 

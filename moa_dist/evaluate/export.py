@@ -1,7 +1,8 @@
 """Exports a trained model as `model.safetensors`, `config.yaml` and `tokenizer.json`.
 
 Tensors are named as in `LanguageModel.state_dict()`; training state is not included. A fourth
-file, `SHA256SUMS`, detects altered tensors.
+file, `SHA256SUMS`, detects altered tensors. The others are for transformers, see
+`transformers_files`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moa_dist.config import load_config, to_yaml
 from moa_dist.config.run import Config
 from moa_dist.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from moa_dist.errors import DataError
+from moa_dist.evaluate.transformers_files import unsupported, write_transformers_files
 from moa_dist.models.language_model import LanguageModel, build_model
 
 MODEL_FILE = "model.safetensors"
@@ -43,7 +45,7 @@ def export(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -
     """
     require_valid(checkpoint)
     tokenizer = tokenizer_of(checkpoint)
-    load_tokenizer(tokenizer)  # raises if it is damaged
+    loaded = load_tokenizer(tokenizer)  # raises if it is damaged
     reader = Reader(checkpoint)
     index = reader.index
     with torch.device("meta"):
@@ -53,6 +55,8 @@ def export(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32) -
     partial = make_partial(target)
     written = write_tensors(partial / MODEL_FILE, specs, _values(reader, specs), metadata)
     write_file(partial / CONFIG_FILE, [to_yaml(index.config).encode()])
+    if unsupported(index.config) is None:
+        write_transformers_files(partial, index.config, loaded, dtype)
     shutil.copyfile(tokenizer, partial / TOKENIZER_FILE)
     write_sums(partial, {MODEL_FILE: written.sha256})
     move_into_place(partial, target)

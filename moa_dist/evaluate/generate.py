@@ -81,7 +81,7 @@ def generate(
             cache = cache.select(torch.tensor(kept, device=device))
         for i in unfinished:
             if len(texts[i]) > max_length:
-                texts[i] = texts[i][-((max_length + 1) // 2) :]
+                texts[i] = within(texts[i], max_length)
                 cache = None
 
 
@@ -95,9 +95,7 @@ def _read(
     """
     device = next(model.parameters()).device
     longest = max(map(len, texts)) if cache is None else cache.length + 1
-    # Pad on the left, so that all texts end, and continue, at the same position.
-    padded = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
-    real = torch.arange(longest) >= torch.tensor([[longest - len(text)] for text in texts])
+    padded, real = padded_left(texts, longest)
     documents = None
     if end is not None:
         documents = Documents.of(padded, end, real).moved(lambda part: part.to(device))
@@ -107,6 +105,20 @@ def _read(
     else:
         output = model(padded[:, -1:].to(device), None, cache, documents=documents)
     return output.logits[:, -1].double().cpu(), output.cache
+
+
+def padded_left(texts: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
+    """Return tokens [B, length], and a bool mask that is false at padding.
+
+    Padding comes first, so that all texts end, and continue, at the same position.
+    """
+    padded = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+    return padded, torch.arange(length) >= torch.tensor([[length - len(text)] for text in texts])
+
+
+def within(text: list[int], max_length: int) -> list[int]:
+    """Cut a text that outgrows `max_length` tokens to the last half of that."""
+    return text if len(text) <= max_length else text[-((max_length + 1) // 2) :]
 
 
 def stream_text(

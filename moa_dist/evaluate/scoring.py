@@ -32,7 +32,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import ModelConfig, sequences_per_group
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.sequence_groups import sequences_per_group
 from moa_dist.data.tokenizer import Tokenizer
 from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.comm_timer import CommTimer

@@ -16,6 +16,7 @@ from moa_dist.config.model import ModelConfig, Objective
 from moa_dist.config.run import Config
 from moa_dist.data.manifest import sha256_of
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from moa_dist.distributed.device import default_device
 from moa_dist.errors import DataError
 from moa_dist.evaluate.export import CONFIG_FILE, is_export, load_export
 from moa_dist.models.language_model import LanguageModel
@@ -48,13 +49,14 @@ def load_trained(path: Path) -> Trained:
 
     Raises:
         DataError: the checkpoint or the tokenizer is missing or damaged, or they do not fit.
+        ClusterError: torch cannot use the GPUs of this machine.
     """
+    device = default_device()  # before a large checkpoint is read in vain
     folder = path if is_export(path) else find_checkpoint(path)
     file = folder / TOKENIZER_FILE if is_export(folder) else tokenizer_of(folder)
     tokenizer = load_tokenizer(file)
     model, config, step = _load(folder)
     require_fit(tokenizer, config.model, file)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trained(
         folder=folder,
         model=model.to(device),

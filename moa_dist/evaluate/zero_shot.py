@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from moa_dist.config.run import Config
-from moa_dist.data.cache import local_path
+from moa_dist.data.places import local_path
 from moa_dist.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from moa_dist.errors import DataError
 from moa_dist.evaluate.scoring import Scorer

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moa_dist.kernels.gradient_sum import Into
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
 from moa_dist.kernels.saved import (
     Gradients,
     Saved,
     alloc_saved,
+    fresh,
     hidden_gradient,
     scales_outputs,
 )
@@ -62,13 +64,26 @@ def _multiply(
     return out
 
 
-def _outer(left: Tensor, right: Tensor, counts: list[int], out: Tensor) -> None:
-    """Set `out` [e, I, O] to `left.T @ right` of each expert's rows [a, I] and [a, O].
+def _outer(left: Tensor, right: Tensor, block: _Block, into: Into) -> None:
+    """Compute `left.T @ right` of each expert's rows [a, I] and [a, O].
 
-    An expert without rows gets zeros.
+    An expert without rows gets zeros, or its total.
     """
-    for a, b, result in zip(left.split(counts), right.split(counts), out.unbind(), strict=True):
-        torch.mm(a.T, b, out=result)
+    out, total = into.out[block.experts], into.total
+    parts = left.split(block.counts), right.split(block.counts)
+    if total is None and out.dtype == left.dtype:
+        for a, b, result in zip(*parts, out.unbind(), strict=True):
+            torch.mm(a.T, b, out=result)
+        return
+    wide = sum_type(left)
+    before = out if total is None else total[block.experts]
+    for a, b, result, term in zip(*parts, out.unbind(), before.unbind(), strict=True):
+        # In place where the types allow it.
+        widened = result if result.dtype == wide else torch.empty_like(result, dtype=wide)
+        beta = int(total is not None)
+        torch.addmm(term.to(wide), a.T.to(wide), b.to(wide), beta=beta, out=widened)
+        if widened is not result:
+            result.copy_(widened)
 
 
 def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
@@ -120,10 +135,16 @@ def forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor,
 
 
 def backward(
-    grad: Tensor, experts: ExpertWeights, x: Tensor, row_map: RowMap, saved: Saved
+    grad: Tensor,
+    experts: ExpertWeights,
+    x: Tensor,
+    row_map: RowMap,
+    saved: Saved,
+    into: tuple[Into, ...] | None = None,
 ) -> Gradients:
-    """Compute all gradients, given that of y."""
+    """Compute all gradients, given that of y; those of the matrices `into` what is given."""
     down, ups, activation = experts
+    into_down, *into_ups = into or fresh(experts)
     weight, read, write = row_map.weight, row_map.read.ids, row_map.write.ids
     blocks, most = _blocks(row_map.counts.tolist(), _row_bytes(experts, x))
     wide = sum_type(x)
@@ -132,9 +153,9 @@ def backward(
     hidden_grad = x.new_empty(most, down.shape[1])
     grad_x = torch.zeros_like(x, dtype=wide)
     grad_weight = x.new_empty(0) if weight is None else torch.zeros_like(weight)
-    grad_down, grad_ups = torch.empty_like(down), tuple(torch.empty_like(up) for up in ups)
     after_down = scales_outputs(experts, row_map)
-    for block, rows, counts in blocks:
+    for block in blocks:
+        of_block, rows, counts = block
         n = rows.stop - rows.start
         from_x = hidden = torch.index_select(x, 0, read[rows], out=gathered[:n])
         grad_y = torch.index_select(grad, 0, write[rows], out=gathered_grad[:n])
@@ -146,18 +167,19 @@ def backward(
             grad_y = torch.mul(grad_y, weight[rows, None], out=grad_y)
         scales_hidden = weight is not None and not after_down
         scaled = _scaled(hidden, weight[rows]) if weight is not None and scales_hidden else hidden
-        _outer(scaled, grad_y, counts, grad_down[block])
-        grad_h = _multiply(grad_y, down[block].mT, counts, hidden_grad[:n])
+        _outer(scaled, grad_y, block, into_down)
+        grad_h = _multiply(grad_y, down[of_block].mT, counts, hidden_grad[:n])
         if weight is not None and scales_hidden:
             torch.sum(hidden.to(wide) * grad_h, -1, out=grad_weight[rows])
             grad_h = torch.mul(grad_h, weight[rows, None], out=grad_h)
         grad_rows = grad_h
         if ups:
             grad_products = hidden_gradient(grad_h, products, activation)
-            for grad_product, grad_up in zip(grad_products, grad_ups, strict=True):
-                _outer(from_x, grad_product, counts, grad_up[block])
+            for grad_product, into_up in zip(grad_products, into_ups, strict=True):
+                _outer(from_x, grad_product, block, into_up)
             grad_rows = from_x  # no longer needed, so its buffer takes the result
             for i, (grad_product, up) in enumerate(zip(grad_products, ups, strict=True)):
-                _multiply(grad_product, up[block].mT, counts, grad_rows, add=i > 0)
+                _multiply(grad_product, up[of_block].mT, counts, grad_rows, add=i > 0)
         grad_x.index_add_(0, read[rows], grad_rows.to(wide))
-    return Gradients(grad_x.to(x.dtype), grad_weight, grad_down, grad_ups)
+    grad_ups = tuple(into_up.out for into_up in into_ups)
+    return Gradients(grad_x.to(x.dtype), grad_weight, into_down.out, grad_ups)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from moa_dist.kernels import cpu_blocked, triton_fused
+from moa_dist.kernels.gradient_sum import Into, sum_of
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
-from moa_dist.kernels.saved import Gradients, Saved, alloc_saved
+from moa_dist.kernels.saved import Gradients, Saved, alloc_saved, fresh
 from moa_dist.profiling import annotated
 
 Operands = tuple[ExpertWeights, Tensor, RowMap]
@@ -35,7 +36,8 @@ def custom_op_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Ten
     Raises:
         ValueError: the counts do not fit (on a CPU; other devices do not look at them).
     """
-    y: Tensor = _forward(*_flatten(experts, x, row_map))[0]
+    handles = [handle for handle, _ in map(sum_of, experts.tensors()) if handle is not None]
+    y: Tensor = _forward(*_flatten(experts, x, row_map), handles)[0]
     return y
 
 
@@ -51,7 +53,8 @@ def _restore(x: Tensor, down: Tensor, ups: list[Tensor], activation: str, *rest:
 
 
 def _forward_of(kernel: Callable[..., tuple[Tensor, Saved]]) -> Callable[..., Outputs]:
-    def run(*flat: Any) -> Outputs:
+    def run(*flat_and_handles: Any) -> Outputs:
+        *flat, _ = flat_and_handles  # handles are for autograd only
         y, saved = kernel(*_restore(*flat))
         return y, saved.outputs, list(saved.products)
 
@@ -66,20 +69,38 @@ def _backward_of(kernel: Callable[..., Gradients]) -> Callable[..., tuple[Any, .
     return run
 
 
+def _summing_backward_of(kernel: Callable[..., Gradients]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(
+        out: list[Tensor],
+        total: list[Tensor | None],
+        grad: Tensor,
+        outputs: Tensor,
+        products: list[Tensor],
+        *flat: Any,
+    ) -> tuple[Tensor, Tensor]:
+        saved, into = Saved(outputs, tuple(products)), tuple(map(Into, out, total))
+        result = kernel(grad, *_restore(*flat), saved, into)
+        return result.x, result.weight
+
+    return run
+
+
 def _fake_forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor, Saved]:
     y = x.new_empty(row_map.write.num, experts.down.shape[2])
     return y, alloc_saved(experts, x, row_map)
 
 
 def _fake_backward(
-    grad: Tensor, experts: ExpertWeights, x: Tensor, row_map: RowMap, saved: Saved
+    grad: Tensor,
+    experts: ExpertWeights,
+    x: Tensor,
+    row_map: RowMap,
+    saved: Saved,
+    into: tuple[Into, ...] | None = None,
 ) -> Gradients:
-    return Gradients(
-        torch.empty_like(x),
-        x.new_empty(0) if row_map.weight is None else torch.empty_like(row_map.weight),
-        torch.empty_like(experts.down),
-        tuple(torch.empty_like(up) for up in experts.ups),
-    )
+    down, *ups = (to.out for to in into or fresh(experts))
+    of_weight = x.new_empty(0) if row_map.weight is None else torch.empty_like(row_map.weight)
+    return Gradients(torch.empty_like(x), of_weight, down, tuple(ups))
 
 
 _forward = torch.library.custom_op(
@@ -87,7 +108,7 @@ _forward = torch.library.custom_op(
     _forward_of(cpu_blocked.forward),
     mutates_args=(),
     device_types="cpu",
-    schema=f"({_OPERANDS}) -> (Tensor, Tensor, Tensor[])",
+    schema=f"({_OPERANDS}, Tensor[] handles) -> (Tensor, Tensor, Tensor[])",
 )
 _forward.register_kernel("cuda")(_forward_of(triton_fused.forward))
 _forward.register_fake(_forward_of(_fake_forward))
@@ -105,9 +126,23 @@ _backward = torch.library.custom_op(
 _backward.register_kernel("cuda")(_backward_of(triton_fused.backward))
 _backward.register_fake(_backward_of(_fake_backward))
 
+_summing_backward = torch.library.custom_op(
+    "moa_dist::routed_summing_backward",
+    _summing_backward_of(cpu_blocked.backward),
+    mutates_args=("out",),
+    device_types="cpu",
+    schema=(
+        "(Tensor(a!)[] out, Tensor?[] total, Tensor grad, Tensor outputs, Tensor[] products, "
+        f"{_OPERANDS}) -> (Tensor, Tensor)"
+    ),
+)
+_summing_backward.register_kernel("cuda")(_summing_backward_of(triton_fused.backward))
+_summing_backward.register_fake(_summing_backward_of(_fake_backward))
+
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    experts, x, row_map = _restore(*inputs)
+    *flat, handles = inputs
+    experts, x, row_map = _restore(*flat)
     _, outputs, products = output
     ctx.set_materialize_grads(False)  # else zeros are made as gradients of what is only saved
     of_rows = (*row_map.read[:3], *row_map.write[:3])
@@ -115,6 +150,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.save_for_backward(*tensors, outputs, *experts.ups, *products)
     ctx.activation, ctx.is_dropless = experts.activation, row_map.is_dropless
     ctx.nums = row_map.read.num, row_map.write.num
+    ctx.num_handles = len(handles)
+    ctx.sums = [total for _, total in map(sum_of, experts.tensors())] if handles else None
 
 
 @annotated("experts")
@@ -128,10 +165,16 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     experts = ExpertWeights(down, tuple(ups), ctx.activation)
     flat = _flatten(experts, x, RowMap(read, write, counts, ctx.is_dropless, weight))
-    grad_x, grad_weight, grad_down, grad_ups = _backward(grad, outputs, products, *flat)
+    grad_down, grad_ups = None, [None] * len(ups)
+    if ctx.sums is None:
+        grad_x, grad_weight, grad_down, grad_ups = _backward(grad, outputs, products, *flat)
+    else:
+        pairs = zip(ctx.sums, experts.tensors(), strict=True)
+        out, total = map(list, zip(*(s.into(matrix) for s, matrix in pairs), strict=True))
+        grad_x, grad_weight = _summing_backward(out, total, grad, outputs, products, *flat)
     # In the order of `_OPERANDS`; of the row map, which comes last, only `weight` has a gradient.
     of_row_map = (*[None] * (len(flat) - 5), None if weight is None else grad_weight)
-    return grad_x, grad_down, grad_ups, None, *of_row_map
+    return grad_x, grad_down, grad_ups, None, *of_row_map, [None] * ctx.num_handles
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moa_dist.kernels.gradient_sum import alias
 from moa_dist.kernels.grouped_matmul import grouped_matmul
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
 from moa_dist.kernels.segment_sum import gather_rows
@@ -16,6 +17,7 @@ from moa_dist.kernels.segment_sum import gather_rows
 
 def grouped_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
     """Compute `routed_experts` under plain autograd; holds [A, D] and [A, O]."""
+    experts = experts._replace(down=alias(experts.down), ups=tuple(map(alias, experts.ups)))
     return add_up(multiply(experts, gather(x, row_map), row_map), row_map)
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moa_dist.kernels.activations import ACTIVATIONS
+from moa_dist.kernels.gradient_sum import Into
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 
 
@@ -33,6 +35,14 @@ class Gradients(NamedTuple):
     """As `ExpertWeights.down`."""
     ups: tuple[Tensor, ...]
     """As `ExpertWeights.ups`."""
+
+
+def fresh(experts: ExpertWeights) -> tuple[Into, ...]:
+    """Allocate gradients of all matrices, `down` first."""
+    return tuple(
+        Into(torch.empty_like(matrix, memory_format=torch.contiguous_format))
+        for matrix in experts.tensors()
+    )
 
 
 def scales_outputs(experts: ExpertWeights, row_map: RowMap) -> bool:

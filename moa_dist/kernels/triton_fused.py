@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moa_dist.kernels.gradient_sum import Into
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
-from moa_dist.kernels.saved import Gradients, Saved, alloc_saved, scales_outputs
+from moa_dist.kernels.saved import Gradients, Saved, alloc_saved, fresh, scales_outputs
 
 if TYPE_CHECKING:  # Triton may be missing where the CPU kernel runs
     from moa_dist.kernels.triton_tiles import Tiles
@@ -45,13 +46,19 @@ def forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor,
 
 
 def backward(
-    grad: Tensor, experts: ExpertWeights, x: Tensor, row_map: RowMap, saved: Saved
+    grad: Tensor,
+    experts: ExpertWeights,
+    x: Tensor,
+    row_map: RowMap,
+    saved: Saved,
+    into: tuple[Into, ...] | None = None,
 ) -> Gradients:
-    """Compute all gradients, given that of y."""
+    """Compute all gradients, given that of y; those of the matrices `into` what is given."""
     from moa_dist.kernels.triton_gradients import hidden_gradients, outer_products, weigh_gradient
     from moa_dist.kernels.triton_sums import sum_by_row
 
     down, ups, activation = experts
+    into_down, *into_ups = into or fresh(experts)
     x, grad, read = x.contiguous(), grad.contiguous(), row_map.read.ids
     tiles = _tiles(x, row_map)
     weight, grad_weight = row_map.weight, x.new_empty(0)
@@ -62,11 +69,11 @@ def backward(
         )
         weight = gathered = None
     if not ups and weight is None:
-        grad_down = outer_products(x, grad, down, tiles, read_left=read, read_right=gathered)
+        outer_products(x, grad, into_down, tiles, read_left=read, read_right=gathered)
         grad_x = _product_by_row(
             [(grad, down)], row_map.read, tiles, row_map, read=gathered, transposed=True
         )
-        return Gradients(grad_x, grad_weight, grad_down, ())
+        return Gradients(grad_x, grad_weight, into_down.out, ())
     inner = hidden_gradients(
         grad,
         gathered,
@@ -79,17 +86,16 @@ def backward(
         is_dropless=row_map.is_dropless,
     )
     grad_weight = grad_weight if inner.weight is None else inner.weight
-    grad_down = outer_products(inner.hidden, grad, down, tiles, read_right=gathered)
-    grad_ups = tuple(
-        outer_products(x, grad_product, up, tiles, read_left=read)
-        for grad_product, up in zip(inner.products, ups, strict=False)
-    )
+    outer_products(inner.hidden, grad, into_down, tiles, read_right=gathered)
+    for grad_product, into_up in zip(inner.products, into_ups, strict=False):
+        outer_products(x, grad_product, into_up, tiles, read_left=read)
     if ups:
         pairs = list(zip(inner.products, ups, strict=True))
         grad_x = _product_by_row(pairs, row_map.read, tiles, row_map, transposed=True)
     else:
         grad_x = sum_by_row(inner.products[0], row_map.read, num_valid=_num_valid(row_map, tiles))
-    return Gradients(grad_x, grad_weight, grad_down, grad_ups)
+    grad_ups = tuple(into_up.out for into_up in into_ups)
+    return Gradients(grad_x, grad_weight, into_down.out, grad_ups)
 
 
 def _tiles(x: Tensor, row_map: RowMap) -> Tiles:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moa_dist.kernels.gradient_sum import Into
 from moa_dist.kernels.triton_operands import (
     activate,
     add_product,
@@ -117,18 +118,17 @@ def hidden_gradients(
 def outer_products(
     left: Tensor,
     right: Tensor,
-    like: Tensor,
+    into: Into,
     tiles: Tiles,
     *,
     read_left: Tensor | None = None,
     read_right: Tensor | None = None,
-) -> Tensor:
+) -> None:
     """Sum `left[read_left[a]]^T right[read_right[a]]` over each expert's rows: [E, I, O].
 
-    Returns the type and shape of `like`, and zeros for an expert without rows.
+    An expert without rows adds nothing to its total, or sets zeros.
     """
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    num_experts, width_in, width_out = out.shape
+    num_experts, width_in, width_out = into.out.shape
     rows = shape_of(left, tiles.rows, width_out, width_in).columns
     shape = shape_of(left, rows, width_in, width_out)
     grid = (
@@ -139,13 +139,13 @@ def outer_products(
         read_left,
         right,
         read_right,
-        out,
+        into.total,
+        into.out,
         tiles.ends,
         WIDTH_IN=width_in,
         WIDTH_OUT=width_out,
         **shape.options(precision()),
     )
-    return out
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -206,14 +206,12 @@ def _hidden_gradients(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    COLUMN_TILES: tl.constexpr = (WIDTH_OUT + COLUMNS - 1) // COLUMNS
-    expert, row, end, column_tile = find_tile(
-        tile_expert, tile_row, ends, num_programs, num_experts, COLUMN_TILES
+    expert, row, end, first_column, offset = find_tile(
+        tile_expert, tile_row, ends, num_programs, num_experts, WIDTH_IN, WIDTH_OUT, COLUMNS
     )
     if expert < num_experts:
         rows, is_row, source = source_rows(row, end, read_grad, ROWS)
-        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
+        columns = first_column + tl.arange(0, COLUMNS)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         total = add_product(
             total, grad, source, down + offset, columns,
@@ -225,13 +223,14 @@ def _hidden_gradients(  # type: ignore[no-untyped-def]
         share = tl.zeros((ROWS,), tl.float32)
         parts = quarters(total)
         for i in tl.static_range(4):
-            columns = column_tile * COLUMNS + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+            columns = first_column + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
             share += store_gradients(
                 parts[i], rows, is_row, inner_rows, columns,
                 inner, inner_gate, weight, hidden, grad_inner, grad_gate, WIDTH_OUT, ACTIVATION,
             )  # fmt: skip
         if weight is not None:
-            where = grad_weight + rows.to(tl.int64) * COLUMN_TILES + column_tile
+            where = grad_weight + rows.to(tl.int64) * tl.cdiv(WIDTH_OUT, COLUMNS)
+            where += first_column // COLUMNS
             tl.store(where, share, mask=is_row)
 
 
@@ -283,6 +282,7 @@ def _outer_products(  # type: ignore[no-untyped-def]
     read_left,
     right,
     read_right,
+    before,
     out,
     ends,
     WIDTH_IN: tl.constexpr,
@@ -322,8 +322,12 @@ def _outer_products(  # type: ignore[no-untyped-def]
         )
         total = tl.dot(tl.trans(a), b, total, input_precision=PRECISION)
     offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
-    tl.store(
-        out + offset + inputs[:, None] * WIDTH_OUT + outputs[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(inputs < WIDTH_IN)[:, None] & (outputs < WIDTH_OUT)[None, :],
-    )
+    parts = quarters(total)
+    for i in tl.static_range(4):
+        outputs = tile % COLUMN_TILES * COLUMNS + i * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
+        where = offset + inputs[:, None] * WIDTH_OUT + outputs[None, :]
+        mask = (inputs < WIDTH_IN)[:, None] & (outputs < WIDTH_OUT)[None, :]
+        part = parts[i]
+        if before is not None:
+            part += tl.load(before + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + where, part.to(out.dtype.element_ty), mask=mask)

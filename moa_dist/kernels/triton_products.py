@@ -126,14 +126,12 @@ def _product(  # type: ignore[no-untyped-def]  # no Python types for its pointer
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    COLUMN_TILES: tl.constexpr = (WIDTH_OUT + COLUMNS - 1) // COLUMNS
-    expert, row, end, column_tile = find_tile(
-        tile_expert, tile_row, ends, num_programs, num_experts, COLUMN_TILES
+    expert, row, end, first_column, offset = find_tile(
+        tile_expert, tile_row, ends, num_programs, num_experts, WIDTH_IN, WIDTH_OUT, COLUMNS
     )
     if expert < num_experts:
         rows, is_row, source = source_rows(row, end, read, ROWS)
-        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
+        columns = first_column + tl.arange(0, COLUMNS)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         total = add_product(
             total, left, source, matrices + offset, columns,
@@ -179,14 +177,12 @@ def _hidden_products(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    COLUMN_TILES: tl.constexpr = (WIDTH_OUT + COLUMNS - 1) // COLUMNS
-    expert, row, end, column_tile = find_tile(
-        tile_expert, tile_row, ends, num_programs, num_experts, COLUMN_TILES
+    expert, row, end, first_column, offset = find_tile(
+        tile_expert, tile_row, ends, num_programs, num_experts, WIDTH_IN, WIDTH_OUT, COLUMNS
     )
     if expert < num_experts:
         rows, is_row, source = source_rows(row, end, read, ROWS)
-        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
+        columns = first_column + tl.arange(0, COLUMNS)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         gates = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, WIDTH_IN, DEPTH):
@@ -201,7 +197,7 @@ def _hidden_products(  # type: ignore[no-untyped-def]
                 gates = tl.dot(a, b, gates, input_precision=PRECISION)
         parts, gate_parts = halves(total), halves(gates)
         for i in tl.static_range(2):
-            columns = column_tile * COLUMNS + i * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+            columns = first_column + i * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
             where = rows.to(tl.int64)[:, None] * WIDTH_OUT + columns[None, :]
             mask = is_row[:, None] & (columns < WIDTH_OUT)[None, :]
             # The backward pass sees rounded products, so the activation does as well.

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moa_dist.kernels.hardware import Hardware
+
 
 class Shape(NamedTuple):
     """The size of a program's tile of the result, and how it is computed."""
@@ -71,7 +73,7 @@ def shape_of(x: Tensor, rows: int, width_in: int, width_out: int, num_results: i
 
 def capability_of(x: Tensor) -> tuple[int, int]:
     """Return the compute capability of the GPU that holds `x`; Triton's interpreter has none."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    return Hardware.of(x.device).capability or (0, 0)
 
 
 class Tiles(NamedTuple):
@@ -150,14 +152,23 @@ def _map_tiles(  # type: ignore[no-untyped-def]  # no Python types for its point
 
 @triton.jit
 def find_tile(  # type: ignore[no-untyped-def]
-    tile_expert, tile_row, ends, num_programs, num_experts, COLUMN_TILES: tl.constexpr
+    tile_expert,
+    tile_row,
+    ends,
+    num_programs,
+    num_experts,
+    WIDTH_IN: tl.constexpr,
+    WIDTH_OUT: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Return a program's expert, first row, end of its expert's rows, and column tile.
+    """Return a program's expert, first row, end of its expert's rows, first column, and where its
+    expert's matrix begins; the expert is `num_experts` if nothing is left to do.
 
     Programs that run together share rows and matrices: they go through `GROUP` row tiles for each
     column tile, so that both operands stay in the cache.
     """
     GROUP: tl.constexpr = 8
+    COLUMN_TILES: tl.constexpr = (WIDTH_OUT + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
     first = program // (GROUP * COLUMN_TILES) * GROUP
     size = tl.minimum(num_programs - first, GROUP)
@@ -166,4 +177,5 @@ def find_tile(  # type: ignore[no-untyped-def]
     expert = tl.load(tile_expert + tile)
     row = tl.load(tile_row + tile)
     end = tl.load(ends + tl.minimum(expert + 1, num_experts))
-    return expert, row, end, within // size
+    offset = expert.to(tl.int64) * (WIDTH_IN * WIDTH_OUT)
+    return expert, row, end, within // size * COLUMNS, offset

@@ -7,32 +7,38 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
-from moa_dist.distributed.pending import Pending
-from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
+from moa_dist.kernels.shared_input import share
+from moa_dist.models.attention import Attention, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
 from moa_dist.models.kinds import make_attention, make_feed_forward
+from moa_dist.models.linear import Bias
+from moa_dist.models.mask import AttentionMask
+from moa_dist.models.norms import LayerNorm, RMSNorm
+from moa_dist.models.padding import Runs
 from moa_dist.models.trace import AttentionTrace, BlockTrace
+from moa_dist.moe.borrowing import used_modules
+from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
 
 Value = TypeVar("Value")
 
-NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {
-    "layernorm": nn.LayerNorm,
-    "rmsnorm": nn.RMSNorm,
+NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {
+    "layernorm": LayerNorm,
+    "rmsnorm": RMSNorm,
 }
 """Norm modules by `ModelConfig.norm`."""
 
 
-def make_norm(config: ModelConfig, eps: float) -> nn.LayerNorm | nn.RMSNorm:
+def make_norm(config: ModelConfig, eps: float) -> LayerNorm | RMSNorm:
     """Build a norm over the model's width."""
     # Torch's RMSNorm would else take the precision of its input's type: 0.008 for bfloat16.
     return NORMS[config.norm](config.d_model, eps=eps)
@@ -48,20 +54,9 @@ class GatheredExperts(NamedTuple):
     ffn: Gathered = NOTHING_GATHERED
     """Experts of the feed-forward part."""
 
-
-class PendingExperts(NamedTuple):
-    """Expert weights of one layer that are being gathered."""
-
-    attention: Mapping[str, Pending]
-    """Experts of self-attention."""
-    cross: Mapping[str, Pending]
-    """Experts of a decoder's attention to the source."""
-    ffn: Mapping[str, Pending]
-    """Experts of the feed-forward part."""
-
-    def wait(self) -> GatheredExperts:
-        """Wait until all weights have arrived."""
-        return GatheredExperts(*({name: w.wait() for name, w in part.items()} for part in self))
+    def map(self, function: Callable[[Tensor], Tensor]) -> GatheredExperts:
+        """Apply a function to all weights."""
+        return GatheredExperts(*({n: function(w) for n, w in part.items()} for part in self))
 
 
 _NO_GATHERED_EXPERTS = GatheredExperts()
@@ -91,12 +86,14 @@ class EncoderMemory(NamedTuple):
     """[B, S] bool, true for real tokens of the target; None when there is no padding."""
     source_mask: Tensor | None
     """[B, source length] bool, true for real tokens; None when there is no padding."""
+    runs: Runs | None = None
+    """What `source_mask` says, for flash attention; None where that does not run."""
 
     @property
     def mask(self) -> AttentionMask:
         """Let every token of the target see the whole source."""
         num_past = 0 if self.source_mask is None else self.source_mask.shape[1] - self.x.shape[1]
-        return AttentionMask(False, self.query_mask, self.source_mask, num_past)
+        return AttentionMask(False, self.query_mask, self.source_mask, num_past, runs=self.runs)
 
 
 class CrossAttention(nn.Module):
@@ -135,9 +132,15 @@ class Block(nn.Module):
     In a decoder that translates, attention to the source comes between them.
     """
 
-    def __init__(self, config: ModelConfig, *, cross: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, cross: bool = False, has_vector: bool = False
+    ) -> None:
+        """Build a layer; with `has_vector` it adds a learned vector to its input."""
         super().__init__()
+        self.vector = Bias(config.d_model) if has_vector else None
         self.placement = config.norm_placement
+        self.window = config.attention.window
+        self.is_causal = config.objective == "causal" or cross
         init_scale = math.sqrt(2 / config.num_layers)
         self.attention_norm = make_norm(config, config.norm_eps)
         self.attention = make_attention(config.attention, config.d_model, init_scale)
@@ -160,25 +163,47 @@ class Block(nn.Module):
         own = {"attention": self.attention}
         return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
-    def macs(self, length: int) -> dict[str, int]:
-        """Count multiply-accumulates of one application to a sequence of `length`, by part.
+    def macs(self, length: int, application: int) -> dict[str, int]:
+        """Count multiply-accumulates of an application to a sequence of `length`, by part.
 
-        The source that a decoder's layer attends to has the same length.
+        Applications are counted from 0 in a stack. The source that a decoder's layer attends to has
+        the same length.
         """
-        parts = Counter(self.attention.macs(length)) + Counter(self.ffn.macs(length))
+        window = None if self.window is None else self.window.size_in(application)
+        if window is not None and not self.is_causal:
+            window = 2 * window - 1
+        num_keys = length if window is None else min(window, length)
+        parts = Counter(self.attention.macs(length, num_keys)) + Counter(self.ffn.macs(length))
         if self.cross is not None:
             parts += Counter(self.cross.attention.macs(length))
         return dict(parts)
 
-    def gather_experts(self) -> PendingExperts:
-        """Start to gather expert weights: once per forward, for all repeats of this layer."""
+    def start_gathering(self, gathering: ExpertGathering) -> None:
+        """Start to gather expert weights: once per forward, for all that use them."""
+        for part in self._parts():
+            gathering.start(part)
+
+    def gathered(self, gathering: ExpertGathering) -> GatheredExperts:
+        """Wait for the expert weights of this layer."""
+        return GatheredExperts(*map(gathering.wait, self._parts()))
+
+    def _parts(self) -> tuple[nn.Module | None, ...]:
+        """Return what may have experts, in the order of `GatheredExperts`."""
         cross = None if self.cross is None else self.cross.attention
-        return PendingExperts(
-            *(
-                part.gather_experts() if isinstance(part, RoutedModule) else {}
-                for part in (self.attention, cross, self.ffn)
-            )
-        )
+        return self.attention, cross, self.ffn
+
+    def weights(self, gathered: GatheredExperts) -> dict[Tensor, Tensor]:
+        """Return what is used in place of each parameter: gathered weights, or itself."""
+        used: dict[Tensor, Tensor] = {
+            parameter: parameter
+            for module in used_modules(self)
+            for parameter in module.parameters(recurse=False)
+        }
+        for part, weights in zip(self._parts(), gathered, strict=True):
+            if isinstance(part, RoutedModule):
+                layers = part.expert_layers()
+                used |= {layers[name].weight: weight for name, weight in weights.items()}
+        return used
 
     def forward(
         self,
@@ -190,6 +215,7 @@ class Block(nn.Module):
         trace: bool = False,
     ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`."""
+        x = x if self.vector is None else self.vector(x)
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
         x, attention = self._attend(x, mask, gathered.attention, own, trace)
         named = _within("attention", attention.statistics)
@@ -214,6 +240,7 @@ class Block(nn.Module):
         trace: bool,
     ) -> tuple[Tensor, AttentionOutput]:
         n = x if self.placement == "post" else self.attention_norm(x)
+        n = share(n, self.attention.parameters())
         # Peri, MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else.
         value = x if self.placement == "peri" else n
         output = self.attention(n, n, value, mask, gathered, cache, trace)
@@ -224,6 +251,7 @@ class Block(nn.Module):
         self, x: Tensor, token_mask: Tensor | None, gathered: Gathered, trace: bool
     ) -> tuple[Tensor, FeedForwardOutput]:
         n = x if self.placement == "post" else self.ffn_norm(x)
+        n = share(n, self.ffn.parameters())
         output = self.ffn(x if self.placement == "peri" else n, n, token_mask, gathered, trace)
         x = x + self.dropout(output.y)
         return self.ffn_norm(x) if self.placement == "post" else x, output

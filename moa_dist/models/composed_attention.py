@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.config.family import ComposedAttentionConfig
-from moa_dist.models.attention import (
-    AttentionMask,
-    AttentionOutput,
-    DenseAttention,
-    traced,
-    visible_keys,
-)
+from moa_dist.models.attention import AttentionOutput, DenseAttention, traced
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
@@ -102,23 +97,24 @@ def composed_attention(
     after the softmax; v [B, N, S, d]; `of_queries` [2, B, N, T, 2 R + 1]. Attention is computed
     again in the backward pass.
     """
-    heads, num_past = [], mask.num_past
+    heads, start = [], 0
     blocks = zip(q.split(_BLOCK, dim=2), of_queries.split(_BLOCK, dim=3), strict=True)
     for block, composition in blocks:
-        seen = mask._replace(num_past=num_past)
-        heads.append(checkpoint(_attend, block, k, v, composition, seen, use_reentrant=False))
-        num_past += block.shape[2]
+        stop = start + block.shape[2]
+        visible = mask.visible(slice(start, stop), slice(0, k.shape[2]), q.device)
+        heads.append(checkpoint(_attend, block, k, v, composition, visible, use_reentrant=False))
+        start = stop
     return torch.cat(heads, dim=2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, mask: AttentionMask) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, visible: Tensor) -> Tensor:
     d = q.shape[-1]
     k, before, after = k.split([d, 2 * _RANK + 1, 2 * _RANK + 1], dim=-1)
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(d)
     scores = _composed(scores, of_queries[0], before)
     # Masked after composing, which mixes heads but not keys, and would turn -inf into NaN.
-    scores = scores.masked_fill(~visible_keys(q, k, mask), -math.inf)
+    scores = scores.masked_fill(~visible, -math.inf)
     return _composed(scores.softmax(-1), of_queries[1], after).to(v.dtype) @ v
 
 
@@ -146,11 +142,11 @@ class ComposedAttention(DenseAttention):
         d_hidden = config.d_compose or 4 * config.num_heads
         self.compose = CompositionWeights(d_model, d_hidden, config.num_heads)
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Add the compositions to those of dense attention."""
-        parts = super().macs(length)
+        parts = super().macs(length, num_keys)
         # Both sides gather and spread at R ranks, and scale, twice for each pair of tokens.
-        pairs = length * length * self.num_heads * 2 * (2 * 2 * _RANK + 1)
+        pairs = length * (num_keys or length) * self.num_heads * 2 * (2 * 2 * _RANK + 1)
         return parts | {
             "projections": parts["projections"] + self.compose.macs(length),
             "softmax": parts["softmax"] + pairs,

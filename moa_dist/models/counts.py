@@ -84,10 +84,10 @@ def count_model(model: LanguageModel, sequence_length: int) -> Counts:
     ]
     idle = 0
     for _, module in routed_modules(model):
-        layers = module.expert_layers()
+        layers = module.held_expert_layers()
         for projection in module.routed_projections():
             router = module.router_of(projection).config
-            for name in projection.experts:
+            for name in layers.keys() & set(projection.experts):
                 numel = layers[name].weight.numel()
                 idle += numel - numel * router.top_k // router.num_experts
     return Counts(

@@ -84,9 +84,11 @@ def document_attention(
     once, if their type and width suit it. Otherwise there is a call per document.
     """
     B, H, S, d = q.shape
+    if flash_takes(q):
+        starts, longest = documents.starts, max(documents.lengths)
+        return flash(q, k, v, (starts, starts), (longest, longest), causal=causal)
     q, k, v = (x.transpose(1, 2).reshape(B * S, x.shape[1], d) for x in (q, k, v))
-    attend = _flash if flash_fits(Hardware.of(q.device), q.dtype, d) else _one_by_one
-    return attend(q, k, v, documents, causal).view(B, S, H, d).transpose(1, 2)
+    return _one_by_one(q, k, v, documents, causal).view(B, S, H, d).transpose(1, 2)
 
 
 def flash_fits(hardware: Hardware, dtype: torch.dtype, d_head: int) -> bool:
@@ -100,25 +102,46 @@ def flash_fits(hardware: Hardware, dtype: torch.dtype, d_head: int) -> bool:
     )
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:
-    """q [B * S, H, d], k and v [B * S, h, d] -> [B * S, H, d]."""
-    d = q.shape[-1]
-    q, k, v = (F.pad(x, (0, -d % _FLASH_MULTIPLE)) for x in (q, k, v))
-    longest = max(documents.lengths)
+def flash_takes(q: Tensor) -> bool:
+    """Whether flash attention can compute heads like q [B, H, T, d] where they are."""
+    return flash_fits(Hardware.of(q.device), q.dtype, q.shape[-1])
+
+
+def flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    *,
+    causal: bool,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt d) v within each run of tokens, by flash attention.
+
+    Takes q [B, H, T, d] and k, v [B, h, S, d]; returns [B, H, T, d]. `starts` are where the N runs
+    of queries and those of keys begin, [N + 1] int32 each, counted over all sequences end to end;
+    `longest` are upper bounds of their lengths. Queries of a run see the keys of the same run, with
+    a `window` only those that are fewer tokens away.
+    """
+    B, H, T, d = q.shape
+    far = -1 if window is None else window - 1
+    q, k, v = (
+        F.pad(x.transpose(1, 2).reshape(-1, x.shape[1], d), (0, -d % _FLASH_MULTIPLE))
+        for x in (q, k, v)
+    )
     heads = varlen_attn(
         q,
         k,
         v,
-        documents.starts,
-        documents.starts,
-        longest,
-        longest,
+        *starts,
+        *longest,
         scale=d**-0.5,  # of the width before it was padded
-        window_size=(-1, 0) if causal else (-1, -1),
+        window_size=(far, 0 if causal else far),
         enable_gqa=k.shape[1] != q.shape[1],
     )
     assert isinstance(heads, Tensor)
-    return heads[..., :d]
+    return heads[..., :d].view(B, T, H, d).transpose(1, 2)
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, documents: Documents, causal: bool) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Constant, Initializer, LastRowZero, Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router import Router, RouterLogits, Routing
 from moa_dist.moe.router_kinds import make_router
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotated
@@ -133,6 +134,34 @@ class OutputBiases(nn.Module):
         return of_experts.to(self.value.dtype) @ self.value
 
 
+class SharedExpert(nn.Module):
+    """An expert that every token uses, weighed by a sigmoid if so configured."""
+
+    def __init__(self, config: MoEFFNConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        assert config.shared_expert is not None
+        dense = DenseFFNConfig(
+            d_ff=config.shared_expert.d_expert,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.bias,
+        )
+        self.ffn = DenseFeedForward(dense, d_model, init_scale)
+        init = Normal(init_scale / math.sqrt(d_model))
+        gated = config.shared_expert.sigmoid_gate
+        self.gate = RouterLogits(d_model, 1, init) if gated else None
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Implement `FeedForward.macs`."""
+        gate = 0 if self.gate is None else length * self.gate.weight.numel()
+        return {**self.ffn.macs(length), "routers": gate}
+
+    def forward(self, x: Tensor, router_input: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        y = self.ffn(x, router_input, None).y
+        return y if self.gate is None else y * self.gate(router_input).sigmoid().to(y.dtype)
+
+
 class MoEFeedForward(RoutedModule, FeedForward):
     """`y = sum over chosen e of w_e W_down^e act(W_up^e x)`, optionally gated.
 
@@ -156,6 +185,8 @@ class MoEFeedForward(RoutedModule, FeedForward):
             E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
         )
         self.down_bias = OutputBiases(E, d_model) if config.bias else None
+        has_shared = config.shared_expert is not None
+        self.shared = SharedExpert(config, d_model, init_scale) if has_shared else None
         self.bias = Bias(d_model) if config.output_bias else None
 
     def routers(self) -> dict[str, Router]:
@@ -165,11 +196,14 @@ class MoEFeedForward(RoutedModule, FeedForward):
     def macs(self, length: int) -> dict[str, int]:
         """Implement `FeedForward.macs`."""
         per_row = sum(p.macs_per_row() for p in (self.up, self.gate, self.down) if p)
-        return {
-            "experts": length * self.config.router.top_k * per_row
-            + (self.down_bias.macs(length) if self.down_bias else 0),
+        biases = self.down_bias.macs(length) if self.down_bias else 0
+        parts = {
+            "experts": length * self.config.router.top_k * per_row + biases,
             "routers": self.router.macs(length),
         }
+        if self.shared is None:
+            return parts
+        return dict(Counter(parts) + Counter(self.shared.macs(length)))
 
     def routed_projections(self) -> list[RoutedProjection]:
         """Implement `RoutedModule.routed_projections`."""
@@ -194,7 +228,7 @@ class MoEFeedForward(RoutedModule, FeedForward):
         gathered: Gathered = NOTHING_GATHERED,
         trace: bool = False,
     ) -> FeedForwardOutput:
-        """Implement `FeedForward.forward`; at padding, y is the bias only."""
+        """Implement `FeedForward.forward`; at padding, y has no part of routed experts."""
         routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         *ups, down = (self.expert_weights(name, gathered) for name in self.expert_layers())
@@ -205,7 +239,11 @@ class MoEFeedForward(RoutedModule, FeedForward):
         )
         rows = x.flatten(0, 1)
         sent = plan.dispatch(F.pad(rows, (0, 1), value=1.0) if self.config.bias else rows, "token")
+        # The shared expert is computed while rows are in flight.
+        shared = None if self.shared is None else self.shared(x, router_input)
         y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait().view_as(x)
+        if shared is not None:
+            y = y + shared
         if self.down_bias is not None:
             y = y + self.down_bias(routing).view_as(y)
         if self.bias is not None:

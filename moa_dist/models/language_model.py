@@ -14,13 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import ModelConfig, RouterConfig
-from moa_dist.models.attention import AttentionMask
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.positions import RopeConfig
+from moa_dist.config.routers import RouterConfig
+from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
-from moa_dist.models.documents import Documents, first_of_document
+from moa_dist.models.documents import Documents, flash_fits
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask, LayerMasks
+from moa_dist.models.padding import Runs
+from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
+from moa_dist.models.soft_cap import soft_capped
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
@@ -51,6 +57,8 @@ class _Alike(NamedTuple):
     """The part of a layer that they belong to, `attention` or `ffn`."""
     config: RouterConfig
     """Their configuration, which says what their losses are."""
+    num_repeats: int
+    """Applications of each."""
     shape: torch.Size
     """[N, G, E] of their statistics."""
 
@@ -142,7 +150,8 @@ class LanguageModel(nn.Module):
         Args:
             tokens: [B, S] int64.
             token_mask: [B, S] bool, false at padding; None without padding. The position of a token
-                is the number of real tokens before it, so padding may be anywhere.
+                is the number of real tokens before it. Padding may be in front of the text and
+                behind it; without a cache, flash attention on GPUs expects none within it.
             cache: tokens that precede `tokens`. Logits equal those of one forward over all of them;
                 there are no auxiliary losses.
             source: [B, R] int64, the text to translate, unless the cache holds it.
@@ -180,17 +189,22 @@ class LanguageModel(nn.Module):
                 raise ValueError("a model that translates needs a source")
             else:  # its keys and values are in the cache
                 x_source, source_mask = x[:, :0], cache.source_mask
-            memory = EncoderMemory(x_source, token_mask, source_mask)
+            runs = self._runs(x, None if source is None else source_mask, causal=False)
+            memory = EncoderMemory(x_source, token_mask, source_mask, runs)
         causal = self.config.objective != "masked"
-        rotation = self._rotation(position, x.dtype)
-        mask = AttentionMask(causal, token_mask, key_mask, num_past, rotation, documents)
-        output = self.stack(x, mask, None if cache is None else cache.layers, memory, trace)
+        apart = documents is not None or num_past > 0
+        runs = self._runs(x, None if apart else key_mask, causal=causal)
+        mask = AttentionMask(causal, token_mask, key_mask, num_past, None, documents, runs=runs)
+        masks = self._layer_masks(mask, position, x.dtype)
+        output = self.stack(x, masks, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
         if encoded is not None:
             statistics = encoded.statistics | statistics
             traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
+        if self.config.logit_soft_cap is not None:
+            logits = soft_capped(logits, self.config.logit_soft_cap)
         if output.cache is None:
             aux_losses = self._aux_losses(statistics)
             return LanguageModelOutput(logits, aux_losses, statistics, None, traces)
@@ -206,20 +220,36 @@ class LanguageModel(nn.Module):
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
 
-    def _rotation(self, position: Tensor, dtype: torch.dtype) -> Rotation | None:
-        """Compute once what all layers rotate by, at `position` [B, S] or [1, S]."""
+    def _layer_masks(self, mask: AttentionMask, position: Tensor, dtype: torch.dtype) -> LayerMasks:
+        """Compute once what all layers see, and by what they rotate at `position` [B or 1, S]."""
         attention = self.config.attention
-        if attention.rope is None:
+
+        def rotation(rope: RopeConfig | None) -> Rotation | None:
+            return None if rope is None else Rotation.at(position, attention.d_head, rope, dtype)
+
+        full = mask._replace(rotation=rotation(attention.rope))
+        if (window := attention.window) is None:
+            return LayerMasks(full, full)
+        local = full._replace(window=window.size)
+        if window.rope is not None:
+            local = local._replace(rotation=rotation(window.rope))
+        return LayerMasks(full, local, window)
+
+    def _runs(self, queries: Tensor, key_mask: Tensor | None, *, causal: bool) -> Runs | None:
+        """Find once for all layers what `queries` [B, T, D] attend to, if flash attention runs."""
+        hardware, width = Hardware.of(queries.device), self.config.attention.d_head
+        if key_mask is None or not flash_fits(hardware, queries.dtype, width):
             return None
-        return Rotation.at(position, attention.d_head, attention.rope, dtype)
+        return Runs.of(key_mask, queries.shape[1], causal=causal)
 
     def _encode(self, source: Tensor, token_mask: Tensor | None, trace: bool) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
         position = positions(source, token_mask)
         x = self._embed(source, position)
-        mask = AttentionMask(False, token_mask, token_mask, 0, self._rotation(position, x.dtype))
-        output = self.encoder(x, mask, trace=trace)
+        runs = self._runs(x, token_mask, causal=False)
+        mask = AttentionMask(False, token_mask, token_mask, runs=runs)
+        output = self.encoder(x, self._layer_masks(mask, position, x.dtype), trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
     def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:
@@ -229,10 +259,11 @@ class LanguageModel(nn.Module):
         little more than one of a single router.
         """
         alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]] = {}
-        routers = self.routers()
+        routers, repeats = self.routers(), Counter(call.key for call in statistics)
         for call, value in statistics.items():
             part = call.router.partition(".")[0]
-            kind = _Alike(part, routers[call.key].config, value.load.shape)
+            config = routers[call.key].config
+            kind = _Alike(part, config, repeats[call.key], value.load.shape)
             alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():
@@ -293,39 +324,6 @@ def _check_documents(
             f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has read "
             f"{expected}, cache included"
         )
-
-
-def positions(
-    tokens: Tensor,
-    token_mask: Tensor | None,
-    num_past: int = 0,
-    documents: Documents | None = None,
-) -> Tensor:
-    """Count the real tokens before each of `tokens` [B, S]: [B, S], or [1, S] if all are real.
-
-    Padding has the position of the real token before it. `token_mask` [B, num_past + S] bool and
-    `documents`, within each of which tokens are counted, cover tokens read earlier as well.
-    """
-    if documents is not None:
-        # Padding is no part of a document, and its own positions do not matter.
-        count = torch.arange(documents.ids.shape[1], device=tokens.device)
-        first = count.where(first_of_document(documents.ids), 0).cummax(1).values
-        return (count - first)[:, num_past:]
-    if token_mask is None:
-        return torch.arange(num_past, num_past + tokens.shape[1], device=tokens.device)[None]
-    # Padding in front of the first token shares its position.
-    return (token_mask.cumsum(1)[:, num_past:] - 1).clamp(min=0)
-
-
-def sinusoidal_positions(position: Tensor, d_model: int, dtype: torch.dtype) -> Tensor:
-    """Embed positions [B, S] -> [B, S, d_model], sines first (Vaswani et al. 2017, section 3.5)."""
-    half = d_model // 2
-    frequency = torch.exp(
-        torch.arange(half, device=position.device) * (-math.log(10000.0) / max(half - 1, 1))
-    )
-    angle = position[..., None] * frequency
-    table = torch.cat([angle.sin(), angle.cos()], dim=-1)
-    return F.pad(table, (0, d_model - 2 * half)).to(dtype)
 
 
 def build_model(

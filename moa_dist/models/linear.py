@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moa_dist.kernels.gradient_sum import alias
+from moa_dist.kernels.shared_input import linear
 from moa_dist.moe.initialize import Constant, Initializer
 
 
@@ -21,6 +23,10 @@ class Linear(nn.Linear):
     def initializers(self) -> dict[str, Initializer]:
         """Initial distribution of each parameter."""
         return {"weight": self.init, "bias": Constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out]."""
+        return linear(x, self.weight, self.bias)
 
     def macs(self, num_rows: int) -> int:
         """Count multiply-accumulates for `num_rows` rows."""
@@ -40,4 +46,4 @@ class Bias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return x + self.value
+        return x + alias(self.value)

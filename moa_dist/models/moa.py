@@ -20,16 +20,16 @@ from moa_dist.config.model import MoAConfig
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     Attention,
-    AttentionMask,
     AttentionOutput,
     head_norm,
-    softmax_attention,
-    softmax_macs,
     traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Bias, Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
+from moa_dist.models.shared_heads import SharedHeads
+from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.models.stick_breaking import log_stick_shares, stick_breaking_attention
 from moa_dist.models.trace import LogShares, log_softmax_shares
 from moa_dist.moe.experts import GroupedLinear
@@ -43,7 +43,7 @@ from moa_dist.profiling import annotated
 class Attend(NamedTuple):
     """A way from queries and keys to a sum of values."""
 
-    value: Callable[[Tensor, Tensor, Tensor, AttentionMask], Tensor]
+    value: Callable[[Tensor, Tensor, Tensor, AttentionMask, float | None], Tensor]
     """Sums values, as `softmax_attention` does."""
     log_shares: LogShares
     """The same as attention, for traces."""
@@ -76,26 +76,34 @@ class MoAAttention(RoutedModule, Attention):
         self.v = Linear(d_model, width, shared, bias=config.kv_bias)
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
+        self.shared = (
+            SharedHeads(config.shared_experts, width, d_model) if config.shared_experts else None
+        )
         self.bias = Bias(d_model) if config.output_bias else None
 
     @property
     def num_heads(self) -> int:
-        """Heads of all experts; head `expert * heads_per_expert + i` is the i-th of one."""
-        return self.config.router.num_experts * self.config.heads_per_expert
+        """Heads of all experts; head `expert * heads_per_expert + i` is the i-th of one.
+
+        Shared experts come last.
+        """
+        num_experts = self.config.router.num_experts + self.config.shared_experts
+        return num_experts * self.config.heads_per_expert
 
     def routers(self) -> dict[str, Router]:
         """The only router, which routes queries."""
         return {"query": self.router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
-        K = self.config.router.top_k
+        K, shared = self.config.router.top_k, self.config.shared_experts
         width = self.config.heads_per_expert * self.config.d_head
+        dense = [self.k, self.v, *(() if self.shared is None else (self.shared,))]
         return {
-            "projections": self.k.macs(length) + self.v.macs(length),
+            "projections": sum(projection.macs(length) for projection in dense),
             "experts": length * K * (self.q.macs_per_row() + self.o.macs_per_row()),
             "routers": self.router.macs(length),
-            "softmax": softmax_macs(length, length, K * width),
+            "softmax": softmax_macs(length, num_keys or length, (K + shared) * width),
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
@@ -117,7 +125,7 @@ class MoAAttention(RoutedModule, Attention):
         cache: KeyValues | None = None,
         trace: bool = False,
     ) -> AttentionOutput:
-        """Implement `Attention.forward`; at padding, y is the bias only."""
+        """Implement `Attention.forward`; at padding, y has no part of routed experts."""
         B, T, D = query.shape
         routing = self.router(query, mask.query_mask)
         K, h = routing.topk_ids.shape[-1], self.config.heads_per_expert
@@ -129,35 +137,48 @@ class MoAAttention(RoutedModule, Attention):
         experts = ExpertWeights(self.expert_weights("q", gathered))
         returning = plan.run_and_combine(experts, sent, "token", "slot", weighted=False)
         v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
+        shared = None if self.shared is None else self.shared.queries(query, h)
+        q = returning.wait().view(B, T, K, h, -1)
+        if shared is not None:
+            q = torch.cat([q, shared.to(q.dtype)], 2)
+        num_used = q.shape[2]
         # The heads of one place in an expert share its keys and values, whatever the slot: they
-        # are brought together, [B, h * K, T, d].
-        q = returning.wait().view(B, T, K, h, -1).permute(0, 3, 2, 1, 4).flatten(1, 2)
+        # are brought together, [B, h * experts used, T, d].
+        q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
         attend = ATTEND[self.config.attend].value
-        heads = attend(q, k, v, mask).to(query.dtype)  # autocast narrows it
+        heads = attend(q, k, v, mask, self.config.soft_cap)
+        heads = heads.to(query.dtype)  # autocast narrows it
 
-        slots = heads.unflatten(1, (h, K)).permute(0, 3, 2, 1, 4).reshape(B * T * K, -1)
+        heads = heads.unflatten(1, (h, num_used)).permute(0, 3, 2, 1, 4)  # [B, T, used, h, d]
+        slots = heads[:, :, :K].reshape(B * T * K, -1)
         experts = ExpertWeights(self.expert_weights("o", gathered))
         sent = plan.dispatch(slots, "slot")
+        of_shared = None if self.shared is None else self.shared.outputs(heads[:, :, K:])
         y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
+        if of_shared is not None:
+            y = y + of_shared
         if self.bias is not None:
             y = self.bias(y)
         decided = None
         if trace:
             # In slot-major order, as `_head_ids` has them.
-            q = q.unflatten(1, (h, K)).transpose(1, 2).flatten(1, 2)
-            k = k.repeat(1, K, 1, 1)
-            head_ids, shares = self._head_ids(routing, B), ATTEND[self.config.attend].log_shares
-            decided = traced({"query": routing}, q, k, mask, head_ids, shares)
+            q = q.unflatten(1, (h, num_used)).transpose(1, 2).flatten(1, 2)
+            k = k.repeat(1, num_used, 1, 1)
+            ids, soft_cap = self._head_ids(routing, B), self.config.soft_cap
+            shares = ATTEND[self.config.attend].log_shares
+            decided = traced({"query": routing}, q, k, mask, ids, soft_cap, shares)
         return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
 
     def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:
-        """Return `HeadTrace.head_ids` [B, T, K * h]: the heads of the expert in each slot."""
-        h = self.config.heads_per_expert
+        """Return `HeadTrace.head_ids`: the heads of the expert in each slot, then shared ones."""
+        h, T = self.config.heads_per_expert, len(routing.topk_ids)
         head_TKh = routing.topk_ids[..., None] * h + torch.arange(h, device=routing.topk_ids.device)
         if routing.keep_mask is not None:
             head_TKh = head_TKh.where(routing.keep_mask[..., None], -1)
-        return head_TKh.view(num_sequences, -1, routing.topk_ids.shape[-1] * h)
+        first = self.config.router.num_experts * h
+        shared = torch.arange(first, self.num_heads, device=head_TKh.device).expand(T, -1)
+        return torch.cat([head_TKh.view(T, -1), shared], 1).unflatten(0, (num_sequences, -1))

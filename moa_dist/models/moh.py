@@ -16,18 +16,12 @@ from torch import Tensor
 
 from moa_dist.config.family import MoHConfig
 from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import (
-    Attention,
-    AttentionMask,
-    AttentionOutput,
-    head_norm,
-    softmax_attention,
-    softmax_macs,
-    traced,
-)
+from moa_dist.models.attention import Attention, AttentionOutput, head_norm, traced
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Bias, Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
+from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -66,7 +60,7 @@ class MoHAttention(RoutedModule, Attention):
         """The only router, which chooses heads for queries."""
         return {"query": self.router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
         dense = (self.q, self.k, self.v, self.shared_o)
         gates = sum(g.weight.numel() for g in (self.stage_gate, self.shared_gate) if g)
@@ -74,7 +68,9 @@ class MoHAttention(RoutedModule, Attention):
             "projections": sum(p.macs(length) for p in dense if p),
             "experts": length * self.config.router.top_k * self.o.macs_per_row(),
             "routers": self.router.macs(length) + length * gates,
-            "softmax": softmax_macs(length, length, self.num_heads * self.config.d_head),
+            "softmax": softmax_macs(
+                length, num_keys or length, self.num_heads * self.config.d_head
+            ),
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
@@ -104,7 +100,8 @@ class MoHAttention(RoutedModule, Attention):
         q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
+        heads = softmax_attention(q, k, v, mask, self.config.soft_cap)
+        heads = heads.to(query.dtype)  # autocast narrows it
         shared, routed = (
             heads.transpose(1, 2).flatten(0, 1).tensor_split([self.config.num_shared_heads], dim=1)
         )
@@ -123,7 +120,8 @@ class MoHAttention(RoutedModule, Attention):
         y = y.view(B, T, D)
         if self.bias is not None:
             y = self.bias(y)
-        decided = traced({"query": routing}, q, k, mask) if trace else None
+        soft_cap = self.config.soft_cap
+        decided = traced({"query": routing}, q, k, mask, None, soft_cap) if trace else None
         return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
 
     def _stages(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy
+from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy, cross_entropy_and_z
 from moa_dist.models.documents import Documents
 from moa_dist.models.language_model import LanguageModelOutput
 from moa_dist.models.stack import RouterCall
@@ -110,6 +110,8 @@ class Objective(NamedTuple):
     """Losses of the routers, see `LanguageModelOutput`."""
     statistics: dict[RouterCall, RoutingStatistics]
     """What the routers did, likewise."""
+    z: Tensor | None = None
+    """Scalar, the z-loss summed over targets, coefficient applied; None without one."""
 
     def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
         """Scalar whose mean over all micro-batches of a step, on all ranks, is the step's loss.
@@ -120,14 +122,20 @@ class Objective(NamedTuple):
         auxiliary losses are means over sequences.
         """
         aux_losses = sum(self.aux_losses.values(), torch.zeros_like(self.cross_entropy))
-        return self.cross_entropy / targets_per_micro_batch + weight * aux_losses
+        of_targets = self.cross_entropy if self.z is None else self.cross_entropy + self.z
+        return of_targets / targets_per_micro_batch + weight * aux_losses
 
 
-def objective(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Objective:
-    """Run the model on a micro-batch and sum the cross-entropy of its targets."""
+def objective(
+    model: nn.Module, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Objective:
+    """Run the model on a micro-batch and sum cross-entropy and z-loss of its targets."""
     output: LanguageModelOutput = model(*batch.inputs())
     with annotate("loss"):
         logits, targets = output.logits.flatten(0, 1), batch.labels().flatten()
-        loss = cross_entropy(logits, targets, label_smoothing)
         # Without the logits, the largest of all tensors, which the backward pass does not need.
-        return Objective(loss, output.aux_losses, output.statistics)
+        if not z_loss:
+            loss = cross_entropy(logits, targets, label_smoothing)
+            return Objective(loss, output.aux_losses, output.statistics)
+        loss, z = cross_entropy_and_z(logits, targets, label_smoothing)
+        return Objective(loss, output.aux_losses, output.statistics, z_loss * z)

@@ -19,7 +19,7 @@ class Role(Enum):
     MATRIX = "matrix"
     """Weight matrix [d_out, d_in] of a layer, or those of its experts [E, d_in, d_out]."""
     ROUTER = "router"
-    """Parameter of a router."""
+    """Parameter of a router, or of the gate of a shared expert."""
     EMBEDDING = "embedding"
     """Embedding, or the head."""
     VECTOR = "vector"
@@ -30,11 +30,11 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """Return the role of every parameter, by name in model order."""
     modules = dict(model.named_modules())
     blocks = _names_of(modules, Block)
-    routers = _names_of(modules, Router)
+    routers = _names_of(modules, (Router, RouterLogits))
 
     def role(name: str) -> Role:
         owner, _, leaf = name.rpartition(".")
-        if name.startswith(routers) or isinstance(modules[owner], RouterLogits):
+        if name.startswith(routers):
             return Role.ROUTER
         if leaf == "weight" and isinstance(modules[owner], (Linear, GroupedLinear)):
             return Role.MATRIX if name.startswith(blocks) else Role.EMBEDDING
@@ -43,6 +43,8 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
     return {name: role(name) for name, _ in model.named_parameters()}
 
 
-def _names_of(modules: dict[str, nn.Module], kind: type[nn.Module]) -> tuple[str, ...]:
-    """Return the names of all modules of a kind, with a dot behind each."""
-    return tuple(f"{name}." for name, module in modules.items() if isinstance(module, kind))
+def _names_of(
+    modules: dict[str, nn.Module], kinds: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> tuple[str, ...]:
+    """Return the names of all modules of some kinds, with a dot behind each."""
+    return tuple(f"{name}." for name, module in modules.items() if isinstance(module, kinds))

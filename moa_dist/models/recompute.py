@@ -16,19 +16,25 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moa_dist.kernels.gradient_sum import Repeats
+from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.router import Choice, Router, Routing
 
 
-def recomputed(block: nn.Module, *args: Any) -> Any:
-    """Call `block(*args)`, but recompute its activations in the backward pass."""
-    routers = [module for module in block.modules() if isinstance(module, Router)]
+def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
+    """Call `block(*args)`, but recompute its activations in the backward pass.
+
+    Gradients of weights go to the sums of `repeats`.
+    """
+    routers = [module for module in used_modules(block) if isinstance(module, Router)]
     choices: list[Choice] = []
     passes = 0
 
     def run(*args: Any) -> Any:
         nonlocal passes
         passes += 1
-        with _keeping(routers, choices) if passes == 1 else _repeating(routers, choices):
+        hooks = _keeping(routers, choices) if passes == 1 else _repeating(routers, choices)
+        with hooks, repeats.summing():
             return block(*args)
 
     # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 2048
+_TILE = 512
 """Number of pairs in one program."""
 
 
@@ -46,7 +46,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def _rotate(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     x,
     cos,

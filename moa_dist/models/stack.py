@@ -1,23 +1,29 @@
-"""A stack of layers, distinct or shared: G layers applied R times in the order ABAB...
+"""A stack of layers, distinct or shared: by default, G layers applied R times in the order ABAB...
 
-MoEUT's layer grouping (Csordas et al. 2024, section 2.1); G = num_layers is the usual stack.
+MoEUT's layer grouping (Csordas et al. 2024, section 2.1); G = num_layers is the usual stack. Layers
+before and after these are applied once. See `moa_dist.models.sharing` for sharing by part.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from moa_dist.config.model import ModelConfig
-from moa_dist.models.attention import AttentionMask
+from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
+from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.recompute import recomputed
+from moa_dist.models.sharing import make_layers
 from moa_dist.models.trace import BlockTrace
+from moa_dist.moe.borrowing import used_modules
+from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -26,17 +32,17 @@ RouterKey = tuple[int, str]
 
 
 LayerCall = tuple[int, int]
-"""Identifies one application of a layer: the distinct layer, and the repeat."""
+"""Identifies one application of a layer: the number of its block, and the block's repeat."""
 
 
 class RouterCall(NamedTuple):
     """Identifies one application of a router."""
 
     layer: int
-    """Distinct layer, 0 ... G - 1; in a model that translates, the decoder's are G ... 2 G - 1,
-    after the encoder's."""
+    """Number of the first block that uses the router; in a model that translates, the decoder's
+    blocks are counted after the encoder's."""
     repeat: int
-    """Repeat of that layer, 0 ... R - 1."""
+    """Earlier applications of that router, 0 ... R - 1."""
     router: str
     """Name of the router within the layer, such as `ffn`."""
 
@@ -44,6 +50,17 @@ class RouterCall(NamedTuple):
     def key(self) -> RouterKey:
         """The router, which is the same for all repeats of a layer."""
         return self.layer, self.router
+
+
+class PlannedLayer(NamedTuple):
+    """One application of a layer, as planned when a stack is built."""
+
+    block: int
+    """Index of the block in its stack."""
+    call: LayerCall
+    """Identifies this application."""
+    routers: dict[str, RouterCall]
+    """Identifies the applications of its routers, by their names within the layer."""
 
 
 class StackOutput(NamedTuple):
@@ -56,27 +73,38 @@ class StackOutput(NamedTuple):
     cache: tuple[KeyValues, ...] | None = None
     """One entry per application of a layer, with new keys and values; None if none was given."""
     traces: dict[LayerCall, BlockTrace] | None = None
-    """By application of a layer, numbered as in `RouterCall`; None unless traces were requested."""
+    """By application of a layer; None unless traces were requested."""
 
 
 class LayerStack(nn.Module):
-    """Applies `num_distinct_layers` blocks in turn until `num_layers` have been applied."""
+    """Applies `num_layers` layers, some of which may be the same ones or share parts."""
 
     def __init__(
         self, config: ModelConfig, *, recompute: bool = False, cross: bool = False
     ) -> None:
         """Build the blocks; with `cross` they also attend to an encoder of the same depth."""
         super().__init__()
-        num_distinct = config.num_distinct_layers or config.num_layers
-        if config.num_layers % num_distinct:
-            raise ValueError(
-                f"{num_distinct} distinct layers do not divide {config.num_layers} layers"
-            )
-        self.num_repeats = config.num_layers // num_distinct
-        self.first_layer = num_distinct if cross else 0
-        self.layers = nn.ModuleList([Block(config, cross=cross) for _ in range(num_distinct)])
+        blocks, order = make_layers(config, cross=cross)
+        self.layers = nn.ModuleList(blocks)
+        self.first_layer = len(blocks) if cross else 0
+        self.plan = tuple(self._planned(order))
+        """All applications, in order."""
+        self._shared = tuple((module, n) for module, n in self.applications().items() if n > 1)
         self.recompute = recompute
-        self._compiled: tuple[Callable[..., BlockOutput], ...] | None = None
+        self._compiled: tuple[nn.Module, ...] | None = None
+
+    def _planned(self, order: Iterable[int]) -> Iterator[PlannedLayer]:
+        """Number all applications; routers, which blocks may share, are counted by themselves."""
+        blocks, times = list(self.blocks()), Counter[Any]()
+        keys: dict[Router, RouterKey] = {}
+        for index in order:
+            number, routers = self.first_layer + index, {}
+            for name, router in blocks[index].routers().items():
+                key = keys.setdefault(router, (number, name))
+                routers[name] = RouterCall(key[0], times[router], key[1])
+                times[router] += 1
+            yield PlannedLayer(index, (number, times[index]), routers)
+            times[index] += 1
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile blocks for training, each as one graph; `options` are those of `torch.compile`.
@@ -84,29 +112,43 @@ class LayerStack(nn.Module):
         Blocks of equal shapes share their code. Evaluation, whose shapes vary, runs uncompiled.
         """
         self._compiled = tuple(
-            torch.compile(layer, fullgraph=True, dynamic=False, **options)
+            cast(nn.Module, torch.compile(layer, fullgraph=True, dynamic=False, **options))
             for layer in self.blocks()
         )
 
     def routers(self) -> dict[RouterKey, Router]:
-        """All routers, each of which is applied once per repeat."""
+        """All routers, each of which may be applied several times."""
         return {
-            (self.first_layer + i, name): router
-            for i, layer in enumerate(self.blocks())
-            for name, router in layer.routers().items()
+            call.key: router
+            for layer in self.plan
+            for call, router in zip(
+                layer.routers.values(), self.block(layer).routers().values(), strict=True
+            )
         }
 
     def macs(self, length: int) -> dict[str, int]:
         """Count multiply-accumulates of all layers over a sequence of `length`, by part."""
         parts: Counter[str] = Counter()
-        for layer in self.blocks():
-            parts += Counter(layer.macs(length))
-        return {part: count * self.num_repeats for part, count in parts.items()}
+        for i, layer in enumerate(self.plan):
+            parts += Counter(self.block(layer).macs(length, i))
+        return dict(parts)
+
+    def applications(self) -> Counter[nn.Module]:
+        """Count the uses of every module in a forward, those of shared ones added up."""
+        return Counter(module for layer in self.plan for module in used_modules(self.block(layer)))
+
+    def _num_uses(self) -> dict[Tensor, int]:
+        """Count the uses in a forward of each parameter that has several."""
+        return {
+            parameter: num_uses
+            for module, num_uses in self._shared
+            for parameter in module.parameters(recurse=False)
+        }
 
     def forward(
         self,
         x: Tensor,
-        mask: AttentionMask,
+        masks: LayerMasks,
         cache: tuple[KeyValues, ...] | None = None,
         memory: EncoderMemory | None = None,
         trace: bool = False,
@@ -117,31 +159,41 @@ class LayerStack(nn.Module):
         extended: list[KeyValues] = []
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
         # that they overlap with the computation of earlier layers.
-        pending = [layer.gather_experts() for layer in self.blocks()]
-        gathered: list[GatheredExperts] = []
-        for repeat in range(self.num_repeats):
-            for i in range(len(self.layers)):
-                if repeat == 0:
-                    gathered.append(pending[i].wait())
-                past = None if cache is None else cache[repeat * len(self.layers) + i]
-                output = self._apply_layer(i, x, mask, gathered[i], past, memory, trace)
-                x = output.x
-                if output.cache is not None:
-                    extended.append(output.cache)
-                for router, value in output.statistics.items():
-                    statistics[RouterCall(self.first_layer + i, repeat, router)] = value
-                if output.trace is not None:
-                    traces[self.first_layer + i, repeat] = output.trace
+        gathering = ExpertGathering()
+        for block in self.blocks():
+            block.start_gathering(gathering)
+        repeats: dict[int, Repeats] = {}
+        sums = GradientSums(self._num_uses())
+        for i, layer in enumerate(self.plan):
+            gathered = self.block(layer).gathered(gathering)
+            if layer.block not in repeats:
+                repeats[layer.block] = sums.of(self.block(layer).weights(gathered))
+            past = None if cache is None else cache[i]
+            output = self._apply_layer(
+                layer.block, repeats[layer.block], x, masks.of(i), gathered, past, memory, trace
+            )
+            x = output.x
+            if output.cache is not None:
+                extended.append(output.cache)
+            for router, value in output.statistics.items():
+                statistics[layer.routers[router]] = value
+            if output.trace is not None:
+                traces[layer.call] = output.trace
         longer = None if cache is None else tuple(extended)
         return StackOutput(x, statistics, longer, traces if trace else None)
 
     def blocks(self) -> Iterable[Block]:
-        """The distinct layers, in the order in which they are applied."""
+        """All blocks, in the order in which they are first applied."""
         return cast(Iterable[Block], self.layers)
+
+    def block(self, layer: PlannedLayer) -> Block:
+        """Return the block that is applied."""
+        return cast(Block, self.layers[layer.block])
 
     def _apply_layer(
         self,
         index: int,
+        repeats: Repeats,
         x: Tensor,
         mask: AttentionMask,
         gathered: GatheredExperts,
@@ -149,12 +201,19 @@ class LayerStack(nn.Module):
         memory: EncoderMemory | None,
         trace: bool,
     ) -> BlockOutput:
-        layer: Callable[..., BlockOutput] = self.layers[index]
-        arguments = (x, mask, gathered, cache, memory, trace)
-        if not torch.is_grad_enabled():
-            return layer(*arguments)
-        if self.recompute:
-            return recomputed(self.layers[index], *arguments)
-        if self._compiled is not None and self.training and not trace:
-            layer = self._compiled[index]
-        return layer(*arguments)
+        layer, rest = self.layers[index], (cache, memory, trace)
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(layer, repeats, x, mask, gathered.map(repeats.detached), *rest)
+        if self._compiled is None or not (torch.is_grad_enabled() and self.training) or trace:
+            with repeats.summing():
+                return layer(x, mask, gathered.map(repeats.detached), *rest)
+        compiled, alias = self._compiled[index], repeats.aliases()
+        weights = {name: alias.get(weight, weight) for name, weight in compiled.named_parameters()}
+        gathered = gathered.map(lambda weight: alias.get(weight, weight))
+        return functional_call(compiled, weights, (x, mask, gathered, *rest))
+
+
+def applications(model: nn.Module) -> Counter[nn.Module]:
+    """Count the uses of every module of a model's layers in a forward."""
+    stacks = (module for module in model.modules() if isinstance(module, LayerStack))
+    return sum((stack.applications() for stack in stacks), Counter[nn.Module]())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moa_dist.models.attention import AttentionMask, visible_keys
+from moa_dist.models.mask import AttentionMask
 
 _BLOCK = 128
 """Queries whose shares are in memory at a time."""
@@ -34,32 +34,34 @@ def log_stick_shares(scores: Tensor, visible: Tensor) -> Tensor:
     return taken + behind
 
 
-def stick_breaking_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def stick_breaking_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, soft_cap: float | None = None
+) -> Tensor:
     """Sum v [B, h, S, d] by the stick-breaking shares of q [B, H, T, d] and k [B, h, S, d].
 
-    Each head of keys serves equally many consecutive heads of queries. Returns [B, H, T, d]. Shares
-    are in memory for a block of queries only, as the backward pass computes them again.
+    Each head of keys serves equally many consecutive heads of queries; a `soft_cap` bounds scores.
+    Returns [B, H, T, d]. Shares are in memory for a block of queries only, as the backward pass
+    computes them again.
     """
     assert mask.causal
-    heads, num_past = [], mask.num_past
+    heads, start = [], 0
     for block in q.unflatten(1, (k.shape[1], -1)).split(_BLOCK, dim=3):
-        num_keys = num_past + block.shape[3]
-        seen = AttentionMask(
-            causal=True,
-            key_mask=None if mask.key_mask is None else mask.key_mask[:, :num_keys],
-            num_past=num_past,
-            documents=None if mask.documents is None else mask.documents.of_first(num_keys),
+        stop = start + block.shape[3]
+        queries, seen = slice(start, stop), slice(0, mask.num_past + stop)
+        keys, values = (x[:, :, None, seen] for x in (k, v))
+        visible = mask.visible(queries, seen, q.device)
+        visible = visible[:, :, None] if visible.dim() == 4 else visible
+        heads.append(
+            checkpoint(_attend, block, keys, values, visible, soft_cap, use_reentrant=False)
         )
-        keys, values = (x[:, :, None, :num_keys] for x in (k, v))
-        heads.append(checkpoint(_attend, block, keys, values, seen, use_reentrant=False))
-        num_past = num_keys
+        start = stop
     return torch.cat(heads, dim=3).flatten(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: float | None) -> Tensor:
     """q [B, h, H / h, T, d], k and v [B, h, 1, S, d] -> [B, h, H / h, T, d]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(q.shape[-1])
-    visible = visible_keys(q, k, mask)
-    visible = visible[:, :, None] if visible.dim() == 4 else visible
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     return log_stick_shares(scores, visible).exp().to(v.dtype) @ v

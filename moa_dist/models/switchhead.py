@@ -16,16 +16,15 @@ from moa_dist.config.model import SwitchHeadConfig
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import (
     Attention,
-    AttentionMask,
     AttentionOutput,
     head_norm,
-    softmax_attention,
-    softmax_macs,
     traced,
 )
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
+from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -54,7 +53,11 @@ class SwitchHeadAttention(RoutedModule, Attention):
         self.value_router = make_router(config.router, d_model, num_groups=H, init=from_model)
         self.v = GroupedLinear(num_experts, d_model, d, from_model)
         self.output_router = make_router(config.router, d_model, num_groups=H, init=from_model)
-        self.o = GroupedLinear(num_experts, d, d_model, Normal(init_scale / math.sqrt(H * d)))
+        to_model = Normal(init_scale / math.sqrt(H * d))
+        self.o = GroupedLinear(num_experts, d, d_model, to_model)
+        is_shared = config.shared_experts
+        self.shared_v = Linear(d_model, H * d, from_model) if is_shared else None
+        self.shared_o = Linear(H * d, d_model, to_model) if is_shared else None
 
     @property
     def num_heads(self) -> int:
@@ -65,14 +68,15 @@ class SwitchHeadAttention(RoutedModule, Attention):
         """One router for the values of source tokens, one for the outputs of destination tokens."""
         return {"value": self.value_router, "output": self.output_router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
         H, K = self.config.num_heads, self.config.router.top_k
+        dense = (self.q, self.k, self.shared_v, self.shared_o)
         return {
-            "projections": self.q.macs(length) + self.k.macs(length),
+            "projections": sum(p.macs(length) for p in dense if p is not None),
             "experts": length * H * K * (self.v.macs_per_row() + self.o.macs_per_row()),
             "routers": self.value_router.macs(length) + self.output_router.macs(length),
-            "softmax": softmax_macs(length, length, H * self.config.d_head),
+            "softmax": softmax_macs(length, num_keys or length, H * self.config.d_head),
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
@@ -94,7 +98,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         cache: KeyValues | None = None,
         trace: bool = False,
     ) -> AttentionOutput:
-        """Implement `Attention.forward`; y is zero at padding.
+        """Implement `Attention.forward`; at padding, y has no part of routed experts.
 
         The value router reads `key` and the output router `query`, which are normalized under
         peri-norm, while value experts read the raw residual in `value`.
@@ -113,10 +117,15 @@ class SwitchHeadAttention(RoutedModule, Attention):
         experts = ExpertWeights(self.expert_weights("v", gathered))
         returning = plan.run_and_combine(experts, sent, "token", "group", weighted=True)
         k = heads_of(self.k(key), self.k_norm)
-        v = returning.wait().view(B, S, H, self.config.d_head).transpose(1, 2)
+        v = returning.wait().view(B, S, H * self.config.d_head)
+        if self.shared_v is not None:
+            v = v + self.shared_v(value)
+        v = v.unflatten(-1, (H, self.config.d_head)).transpose(1, 2)
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask).to(query.dtype)  # autocast narrows it
+        soft_cap = self.config.soft_cap
+        heads = softmax_attention(q, k, v, mask, soft_cap)
+        heads = heads.to(query.dtype)  # autocast narrows it
         heads = heads.transpose(1, 2).reshape(B * T * H, -1)
 
         output_routing = self.output_router(query, mask.query_mask)
@@ -128,6 +137,9 @@ class SwitchHeadAttention(RoutedModule, Attention):
             .wait()
             .view(B, T, D)
         )
+        if self.shared_o is not None:
+            y = y + self.shared_o(heads.view(B, T, H * self.config.d_head))
         routing = {"value": value_routing, "output": output_routing}
         statistics = {name: value.statistics for name, value in routing.items()}
-        return AttentionOutput(y, statistics, cache, traced(routing, q, k, mask) if trace else None)
+        decided = traced(routing, q, k, mask, soft_cap=soft_cap) if trace else None
+        return AttentionOutput(y, statistics, cache, decided)

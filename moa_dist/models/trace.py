@@ -26,7 +26,7 @@ class HeadSummary(NamedTuple):
     previous: Tensor
     """Attention to the preceding token; for the first token, to itself."""
     first: Tensor
-    """Attention to the first token that the query sees: of the sequence, or of its document."""
+    """Attention to the first token that the query sees: of the sequence, its document or window."""
     itself: Tensor
     """Attention to the query's own token."""
 
@@ -73,24 +73,34 @@ def head_summary(
     k: Tensor,
     visible: Tensor,
     num_past: int,
+    soft_cap: float | None,
     log_shares: LogShares = log_softmax_shares,
 ) -> HeadSummary:
     """Summarize the attention by q k^T / sqrt d of q [B, H, T, d] to k [B, H, S, d].
 
     `visible` [B, 1, T or 1, S] bool says which keys a query sees; query t is token `num_past + t`.
+    `soft_cap` as in `moa_dist.models.softmax`.
     """
     # A sequence at a time: fused kernels never hold the probabilities, but here they are needed.
     sequences = [
-        _summary(*parts, num_past, log_shares) for parts in zip(q, k, visible, strict=True)
+        _summary(*parts, num_past, soft_cap, log_shares)
+        for parts in zip(q, k, visible, strict=True)
     ]
     return HeadSummary(*(torch.stack(part) for part in zip(*sequences, strict=True)))
 
 
 def _summary(
-    q: Tensor, k: Tensor, visible: Tensor, num_past: int, log_shares: LogShares
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    num_past: int,
+    soft_cap: float | None,
+    log_shares: LogShares,
 ) -> HeadSummary:
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores_HTS = q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if soft_cap is not None:
+        scores_HTS = soft_cap * torch.tanh(scores_HTS / soft_cap)
     log_HTS = log_shares(scores_HTS, visible)
     share_HTS = log_HTS.exp()
     key = torch.arange(k.shape[-2], device=q.device)

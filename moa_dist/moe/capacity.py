@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import CapacityConfig
+from moa_dist.config.routers import CapacityConfig
 from moa_dist.moe.statistics import occurrences
 
 

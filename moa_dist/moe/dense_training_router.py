@@ -31,8 +31,8 @@ class DenseTrainingRouter(Router):
         every = torch.arange(self.config.num_experts, device=logits.device).expand_as(logits)
         keep_mask = None if token_mask is None else token_mask[:, None, None].expand_as(logits)
         return Routing(
-            topk_ids=every + self._first_of_group(logits),
-            topk_weights=SCORES[self.config.score](logits),
+            topk_ids=every + self._group_offset(logits.device),
+            topk_weights=self._scaled(SCORES[self.config.score](logits)),
             keep_mask=keep_mask,
             statistics=routing_statistics(
                 logits, every, keep_mask, token_mask, num_sequence_groups

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import BalanceConfig
+from moa_dist.config.routers import BalanceConfig
 from moa_dist.moe.statistics import RoutingStatistics
 
 

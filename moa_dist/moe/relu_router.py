@@ -49,7 +49,7 @@ class ReLURouter(Router):
         if choice is None:
             chosen_ids = scores.detach().topk(self.config.num_slots, dim=-1).indices
         else:
-            chosen_ids = choice.topk_ids - self._first_of_group(logits)
+            chosen_ids = choice.topk_ids - self._group_offset(logits.device)
         chosen = scores.gather(-1, chosen_ids)
         assigned = positive.gather(-1, chosen_ids)
         if choice is not None:
@@ -66,8 +66,8 @@ class ReLURouter(Router):
         weights = scores if token_mask is None else scores * token_mask[:, None, None]
         of_groups = weights.unflatten(0, (num_sequence_groups, -1)).sum(1)
         return Routing(
-            topk_ids=chosen_ids + self._first_of_group(logits),
-            topk_weights=chosen,
+            topk_ids=chosen_ids + self._group_offset(logits.device),
+            topk_weights=self._scaled(chosen),
             keep_mask=keep_mask,
             statistics=statistics._replace(probability=of_groups),
             assigned=assigned,

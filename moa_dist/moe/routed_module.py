@@ -8,14 +8,15 @@ in both cases.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from moa_dist.config.model import Part
-from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.gradient_sum import used_for
+from moa_dist.moe.borrowing import borrowed
 from moa_dist.moe.dispatch import Dispatcher, Level, LocalTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.router import Router
@@ -69,24 +70,24 @@ class RoutedModule(nn.Module, ABC):
         return router
 
     def expert_layers(self) -> dict[str, GroupedLinear]:
-        """Return all expert tensors of this module, by name."""
-        children = self.named_children()
-        return {name: child for name, child in children if isinstance(child, GroupedLinear)}
+        """Return all expert tensors that this module uses, by name."""
+        return self.held_expert_layers() or _grouped(borrowed(self))
 
-    def gather_experts(self) -> dict[str, Pending]:
-        """Start to gather weights: once per forward, for all repeats of a layer.
-
-        Empty where tokens are exchanged.
-        """
-        layers = self.expert_layers().items()
-        return {name: layer() for name, layer in layers if layer.gather is not None}
+    def held_expert_layers(self) -> dict[str, GroupedLinear]:
+        """Return them unless they are borrowed: each expert tensor is held by one module."""
+        return _grouped(self.named_children())
 
     def expert_weights(self, name: str, gathered: Gathered) -> Tensor:
         """Return the weights [E, d_in, d_out] of the `GroupedLinear` called `name`.
 
         They are those of all experts if they were gathered, else of this rank's experts.
         """
-        return gathered[name] if name in gathered else self.expert_layers()[name].weight
+        weight = self.expert_layers()[name].weight
+        return used_for(weight, gathered[name]) if name in gathered else weight
+
+
+def _grouped(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, GroupedLinear]:
+    return {name: module for name, module in modules if isinstance(module, GroupedLinear)}
 
 
 def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:

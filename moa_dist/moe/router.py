@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import GroupLimitConfig, RouterConfig
+from moa_dist.kernels.gradient_sum import GradientSum, sum_of
 from moa_dist.kernels.hardware import Hardware
+from moa_dist.kernels.shared_input import Term, backward_of_map, linear, terms_of
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.fused_choice import LEAST_SUM, Options, can_fuse, choose
@@ -96,14 +97,15 @@ class RouterLogits(nn.Module):
         """Initial distribution of each parameter."""
         return {"weight": self.init}
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, outputs]."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with _without_autocast(x_TD.device.type):
-            if has_wide_product(x_TD) and x_TD.dtype == self.weight.dtype:
-                logits: Tensor = _WideProduct.apply(x_TD, self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., outputs]."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with _without_autocast(x.device.type):
+            if has_wide_product(x) and x.dtype == self.weight.dtype:
+                operands = x, self.weight, *sum_of(self.weight), terms_of(x)
+                logits: Tensor = _WideProduct.apply(*operands)
                 return logits
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return linear(x.to(dtype), self.weight)
 
 
 def has_wide_product(x: Tensor) -> bool:
@@ -121,15 +123,24 @@ class _WideProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        handle: Tensor | None = None,
+        total: GradientSum | None = None,
+        terms: list[Term] | None = None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return torch.mm(x, weight.T, out_dtype=torch.float32)
+        ctx.total, ctx.terms = total, terms
+        logits = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        return logits.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        return grad @ weight, grad.T @ x
+        return *backward_of_map(grad, x, weight, ctx.total, ctx.terms), None, None, None
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:
@@ -187,7 +198,7 @@ class Router(nn.Module):
                 f"a batch of {B} sequences does not split into groups of "
                 f"{self.config.group_sequences} (router.group_sequences)"
             )
-        logits = self.logits(x_BSD.flatten(0, 1))
+        logits = self.logits(x_BSD).flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         return self._route(logits, token_mask, N, choice)
 
@@ -208,10 +219,11 @@ class Router(nn.Module):
         """Route by logits [T, G * E]; `token_mask` [T] bool is true for real tokens."""
         E, N = self.config.num_experts, num_sequence_groups
         if self.config.capacity is None and can_fuse(logits, E):
-            return self._choose_fused(logits, token_mask, N, choice)
+            routing = self._choose_fused(logits, token_mask, N, choice)
+            return routing._replace(topk_weights=self._scaled(routing.topk_weights))
         logits = logits.unflatten(-1, (self.num_groups, E))
         scores = SCORES[self.config.score](logits)
-        first = self._first_of_group(logits)
+        first = self._group_offset(logits.device)
         if choice is None:
             chosen_ids = self._selectable(scores).topk(self.config.top_k, dim=-1).indices
             chosen = scores.gather(-1, chosen_ids)
@@ -221,7 +233,7 @@ class Router(nn.Module):
             chosen = scores.gather(-1, chosen_ids)
         return Routing(
             topk_ids=chosen_ids + first,
-            topk_weights=GATES[self.config.gate](chosen),
+            topk_weights=self._scaled(GATES[self.config.gate](chosen)),
             keep_mask=keep_mask,
             statistics=routing_statistics(logits, chosen_ids, keep_mask, token_mask, N),
         )
@@ -235,13 +247,19 @@ class Router(nn.Module):
     ) -> Routing:
         """Choose by logits [T, G * E] as `forward` does step by step, in few kernels."""
         config, G = self.config, self.num_groups
-        dropout = config.expert_dropout if self.training and choice is None else 0.0
+        given = None if choice is None else choice.topk_ids
+        if config.group_limit is not None and given is None:
+            # The kernels know no such limit: they weigh and count what is chosen here.
+            grouped = logits.detach().unflatten(-1, (G, -1))
+            chosen_ids = self._selectable(SCORES[config.score](grouped)).topk(config.top_k).indices
+            given = chosen_ids + self._group_offset(logits.device)
+        dropout = config.expert_dropout if self.training and given is None else 0.0
         chosen = choose(
             logits,
             None if self.bias is None else self.bias.value,
             torch.rand_like(logits) if dropout else None,
             token_mask,
-            None if choice is None else choice.topk_ids,
+            given,
             Options(config.top_k, G, num_sequence_groups, config.score, config.gate, dropout),
         )
         return Routing(
@@ -260,20 +278,24 @@ class Router(nn.Module):
             ),
         )
 
-    def _first_of_group(self, logits: Tensor) -> Tensor:
-        """Return [G, 1], the flat id of the first expert of each group, for logits [T, G, E]."""
-        _, G, E = logits.shape
-        return (torch.arange(G, device=logits.device) * E)[:, None]
+    def _group_offset(self, device: torch.device) -> Tensor:
+        """Return the first flat id [G, 1] of each router group."""
+        return (torch.arange(self.num_groups, device=device) * self.config.num_experts)[:, None]
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        scale = self.config.route_scale
+        return weights if scale == 1 else weights * scale
 
     def _selectable(self, scores: Tensor) -> Tensor:
-        """Return the scores to choose by: detached, biased, with dropout of experts in training."""
+        """Return the scores to choose by: detached, biased, without experts that are hidden."""
         scores = scores.detach()
         if self.bias is not None:
             scores = self.bias(scores)
         if self.training and self.config.expert_dropout:
             hidden = torch.rand_like(scores) < self.config.expert_dropout
             scores = scores.masked_fill(hidden, -math.inf)
-        return scores
+        limit = self.config.group_limit
+        return scores if limit is None else _within_best_groups(scores, limit)
 
     def _keep(
         self,
@@ -306,6 +328,16 @@ class Router(nn.Module):
             capacity=self.config.capacity,
             assigned=assigned,
         )
+
+
+def _within_best_groups(scores: Tensor, limit: GroupLimitConfig) -> Tensor:
+    """Hide experts beyond the best groups from `scores` [T, G, E] (DeepSeek-V3, section 2.1.2)."""
+    grouped = scores.unflatten(-1, (limit.num_groups, -1))
+    best = grouped.topk(2).values.sum(-1).topk(limit.top_groups).indices
+    is_hidden = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+    # Experts that dropout hides stay ahead of those of other groups.
+    dropped_last = grouped.clamp(min=torch.finfo(scores.dtype).min)
+    return dropped_last.masked_fill(is_hidden[..., None], -math.inf).flatten(-2)
 
 
 def routing_statistics(

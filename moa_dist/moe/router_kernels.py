@@ -35,8 +35,8 @@ def tile(num_experts: int, tokens_per_group: int) -> tuple[int, int]:
 
 
 def num_warps(rows: int, columns: int) -> int:
-    """Return the number of warps that keep a tile in registers, 8 numbers per thread."""
-    return min(max(rows * columns // 256, 4), 16)
+    """Return the number of warps that keep a tile in registers, 4 numbers per thread if it can."""
+    return min(max(rows * columns // 128, 4), 16)
 
 
 def choose(
@@ -137,7 +137,34 @@ def choose_backward(
 
 
 @triton.jit
-def _choose(  # type: ignore[no-untyped-def]  # no Python types for its pointers
+def find_logits(  # type: ignore[no-untyped-def]  # no Python types for its pointers
+    tokens_per_group, num_experts, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Return a program's tokens and experts, which of them exist, and where its logits are.
+
+    `pair` is the place of a token's values for this router group.
+    """
+    within = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_token = within < tokens_per_group
+    token = tl.program_id(2).to(tl.int64) * tokens_per_group + within
+    pair = token * tl.num_programs(1) + tl.program_id(1)
+    expert = tl.arange(0, COLUMNS)
+    is_expert = expert < num_experts
+    place = pair[:, None] * num_experts + expert[None, :]
+    return token, is_token, pair, expert, is_expert, place, is_token[:, None] & is_expert[None, :]
+
+
+@triton.jit
+def is_counted(token_mask, token, is_token, MASK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return which tokens count in statistics: those that exist and are no padding."""
+    counted = is_token
+    if MASK:
+        counted = counted & (tl.load(token_mask + token, mask=is_token, other=0) != 0)
+    return counted
+
+
+@triton.jit(do_not_specialize=["tokens_per_group"])
+def _choose(  # type: ignore[no-untyped-def]
     logits,
     bias,
     uniform,
@@ -163,14 +190,9 @@ def _choose(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     COLUMNS: tl.constexpr,
 ):
     group, num_groups = tl.program_id(1), tl.num_programs(1)
-    within = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_token = within < tokens_per_group
-    token = tl.program_id(2).to(tl.int64) * tokens_per_group + within
-    pair = token * num_groups + group
-    expert = tl.arange(0, COLUMNS)
-    is_expert = expert < num_experts
-    mask = is_token[:, None] & is_expert[None, :]
-    place = pair[:, None] * num_experts + expert[None, :]
+    token, is_token, pair, expert, is_expert, place, mask = find_logits(
+        tokens_per_group, num_experts, ROWS, COLUMNS
+    )
     logit = tl.load(logits + place, mask=mask, other=0.0)
     highest = tl.max(tl.where(is_expert[None, :], logit, -float("inf")), axis=1)
     exponential = tl.where(is_expert[None, :], tl.exp(logit - highest[:, None]), 0.0)
@@ -215,9 +237,7 @@ def _choose(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     tl.store(weights + place, chosen, mask=mask)
     tl.store(ids + place, (group * num_experts + chosen_ids).to(tl.int64), mask=mask)
 
-    counted = is_token
-    if MASK:
-        counted = counted & (tl.load(token_mask + token, mask=is_token, other=0) != 0)
+    counted = is_counted(token_mask, token, is_token, MASK)
     mean_logit = tl.sum(probability * logit, axis=1)
     base = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * num_groups + group
     sums = partial + base.to(tl.int64) * (2 * num_experts + 3)
@@ -231,7 +251,7 @@ def _choose(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     tl.store(last + 2, tl.sum(counted.to(tl.float32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_programs"])
 def _sum_up(  # type: ignore[no-untyped-def]
     partial,
     probability,
@@ -281,7 +301,7 @@ def _sum_up(  # type: ignore[no-untyped-def]
             tl.store(num_tokens + sequence_group, tl.sum(of_tokens, axis=0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_per_group"])
 def _choose_backward(  # type: ignore[no-untyped-def]
     grad_weights,
     grad_probability,
@@ -310,21 +330,14 @@ def _choose_backward(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
 ):
     group, num_groups = tl.program_id(1), tl.num_programs(1)
-    within = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_token = within < tokens_per_group
-    token = tl.program_id(2).to(tl.int64) * tokens_per_group + within
-    pair = token * num_groups + group
-    expert = tl.arange(0, COLUMNS)
-    is_expert = expert < num_experts
-    mask = is_token[:, None] & is_expert[None, :]
-    place = pair[:, None] * num_experts + expert[None, :]
+    token, is_token, pair, expert, is_expert, place, mask = find_logits(
+        tokens_per_group, num_experts, ROWS, COLUMNS
+    )
     logit = tl.load(logits + place, mask=mask, other=0.0)
     log_sum = tl.load(log_sums + pair, mask=is_token, other=0.0)
     probability = tl.where(is_expert[None, :], tl.exp(logit - log_sum[:, None]), 0.0)
 
-    counted = is_token
-    if MASK:
-        counted = counted & (tl.load(token_mask + token, mask=is_token, other=0) != 0)
+    counted = is_counted(token_mask, token, is_token, MASK)
     # The slope of the statistics; `of_probability` is the gradient of each probability.
     of_probability = tl.zeros((ROWS, COLUMNS), tl.float32)
     grad = tl.zeros((ROWS, COLUMNS), tl.float32)

@@ -1,4 +1,4 @@
-"""The kinds of router: a new one is a section in `config/model.py`, a module, and a line here."""
+"""The kinds of router: a new one is a section in `config/routers.py`, a module, and a line here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from moa_dist.config.family import (
     MLPRouterConfig,
     ReLURouterConfig,
 )
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.moe.dense_training_router import DenseTrainingRouter
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.mlp_router import MLPRouter

@@ -25,7 +25,7 @@ def exchange_tokens(module: RoutedModule, comm_group: CommGroup) -> None:
 
 def exchange_weights(module: RoutedModule, comm_group: CommGroup) -> None:
     """Gather the weights of all experts of `module` on every rank, once per forward."""
-    for layer in module.expert_layers().values():
+    for layer in module.held_expert_layers().values():
         starts = shard_starts(layer.num_experts, comm_group.group.size())
         sizes = [stop - first for first, stop in pairwise(starts)]
         layer.gather = partial(all_gather_shards, sizes=sizes, comm_group=comm_group)
@@ -61,7 +61,7 @@ def shard_experts(
         exchanged = getattr(exchange, module.part)
         assert exchanged != "auto", "see moa_dist.plan.exchange_choice"
         comm_group = mesh.ep_comm_group(name, overlap=overlap)
-        for layer_name, layer in module.expert_layers().items():
+        for layer_name, layer in module.held_expert_layers().items():
             del unseen[f"{name}.{layer_name}"]
             layer.shard(mesh.ep_group.rank(), mesh.expert_parallel)
         EXCHANGES[exchanged](module, comm_group)

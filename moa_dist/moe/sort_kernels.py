@@ -61,7 +61,7 @@ def sort_by_expert(expert: Tensor, num_experts: int, divisors: list[int]) -> Sor
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments", "num_experts", "num_programs"])
 def _rank(  # type: ignore[no-untyped-def]  # no Python types for its pointers
     expert,
     rank,
@@ -88,7 +88,7 @@ def _rank(  # type: ignore[no-untyped-def]  # no Python types for its pointers
         tl.store(counts + place, occurrences, mask=e <= num_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments", "num_experts", "num_programs"])
 def _place(  # type: ignore[no-untyped-def]
     expert,
     rank,

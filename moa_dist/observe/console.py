@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,13 @@ from typing import TextIO
 from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.observe.metrics import RunStart, StepMetrics, Timing, ValidationMetrics
+from moa_dist.observe.metrics import (
+    RunStart,
+    SampleMetrics,
+    StepMetrics,
+    Timing,
+    ValidationMetrics,
+)
 from moa_dist.observe.routing import dead_experts, overall_drop_share, worst_imbalance
 from moa_dist.units import duration, short
 
@@ -63,8 +70,10 @@ class Console:
             f"{100 * metrics.step // total:3d}%",
             f"loss {metrics.loss:6.3f}",
         ]
-        if metrics.aux_losses:
-            fields.append(_balance(metrics.aux_losses))
+        of_logits = "logits/"  # a loss, but not of routers
+        balance = {n: v for n, v in metrics.aux_losses.items() if not n.startswith(of_logits)}
+        if balance:
+            fields.append(_balance(balance))
         fields += [
             f"lr {metrics.lr:.1e}",
             _grad_norm(metrics.grad_norm, self._clip_norm),
@@ -93,6 +102,15 @@ class Console:
             f"{in_bytes}over {short(metrics.tokens)} tokens{_by_folder(metrics.losses)}"
             + "".join(f"  {name} {value:.3f}" for name, value in metrics.tasks.items())
         )
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Print a line per text, in which line breaks are escaped."""
+        width = len(str(self._num_steps))
+        for prompt, text in metrics.samples:
+            self._print(
+                f"sample {metrics.step:>{width}}/{self._num_steps}        "
+                f"{json.dumps(prompt, ensure_ascii=False)} {json.dumps(text, ensure_ascii=False)}"
+            )
 
     def rewind(self, step: int) -> None:
         """Do nothing: printed lines stay, and a note reports the rollback."""

@@ -16,7 +16,7 @@ from typing import Any
 from moa_dist.errors import DataError
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import RunStart, SampleMetrics, StepMetrics, ValidationMetrics
 from moa_dist.observe.routing import router_call_name, routing_summary
 from moa_dist.observe.traffic_names import traffic_name
 
@@ -25,7 +25,8 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Writes `metrics.jsonl`: objects of kind `start`, `step`, `validation` and `note`.
+    """Writes `metrics.jsonl`: objects of kind `start`, `step`, `validation`, `samples`
+    and `note`.
 
     Each object has a `step`: for a start, the step that training resumes after; for a note, the
     last step written. Its `time` is when it was written, in seconds since 1970. A float is written
@@ -77,6 +78,12 @@ class MetricsFile:
             router_call_name(call): report.load.tolist() for call, report in self._routing.items()
         }
         self._write("validation", metrics.step, values)
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Write all texts."""
+        values = asdict(metrics)
+        values["samples"] = [sample._asdict() for sample in metrics.samples]
+        self._write("samples", metrics.step, values)
 
     def rewind(self, step: int) -> None:
         """Truncate the file after this step."""

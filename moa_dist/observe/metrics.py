@@ -179,6 +179,27 @@ class ValidationMetrics:
     """Results of zero-shot tasks, as `task/metric`."""
 
 
+class Sample(NamedTuple):
+    """A text that the model continued."""
+
+    prompt: str
+    """Its beginning."""
+    text: str
+    """What the model wrote."""
+
+
+@dataclass(frozen=True)
+class SampleMetrics:
+    """Texts that the model continued after some step."""
+
+    step: int
+    """Number of steps taken so far."""
+    tokens_read: int
+    """Input tokens that training has read so far."""
+    samples: Sequence[Sample]
+    """One per prompt, in their order."""
+
+
 class Observer(Protocol):
     """Receives the reports of a training run."""
 
@@ -190,6 +211,9 @@ class Observer(Protocol):
 
     def validation(self, metrics: ValidationMetrics) -> None:
         """Handle a validation pass."""
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Handle texts that the model continued."""
 
     def rewind(self, step: int) -> None:
         """Discard all reports after this step, because training rolls back to it."""

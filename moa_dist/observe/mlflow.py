@@ -9,17 +9,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import PurePath
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from moa_dist.observe.metrics import RunStart
+from moa_dist.observe.metrics import RunStart, SampleMetrics
 from moa_dist.observe.scalars import TOKENS
 from moa_dist.observe.tracker import Identity, Point
 
 _T = TypeVar("_T")
 _URI = "MLFLOW_TRACKING_URI"
+_SAMPLES = "samples"
+"""Folder of the texts that the model continued, a file per step."""
 _AT_ONCE = 100
 """Most parameters or values in one request; MLflow takes 100 parameters."""
 _LONGEST = 500
@@ -53,6 +57,11 @@ class Mlflow:
         metrics = [Metric(n, value, milliseconds, point.step) for n, value in point.values.items()]
         for some in _batches(metrics):
             self._client.log_batch(self._known.id, metrics=some)
+
+    def log_samples(self, metrics: SampleMetrics) -> None:
+        """Add a file of texts."""
+        texts = [sample._asdict() for sample in metrics.samples]
+        self._client.log_dict(self._known.id, texts, f"{_SAMPLES}/step-{metrics.step:08}.json")
 
     def rewind(self, step: int) -> Iterator[str]:
         """Discard all points after `step`."""
@@ -95,8 +104,16 @@ class Mlflow:
             kept = [m for m in self._client.get_metric_history(old, name) if m.step <= step]
             for some in _batches(kept):
                 self._client.log_batch(new, metrics=some)
+        self._copy_samples(old, new, step)
         self._known.set(new, step)
         self._client.delete_run(old)
+
+    def _copy_samples(self, old: str | None, new: str, last: int) -> None:
+        with TemporaryDirectory() as folder:
+            for file in self._client.list_artifacts(old, _SAMPLES):
+                if int(PurePath(file.path).stem.removeprefix("step-")) <= last:
+                    copy = self._client.download_artifacts(old, file.path, folder)
+                    self._client.log_artifact(new, copy, _SAMPLES)
 
 
 def _flat(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,13 @@ from moa_dist.config.run import Config
 from moa_dist.observe.console import Console
 from moa_dist.observe.gpu import GpuTelemetry
 from moa_dist.observe.jsonl import MetricsFile
-from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import (
+    Observer,
+    RunStart,
+    SampleMetrics,
+    StepMetrics,
+    ValidationMetrics,
+)
 from moa_dist.observe.tracker import Tracker
 
 
@@ -75,6 +81,10 @@ class Observers:
     def validation(self, metrics: ValidationMetrics) -> None:
         """Report a validation pass to all observers."""
         self._each(lambda listener: listener.validation(metrics))
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Report continued texts to all observers."""
+        self._each(lambda listener: listener.samples(metrics))
 
     def rewind(self, step: int) -> None:
         """Roll all observers back to this step."""

@@ -15,7 +15,7 @@ from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.layout import layout
 from moa_dist.observe.load_pictures import load_pictures
-from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import RunStart, SampleMetrics, StepMetrics, ValidationMetrics
 from moa_dist.observe.scalars import step_values, validation_values
 
 
@@ -32,8 +32,7 @@ class TensorBoard:
         """Open the event file and write the configuration."""
         self._run = run
         self._writer = _open(run, run.first_step)
-        yaml = "    " + to_yaml(run.config).replace("\n", "\n    ")  # a Markdown code block
-        self._writer.add_text("config", yaml, run.first_step)
+        self._writer.add_text("config", _code_block(to_yaml(run.config)), run.first_step)
 
     def step(self, metrics: StepMetrics) -> None:
         """Write one point of every curve."""
@@ -55,6 +54,11 @@ class TensorBoard:
         for router, picture in load_pictures(self._routing).items():
             tag = f"routing/load_{router}"
             self._events.add_image(tag, picture, metrics.step, dataformats="HWC")
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Write each prompt with its continuation, as a text of its own."""
+        for i, (prompt, text) in enumerate(metrics.samples):
+            self._events.add_text(f"samples/{i}", _code_block(prompt + text), metrics.step)
 
     def rewind(self, step: int) -> None:
         """Go on in a new event file, which hides all points after this step."""
@@ -83,6 +87,11 @@ class TensorBoard:
     def _scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+
+def _code_block(text: str) -> str:
+    """Return Markdown that shows a text as it is."""
+    return "    " + text.replace("\n", "\n    ")
 
 
 def _open(run: RunStart, step: int) -> SummaryWriter:

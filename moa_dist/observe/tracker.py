@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from moa_dist.errors import Problem
-from moa_dist.observe.metrics import RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import RunStart, SampleMetrics, StepMetrics, ValidationMetrics
 from moa_dist.observe.scalars import step_values, validation_values
 
 FOLDER = "trackers"
@@ -87,6 +87,9 @@ class Store(Protocol):
     def log(self, point: Point) -> None:
         """Add a point; several of one step have different names."""
 
+    def log_samples(self, metrics: SampleMetrics) -> None:
+        """Add texts that the model continued."""
+
     def rewind(self, step: int) -> Iterator[str]:
         """Discard all points after `step`; yields notes."""
 
@@ -120,6 +123,10 @@ class Tracker:
     def validation(self, metrics: ValidationMetrics) -> None:
         """Add the values of a validation."""
         self._add(metrics.step, validation_values(metrics))
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Add continued texts."""
+        self._jobs.put(partial(self._store.log_samples, metrics))
 
     def rewind(self, step: int) -> None:
         """Discard all points after this step."""

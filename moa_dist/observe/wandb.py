@@ -15,7 +15,7 @@ from typing import Any
 
 import wandb
 
-from moa_dist.observe.metrics import RunStart
+from moa_dist.observe.metrics import RunStart, SampleMetrics
 from moa_dist.observe.tracker import Identity, Point
 
 _INIT_S = 30.0
@@ -41,6 +41,12 @@ class Wandb:
         """Add a point; wandb itself buffers it."""
         self._known.set(self._run.id, point.step)
         self._run.log(point.values, step=point.step)
+
+    def log_samples(self, metrics: SampleMetrics) -> None:
+        """Add a table of texts."""
+        table = wandb.Table(columns=["prompt", "text"], data=[list(s) for s in metrics.samples])
+        self._known.set(self._run.id, metrics.step)
+        self._run.log({"samples": table}, step=metrics.step)
 
     def rewind(self, step: int) -> Iterator[str]:
         """Discard all points after `step`; yields notes."""

@@ -1,6 +1,6 @@
 """Memory that the forward pass of one rank keeps for the backward pass, line by line.
 
-One layer of the model, with embedding and head around it, is measured (`moa_dist.plan.measure`):
+One layer of each kind, with embedding and head around it, is measured (`moa_dist.plan.measure`):
 once for each micro-batch, and once more for each number of ranks that tokens are sent to.
 `tests/plan/test_activations.py` compares the sum with what real tensors on a CPU keep.
 """
@@ -15,8 +15,9 @@ import torch
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.run import Config
+from moa_dist.config.sharing import SharingConfig
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.plan.measure import INPUT, Saved, measure_choices, measure_saved
@@ -28,6 +29,8 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp64": torch.float64,
 }
+_STACKS = ("encoder.layers.0.", "stack.layers.0.")
+"""Prefixes of the modules of a model's only layer."""
 _SMALL = 1e-3
 """Lines below this share of all bytes are merged into one."""
 
@@ -39,19 +42,14 @@ class Activations:
         self, config: ModelConfig, sequence_length: int, dtype: torch.dtype, hardware: Hardware
     ) -> None:
         """Plan for `hardware`, which this machine need not have."""
-        self.hardware = hardware
-        self.length, self._num_layers = sequence_length, config.num_layers
+        self.hardware, self.length = hardware, sequence_length
         self._element_bytes, self._vocabulary = dtype.itemsize, config.vocab_size
-        self._model = _one_layer(config).to(dtype)
-        self._parts = {f"{name}.": module.part for name, module in routed_modules(self._model)}
-        self._weighted_rows = list(_weighted_rows(self._model))
-        # Many layouts have these in common.
-        self._saved, self._choices = cache(self._measure_saved), cache(self._measure_choices)
-        self._kept = cache(self._lines_kept)
-        # By the prefix of its layer's modules, what their lines are called.
-        self._stacks = {"stack.layers.0.": ""}
-        if self._model.encoder is not None:
-            self._stacks = {"encoder.layers.0.": "encoder: ", "stack.layers.0.": "decoder: "}
+        self._layers = [
+            _MeasuredLayer(kind, number, title, self.length, dtype, hardware)
+            for title, kind, number in _kinds_of_layers(config)
+        ]
+        self._weighted_rows = [rows for layer in self._layers for rows in layer.weighted_rows()]
+        self._kept = cache(self._lines_kept)  # many layouts have lines in common
 
     def kept(
         self,
@@ -87,10 +85,61 @@ class Activations:
     def _lines_kept(
         self, sequences: int, recompute: bool, num_ranks: int, exchanged: frozenset[str]
     ) -> list[Term]:
+        every, lines = [], []
+        again: list[Term] = []
+        for layer in self._layers:
+            found = layer.saved_lines(sequences, num_ranks, exchanged)
+            between, recomputed = layer.lines_kept(found, sequences, recompute=recompute)
+            lines += between
+            again = max(again, recomputed, key=total)
+            every.append(found)
+        lines += [Term(f"recomputed: {line.name}", line.factors) for line in again]
+        outside = [line for line in every[0] if not line.name.startswith(_STACKS)]
+        return [*lines, *_without_small(outside)]
+
+
+class _MeasuredLayer:
+    """A kind of layer, measured in a model of one such layer with embedding and head around it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        number: int,
+        title: str,
+        length: int,
+        dtype: torch.dtype,
+        hardware: Hardware,
+    ) -> None:
+        """Prepare to measure a layer of which a model applies `number`."""
+        self._number, self._length, self._hardware = number, length, hardware
+        self._model = _one_layer(config).to(dtype)
+        self._parts = {f"{name}.": module.part for name, module in routed_modules(self._model)}
+        self._saved, self._choices = cache(self._measure_saved), cache(self._measure_choices)
+        # By the prefix of its layer's modules, what their lines are called.
+        self._stacks = {"stack.layers.0.": title}
+        if self._model.encoder is not None:
+            names = (f"encoder: {title}", f"decoder: {title}")
+            self._stacks = dict(zip(_STACKS, names, strict=True))
+
+    def weighted_rows(self) -> Iterator[tuple[str, int, int]]:
+        """Yield module, rows per token and width of each projection that a router weights."""
+        return _weighted_rows(self._model)
+
+    def saved_lines(self, sequences: int, num_ranks: int, exchanged: frozenset[str]) -> list[Term]:
+        """List all that the forward of the model of one layer saves."""
         found = [line for line in self._saved(sequences, 1) if self._part_of(line) not in exchanged]
         if exchanged:
             away = self._saved(sequences, num_ranks)
             found += [line for line in away if self._part_of(line) in exchanged]
+        return found
+
+    def lines_kept(
+        self, found: list[Term], sequences: int, *, recompute: bool
+    ) -> tuple[list[Term], list[Term]]:
+        """Return what all such layers keep of what one saves, and what one being recomputed does.
+
+        For translation, the latter is one of the decoder.
+        """
         lines, again = [], []
         for stack, title in self._stacks.items():
             of_layer = _cut(found, stack)
@@ -99,12 +148,10 @@ class Activations:
                 of_layer = [line for line in of_layer if line.name == INPUT]
                 of_layer += _cut(self._choices(sequences), stack)
             lines += [
-                Term(title + line.name, line.factors).times("layers", self._num_layers)
+                Term(title + line.name, line.factors).times("layers", self._number)
                 for line in _without_small(of_layer)
             ]
-        lines += [Term(f"recomputed: {line.name}", line.factors) for line in _without_small(again)]
-        outside = [line for line in found if not line.name.startswith(tuple(self._stacks))]
-        return [*lines, *_without_small(outside)]
+        return lines, _without_small(again)
 
     def _part_of(self, line: Term) -> str | None:
         """Return the part of a layer with experts that keeps a tensor, if any."""
@@ -112,12 +159,42 @@ class Activations:
         return next(within, None)
 
     def _measure_saved(self, sequences: int, num_ranks: int) -> list[Term]:
-        saved = measure_saved(self._model, sequences, self.length, self.hardware, num_ranks)
-        return _lines(saved, sequences, self.length)
+        saved = measure_saved(self._model, sequences, self._length, self._hardware, num_ranks)
+        return _lines(saved, sequences, self._length)
 
     def _measure_choices(self, sequences: int) -> list[Term]:
-        saved = measure_choices(self._model, sequences, self.length)
-        return _lines(saved, sequences, self.length)
+        saved = measure_choices(self._model, sequences, self._length)
+        return _lines(saved, sequences, self._length)
+
+
+def _kinds_of_layers(config: ModelConfig) -> list[tuple[str, ModelConfig, int]]:
+    """Return title, model and number of each kind of layer: those that repeat, first and last ones.
+
+    The model consists of one such layer.
+    """
+    one = config.model_copy(
+        update={
+            "num_layers": 1,
+            "num_distinct_layers": None,
+            "prelude": 0,
+            "prelude_ffn": None,
+            "coda": 0,
+        }
+    )
+    once = one.model_copy(update={"sharing": SharingConfig()})
+    first = once.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
+    kinds = [("", one, config.num_core_layers)]
+    for title, kind, number in (
+        ("prelude: ", first, config.prelude),
+        ("coda: ", once, config.coda),
+    ):
+        known = [other for _, other, _ in kinds]
+        if kind in known:
+            i = known.index(kind)
+            kinds[i] = (kinds[i][0], kind, kinds[i][2] + number)
+        elif number:
+            kinds.append((title, kind, number))
+    return kinds
 
 
 def _cut(lines: Iterable[Term], prefix: str) -> list[Term]:
@@ -164,10 +241,8 @@ def activations_of(config: Config, hardware: Hardware) -> Activations:
 
 
 def _one_layer(config: ModelConfig) -> LanguageModel:
-    """Build the model with one layer on the meta device."""
-    with torch.device("meta"):
-        one = {"num_layers": 1, "num_distinct_layers": None}
-        model = LanguageModel(config.model_copy(update=one))
+    """Build a model of one layer on the meta device."""
+    model = meta_model(config)
     for module in model.modules():
         if isinstance(module, Router):
             # A micro-batch's sequences, as packed, need not divide into the routers' groups.

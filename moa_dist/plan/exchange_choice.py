@@ -21,6 +21,7 @@ from moa_dist.config.run import (
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import ELEMENT_BYTES
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.stack import applications
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import EXCHANGES
@@ -74,7 +75,7 @@ def layout_of(config: Config, world_size: int, exchange: ExpertExchangeConfig) -
         world_size=world_size,
         expert_parallel=config.parallel.expert_parallel,
         num_micro_batches=max(train.global_batch // (world_size * train.micro_batch), 1),
-        num_repeats=model.num_layers // (model.num_distinct_layers or model.num_layers),
+        num_repeats=model.num_repeats,
         recompute=train.recompute,
         element_bytes=ELEMENT_BYTES[train.precision],
         exchange=exchange,
@@ -87,17 +88,18 @@ def expected_traffic(
     """Predict the traffic of one step over all ranks, with even routing and no drops."""
     layout = layout_of(config, world_size, exchange)
     samples = layout.num_micro_batches * world_size * config.train.micro_batch
-    tokens = samples * tokens_per_sample(config) * layout.num_repeats
+    tokens, times = samples * tokens_per_sample(config), applications(model)
 
     def rows_of(layer: str, name: str) -> Rows:
         router = model.get_submodule(f"{layer}.{name}")
         assert isinstance(router, Router)
         return expected_rows(
-            tokens,
+            tokens * times[model.get_submodule(layer)],
             num_groups=router.num_groups,
             num_experts=router.config.num_experts,
             top_k=router.config.chosen_in_training,
             num_ranks=layout.expert_parallel,
+            group_limit=router.config.group_limit,
         )
 
     return expert_traffic(model, layout, rows_of)
@@ -144,7 +146,7 @@ def gathered_bytes(config: Config, model: nn.Module, part: str) -> int:
         layer.num_experts * layer.macs_per_row()
         for _, module in routed_modules(model)
         if module.part == part
-        for layer in module.expert_layers().values()
+        for layer in module.held_expert_layers().values()
     )
     return 2 * elements * ELEMENT_BYTES[config.train.precision]
 

@@ -260,11 +260,15 @@ def _gathered(model: LanguageModel, layout: Layout) -> Iterator[Term]:
                 layer.num_experts * layer.macs_per_row()
                 for _, module in routed_modules(model)
                 if module.part == part
-                for layer in module.expert_layers().values()
+                for layer in module.held_expert_layers().values()
             )
-            both = ("weights and gradients", 2)
-            element = ("B", layout.element_bytes)
-            yield term(f"all experts of {part}", both, ("elements", elements), element)
+            both = ("B", layout.element_bytes + _sum_bytes(layout))
+            yield term(f"all experts of {part} and gradients", ("elements", elements), both)
+
+
+def _sum_bytes(layout: Layout) -> int:
+    """Return the size of an element of a gradient while it is summed: over repeats in fp32."""
+    return max(layout.element_bytes, MASTER_BYTES if layout.num_repeats > 1 else 0)
 
 
 def _whole_parameters(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
@@ -279,10 +283,11 @@ def _whole_parameters(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Ter
 def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
     """List gradients that exist before ZeRO reduces them.
 
-    Gradients of a shared layer are summed over its repeats, so none is complete before the backward
-    pass nears its end. Otherwise they arrive layer by layer.
+    Gradients of a shared layer are summed over its repeats, in fp32 or wider, so none is complete
+    before the backward pass nears its end; what is applied once is counted, too. Otherwise they
+    arrive layer by layer.
     """
-    element = ("B", layout.element_bytes)
+    element = ("B", _sum_bytes(layout))
     if layout.num_repeats > 1:
         once = zero_stage < 2 and layout.num_micro_batches == 1
         if once and not (zero_stage == 1 and layout.element_bytes == 2):

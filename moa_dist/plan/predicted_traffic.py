@@ -21,9 +21,11 @@ from typing import NamedTuple
 
 from torch import nn
 
+from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.stack import applications
 from moa_dist.moe.dispatch import Level
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.routed_module import RoutedModule, routed_modules
@@ -54,37 +56,74 @@ class Rows(NamedTuple):
 
 
 def expected_rows(
-    num_tokens: int, *, num_groups: int, num_experts: int, top_k: int, num_ranks: int
+    num_tokens: int,
+    *,
+    num_groups: int,
+    num_experts: int,
+    top_k: int,
+    num_ranks: int,
+    group_limit: GroupLimitConfig | None = None,
 ) -> Rows:
     """Predict rows of `num_tokens` tokens over `num_ranks` (P) ranks that share the experts.
 
     A token's K of E experts are random without repetition, so it misses m experts of a rank with
-    probability C(E - m, K) / C(E, K). A row goes once to each rank that it does not miss.
+    probability C(E - m, K) / C(E, K). With a limit, so are first its groups of experts, then its
+    experts among theirs. A row goes once to each rank that it does not miss.
     """
-    of_a_token = _rows_of_a_token(num_groups, num_experts, top_k, num_ranks)
+    limits = (1, 1) if group_limit is None else (group_limit.num_groups, group_limit.top_groups)
+    of_a_token = _rows_of_a_token(num_groups, num_experts, top_k, num_ranks, *limits)
     to_others = num_tokens * (num_ranks - 1) / num_ranks
     return Rows(*(rows * to_others for rows in of_a_token))
 
 
 @cache
-def _rows_of_a_token(num_groups: int, num_experts: int, top_k: int, num_ranks: int) -> Rows:
+def _rows_of_a_token(
+    num_groups: int, num_experts: int, top_k: int, num_ranks: int, num_limits: int, top_limits: int
+) -> Rows:
     """Return rows of a token to all ranks, its own included."""
     token = group = slot = 0.0
     shards = pairwise(shard_starts(num_groups * num_experts, num_ranks))
+    size = num_experts // num_limits
     # Ranks differ only by how many experts of each router group they hold.
-    alike = Counter(_held_by_group(first, stop, num_experts) for first, stop in shards)
+    alike = Counter(_held_by_group(first, stop, num_experts, size) for first, stop in shards)
     for held, num_alike in alike.items():
-        missed = [comb(num_experts - m, top_k) / comb(num_experts, top_k) for m in held]
+        missed = [_missed(parts, size, top_k, top_limits) for parts in held]
         token += num_alike * (1 - prod(missed))
         group += num_alike * sum(1 - p for p in missed)
-        slot += num_alike * sum(top_k * m / num_experts for m in held)
+        slot += num_alike * sum(top_k * sum(parts) / num_experts for parts in held)
     return Rows(token, group, slot)
 
 
-def _held_by_group(first: int, stop: int, num_experts: int) -> tuple[int, ...]:
-    """Count the flat experts [first, stop) of each router group that has any."""
+def _missed(held: tuple[int, ...], size: int, top_k: int, top_limits: int) -> float:
+    """Return how likely none of a token's experts is on a rank.
+
+    It chooses `top_limits` parts of `size` experts each, of which the rank holds `held`, and K
+    experts among them.
+    """
+    ways = Counter({(0, 0): 1})  # sets of parts, by how many they are and the experts held of them
+    for here in held:
+        for (num_parts, num_held), count in list(ways.items()):
+            ways[num_parts + 1, num_held + here] += count
+    chosen = {m: count for (num_parts, m), count in ways.items() if num_parts == top_limits}
+    missing = sum(count * comb(size * top_limits - m, top_k) for m, count in chosen.items())
+    return missing / (comb(len(held), top_limits) * comb(size * top_limits, top_k))
+
+
+def _held_by_group(
+    first: int, stop: int, num_experts: int, size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Count the flat experts [first, stop) of each router group that has any.
+
+    They are counted by parts of a router group, of `size` experts each.
+    """
     groups = range(first // num_experts, -(-stop // num_experts))
-    return tuple(min(stop, (g + 1) * num_experts) - max(first, g * num_experts) for g in groups)
+    return tuple(
+        tuple(
+            max(min(stop, start + size) - max(first, start), 0)
+            for start in range(g * num_experts, (g + 1) * num_experts, size)
+        )
+        for g in groups
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +137,7 @@ class Layout:
     num_micro_batches: int
     """Micro-batches per rank and step."""
     num_repeats: int
-    """Applications of each layer in a forward."""
+    """Applications of each layer between prelude and coda in a forward."""
     recompute: bool
     """Whether forwards run twice."""
     element_bytes: int
@@ -123,36 +162,39 @@ def expert_traffic(
     if layout.expert_parallel == 1:
         return {}
     traffic: dict[TrafficKey, TrafficVolume] = {}
+    times = applications(model)
     for name, module in routed_modules(model):
         exchanged = getattr(layout.exchange, module.part)
-        traffic |= TRAFFIC[exchanged](name, module, layout, rows_of)
+        traffic |= TRAFFIC[exchanged](name, module, times[module], layout, rows_of)
     return traffic
 
 
 def _weights(
-    layer: str, module: RoutedModule, layout: Layout, _: RowsOfRouter
+    layer: str, module: RoutedModule, _times: int, layout: Layout, _: RowsOfRouter
 ) -> dict[TrafficKey, TrafficVolume]:
     """Count gathers: one per forward and backward, whatever the repeats and recomputation."""
     messages, num_bytes = 0, 0
-    for layer_weights in module.expert_layers().values():
+    for layer_weights in module.held_expert_layers().values():
         num_experts = -(-layer_weights.num_experts // layout.expert_parallel)
         shard = num_experts * layer_weights.macs_per_row()
         messages += 1
         num_bytes += (layout.expert_parallel - 1) * shard * layout.element_bytes
+    if not messages:  # borrowed from a module that gathers them
+        return {}
     factor = layout.world_size * layout.num_micro_batches
     volume = TrafficVolume(factor * messages, factor * num_bytes)
     return {TrafficKey(layer, "gather", backward): volume for backward in (False, True)}
 
 
 def _tokens(
-    layer: str, module: RoutedModule, layout: Layout, rows_of: RowsOfRouter
+    layer: str, module: RoutedModule, times: int, layout: Layout, rows_of: RowsOfRouter
 ) -> dict[TrafficKey, TrafficVolume]:
     forwards = 2 if layout.recompute else 1
-    calls = layout.world_size * layout.num_micro_batches * layout.num_repeats
+    calls = layout.world_size * layout.num_micro_batches * times
     traffic: dict[TrafficKey, TrafficVolume] = {}
 
-    def add(key: TrafficKey, times: int, num_bytes: float) -> None:
-        more = TrafficVolume(calls * times, round(num_bytes * times))
+    def add(key: TrafficKey, passes: int, num_bytes: float) -> None:
+        more = TrafficVolume(calls * passes, round(num_bytes * passes))
         traffic[key] = traffic[key].plus(more) if key in traffic else more
 
     projections = module.routed_projections()
@@ -179,9 +221,10 @@ def _tokens(
 
 TRAFFIC: dict[
     str,
-    Callable[[str, RoutedModule, Layout, RowsOfRouter], dict[TrafficKey, TrafficVolume]],
+    Callable[[str, RoutedModule, int, Layout, RowsOfRouter], dict[TrafficKey, TrafficVolume]],
 ] = {"tokens": _tokens, "weights": _weights}
-"""Traffic of a module by what ranks exchange for it, see `moe.sharding.EXCHANGES`."""
+"""Traffic of a module, applied so many times in a forward, by what ranks exchange for it; see
+`moe.sharding.EXCHANGES`."""
 
 
 class StateTraffic(NamedTuple):

@@ -20,6 +20,7 @@ from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.stack import applications
 from moa_dist.moe.routed_module import RoutedProjection, routed_modules
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
@@ -141,20 +142,19 @@ class RowBytes(NamedTuple):
 def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
     """Count what the kernels of `moa_dist.kernels.triton_fused` read and write per row.
 
-    A gathered row counts as often as it is gathered. Shared layers count once per repeat.
+    A gathered row counts as often as it is gathered, and a shared module once per application.
     """
-    forward = backward = 0.0
+    forward, backward, times = 0.0, 0.0, applications(model)
     for _, module in routed_modules(model):
-        layers = module.expert_layers()
+        layers, repeats = module.expert_layers(), times[module]
         for projection in module.routed_projections():
             router = module.router_of(projection)
             chosen = router.num_groups * router.config.chosen_in_training
             hidden = [layers[name].d_out for name in projection.experts[:-1]]
             moved = _numbers_moved(projection, hidden)
-            forward += chosen * element_bytes * moved.forward
-            backward += chosen * element_bytes * moved.backward
-    repeats = model.stack.num_repeats
-    return RowBytes(forward * repeats, backward * repeats)
+            forward += chosen * element_bytes * moved.forward * repeats
+            backward += chosen * element_bytes * moved.backward * repeats
+    return RowBytes(forward, backward)
 
 
 def _numbers_moved(projection: RoutedProjection, hidden: list[int]) -> RowBytes:

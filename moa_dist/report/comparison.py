@@ -11,6 +11,7 @@ from moa_dist.report.html import fold, nothing, section, table
 from moa_dist.report.numbers import Number, at_equal_tokens, headline, hosts, layout, software
 from moa_dist.report.progress import state
 from moa_dist.report.read import Run
+from moa_dist.report.sources import source_names, source_numbers
 
 _MOST_DIFFERENT = 16
 """Settings that differ, from which they are folded."""
@@ -20,6 +21,7 @@ def comparison(runs: Sequence[Run], now: float) -> Iterator[str]:
     """Yield the sections; `now` is the current time in seconds since 1970."""
     head = labels(runs)
     yield _side_by_side(runs, head, now)
+    yield _sources(runs, head)
     yield _differences(runs, head)
 
 
@@ -32,6 +34,16 @@ def _side_by_side(runs: Sequence[Run], head: Sequence[str], now: float) -> str:
     rows += [[each[0].label, *marked(each)] for each in numbers]
     about = "★ is the best where all runs compare: the same data, tokens read, experts or hardware"
     return _wide("Side by side", table(["", *head], rows, "compare numbers"), about)
+
+
+def _sources(runs: Sequence[Run], head: Sequence[str]) -> str:
+    """Compare what the runs have read of each source, and their losses on its held-out data."""
+    rows = []
+    for name in source_names(runs):
+        for numbers in zip(*(source_numbers(run, name) for run in runs), strict=True):
+            if any(number.value is not None for number in numbers):
+                rows.append([f"{name}: {numbers[0].label}", *marked(numbers)])
+    return _wide("Data", table(["", *head], rows, "compare numbers")) if rows else ""
 
 
 def _differences(runs: Sequence[Run], head: Sequence[str]) -> str:
@@ -62,11 +74,11 @@ def _wide(title: str, body: str, about: str = "") -> str:
 def marked(numbers: Sequence[Number]) -> Iterator[str]:
     """Yield the runs' values and, below, details; the best gets a star if all compare and differ.
 
-    Values that read the same do not differ.
+    Values that read the same do not differ, and one alone is not the best.
     """
     known = {n.value: n for n in numbers if n.value is not None}
     bases = {n.basis for n in known.values()}
-    compares = len(bases) == 1 and None not in bases and len({n.text for n in numbers}) > 1
+    compares = len(bases) == 1 and None not in bases and len({n.text for n in known.values()}) > 1
     best = (max if numbers[0].better == "high" else min)(known, default=None)
     for number in numbers:
         is_best = compares and best is not None and number.text == known[best].text

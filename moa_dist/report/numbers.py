@@ -147,7 +147,7 @@ def _curve(run: Run, label: str, name: str, unit: str) -> Number:
         readable(value),
         ", ".join(filter(None, [unit, detail])),
         value,
-        basis=_basis(run, name, int(known.steps[-1])),
+        basis=loss_basis(run, name, int(known.steps[-1])),
         warns=is_lost,
     )
 
@@ -167,12 +167,12 @@ def at_equal_tokens(runs: Sequence[Run]) -> list[Number]:
             continue
         value, step = float(tokens.values[i]), int(series.steps[i])
         detail = f"after {short(float(tokens.steps[i]))} tokens, step {step:,}"
-        basis = _basis(run, VALIDATION, step)
+        basis = loss_basis(run, VALIDATION, step)
         numbers.append(Number(label, readable(value), detail, value, basis=basis))
     return numbers
 
 
-def _basis(run: Run, name: str, step: int) -> tuple[object, ...]:
+def loss_basis(run: Run, name: str, step: int) -> tuple[object, ...]:
     """Return what losses must have in common to compare: text, tokens, and how many were read."""
     data = ["data.train", "train.label_smoothing"]
     if name != "loss":

@@ -15,6 +15,7 @@ from moa_dist.report.numbers import headline, hosts, layout, software
 from moa_dist.report.progress import Progress, date, progress, state
 from moa_dist.report.read import Run
 from moa_dist.report.routing import routing_figures
+from moa_dist.report.sources import source_figures
 from moa_dist.report.time import time_figures
 from moa_dist.units import duration, short
 
@@ -31,8 +32,8 @@ def page(runs: Sequence[Run], now: float) -> str:
     if len(runs) == 1:
         (run,) = runs
         curves = section("Curves", [*shared_curves(runs), *own_curves(run)])
-        time = section("Time", [*time_figures(run)])
-        body = [*_head(run, now), _tiles(run), _problems(run), curves, time, *_about(run)]
+        data, time = section("Data", [*source_figures(run)]), section("Time", [*time_figures(run)])
+        body = [*_head(run, now), _tiles(run), _problems(run), curves, data, time, *_about(run)]
         return document(title, body)
     names = zip(labels(runs), full_names(runs), strict=True)
     lines = "".join(
@@ -42,8 +43,8 @@ def page(runs: Sequence[Run], now: float) -> str:
     body += [*comparison(runs, now), section("Curves", [*shared_curves(runs)])]
     for run, label in zip(runs, labels(runs), strict=True):
         own = section("Tasks, auxiliary losses and traffic", [*own_curves(run)])
-        time = section("Time", [*time_figures(run)])
-        parts = "".join([*_head(run, now), _problems(run), own, time, *_about(run)])
+        data, time = section("Data", [*source_figures(run)]), section("Time", [*time_figures(run)])
+        parts = "".join([*_head(run, now), _problems(run), own, data, time, *_about(run)])
         body.append(f'<section class="run" aria-label="{escape(label)}">{parts}</section>')
     return document(title, body)
 

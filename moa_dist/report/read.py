@@ -44,6 +44,10 @@ _SCALARS = (
 )
 """Names of scalars in the record of a step."""
 _VALIDATION = ("loss", "perplexity", "bits_per_byte")
+SOURCE_SHARE, SOURCE_EPOCHS = "sources/share/", "sources/epochs/"
+"""Begin the names of series about a source of training data, which its own name ends."""
+FOLDER_LOSS = "validation/losses/"
+"""Begins the name of the series of losses on one folder of held-out data."""
 
 Load = dict[RouterCall, NDArray[np.float64]]
 """Assignments [G, E] by router application: G router groups, E experts each."""
@@ -88,8 +92,9 @@ class Run:
     starts: list[int] = field(default_factory=list)
     """Steps after which training started or resumed."""
     series: dict[str, Series] = field(default_factory=dict)
-    """By name: `loss`, `validation/loss`, `aux_losses/NAME`, `tasks/NAME`, `parts/NORM/PART`,
-    `traffic/PURPOSE/LAYER` in MiB, `elapsed` in seconds without the time between attempts, ..."""
+    """By name: `loss`, `validation/loss`, `validation/losses/FOLDER`, `aux_losses/NAME`,
+    `tasks/NAME`, `parts/NORM/PART`, `sources/share/SOURCE`, `traffic/PURPOSE/LAYER` in MiB,
+    `elapsed` in seconds without the time between attempts, ..."""
     routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
     """Series of each router application, by measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
@@ -198,6 +203,8 @@ def _read_metrics(run: Run) -> None:
             elif kind == "validation":
                 for name in _VALIDATION:
                     columns[f"validation/{name}"].add(step, record.get(name))
+                for name, value in _mapping(record.get("losses")).items():
+                    columns[f"{FOLDER_LOSS}{name}"].add(step, value)
                 for name, value in _mapping(record.get("tasks")).items():
                     columns[f"tasks/{name}"].add(step, value)
                 if load := _load(record.get("load")):
@@ -222,6 +229,9 @@ def _step_values(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for part, norms in _mapping(record.get("parts")).items():
         for name, value in _mapping(norms).items():
             yield f"parts/{name}/{part}", value
+    for name, read in _mapping(record.get("sources")).items():
+        yield f"{SOURCE_SHARE}{name}", _mapping(read).get("share")
+        yield f"{SOURCE_EPOCHS}{name}", _mapping(read).get("epochs")
     for which in ("slowest", "fastest"):
         yield f"{which}/seconds", _mapping(record.get(which)).get("seconds")
     mib: dict[str, float] = defaultdict(float)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from moa_dist.checkpoint.check import newest_index
 from moa_dist.checkpoint.format import Index, Reader, checkpoints
 from moa_dist.config import find_layout_problems
 from moa_dist.config.run import Config, run_folder
-from moa_dist.data.cache import local_path
 from moa_dist.data.check import check_data
+from moa_dist.data.direct_text import ShouldStop, never
+from moa_dist.data.places import is_unprepared, local_path, prepare_texts
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import ConfigError, DataError, Problem
 from moa_dist.evaluate.export import is_export
+from moa_dist.evaluate.samples import samples_of
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
 from moa_dist.observe.tracker import missing_packages
 from moa_dist.train.resume_changes import refusals
 
 
-def check_run(config: Config, world_size: int) -> None:
-    """Check what can be known to fail before ranks meet.
+def check_run(config: Config, world_size: int, should_stop: ShouldStop = never) -> None:
+    """Check what can be known to fail before ranks meet; prepare text that the data names first.
 
     Raises:
         ConfigError: The settings do not fit the ranks, or the run that continues; names all else
             that is wrong too.
         DataError: Only the data or files are at fault.
+        StoppedError: `should_stop` returned True while text was prepared.
     """
     folder = run_folder(config)
     resumes = bool(checkpoints(folder))
@@ -40,16 +44,13 @@ def check_run(config: Config, world_size: int) -> None:
     problems += find_layout_problems(config, world_size, newest.samples if newest else None)
     problems += missing_packages(config.logging.trackers)
     try:
-        check_data(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            world_size=1,  # the number of ranks was checked
-            objective=config.model.objective,
-        )
-        task_evaluation(config)
-        if resumes:
+        lacks_text = _check_data(config, should_stop, may_prepare=not problems)
+        if not lacks_text:
+            task_evaluation(config)
+            samples_of(config)
+        if resumes and not lacks_text:
             _check_tokenizer(config, folder)
-        if newest is not None:  # else the checkpointer will explain
+        if newest is not None and not lacks_text:  # else the checkpointer will explain
             problems += refusals(config, newest)
     except DataError as error:
         if not problems:
@@ -57,6 +58,25 @@ def check_run(config: Config, world_size: int) -> None:
         problems += map(str, error.causes or [error])
     if problems:
         raise ConfigError(problems, f"{config.name} on {world_size} ranks")
+
+
+def _check_data(config: Config, should_stop: ShouldStop, *, may_prepare: bool) -> bool:
+    """Check the data, and prepare text if all else fits; returns whether text is still to be."""
+    check = partial(
+        check_data,
+        config.data,
+        vocab_size=config.model.vocab_size,
+        world_size=1,  # the number of ranks was checked
+        objective=config.model.objective,
+    )
+    check(may_lack_text=True)
+    folders = (*config.data.sources, *config.data.held_out)
+    if not any(is_unprepared(config.data, folder) for folder in folders):
+        return False
+    if may_prepare:
+        prepare_texts(config.data, folders, should_stop)
+        check()
+    return not may_prepare
 
 
 def _start(config: Config) -> Index | None:

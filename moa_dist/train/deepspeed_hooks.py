@@ -33,7 +33,6 @@ from torch import nn
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
 from moa_dist.models.block import Block
-from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.routed_module import RoutedModule
 
 _MARKER = "_deepspeed_expert_marker"
@@ -127,8 +126,8 @@ def prepare_for_zero_3(model: nn.Module) -> None:
         if isinstance(module, Block):
             module.register_forward_pre_hook(_with_own_dictionaries)
         if isinstance(module, RoutedModule):
-            for child in module.children():
-                if isinstance(child, GroupedLinear) and child.gather is None:
+            for child in module.expert_layers().values():
+                if child.gather is None:
                     deepspeed.zero.register_external_parameter(module, child.weight)
 
 

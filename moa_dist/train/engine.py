@@ -52,7 +52,7 @@ class StepResult:
     loss: float
     """Mean cross-entropy per target, nats."""
     aux_losses: dict[str, float]
-    """Mean auxiliary losses over the sequences of the global batch."""
+    """Mean auxiliary losses over the sequences of the global batch; the z-loss over its targets."""
     grad_norm: float
     """Global norm before clipping."""
     tokens: int
@@ -103,7 +103,7 @@ class Engine:
         self.mesh = mesh
         self.zero_stage = config.parallel.zero_stage
         self.clip_norm = config.optimizer.clip_norm
-        self.label_smoothing = config.train.label_smoothing
+        self.label_smoothing, self.z_loss = config.train.label_smoothing, config.train.z_loss
         self.device = device
         self.expert_names = {f"{name}.weight" for name, _ in expert_layers(model)}
         model.sum_over_ranks = partial(pool_statistics, mesh=mesh)
@@ -203,12 +203,12 @@ class Engine:
         routing: dict[tuple[RouterCall, ...], RoutingReport] = {}
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
-            result = objective(self.deepspeed, batch, self.label_smoothing)
+            result = objective(self.deepspeed, batch, self.label_smoothing, self.z_loss)
             weight = batch.num_sequences * totals.micro_batches / totals.sequences
             # DeepSpeed divides by the number of micro-batches and averages over ranks.
             with annotate("backward"):
                 self.deepspeed.backward(result.loss(totals.targets_per_micro_batch, weight))
-            _add(sums, _values(result, weight))
+            _add(sums, _values(result, weight, totals.targets_per_micro_batch))
             for calls, new in reports(result.statistics).items():
                 routing[calls] = routing[calls].plus(new) if calls in routing else new
             if i < len(batches) - 1:
@@ -286,8 +286,10 @@ def _initialize(
     return engine
 
 
-def _values(result: Objective, weight: float) -> dict[str, Tensor]:
+def _values(result: Objective, weight: float, num_targets: float) -> dict[str, Tensor]:
     aux_losses = {name: weight * value for name, value in result.aux_losses.items()}
+    if result.z is not None:
+        aux_losses["logits/z_loss"] = result.z / num_targets
     values = {"cross_entropy": result.cross_entropy, **aux_losses}
     return {name: value.detach() for name, value in values.items()}
 

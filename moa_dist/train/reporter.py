@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moa_dist.checkpoint.note import Note
-from moa_dist.observe.metrics import Observer, RunStart, StepMetrics, ValidationMetrics
+from moa_dist.observe.metrics import (
+    Observer,
+    RunStart,
+    SampleMetrics,
+    StepMetrics,
+    ValidationMetrics,
+)
 
 
 class Reporter:
@@ -28,6 +34,11 @@ class Reporter:
         """Report a validation."""
         for listener in self._listeners:
             listener.validation(metrics)
+
+    def samples(self, metrics: SampleMetrics) -> None:
+        """Report texts that the model continued."""
+        for listener in self._listeners:
+            listener.samples(metrics)
 
     def rewind(self, step: int) -> None:
         """Report that training goes back to after `step`."""

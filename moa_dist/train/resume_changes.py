@@ -10,9 +10,9 @@ from pydantic import JsonValue
 
 from moa_dist.checkpoint.format import Index
 from moa_dist.config.changes import Change, Changes, changes, covers, refused
-from moa_dist.config.run import Config
-from moa_dist.data.cache import local_path
+from moa_dist.config.run import Config, ScheduleConfig
 from moa_dist.data.manifest import MANIFEST_FILE, sha256_of
+from moa_dist.data.places import local_path
 from moa_dist.train.schedule import learning_rate
 
 DATA = "data.train"
@@ -100,10 +100,20 @@ def _learning_rate(before: Config, config: Config, step: int) -> Iterator[str]:
             f"{_rate(config, step + 1):.2e} at step {step + 1}"
         )
     ends = before.train.steps, config.train.steps
-    kind = config.schedule.kind
-    if kind in ("cosine", "wsd") and ends[0] != ends[1]:
-        shape = "cosine" if kind == "cosine" else "decay"
-        yield f"the {shape} of the learning rate ends at step {ends[1]} instead of {ends[0]}"
+    if ends[0] != ends[1] and (moved := _moved_with_the_end(config.schedule)):
+        yield f"{moved} of the learning rate ends at step {ends[1]} instead of {ends[0]}"
+
+
+def _moved_with_the_end(schedule: ScheduleConfig) -> str | None:
+    """Name the part of a schedule that depends on `train.steps`; None if nothing does."""
+    match schedule.kind:
+        case "cosine":
+            return "the cosine"
+        case "wsd":
+            return "the decay"
+        case "phases" if any(phase.steps is None for phase in schedule.phases):
+            return "the last phase"
+    return None
 
 
 def _rate(config: Config, step: int) -> float:

@@ -25,9 +25,10 @@ from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import BadStepError, DataError, ExitCode, TrainingError
 from moa_dist.evaluate.perplexity import Perplexity, bits_per_byte, combined, perplexity
+from moa_dist.evaluate.samples import Samples
 from moa_dist.evaluate.zero_shot import TaskEvaluation
 from moa_dist.models.objective import Batch
-from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
+from moa_dist.observe.metrics import Sample, SampleMetrics, StepMetrics, Timing, ValidationMetrics
 from moa_dist.train.bad_steps import BadSteps
 from moa_dist.train.engine import Engine, StepResult
 from moa_dist.train.out_of_memory import explain_out_of_memory
@@ -73,6 +74,8 @@ class Run:
     data: CheckedData
     tasks: TaskEvaluation | None
     """Zero-shot tasks to score with every validation."""
+    samples: Samples | None
+    """Prompts to continue."""
     order: OrderHistory
     """Weights of the sources and shards that are left out, and since which sample."""
     progress: Progress
@@ -199,6 +202,16 @@ class Run:
         with self._timer.paused():
             metrics = self._validation_metrics()
         self.reporter.validation(metrics)
+
+    def sample(self) -> None:
+        """Report continuations of the prompts, if any, every `evaluation.samples.every` steps."""
+        settings = self.config.evaluation.samples
+        if self.samples is None or not self._is_due(settings.every):
+            return
+        with self._timer.paused():
+            texts = self.samples.run(self.engine.deepspeed)
+        samples = [Sample(*pair) for pair in zip(settings.prompts, texts, strict=True)]
+        self.reporter.samples(SampleMetrics(self.progress.step, self.progress.tokens, samples))
 
     def save(self) -> None:
         """Begin to write a checkpoint every `checkpoint.every` steps. Raises SaveError."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from moa_dist.config import to_yaml
 from moa_dist.config.run import Config
-from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import MANIFEST_FILE
+from moa_dist.data.places import local_path
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 
 

@@ -15,8 +15,8 @@ from moa_dist.checkpoint.check import altered, damage, read_sums
 from moa_dist.checkpoint.format import MASTER, Reader, tokenizer_of
 from moa_dist.checkpoint.state_source import StateSource
 from moa_dist.config.run import Config, InitConfig
-from moa_dist.data.cache import local_path
 from moa_dist.data.manifest import sha256_of
+from moa_dist.data.places import local_path
 from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.errors import DataError
 from moa_dist.evaluate.export import ExportedWeights, is_export

@@ -22,6 +22,7 @@ from moa_dist.distributed.preemption import Preemption
 from moa_dist.distributed.start import DistContext, init_distributed
 from moa_dist.distributed.watchdog import Watchdog
 from moa_dist.errors import TrainingError
+from moa_dist.evaluate.samples import samples_of
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.evaluate.zero_shot import task_evaluation
 from moa_dist.kernels.triton_support import triton_problem
@@ -96,6 +97,7 @@ def _resume(
         engine=built.engine,
         data=data,
         tasks=task_evaluation(config),
+        samples=samples_of(config),
         order=order,
         progress=Progress.of(resumed, before),
         history=History.after(resumed.state, changed, resumed.step, config),

@@ -32,5 +32,6 @@ def train(config: Config, observer: Observer, preemption: Preemption) -> ExitCod
                 continue
             run.log(result, sync.digest)
             run.validate()
+            run.sample()
             run.save()
         return run.finish()

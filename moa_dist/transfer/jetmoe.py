@@ -14,7 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig, RouterConfig
+from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig
+from moa_dist.config.routers import RouterConfig
+from moa_dist.config.sharing import SharingConfig
 
 BLOCK_NORM_EPS = 1e-6
 """Epsilon of all norms but the last: transformers ignores `rms_norm_eps` for them."""
@@ -123,26 +125,42 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         "norm": "rmsnorm",
         "norm_eps": BLOCK_NORM_EPS,
         "position": "none",
+        "logit_soft_cap": None,
+        "prelude": 0,
+        "coda": 0,
     }
     if not config.tie_embeddings:
         wanted["head_bias"] = False
     for name, value in wanted.items():
         if getattr(config, name) != value:
             yield f"`model.{name}` is {getattr(config, name)}; JetMoE needs {value}"
+    if config.sharing != SharingConfig():
+        yield "`model.sharing` shares layers by part; JetMoE needs whole layers in the order ABAB"
     if isinstance(config.attention, MoAConfig):
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:
             yield "`model.attention.rope` does not rotate whole heads; JetMoE needs fraction 1"
-        for name, value in {"qk_norm": False, "kv_bias": False, "attend": "softmax"}.items():
+        unlike = {
+            "qk_norm": False,
+            "window": None,
+            "soft_cap": None,
+            "shared_experts": 0,
+            "kv_bias": False,
+            "attend": "softmax",
+        }
+        for name, value in unlike.items():
             if getattr(config.attention, name) != value:
-                found = getattr(config.attention, name)
-                yield f"`model.attention.{name}` is {found}; JetMoE needs {value}"
+                yield f"`model.attention.{name}` is set, but JetMoE has no such part"
+        if rope is not None and rope.scaling is not None:
+            yield "`model.attention.rope.scaling` is set, but JetMoE has no such part"
         yield from _router_problems("attention", config.attention.router)
     else:
         yield f"`model.attention.kind` is {config.attention.kind}; JetMoE needs moa"
     if isinstance(config.ffn, MoEFFNConfig):
         if not config.ffn.gated:
             yield "`model.ffn.gated` is false; JetMoE needs gated experts"
+        if config.ffn.shared_expert is not None:
+            yield "`model.ffn.shared_expert` is set, but JetMoE has no such part"
         yield from _router_problems("ffn", config.ffn.router)
     else:
         yield f"`model.ffn.kind` is {config.ffn.kind}; JetMoE needs moe"
@@ -166,6 +184,8 @@ def _router_problems(part: str, router: RouterConfig) -> Iterator[str]:
             f"`{path}` has score {router.score} and gate {router.gate}; JetMoE needs a softmax "
             "over the chosen experts: softmax and renormalized"
         )
+    if router.route_scale != 1 or router.group_limit is not None:
+        yield f"`{path}` has a route_scale or a group_limit; JetMoE has neither"
     if router.capacity is not None:
         yield f"`{path}.capacity` drops tokens; JetMoE drops none"
     if router.balance.bias_rate:

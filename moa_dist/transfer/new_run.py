@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from moa_dist.checkpoint.convert import make_partial
 from moa_dist.checkpoint.format import FORMAT, MASTER, Index, Piece, checkpoint_folder
@@ -21,6 +22,18 @@ from moa_dist.data.tokenizer import TOKENIZER_FILE
 from moa_dist.evaluate.export import CONFIG_FILE
 
 _FILE = "weights.safetensors"
+
+
+def write_new_model(target: Path, config: Config, model: nn.Module, tokenizer: Path) -> int:
+    """Create a run as `write_new_run` does, from a model and a tokenizer's file, if it exists."""
+    state = model.state_dict()
+    return write_new_run(
+        target,
+        config,
+        [TensorSpec(name, torch.float32, tuple(t.shape)) for name, t in state.items()],
+        (tensor.float().contiguous() for tensor in state.values()),
+        tokenizer.read_bytes() if tokenizer.exists() else None,
+    )
 
 
 def write_new_run(

@@ -31,9 +31,9 @@ from moa_dist.config.model import (
     ModelConfig,
     MoEFFNConfig,
     PartConfig,
-    RouterConfig,
     SwitchHeadConfig,
 )
+from moa_dist.config.routers import RouterConfig
 from moa_dist.errors import Problem
 from moa_dist.models.attention import DenseAttention
 from moa_dist.models.block import Block
@@ -76,6 +76,12 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[Problem]:
             now, before = ("null" if value is None else value for value in (now, before))
             text = f"`model.{name}` is {now}, but {before} in the dense model; make them equal"
             yield Problem(text, (f"model.{name}",), {f"model.{name}": [getattr(dense, name)]})
+    if config.sharing.is_partial:
+        yield Problem(
+            "`model.sharing` shares layers by part, which cannot be upcycled; upcycle a model with "
+            "distinct layers, and share them with `moa-dist share`",
+            ("model.sharing",),
+        )
     changed = [name for name in PARTS if getattr(dense, name) != getattr(config, name)]
     if not changed:
         text = (
@@ -106,7 +112,8 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[Problem]:
                 (f"model.{name}.kind",),
                 {f"model.{name}.kind": kinds},
             )
-        for field, router in now.routers.items():
+        of_known_kind = now.routers if type(now) in _HEADS_FIELD else {}
+        for field, router in of_known_kind.items():
             if router.kind != "topk":
                 key = f"model.{name}.{field}.kind"
                 text = f"`{key}` is {router.kind}, but an upcycled part needs topk"
@@ -128,7 +135,16 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
             "neither can be upcycled",
             ("model.attention",),
         )
-    wanted = {heads: dense.num_heads, "d_head": dense.d_head, "rope": dense.rope, "qk_norm": False}
+    wanted = {
+        heads: dense.num_heads,
+        "d_head": dense.d_head,
+        "rope": dense.rope,
+        "window": dense.window,
+        "soft_cap": dense.soft_cap,
+        "qk_norm": False,
+        "shared_experts": 0,
+    }
+    yield from _routing_problems("model.attention", attention)
     for name, value in wanted.items():
         if getattr(attention, name) != value:
             yield Problem(
@@ -139,7 +155,28 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
             )
 
 
+def _routing_problems(path: str, part: PartConfig) -> Iterator[Problem]:
+    """Copies must add up to what they are copies of."""
+    for name, router in part.routers.items():
+        for field, value in (("route_scale", 1.0), ("group_limit", None)):
+            if getattr(router, field) != value:
+                key = f"{path}.{name}.{field}"
+                yield Problem(
+                    f"`{key}` is set, but copies of a dense part need "
+                    f"{'null' if value is None else value}",
+                    (key,),
+                    {key: [value]},
+                )
+
+
 def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig) -> Iterator[Problem]:
+    yield from _routing_problems("model.ffn", ffn)
+    if ffn.shared_expert is not None:
+        yield Problem(
+            "`model.ffn.shared_expert` is set, but the dense FFN is copied into the routed experts",
+            ("model.ffn.shared_expert",),
+            {"model.ffn.shared_expert": [None]},
+        )
     for name in ("activation", "gated"):
         if getattr(ffn, name) != getattr(dense, name):
             yield Problem(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.models.cross_entropy import NO_TARGET
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, build_model
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import RouterCall, RouterKey
@@ -87,6 +88,9 @@ def _step(
     loss = F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), label_smoothing=config.train.label_smoothing
     )
+    if coefficient := config.train.z_loss:
+        log_sums = logits[labels != NO_TARGET].logsumexp(-1)
+        aux_losses["logits/z_loss"] = coefficient * log_sums.square().mean()
     torch.stack([loss, *aux_losses.values()]).sum().backward()
     load, dropped = (_over_parts(outputs, count) for count in ("load", "dropped"))
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moa_dist.checkpoint.format import MASTER
-from moa_dist.config.model import sequences_per_group
 from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.config.sequence_groups import sequences_per_group
 from moa_dist.config.shrink import shrink
 from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.device import min_device_memory, should_overlap

@@ -112,7 +112,7 @@ def test_a_learned_layer_gets_what_it_got_in_its_run(made):
     batches = validation_batches(folder, load_manifest(folder), rank=0, world_size=1, micro_batch=2)
     tokens, _ = next(batches)
     statistics = run.model(tokens[:, :-1]).statistics
-    call = RouterCall(1, run.model.stack.num_repeats - 1, "ffn")
+    call = RouterCall(1, run.model.config.num_repeats - 1, "ffn")
     ffn = learned["ffn"]
     assert torch.equal(ffn.layer(*ffn.inputs).statistics[""].load, statistics[call].load)
     query, key = learned["attention"].inputs[:2]

@@ -82,11 +82,8 @@ def test_the_remedy_works(made, tmp_path, capsys):
     assert "loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("valid", "word"),
-    [(None, "data.valid"), ("gone", "gone")],
-)
-def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, word):
+def run_with_valid(made, tmp_path, valid):
+    """A copy of the run whose newest checkpoint names other validation data."""
     run = tmp_path / "run"
     shutil.copytree(made / "run", run)
     index = run / "step-00000002/checkpoint.json"
@@ -97,9 +94,39 @@ def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, word):
     others = [line for line in sums.read_text().splitlines() if index.name not in line]
     others.append(f"{sha256_of(index.read_bytes())}  {index.name}")
     sums.write_text("\n".join(others) + "\n")
-    message = refused(capsys, run)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("valid", "word"),
+    [(None, "data.valid"), ("gone", "gone")],
+)
+def test_a_run_without_its_validation_data(made, tmp_path, capsys, valid, word):
+    message = refused(capsys, run_with_valid(made, tmp_path, valid))
     assert word in message
     assert "--data" in message
+
+
+def test_each_of_several_validation_folders_and_all_together(made, tmp_path, capsys):
+    folders = {"books": made / "data/valid", "web": made / "data/train"}
+    valid = [{"name": name, "path": str(path)} for name, path in folders.items()]
+    run = run_with_valid(made, tmp_path, valid)
+    assert main(["eval", str(run), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    keys = ["tokens", "loss", "perplexity", "bits_per_byte"]
+    for name, path in folders.items():
+        assert main(["eval", str(run), "--data", str(path), "--json"]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        assert "folders" not in alone
+        assert report["folders"][name] == {key: alone[key] for key in ["data", *keys]}
+    books, web = report["folders"].values()
+    assert books["loss"] != web["loss"]
+    assert report["tokens"] == books["tokens"] + web["tokens"]
+    together = books["loss"] * books["tokens"] + web["loss"] * web["tokens"]
+    assert report["loss"] == pytest.approx(together / report["tokens"])
+    assert main(["eval", str(run)]) == 0
+    losses = re.findall(r"loss +(\S+)\n", capsys.readouterr().out)
+    assert losses == [f"{each['loss']:.4f}" for each in (books, web, report)]
 
 
 def test_a_checkpoint_without_its_tokenizer(made, tmp_path, capsys):

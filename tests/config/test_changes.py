@@ -14,7 +14,7 @@ from moa_dist.config.section import Section
     [
         ("model.norm_placement", "pre", "post"),
         ("model.attention.rope.base", 10000.0, 500000.0),
-        ("model.attention.rope", {"fraction": 0.5, "base": 10000.0}, None),
+        ("model.attention.rope", {"fraction": 0.5, "base": 10000.0, "scaling": None}, None),
         ("model.ffn.activation", "relu", "gelu"),
         ("model.ffn.router.top_k", 2, 1),
         ("model.ffn.router.score", "sigmoid", "softmax"),

@@ -20,6 +20,9 @@ PRECISION = ("train.precision", "parallel.zero_stage")
 KEPT = ("checkpoint.keep_every", "checkpoint.every")
 EP = "parallel.expert_parallel"
 COMPILE = "train.compile"
+ROPE, WINDOW = "model.attention.rope", "model.attention.window"
+SCALING, LIMIT = f"{ROPE}.scaling", f"{FFN}.group_limit"
+FULL = (f"{WINDOW}.full_every", "model.num_layers")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,16 @@ COMPILE = "train.compile"
     [
         (["name=a/b"], ("name",), {}),
         (["model.num_distinct_layers=3"], LAYERS, {LAYERS[0]: [1, 2, 4]}),
+        (["model.prelude=1"], LAYERS, {LAYERS[0]: [1, 3]}),
+        (["model.prelude=2", "model.coda=2"], ("model.prelude", "model.coda", LAYERS[1]), {}),
+        (["model.prelude_ffn={d_ff: 8}"], ("model.prelude_ffn", "model.prelude"), {}),
+        (
+            ["model.num_distinct_layers=null", "model.sharing.adapter_rank=2"],
+            ("model.sharing", LAYERS[0]),
+            {},
+        ),
+        (["model.sharing.own=[routers, attention, ffn]"], ("model.sharing.own",), {}),
+        (["model.sharing.own=[norms, norms]"], ("model.sharing.own",), {}),
         (
             ["model.attention.rope.fraction=0.1"],
             ("model.attention.rope.fraction", "model.attention.d_head"),
@@ -57,6 +70,48 @@ COMPILE = "train.compile"
             (f"{ATTENTION}.group_sequences", "train.micro_batch"),
             {f"{ATTENTION}.group_sequences": [1, 2, 4]},
         ),
+        (["model.attention.window={size: 4, full_every: 9}"], FULL, {FULL[0]: [None]}),
+        (["model.attention.window={size: 4, rope: {}}"], (f"{WINDOW}.rope", FULL[0]), {}),
+        (
+            ["model.attention.window={size: 4, full_every: 2, rope: {fraction: 0.1}}"],
+            (f"{WINDOW}.rope.fraction", "model.attention.d_head"),
+            {},
+        ),
+        (
+            [f"{SCALING}={{kind: yarn, factor: 4}}"],
+            (f"{SCALING}.original_length", f"{SCALING}.kind"),
+            {},
+        ),
+        (
+            [f"{SCALING}={{kind: linear, factor: 4, attention_factor: 2}}"],
+            (f"{SCALING}.attention_factor", f"{SCALING}.kind"),
+            {},
+        ),
+        (
+            [f"{SCALING}={{kind: yarn, factor: 4, original_length: 64, slow_turns: 40}}"],
+            (f"{SCALING}.slow_turns", f"{SCALING}.fast_turns"),
+            {},
+        ),
+        (
+            [f"{SCALING}={{kind: yarn, factor: 4, original_length: 64}}", f"{ROPE}.base=1"],
+            (f"{ROPE}.base", f"{SCALING}.kind"),
+            {},
+        ),
+        (
+            [f"{LIMIT}={{num_groups: 3, top_groups: 1}}"],
+            (f"{LIMIT}.num_groups", f"{FFN}.num_experts"),
+            {},
+        ),
+        (
+            [f"{LIMIT}={{num_groups: 4, top_groups: 4}}"],
+            (f"{LIMIT}.top_groups", f"{LIMIT}.num_groups"),
+            {},
+        ),
+        (
+            [f"{LIMIT}={{num_groups: 4, top_groups: 1}}", f"{FFN}.top_k=3"],
+            (f"{FFN}.top_k", f"{LIMIT}.top_groups"),
+            {},
+        ),
         (["train.global_batch=9"], BATCHES, {BATCHES[0]: [8, 12], BATCHES[1]: [3, 9]}),
         (["train.global_batch=2"], BATCHES, {BATCHES[0]: [4], BATCHES[1]: [2]}),
         (["schedule.warmup_steps=101"], ("schedule.warmup_steps", "train.steps"), {}),
@@ -65,6 +120,32 @@ COMPILE = "train.compile"
         (["init.weights=a", "init.branch=b"], ("init.weights", "init.branch"), {}),
         (["init.new=[a]"], ("init.new", "init.weights"), {}),
         (["evaluation.tasks=[piqa=a]"], ("evaluation.tasks", "data.valid"), {}),
+        (
+            ["evaluation.samples.prompts=[a]", "model.objective=masked"],
+            ("evaluation.samples.prompts", "model.objective"),
+            {},
+        ),
+        (
+            ["schedule.phases=[{to: 1}]"],
+            ("schedule.phases", "schedule.kind"),
+            {"schedule.kind": ["phases"]},
+        ),
+        (["schedule.kind=phases"], ("schedule.phases", "schedule.kind"), {}),
+        (
+            ["schedule.kind=phases", "schedule.phases=[{to: 1}, {to: 0}]"],
+            ("schedule.phases",),
+            {},
+        ),
+        (
+            ["schedule.kind=phases", "schedule.phases=[{steps: 60, to: 1}, {steps: 41, to: 0}]"],
+            ("schedule.phases", "train.steps"),
+            {},
+        ),
+        (
+            ["schedule.kind=phases", "schedule.phases=[{to: 1}]", "schedule.warmup_steps=5"],
+            ("schedule.warmup_steps", "schedule.kind"),
+            {},
+        ),
         (["schedule.kind=wsd"], ("schedule.decay_steps", "schedule.kind"), {}),
         (
             ["schedule.decay_steps=5"],

@@ -22,7 +22,8 @@ NAMES = [str(p.relative_to(CONFIGS).with_suffix("")) for p in SHIPPED]
 @pytest.mark.parametrize("path", SHIPPED, ids=NAMES)
 def test_shipped_config_has_no_problems(path):
     config = load_config(path)  # raises on any
-    assert not config.data.train.startswith("/"), "no machine paths"
+    for folder in (*config.data.sources, *config.data.held_out):
+        assert not folder.path.startswith("/"), "no machine paths"
     assert path.read_text().startswith("# "), "the first line says what it is"
 
 
@@ -73,7 +74,16 @@ def test_small_masked_models_differ_in_the_number_of_experts_alone():
     assert all(config == alike[0] for config in alike)
 
 
-EXAMPLES = {"own_text": 1, "moeut_44m": 8, "moa_moe": 2, "masked_lm": 1}
+EXAMPLES = {
+    "own_text": 1,
+    "second_phase": 1,
+    "fine_tune": 1,
+    "moeut_44m": 8,
+    "moa_moe": 2,
+    "masked_lm": 1,
+    "tied_experts": 2,
+    "shared_core": 1,
+}
 """Ranks that their headings start."""
 
 

@@ -15,12 +15,16 @@ SIZES = {
     "model.d_model",
     "model.num_layers",
     "model.num_distinct_layers",
+    "model.prelude",
+    "model.coda",
+    "model.prelude_ffn.d_ff",
     *(
         f"model.{part}.{size}"
         for part in ("attention", "ffn")
         for size in (
             *("num_heads", "heads_per_expert", "d_head", "d_ff", "d_expert"),
             *("router.num_experts", "router.top_k"),
+            *("window.size", "window.full_every", "shared_experts", "shared_expert.d_expert"),
         )
     ),
     "data.sequence_length",
@@ -88,6 +92,19 @@ def test_shipped_config_stays_itself_in_small(path, world_size):
 
 
 UNUSUAL = {
+    "groups of experts": [
+        "model.ffn.router={num_experts: 256, top_k: 8, score: sigmoid}",
+        "model.ffn.router.group_limit={num_groups: 64, top_groups: 2}",
+        "model.ffn.shared_expert={d_expert: 100}",
+        "parallel.expert_parallel=24",
+        "train.micro_batch=4",
+        "train.global_batch=192",
+    ],
+    "windows": [
+        "model.attention.window={size: 512, full_every: 3, rope: {fraction: 0.25}}",
+        "model.attention.rope.scaling={kind: yarn, factor: 4, original_length: 2048}",
+        "model.attention.shared_experts=true",
+    ],
     "many heads of one expert each": [
         "model.attention.num_heads=16",
         "model.attention.router={num_experts: 1, top_k: 1, score: sigmoid}",

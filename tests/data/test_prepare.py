@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moa_dist.data import assembly as assembly_module
+from moa_dist.data import corpus as corpus_module
 from moa_dist.data import prepare as prepare_module
 from moa_dist.data.manifest import Manifest, load_manifest, sha256_of
 from moa_dist.data.prepare import Prepared, prepare
@@ -157,22 +159,41 @@ def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:
     assert nothing_but("text.txt", folder=tmp_path)
 
 
-@pytest.mark.parametrize("step", ["train_tokenizer", "write_shards", "save_manifest"])
+MODULES = {
+    "sample_text": corpus_module,
+    "train_tokenizer": corpus_module,
+    "tokenize": corpus_module,
+    "write_shards": assembly_module,
+    "save_manifest": assembly_module,
+    "put_in_place": prepare_module,
+}
+
+
+def crash_in(monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]) -> None:
+    def crash(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MODULES[step], step, crash)
+
+
+@pytest.mark.parametrize("step", MODULES)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError])
-def test_a_crash_leaves_nothing(
+def test_a_crash_leaves_no_output_and_the_next_run_continues(
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     step: str,
     error: type[BaseException],
 ) -> None:
-    def crash(*args: object, **kwargs: object) -> None:
-        raise error
-
-    monkeypatch.setattr(prepare_module, step, crash)
-    with pytest.raises(DataError if error is OSError else error):
-        run(text_file, tmp_path / "out")
-    assert nothing_but(folder=tmp_path)
+    with monkeypatch.context() as patched:
+        crash_in(patched, step, error)
+        with pytest.raises(DataError if error is OSError else error):
+            run(text_file, tmp_path / "out", valid_share=0.2)
+    assert nothing_but(".out.partial", folder=tmp_path)
+    run(text_file, tmp_path / "out", valid_share=0.2)
+    assert nothing_but("out", folder=tmp_path)
+    run(text_file, tmp_path / "at-once", valid_share=0.2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "at-once")
 
 
 def test_a_crash_keeps_the_data_that_force_would_have_replaced(
@@ -180,15 +201,11 @@ def test_a_crash_keeps_the_data_that_force_would_have_replaced(
 ) -> None:
     run(text_file, tmp_path / "out")
     before = contents(tmp_path / "out")
-
-    def crash(*args: object, **kwargs: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_module, "save_manifest", crash)
+    crash_in(monkeypatch, "save_manifest", KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(text_file, tmp_path / "out", seed=9, force=True)
     assert contents(tmp_path / "out") == before
-    assert nothing_but("out", folder=tmp_path)
+    assert nothing_but("out", ".out.partial", folder=tmp_path)
 
 
 @pytest.mark.parametrize("before", ["nothing", "an empty folder", "data"])

@@ -22,10 +22,10 @@ import torch
 
 from moa_dist.config.data import DataConfig, SourceConfig
 from moa_dist.data import cache, remote
-from moa_dist.data.cache import local_path, mirror
 from moa_dist.data.check import check_data
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import load_manifest, sha256_of
+from moa_dist.data.places import local_path, mirror
 from moa_dist.data.shards import read_shard
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.errors import DataError

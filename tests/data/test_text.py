@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,19 @@ def test_limit_cuts_the_last_document_between_characters(tmp_path: Path, limit: 
     assert whole.startswith("".join(documents))
     assert counts.text_bytes == len("".join(documents).encode())
     assert min(limit, len(whole.encode())) - 4 < counts.text_bytes <= limit
+
+
+def test_white_space_without_end_takes_no_memory(tmp_path: Path) -> None:
+    file, space = tmp_path / "a.txt", (" " * 99 + "\n") * 100_000
+    file.write_text(space)
+    tracemalloc.start()
+    try:
+        counts = TextCounts()
+        with raises_data_error("1 empty documents", key="--input"):
+            list(read_documents([file], TextOptions(), counts))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(space) / 4
+    file.write_text(space + "text")
+    assert read(file)[0] == [space + "text"]

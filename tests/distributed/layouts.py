@@ -68,6 +68,7 @@ class Case:
     sequences: int = SEQUENCES
     steps: int = 1
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
     uneven: bool = False
     """Two micro-batches on each of two ranks, no two of one size, as of buckets of pairs."""
     eps: float = 1e-8
@@ -118,6 +119,7 @@ class Case:
                     "precision": self.precision,
                     "recompute": self.recompute,
                     "label_smoothing": self.label_smoothing,
+                    "z_loss": self.z_loss,
                 },
             }
         )

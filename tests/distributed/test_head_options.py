@@ -6,8 +6,9 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from moa_dist.config.model import DenseAttentionConfig, ModelConfig
-from moa_dist.models.attention import AttentionMask, DenseAttention
+from moa_dist.models.attention import DenseAttention
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import Rotation
 from tests.distributed.layouts import MOA, SWITCHHEAD, Case, router
 from tests.distributed.test_engine import check, stage

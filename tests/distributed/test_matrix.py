@@ -1,9 +1,9 @@
 """Any layout takes the same step as one process, crossed with all that a layout might disturb.
 
-The full product has 140 thousand cells. `covering_cells` picks about a hundred, so that any
+The full product has 840 thousand cells. `covering_cells` picks about a hundred, so that any
 three values of three dimensions that can occur together do so in at least one of them: hence
 all pairs, and every layout at every ZeRO stage with every value of every other dimension.
-Without `--full`, thirty of them run, which hold all pairs.
+Without `--full`, about thirty of them run, which hold all pairs.
 
 In each cell every rank has data of its own, sequences are padded (one is padding alone), and
 some expert gets no token. SGD has rate 1: unclipped, its step is the gradient.
@@ -36,10 +36,13 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "layers": ("distinct", "shared"),
     "attention": ("moa", "switchhead", "dense"),
     "ffn": ("sigma-moe", "softmax-moe", "dense"),
+    "parts": ("plain", "local", "shared"),
     "norm_placement": ("pre", "post", "peri"),
     "step": ("sgd", "sgd-clipped", "adamw"),
 }
-"""A dimension named like a field of `Case` sets that field."""
+"""A dimension named like a field of `Case` sets that field. `parts` are options of layers: `local`
+has windows, scaled rotations, soft caps and a z-loss; `shared` has shared experts, groups of
+experts and scaled weights."""
 
 Cell = dict[str, Any]
 """A value for every dimension, or for some of them."""
@@ -103,41 +106,62 @@ def name_of(cell: Cell) -> str:
         "recompute" if cell["recompute"] else "",
         cell["capacity"],
         cell["layers"],
+        "" if cell["parts"] == "plain" else cell["parts"],
         f"{cell['attention']}+{cell['ffn']} {cell['norm_placement']} {cell['step']}",
     ]
     return " ".join(word for word in words if word)
 
 
-def case_of(cell: Cell) -> Case:
+LOCAL = {
+    "window": {"size": 4, "full_every": 2},
+    "soft_cap": 2.0,
+    "rope": {"scaling": {"kind": "yarn", "factor": 4.0, "original_length": 16}},
+}
+
+
+def sections(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attention and FFN of the model, with the parts that the cell asks for."""
     capacity = {"factor": 1.0, "policy": cell["capacity"]}
-    routing = {"capacity": None if cell["capacity"] == "dropless" else capacity}
+    capacity = None if cell["capacity"] == "dropless" else capacity
+    is_shared = cell["parts"] == "shared"
     # Numbers of experts that no number of ranks divides: shards of unequal size.
+    sizes = {"moa": (21, 2), "switchhead": (15, 2), "ffn": (25, 3)}
+    groups = {"moa": (7, 2), "switchhead": (5, 2), "ffn": (5, 2)}
+
+    def routing(name: str, score: str, balance: dict[str, float], **more: Any) -> dict[str, Any]:
+        if is_shared:
+            num_groups, top_groups = groups[name]
+            limit = {"num_groups": num_groups, "top_groups": top_groups}
+            more = more | {"group_limit": limit, "route_scale": 1.5}
+        config = router_config(*sizes[name], score, capacity=capacity, balance=balance, **more)
+        return {"router": config}
+
     attention = {
-        "moa": MOA
-        | {
-            "router": router_config(
-                17, 2, "softmax", **routing, balance={"mutual_information": 0.1}
-            )
-        },
+        "moa": MOA | routing("moa", "softmax", {"mutual_information": 0.1}),
         "switchhead": SWITCHHEAD
-        | {"router": router_config(13, 2, **routing, balance={"entropy": 0.1, "z_loss": 0.01})},
+        | routing("switchhead", "sigmoid", {"entropy": 0.1, "z_loss": 0.01}),
         "dense": {"kind": "dense", "num_heads": 2, "d_head": 8},
-    }
+    }[cell["attention"]]
     experts = {"kind": "moe", "d_expert": 8}
     gate = "renormalized_detached"
     ffn = {
-        "sigma-moe": experts
-        | {"router": router_config(23, 3, **routing, balance={"entropy": 0.1})},
+        "sigma-moe": experts | routing("ffn", "sigmoid", {"entropy": 0.1}),
         "softmax-moe": experts
-        | {
-            "gated": True,
-            "activation": "silu",
-            "router": router_config(
-                23, 3, "softmax", gate=gate, **routing, balance={"switch": 0.1, "z_loss": 0.01}
-            ),
-        },
+        | {"gated": True, "activation": "silu"}
+        | routing("ffn", "softmax", {"switch": 0.1, "z_loss": 0.01}, gate=gate),
         "dense": {"kind": "dense", "d_ff": 24},
-    }
+    }[cell["ffn"]]
+    if cell["parts"] == "local":
+        attention |= LOCAL
+    if is_shared and cell["attention"] != "dense":
+        attention |= {"shared_experts": 1 if cell["attention"] == "moa" else True}
+    if is_shared and cell["ffn"] != "dense":
+        ffn |= {"shared_expert": {"d_expert": 6, "sigmoid_gate": True}}
+    return attention, ffn
+
+
+def case_of(cell: Cell) -> Case:
+    attention, ffn = sections(cell)
     named_fields = {f.name for f in fields(Case)} & cell.keys()
     world_size, expert_parallel = cell["layout"]
     return Case(
@@ -151,6 +175,7 @@ def case_of(cell: Cell) -> Case:
         eps=1e-3,
         skewed=True,
         sequences=SEQUENCES,
+        z_loss=0.1 if cell["parts"] == "local" else 0.0,
         model={
             "num_layers": 2,
             "num_distinct_layers": 1 if cell["layers"] == "shared" else 2,
@@ -158,8 +183,9 @@ def case_of(cell: Cell) -> Case:
             # Else equal tokens of a sequence tie in the first layer, and rounding decides who
             # is dropped.
             "position": "sinusoidal",
-            "attention": attention[cell["attention"]],
-            "ffn": ffn[cell["ffn"]],
+            "attention": attention,
+            "ffn": ffn,
+            "logit_soft_cap": 3.0 if cell["parts"] == "local" else None,
         },
     )
 
@@ -192,7 +218,7 @@ def test_default_run_holds_every_pair():
     chosen = [CELLS[i] for i in covering(CELLS)]
     covered = {frozenset(c) for cell in chosen for c in combinations(cell.items(), 2)}
     assert all(frozenset(pair.items()) in covered for pair in tuples(DIMENSIONS, 2))
-    assert len(chosen) <= 30
+    assert len(chosen) <= 32
 
 
 def test_ranks_have_different_amounts_of_data():

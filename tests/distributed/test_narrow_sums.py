@@ -85,3 +85,52 @@ def test_a_narrow_sum_is_found():
         with NarrowSums() as sums:
             gather().sum().backward()
         assert len(sums.found) == 1
+
+
+class NarrowTerms(TorchDispatchMode):
+    """Notes where autograd adds gradients of a narrow type that have the shape of a weight.
+
+    Under a mode it adds them out of place, unlike gradients of micro-batches.
+    """
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        result = func(*args, **(kwargs or {}))
+        if name == "add" and result.dtype in NARROW and result.shape in self.shapes:
+            self.found.append(f"{name} {tuple(result.shape)}")
+        return result
+
+
+def narrow_terms(case: Case) -> list[str]:
+    """Runs on every rank of a pool: sums of weights' gradients in narrow types during a step."""
+    config = case.config()
+    mesh = make_mesh(case.expert_parallel)
+    exchange = config.parallel.expert_exchange
+    shard = partial(shard_experts, mesh=mesh, exchange=exchange, overlap=case.overlap)
+    model = build_model(config.model, recompute=case.recompute, parallelize=shard)
+    whole = build_model(config.model)
+    parameters = (*model.stack.parameters(), *whole.stack.parameters())
+    shapes = {parameter.shape for parameter in parameters}
+    engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
+    with NarrowTerms(shapes) as terms:
+        engine.step(micro_batches(case, mesh), lr=1e-2)
+    engine.close()
+    return terms.found
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_no_gradients_of_repeats_are_added_in_a_narrow_type(pools, layout, model, zero_stage):
+    fields = vars(LAYOUTS[layout]) | {
+        "model": MODELS[model],
+        "zero_stage": zero_stage,
+        "precision": "bf16",
+        "micro_batch": 1,
+    }
+    assert pools(2).run(narrow_terms, Case(**fields)) == [[], []]

@@ -7,6 +7,7 @@ travel, found anew from the experts chosen; for a router that takes all experts 
 
 from collections import defaultdict
 from functools import partial
+from itertools import combinations, product
 from math import comb
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.language_model import LanguageModel, build_model
@@ -268,3 +270,36 @@ def test_expected_rows_of_many_choices():
     assert rows.token == rows.group == pytest.approx(3 * 1000 * (1 - missed))
     assert rows.slot == pytest.approx(1000 * 16 * 3 / 4)
     assert rows.token / rows.slot == pytest.approx(4 * (1 - missed) / 16)  # 0.2488
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "num_experts", "limit", "num_ranks"),
+    [(1, 12, (4, 2), 4), (1, 15, (5, 2), 4), (2, 6, (3, 1), 4), (3, 8, (2, 1), 5)],
+)
+def test_expected_rows_within_groups_of_experts(num_groups, num_experts, limit, num_ranks):
+    """Counted over every choice that there is."""
+    top_k, size = 2, num_experts // limit[0]
+    starts = shard_starts(num_groups * num_experts, num_ranks)
+    rank_of = {e: r for r in range(num_ranks) for e in range(starts[r], starts[r + 1])}
+    choices = [
+        chosen
+        for parts in combinations(range(limit[0]), limit[1])
+        for chosen in combinations(
+            [e for p in parts for e in range(p * size, p * size + size)], top_k
+        )
+    ]
+    per_group = [
+        [{rank_of[g * num_experts + e] for e in chosen} for chosen in choices]
+        for g in range(num_groups)
+    ]
+    # Each choice of groups holds equally many choices of experts, so all weigh alike.
+    group = sum(len(ranks) for sets in per_group for ranks in sets) / len(choices)
+    token = (
+        sum(len(set().union(*sets)) for sets in product(*per_group)) / len(choices) ** num_groups
+    )
+    rows = expected_rows(
+        1000, num_groups=num_groups, num_experts=num_experts, top_k=top_k, num_ranks=num_ranks,
+        group_limit=GroupLimitConfig(num_groups=limit[0], top_groups=limit[1]),
+    )  # fmt: skip
+    others = 1000 * (num_ranks - 1) / num_ranks
+    assert rows == pytest.approx((token * others, group * others, num_groups * top_k * others))

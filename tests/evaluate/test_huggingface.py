@@ -18,12 +18,12 @@ from moa_dist.evaluate.sampling import Sampling
 from moa_dist.models.language_model import build_model, dropless
 from tests.data.test_foreign_tokenizers import llama_like
 from tests.evaluate.runs import config
-from tests.models.small import ATTENTION, small_config, tokens_of
+from tests.models.small import ATTENTION, FFN, small_config, tokens_of
 
 WINDOW = {"end_of_document": 0, "max_length": 99}
 
 
-@pytest.fixture(params=[*ATTENTION, "tied", "biased", "capacity"])
+@pytest.fixture(params=[*ATTENTION, "tied", "biased", "capacity", "local", "shared"])
 def exported(request, tmp_path):
     """A model without its capacity, and the folder of its export."""
     more = {"num_layers": 4, "num_distinct_layers": 2, "tie_embeddings": request.param == "tied"}
@@ -34,6 +34,17 @@ def exported(request, tmp_path):
     if section == "capacity":
         section = ATTENTION["moa"]
         section = section | {"router": section["router"] | {"capacity": {"factor": 0.5}}}
+    if section == "local":
+        section = ATTENTION["switchhead"]
+        scaling = {"kind": "yarn", "factor": 2.0, "original_length": 8}
+        section = section | {"window": {"size": 3, "full_every": 2}, "rope": {"scaling": scaling}}
+        section, more = section | {"soft_cap": 2.0}, more | {"logit_soft_cap": 3.0}
+    if section == "shared":
+        section = ATTENTION["moa"] | {"shared_experts": 2}
+        limit = {"num_groups": 2, "top_groups": 1}
+        router = FFN["moe"]["router"] | {"group_limit": limit, "route_scale": 2.0}
+        shared = {"d_expert": 4, "sigmoid_gate": True}
+        more["ffn"] = FFN["moe"] | {"router": router, "shared_expert": shared}
     run = config(tmp_path).model_copy(
         update={"model": small_config("dense" if section == "tied" else section, **more)}
     )

@@ -19,11 +19,11 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    "configs/moeut/44m.yaml": Budget(1920, 43.5, 35.2, 1.8),
-    "configs/moeut/244m.yaml": Budget(1930, 122, 94, 3.2),
-    "configs/moa/8k16e256d.yaml": Budget(530, 20, 18, 1.3),
-    "configs/switchhead/big.yaml": Budget(1380, 64, 55, 3.4),
-    "configs/jetmoe/8b.yaml": Budget(3350, 388, 381, 24.6),
-    "configs/dense/244m.yaml": Budget(715, 43.5, 43.5, 3.65),
+    "configs/moeut/44m.yaml": Budget(1770, 42.5, 34, 1.8),
+    "configs/moeut/244m.yaml": Budget(1750, 115, 88, 3.2),
+    "configs/moa/8k16e256d.yaml": Budget(500, 19.4, 17.4, 1.3),
+    "configs/switchhead/big.yaml": Budget(1280, 60, 51, 3.4),
+    "configs/jetmoe/8b.yaml": Budget(2150, 265, 258, 20.4),
+    "configs/dense/244m.yaml": Budget(680, 42, 42, 3.65),
 }
 """By configuration."""

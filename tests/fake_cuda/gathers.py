@@ -23,3 +23,6 @@ GATHERS: dict[str, tuple[Gather, ...]] = {
     "_outer_products": (Gather("left", "read_left"), Gather("right", "read_right")),
 }
 """By the name of the kernel; one that is missing here reads each operand once."""
+
+UPDATED = {"_outer_products": (("before", "out"),)}
+"""Pairs of operands that may be one tensor, which is then read and written."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from triton.runtime.jit import KernelInterface
 
 import moa_dist
 from moa_dist.kernels.hardware import Hardware
-from tests.fake_cuda.gathers import GATHERS
+from tests.fake_cuda.gathers import GATHERS, UPDATED
 from tests.fake_cuda.host_waits import place
 
 PACKAGE = Path(moa_dist.__file__).parent
@@ -42,6 +42,9 @@ UNLAUNCHED = {
 """Operations that allocate or rename memory; views are recognized by their schema."""
 FILLS = {"new_zeros", "zeros_like", "ones_like", "full_like", "new_ones", "new_full"}
 """Operations that do not read the tensor that they are called with."""
+ADDS = {"index_add", "index_add_", "index_reduce", "scatter_add", "scatter_add_", "scatter_reduce"}
+"""Operations that add to memory atomically, in its own type; so does `index_put` with a sum."""
+NARROW = (torch.bfloat16, torch.float16)
 COMPILER_OPTIONS = {"num_warps", "num_stages", "num_ctas"}
 """Arguments of a launch that are none of its kernel."""
 H100 = Hardware("cuda", capability=(9, 0))
@@ -56,6 +59,8 @@ class Launches(TorchDispatchMode):
         """Kernels launched by operation, those of Triton by `triton:` and their name."""
         self.by_place: Counter[str] = Counter()
         """Kernels launched by file of the package; those of autograd's own nodes by `autograd`."""
+        self.bytes_by_place: Counter[str] = Counter()
+        """What `bytes_full` counts, by file."""
         self.bytes_full = 0
         """Bytes read and written, a gathered operand counted once per gathered row."""
         self.bytes_distinct = 0
@@ -64,6 +69,8 @@ class Launches(TorchDispatchMode):
         """Copies from the host, by place."""
         self.fp64: Counter[str] = Counter()
         """Results in fp64, by place."""
+        self.narrow_sums: Counter[str] = Counter()
+        """Operations that add rows one by one in 16 bits, by place."""
         self.largest_mask = 0
         """Elements of the largest result of type bool."""
 
@@ -91,6 +98,8 @@ class Launches(TorchDispatchMode):
         where = place()
         if any(not x.is_meta and x.dim() for x in inputs):
             self.waits[f"{name} at {where}"] += 1
+        if name in ADDS and any(x.dtype in NARROW for x in outputs):
+            self.narrow_sums[f"{name} at {where}"] += 1
         if any(x.dtype == torch.float64 for x in outputs):
             self.fp64[f"{name} at {where}"] += 1
         masks = (x.numel() for x in outputs if x.dtype == torch.bool)
@@ -104,6 +113,7 @@ class Launches(TorchDispatchMode):
     def _count(self, name: str, place: str, full: int, distinct: int) -> None:
         self.kernels[name] += 1
         self.by_place[place.partition(":")[0]] += 1
+        self.bytes_by_place[place.partition(":")[0]] += full
         self.bytes_full += full
         self.bytes_distinct += distinct
 
@@ -113,8 +123,12 @@ class Launches(TorchDispatchMode):
         operands = inspect.signature(kernel.fn).bind(*args, **options).arguments
         # An operand that is not used is another one, passed in its place.
         tensors = {_identity(x): x for x in operands.values() if isinstance(x, Tensor)}
-        distinct = full = sum(x.nbytes for x in tensors.values())
         name = kernel.fn.__name__
+        distinct = full = sum(x.nbytes for x in tensors.values())
+        for read, written in UPDATED.get(name, ()):
+            if operands[read] is operands[written]:
+                distinct += operands[read].nbytes
+                full += operands[read].nbytes
         for gather in GATHERS.get(name, ()):
             rows, index = operands[gather.rows], operands[gather.index]
             if rows is not None and index is not None and not index.is_floating_point():
@@ -126,6 +140,9 @@ class Launches(TorchDispatchMode):
     def num_kernels(self) -> int:
         """Number of kernels launched, Triton's included."""
         return self.kernels.total()
+
+
+Recorded = TypeVar("Recorded", bound=Launches)
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
@@ -155,21 +172,34 @@ def fused_attention(
     return efficient(q, k, v, bias, True, dropout_p, is_causal)[0]
 
 
+def fused_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Stand in for torch's fused RMSNorm of GPUs, which takes the shapes of a LayerNorm's tensors.
+
+    On the meta device torch composes it of a dozen operations.
+    """
+    return F.layer_norm(x, shape, weight, None, eps or 1e-6)
+
+
 @contextmanager
-def fake_cuda(hardware: Hardware = H100) -> Iterator[Callable[[], Launches]]:
+def fake_cuda(
+    hardware: Hardware = H100, record_of: type[Recorded] = Launches
+) -> Iterator[Callable[[], Recorded]]:
     """Take the meta device for a GPU; yields what starts a new record and returns it."""
-    current: list[Launches] = []
+    current: list[Recorded] = []
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
         assert all(grid), f"an empty grid for {kernel.fn.__name__}: {grid}"
         return lambda *args, **kwargs: current[-1].triton(kernel, args, kwargs)
 
-    def record() -> Launches:
-        current.append(Launches())
+    def record() -> Recorded:
+        current.append(record_of())
         return current[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KernelInterface, "__getitem__", launcher)
         patch.setattr(Hardware, "of", classmethod(lambda cls, device: hardware))
         patch.setattr(F, "scaled_dot_product_attention", fused_attention)
+        patch.setattr(F, "rms_norm", fused_norm)
         yield record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,11 @@ class Measured(NamedTuple):
     """Bytes kept for the backward pass, without parameters and buffers."""
 
 
-def bf16_model(path: str, *, recompute: bool = False) -> LanguageModel:
+def bf16_model(
+    path: str, *, recompute: bool = False, overrides: Sequence[str] = ()
+) -> LanguageModel:
     """Build the model of a configuration as DeepSpeed trains it: parameters, not buffers, bf16."""
-    model = meta_model(load_config(path).model, recompute=recompute)
+    model = meta_model(load_config(path, overrides).model, recompute=recompute)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model.train()
@@ -60,9 +63,10 @@ def measure(
     recompute: bool = False,
     padded: bool = False,
     num_documents: int = 0,
+    overrides: Sequence[str] = (),
 ) -> Measured:
     """Run one micro-batch of `sequences` x `length` tokens forward and backward."""
-    model = bf16_model(path, recompute=recompute)
+    model = bf16_model(path, recompute=recompute, overrides=overrides)
     batch = micro_batch(model, sequences, length, padded=padded, num_documents=num_documents)
     kept_anyway = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}

@@ -104,20 +104,28 @@ def test_a_spike_before_the_first_checkpoint_is_named_and_is_no_overflow(job):
 
 
 @pytest.mark.full
-def test_branch_that_decays_equals_the_run_that_decayed(trained):
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("wsd", "schedule.decay_steps=2"),
+        ("phases", "schedule.phases=[{steps: 1, to: 1}, {to: 1}, {steps: 2, to: 0.1}]"),
+    ],
+)
+def test_branch_that_decays_equals_the_run_that_decayed(trained, kind, settings):
     """From a checkpoint of the stable phase, bit for bit."""
-    schedule = ("schedule.kind=wsd", "schedule.decay_steps=2", "checkpoint.every=2")
-    for name, steps in (("decayed", 4), ("stable", 8)):
+    schedule = (f"schedule.kind={kind}", settings, "checkpoint.every=2")
+    decayed, stable, branch = (f"{kind}-{name}" for name in ("decayed", "stable", "branch"))
+    for name, steps in ((decayed, 4), (stable, 8)):
         code, text = train(
             trained, name, *schedule, f"train.steps={steps}", "checkpoint.keep_every=2"
         )
         assert code == ExitCode.DONE, text
     runs = trained / "runs"
-    assert learning_rates(runs / "stable")[:4] == [learning_rates(runs / "decayed")[0]] * 4
-    start = "init.branch=runs/stable/step-00000002"
-    code, text = train(trained, "branch", *schedule, "train.steps=4", start)
+    assert learning_rates(runs / stable)[:4] == [learning_rates(runs / decayed)[0]] * 4
+    start = f"init.branch=runs/{stable}/step-00000002"
+    code, text = train(trained, branch, *schedule, "train.steps=4", start)
     assert code == ExitCode.DONE, text
-    ours, theirs = (Reader(runs / f"{name}/step-00000004") for name in ("branch", "decayed"))
+    ours, theirs = (Reader(runs / f"{name}/step-00000004") for name in (branch, decayed))
     assert ours.index.tensors.keys() == theirs.index.tensors.keys()
     for name, pieces in ours.index.tensors.items():
         a, b = (torch.empty(sum(piece.numel for piece in pieces)) for _ in range(2))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import moa_dist
 from moa_dist.cli.main import main
@@ -18,6 +19,7 @@ from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
 from moa_dist.transfer.upcycle import problems_of
 from tests.evaluate.runs import one_thread, prepare_text
+from tests.evaluate.without_package import read_elsewhere, tokens_for
 from tests.kinds.case import (
     D_FF,
     D_HEAD,
@@ -110,6 +112,15 @@ def test_exported_it_computes_the_same(run, tmp_path):
     tokens = torch.arange(24).view(2, 12)
     ours, theirs = (moa_dist.load_model(path)(tokens).logits for path in (run, tmp_path / "out"))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.full
+def test_exported_it_runs_where_neither_it_nor_the_package_is_installed(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    read_elsewhere([tmp_path / "out"])
+    found = load_file(f"{tmp_path / 'out'}.read.safetensors")["logits"]
+    expected = moa_dist.load_model(run)(tokens_for(VOCABULARY)).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_with_a_cache_it_generates_the_same():

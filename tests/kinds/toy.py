@@ -12,22 +12,18 @@ import torch
 from pydantic import PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
-from moa_dist.config.model import AttentionConfig, FFNConfig, RouterConfig, shrunk
+from moa_dist.config.model import AttentionConfig, FFNConfig
+from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.errors import Problem
 from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import (
-    Attention,
-    AttentionMask,
-    AttentionOutput,
-    softmax_attention,
-    softmax_macs,
-    traced,
-)
+from moa_dist.models.attention import Attention, AttentionOutput, traced
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.feed_forward import FeedForward, FeedForwardOutput
 from moa_dist.models.kinds import ATTENTION, FEED_FORWARD
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
+from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
@@ -101,12 +97,13 @@ class RoutedHeads(RoutedModule, Attention):
     def routers(self) -> dict[str, Router]:
         return {"query": self.router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+        width = self.num_heads * self.config.d_head
         return {
             "projections": self.qkv.macs(length),
             "experts": length * self.config.router.top_k * self.o.macs_per_row(),
             "routers": self.router.macs(length),
-            "softmax": softmax_macs(length, length, self.num_heads * self.config.d_head),
+            "softmax": softmax_macs(length, num_keys or length, width),
         }
 
     def routed_projections(self) -> list[RoutedProjection]:

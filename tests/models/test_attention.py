@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa_dist.config.model import MoAConfig, RopeConfig, SwitchHeadConfig
+from moa_dist.config.model import MoAConfig, SwitchHeadConfig
+from moa_dist.config.positions import RopeConfig
 from moa_dist.models import rope_kernel
-from moa_dist.models.attention import AttentionMask
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.moa import MoAAttention
 from moa_dist.models.rope import Rotation, apply_rope, rotated_width
 from moa_dist.models.switchhead import SwitchHeadAttention

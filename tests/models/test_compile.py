@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.block import Block
 from moa_dist.models.language_model import build_model
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.losses import balance_losses
@@ -17,6 +17,7 @@ from tests.models.small import (
     FFN,
     PLACEMENTS,
     VOCABULARY,
+    router,
     small_config,
     small_model,
     tokens_of,
@@ -50,6 +51,20 @@ CASES = {
     f"capacity by {policy}": {k: wide(v) for k, v in with_capacity(policy).items()}
     for policy in ("probability", "position")
 }
+CASES["windows, soft caps"] = {
+    "attention": wide(ATTENTION["switchhead"] | {"soft_cap": 2.0, "window": {"size": 3}}),
+    "ffn": FFN["dense"],
+}
+CASES["shared experts, groups of experts"] = {
+    "attention": wide(ATTENTION["moa"] | {"shared_experts": 1}),
+    "ffn": wide(
+        FFN["moe gated"]
+        | {
+            "shared_expert": {"d_expert": 8, "sigmoid_gate": True},
+            "router": router(8, 2, route_scale=2.0, group_limit={"num_groups": 4, "top_groups": 2}),
+        }
+    ),
+}
 
 
 def block_of(case: dict[str, Any]) -> Block:
@@ -59,7 +74,8 @@ def block_of(case: dict[str, Any]) -> Block:
 
 
 def loss_of(block: Block, x: Tensor, real: Tensor | None) -> Tensor:
-    output = block(x, AttentionMask(causal=True, query_mask=real, key_mask=real))
+    window = None if block.window is None else block.window.size
+    output = block(x, AttentionMask(True, real, real, window=window))
     losses = [
         loss
         for name, router in block.routers().items()

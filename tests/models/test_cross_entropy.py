@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moa_dist.models import cross_entropy as module
-from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy
+from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy, cross_entropy_and_z
+from moa_dist.models.soft_cap import soft_capped
 
 T, V = 23, 11
 
@@ -67,3 +68,36 @@ def test_logits_are_widened_a_chunk_at_a_time(monkeypatch):
     with Largest():
         cross_entropy(logits, targets).backward()
     assert max(largest) == 4 * V
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [4, T])
+def test_z_loss_and_its_gradient(monkeypatch, rows, smoothing):
+    """Alone, and added to the cross-entropy."""
+    monkeypatch.setattr(module, "_CHUNK", rows * V)
+    logits, targets = operands(torch.float64)
+    expected = logits[targets != NO_TARGET].logsumexp(-1).square().sum()
+    theirs = F.cross_entropy(
+        logits, targets, ignore_index=NO_TARGET, reduction="sum", label_smoothing=smoothing
+    )
+    loss, z = cross_entropy_and_z(logits, targets, smoothing)
+    torch.testing.assert_close(z, expected, rtol=1e-13, atol=1e-13)
+    for ours, other in ((z, expected), (loss + 0.3 * z, theirs + 0.3 * expected)):
+        gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (ours, other)]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_capped_logits_take_no_other_memory(dtype):
+    """They overwrite what was there, and are all that the backward pass keeps."""
+    leaf, _ = operands(dtype)
+    logits, kept = leaf * 2, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        capped = soft_capped(logits, 1.5)
+    assert capped.data_ptr() == logits.data_ptr()
+    assert [x.data_ptr() for x in kept] == [logits.data_ptr()]
+    exact = 1.5 * torch.tanh(leaf.double() * 2 / 1.5)
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0, "atol": 0.05}
+    torch.testing.assert_close(capped.double(), exact, **close)
+    ours, theirs = (torch.autograd.grad(x.sum(), leaf)[0].double() for x in (capped, exact))
+    torch.testing.assert_close(ours, theirs, **close)

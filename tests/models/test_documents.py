@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models import attention, documents
+from moa_dist.models import block_attention, documents
 from moa_dist.models.documents import Documents, document_attention, flash_fits
 from moa_dist.models.objective import Batch, objective
 from tests.models.small import ATTENTION, VOCABULARY, small_model
@@ -81,7 +81,7 @@ def test_gradients_equal_the_sum_over_documents(kind, kind_of_loss, recompute):
 @pytest.mark.parametrize("position", ["rope", "sinusoidal"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_a_cache_holds_other_documents_too(kind, position, pieces, monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK", 4)
+    monkeypatch.setattr(block_attention, "_BLOCK", 4)
     model, tokens = model_of(kind, position=position).eval(), packed()
     cache, logits, read = model.empty_cache(), [], 0
     for piece in tokens.split(pieces, dim=1):

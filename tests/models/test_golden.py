@@ -11,16 +11,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from moa_dist.config.model import (
-    BalanceConfig,
-    MoAConfig,
-    ModelConfig,
-    MoEFFNConfig,
-    RouterConfig,
-    SwitchHeadConfig,
-)
-from moa_dist.models.attention import AttentionMask
+from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig, SwitchHeadConfig
+from moa_dist.config.routers import BalanceConfig, RouterConfig
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.moa import MoAAttention
 from moa_dist.moe.losses import balance_losses
 

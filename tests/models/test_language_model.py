@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa_dist.models.attention import AttentionMask
+from moa_dist.models.mask import AttentionMask
 from tests.models.small import (
     ATTENTION,
     FFN,

@@ -17,16 +17,12 @@ from moa_dist.config.family import (
     ReLURouterConfig,
     ResidualMoEConfig,
 )
-from moa_dist.config.model import (
-    BalanceConfig,
-    MoAConfig,
-    MoEFFNConfig,
-    RopeConfig,
-    RouterConfig,
-)
-from moa_dist.models.attention import AttentionMask
+from moa_dist.config.model import MoAConfig, MoEFFNConfig
+from moa_dist.config.positions import RopeConfig
+from moa_dist.config.routers import BalanceConfig, RouterConfig
 from moa_dist.models.composed_attention import ComposedAttention
 from moa_dist.models.feed_forward import MoEFeedForward
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.moa import MoAAttention
 from moa_dist.models.moh import MoHAttention
 from moa_dist.models.residual_moe import ResidualMoE
@@ -272,19 +268,28 @@ def of_dcmha(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         "compose.gather": value["qkw"][:, :, :2].flatten(2),
         "compose.spread": value["qkw"][:, :, 2:].flatten(2),
         "compose.diagonal.weight": value["dd"].flatten(1).T,
+        **{f"{name}.weight": value[name] for name in ("q_norm", "k_norm") if name in value},
     }
 
 
-def test_dcmha():
-    golden = load_file(GOLDEN / "dcmha_causal.safetensors")
+@pytest.mark.parametrize(
+    ("name", "d_head", "window"), [("dcmha_causal", 6, None), ("dcmha_qknorm_window", 8, 5)]
+)
+def test_dcmha(name, d_head, window):
+    golden = load_file(GOLDEN / f"{name}.safetensors")
     x = golden["x"].requires_grad_()
     config = ComposedAttentionConfig(
-        num_heads=4, d_head=6, d_compose=16, rope=RopeConfig(fraction=1.0)
+        num_heads=4,
+        d_head=d_head,
+        d_compose=16,
+        qk_norm=window is not None,
+        rope=RopeConfig(fraction=1.0),
     )
-    layer = ComposedAttention(config, 24, 1.0).double()
+    layer = ComposedAttention(config, x.shape[-1], 1.0).double()
     layer.load_state_dict(of_dcmha(golden, "param"))
-    real = ~golden["key_pad"]
-    output = layer(x, x, x, AttentionMask(True, real, real))
+    real = ~golden["key_pad"] if "key_pad" in golden else golden["mask"][:, 0].any(-1)
+    mask = AttentionMask(True, real, real, window=window)
+    output = layer(x, x, x, mask)
     (output.y * golden["grad_y"]).sum().backward()
     close(output.y[real], golden["y"][real])
     close(x.grad, golden["grad.x"])

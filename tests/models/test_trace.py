@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from moa_dist.models.attention import AttentionMask, softmax_attention, traced
+from moa_dist.models.attention import traced
+from moa_dist.models.mask import AttentionMask
+from moa_dist.models.softmax import softmax_attention
 from tests.models.small import ATTENTION, LENGTH, small_model, tokens_of
 
 PADDED = torch.arange(LENGTH) < torch.tensor([LENGTH, 5])[:, None]

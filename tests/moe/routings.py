@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moa_dist.config.model import CapacityConfig
+from moa_dist.config.routers import CapacityConfig
 from moa_dist.moe.capacity import expert_capacity, keep_within_capacity
 from tests.moe.routings import draw, identity_router, random_router
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moa_dist.config.model import BalanceConfig
+from moa_dist.config.routers import BalanceConfig
 from moa_dist.moe.losses import (
     BALANCE_LOSSES,
     balance_losses,

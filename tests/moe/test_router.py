@@ -1,5 +1,7 @@
 """Which experts a router chooses, how it weighs them, and what it counts."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -204,3 +206,46 @@ def test_group_sequences_that_do_not_divide_the_batch_raise(capacity, num_sequen
     router = random_router(4, 2, 6, group_sequences=2, capacity=capacity)
     with pytest.raises(ValueError, match="group_sequences"):
         router(draw(num_sequences, 5, 6))
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.4])
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_experts_come_from_the_best_groups(num_groups, bias):
+    """Of three groups of three, the two whose best two experts have the highest sum."""
+    limit = {"num_groups": 3, "top_groups": 2}
+    more = {"score": "sigmoid", "group_limit": limit, "balance": {"bias_rate": 0.1}}
+    router, x = random_router(9, 3, 6, num_groups, **more), draw(2, 7, 6)
+    router.bias.value.copy_(torch.linspace(-bias, bias, 9).expand(num_groups, -1))
+    routing = router(x)
+    scores = router.logits(x.flatten(0, 1)).sigmoid().view(14, num_groups, 9).detach()
+    others = 0
+    for t, g in itertools.product(range(14), range(num_groups)):
+        biased = (scores[t, g] + router.bias.value[g]).tolist()
+        groups = sorted(range(3), key=lambda n: -sum(sorted(biased[3 * n : 3 * n + 3])[1:]))
+        allowed = [e for e in range(9) if e // 3 in groups[:2]]
+        best = sorted(allowed, key=lambda e: -biased[e])[:3]
+        chosen = (routing.topk_ids[t, g] - 9 * g).tolist()
+        assert chosen == best
+        weights = scores[t, g, best]
+        torch.testing.assert_close(routing.topk_weights[t, g], weights)
+        others += set(best) != set(sorted(range(9), key=lambda e: -biased[e])[:3])
+    assert others
+
+
+def test_dropout_leaves_the_groups_alone():
+    """An expert that dropout hides is chosen before one of another group."""
+    limit = {"num_groups": 4, "top_groups": 1}
+    router = random_router(8, 2, 6, group_limit=limit, expert_dropout=0.7).train()
+    groups = router(draw(4, 50, 6)).topk_ids // 2
+    assert torch.equal(groups[..., 0], groups[..., 1])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_weights_are_scaled_after_the_gate(gate):
+    logits = draw(1, 6, 5)
+    plain, scaled = (
+        identity_router(5, 3, gate=gate, route_scale=scale)(logits) for scale in (1.0, 2.5)
+    )
+    torch.testing.assert_close(scaled.topk_weights, 2.5 * plain.topk_weights)
+    for ours, theirs in zip(scaled.statistics, plain.statistics, strict=True):
+        assert torch.equal(ours, theirs)

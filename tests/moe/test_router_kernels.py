@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moa_dist.config.model import RouterConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.moe import fused_choice, router, router_kernels, sort_kernels
 from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.fused_choice import Chosen, Options, StatisticsGradients
@@ -143,3 +143,30 @@ def test_wide_logits_of_narrow_rows(monkeypatch):
     ours = torch.autograd.grad(logits, (x, weight), upstream)
     theirs = torch.autograd.grad(exact, (x, weight), upstream.double())
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_fused_routers_keep_to_groups_and_scale(padded, monkeypatch):
+    """The choice is made in plain steps, and all else by the kernels."""
+    limit = {"num_groups": 4, "top_groups": 2}
+    module, _ = router_of(
+        groups=2, biased=True, num_experts=8, top_k=3, score="sigmoid", route_scale=2.5,
+        gate="renormalized", group_limit=limit,
+    )  # fmt: skip
+    x = torch.randn(B, S, D, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(S) < torch.tensor([[S], [S - 4], [0]]) if padded else None
+    plain = module(x, mask)
+    given = []
+
+    def choose(logits, bias, uniform, token_mask, ids, options):
+        given.append(ids)
+        return Chosen(*router_kernels.choose(logits, bias, uniform, token_mask, ids, options))
+
+    monkeypatch.setattr(router, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(router, "choose", choose)
+    fused = module(x, mask)
+    assert torch.equal(given[0], plain.topk_ids)
+    assert torch.equal(fused.topk_ids, plain.topk_ids)
+    torch.testing.assert_close(fused.topk_weights, plain.topk_weights.detach())
+    for ours, theirs in zip(fused.statistics, plain.statistics, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from moa_dist.config import Config
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
-from moa_dist.observe.metrics import StepMetrics, Timing, ValidationMetrics
+from moa_dist.observe.metrics import Sample, SampleMetrics, StepMetrics, Timing, ValidationMetrics
 from moa_dist.provenance import Provenance
 
 PROVENANCE = Provenance("0123456789abcdef", None, "3.11.2", {"torch": "2.13.0"}, image=None)
@@ -67,6 +67,11 @@ def step_metrics(step: int, **changes) -> StepMetrics:
         },
     }
     return StepMetrics(**(values | changes))
+
+
+def sample_metrics(step: int) -> SampleMetrics:
+    samples = [Sample("The", " ship\nsails"), Sample("", "ünï 🚢")]
+    return SampleMetrics(step=step, tokens_read=16 * 64 * step, samples=samples)
 
 
 def validation_metrics(step: int) -> ValidationMetrics:

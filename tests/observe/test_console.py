@@ -94,6 +94,7 @@ def test_step_line(run_start):
     [
         ({"ffn/switch": 0.02}, "balance  0.020  lr"),
         ({"ffn/entropy": -0.03, "ffn/z_loss": 0.01}, "balance -0.020  lr"),
+        ({"ffn/switch": 0.02, "logits/z_loss": 0.5}, "balance  0.020  lr"),
         ({"ffn/mutual_information": -0.5}, "balance -0.500 (negative mutual information)  lr"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from moa_dist.observe import Observers
 from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
-from tests.observe.reports import make_config, step_metrics, validation_metrics
+from tests.observe.reports import make_config, sample_metrics, step_metrics, validation_metrics
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
@@ -19,13 +19,19 @@ def test_all_observers_receive_every_report(run_start, capsys, tensorboard):
     observers.start(run)
     observers.step(step_metrics(1))
     observers.validation(validation_metrics(1))
+    observers.samples(sample_metrics(1))
     observers.note("saved step-1")
     observers.close()
 
     text = capsys.readouterr().out
-    assert all(word in text for word in ("ep 2", "ETA", "bits per byte", "saved step-1"))
-    kinds = [r["kind"] for r in read_metrics(Path(run.folder) / FILE_NAME)]
-    assert kinds == ["start", "note", "step", "validation", "note"]
+    assert all(
+        word in text for word in ("ep 2", "ETA", "bits per byte", "saved step-1", "ship\\nsails")
+    )
+    records = list(read_metrics(Path(run.folder) / FILE_NAME))
+    kinds = [r["kind"] for r in records]
+    assert kinds == ["start", "note", "step", "validation", "samples", "note"]
+    written = [(sample["prompt"], sample["text"]) for sample in records[-2]["samples"]]
+    assert written == sample_metrics(1).samples
     assert text.count("no GPU telemetry") == 1
     assert any(Path(run.folder).glob("events.*")) == tensorboard
 

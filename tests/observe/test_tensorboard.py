@@ -13,7 +13,13 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from moa_dist.observe.load_pictures import load_pictures
 from moa_dist.observe.tensorboard import TensorBoard
 from moa_dist.peak_flops import peak_flops
-from tests.observe.reports import make_config, routing, step_metrics, validation_metrics
+from tests.observe.reports import (
+    make_config,
+    routing,
+    sample_metrics,
+    step_metrics,
+    validation_metrics,
+)
 
 
 def record(run, *steps):
@@ -22,6 +28,7 @@ def record(run, *steps):
     for step in steps:
         board.step(step_metrics(step, gpu={"memory_used_gib": 12.5}))
     board.validation(validation_metrics(steps[-1]))
+    board.samples(sample_metrics(steps[-1]))
     board.note("not a curve")
     board.close()
     events = EventAccumulator(run.folder)
@@ -60,6 +67,9 @@ def test_curves_and_pictures(run_start):
     assert (picture.step, picture.height, picture.width) == (20, *drawn.shape[:2])
     (config,) = events.Tensors("config/text_summary")
     assert b"name: tiny" in config.tensor_proto.string_val[0]
+    (sample,) = events.Tensors("samples/0/text_summary")
+    assert sample.step == 20
+    assert sample.tensor_proto.string_val[0].decode() == "    The ship\n    sails"
 
 
 def test_losses_come_first_and_layers_are_groups(run_start):

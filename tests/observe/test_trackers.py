@@ -1,5 +1,6 @@
 """Trackers have each point once, also after a resume or a rewind, and never stop training."""
 
+import json
 import threading
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,7 +13,7 @@ from moa_dist.observe.metrics import PartNorms
 from moa_dist.observe.scalars import TOKENS, step_values, validation_values
 from moa_dist.observe.tracker import Point, Tracker, missing_packages
 from moa_dist.train.check_run import check_run
-from tests.observe.reports import make_config, step_metrics, validation_metrics
+from tests.observe.reports import make_config, sample_metrics, step_metrics, validation_metrics
 from tests.observe.wandb_files import history
 
 
@@ -43,6 +44,9 @@ class InMemory:
 
     def log(self, point: Point):
         self._call("log", point.step, point.values)
+
+    def log_samples(self, metrics):
+        self._call("samples", metrics.step, metrics.samples)
 
     def rewind(self, step):
         return self._call("rewind", step)
@@ -165,6 +169,18 @@ def test_a_copied_folder_is_another_run(wandb_run, run_start):
     assert [list(points) for points in written(run)] == [[10], [20]]
 
 
+def test_wandb_keeps_samples_as_tables(wandb_run):
+    run, following = wandb_run(), wandb_tracker()
+    following.start(run)
+    following.step(step_metrics(10))
+    following.samples(sample_metrics(10))
+    following.close()
+    assert list(only_run(run)) == [10]
+    (file,) = Path(run.folder).rglob("samples_*.table.json")
+    rows = json.loads(file.read_text())["data"]
+    assert [tuple(row) for row in rows] == sample_metrics(10).samples
+
+
 def test_wandb_discards_what_is_rewound(wandb_run):
     run, following = wandb_run(), wandb_tracker()
     following.start(run)
@@ -259,6 +275,24 @@ def test_mlflow_discards_what_is_rewound(mlflow_run):
     following.close()
     losses, *_ = mlflow_points("loss/train")
     assert losses == {step: step_metrics(step).loss for step in (10, 30)}
+
+
+def test_mlflow_keeps_samples_up_to_where_it_is_rewound(mlflow_run):
+    following = mlflow_tracker()
+    following.start(mlflow_run())
+    for step in (10, 20):
+        following.step(step_metrics(step))
+        following.samples(sample_metrics(step))
+    following.rewind(10)
+    following.close()
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("ours").experiment_id])
+    (file,) = client.list_artifacts(run.info.run_id, "samples")
+    written = Path(client.download_artifacts(run.info.run_id, file.path)).read_text()
+    assert [tuple(sample.values()) for sample in json.loads(written)] == sample_metrics(10).samples
+    assert "10" in file.path
 
 
 def test_mlflow_without_an_address_is_one_note(mlflow_run, monkeypatch, capsys):

@@ -15,17 +15,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig, RouterConfig
+from moa_dist.config.model import MoAConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.kernels.routed_experts import Kernel, grouped_experts
 from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import Attention, AttentionMask, AttentionOutput
+from moa_dist.models.attention import Attention, AttentionOutput
 from moa_dist.models.kinds import ATTENTION
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.objective import Batch as Data
 from moa_dist.models.objective import objective
 from moa_dist.moe.experts import GroupedLinear
@@ -149,6 +151,29 @@ def test_activations_are_those_that_autograd_saves(attention, ffn, norm, dtype, 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("objective", ["causal", "translation"])
+def test_layers_of_several_kinds(objective, recompute):
+    """Those between prelude and coda have adapters; the prelude's FFN is dense."""
+    config = case(
+        DENSE,
+        MOE,
+        "pre",
+        objective=objective,
+        num_layers=7,
+        prelude=2,
+        prelude_ffn={"d_ff": 200},
+        coda=1,
+        sharing={"own": ["norms", "routers"], "adapter_rank": 8, "vectors": True},
+    )
+    found = saved(build_model(config, recompute=recompute), at_once=True)
+    lines = predicted(config, torch.float32, at_once=True, recompute=recompute)
+    between = [line for line in lines if "recomputed" not in line.name]
+    assert total(between) == pytest.approx(found, rel=TOLERANCE)
+    layers = {line.factors[0][1] for line in between if line.factors[0][0] == "layers"}
+    assert layers == {4, 2, 1}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("attention", "norm"),
@@ -200,7 +225,7 @@ class RunningMixtures(RoutedModule, Attention):
     def routers(self) -> dict[str, Router]:
         return {}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         return {"experts": length * 3 * 2 * self.widen.macs_per_row()}
 
     def routed_projections(self) -> list[RoutedProjection]:

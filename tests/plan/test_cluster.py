@@ -74,7 +74,7 @@ def test_layouts_are_ranked_and_those_that_do_not_fit_have_a_reason():
     assert times == sorted(times)
     assert all(planned.memory.total <= H100.memory for planned in fitting)
     assert any(
-        r.startswith("ep 1, ZeRO 2, ") and "are parameters, for a GPU of 74.5 GiB" in r
+        r.startswith("ep 1, ZeRO 2, ") and "are gathered, for a GPU of 74.5 GiB" in r
         for r in reasons
     )
 
@@ -92,7 +92,7 @@ def test_recomputation_saves_memory_and_costs_time():
     plan = planner("1b.yaml", 64)
     exchange = dict.fromkeys(PARTS, "tokens")
     plain, again = (
-        plan.plan(with_layout(plan.config, 8, 2, 1, recompute, exchange))
+        plan.plan(with_layout(plan.config, 8, 2, 2, recompute, exchange))
         for recompute in (False, True)
     )
     assert again.memory.total < plain.memory.total / 2

@@ -217,6 +217,10 @@ def test_the_model_of_the_folder_stays(tmp_path, capsys):
     assert "`model`" in capsys.readouterr().err
 
 
+SLOWER = {"fraction": 1.0, "scaling": {"kind": "linear", "factor": 2.0}}
+LIMIT = {"num_groups": 2, "top_groups": 1}
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "values"),
     [
@@ -225,6 +229,8 @@ def test_the_model_of_the_folder_stays(tmp_path, capsys):
         ({"head_bias": True}, "head_bias", ["True"]),
         ({"position": "sinusoidal"}, "position", ["sinusoidal"]),
         ({"scale_embeddings": True}, "scale_embeddings", ["True"]),
+        ({"sharing": {"own": ["norms"]}}, "sharing", []),
+        ({"coda": 2}, "coda", ["2"]),
         ({"objective": "masked"}, "objective", ["masked", "causal"]),
         ({"objective": "translation"}, "objective", ["translation"]),
         ({"attention": OURS["attention"] | {"rope": {"fraction": 0.5}}}, "attention.rope", []),
@@ -246,6 +252,14 @@ def test_the_model_of_the_folder_stays(tmp_path, capsys):
             "ffn.router.capacity",
             [],
         ),
+        ({"logit_soft_cap": 30.0}, "logit_soft_cap", ["30"]),
+        ({"attention": OURS["attention"] | {"soft_cap": 50.0}}, "attention.soft_cap", []),
+        ({"attention": OURS["attention"] | {"window": {"size": 8}}}, "attention.window", []),
+        ({"attention": OURS["attention"] | {"shared_experts": 1}}, "attention.shared_experts", []),
+        ({"attention": OURS["attention"] | {"rope": SLOWER}}, "attention.rope.scaling", []),
+        ({"ffn": OURS["ffn"] | {"shared_expert": {"d_expert": 8}}}, "ffn.shared_expert", []),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"route_scale": 2.0}}}, "ffn.router", []),
+        ({"ffn": OURS["ffn"] | {"router": ROUTER | {"group_limit": LIMIT}}}, "ffn.router", []),
         (
             {"ffn": OURS["ffn"] | {"router": ROUTER | {"balance": {"bias_rate": 0.1}}}},
             "ffn.router.balance.bias_rate",

@@ -97,6 +97,37 @@ def test_the_function_is_preserved(changes, placement, objective):
     assert (logits(model) - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
+def test_windows_and_caps_stay():
+    local = {"window": {"size": 3, "full_every": 2}, "soft_cap": 2.0}
+    dense = make_dense(attention=DENSE["attention"] | local)
+    config = ModelConfig.model_validate(DENSE | {"attention": moa(5, 2, "softmax", **local)})
+    assert list(problems_of(dense.config, config)) == []
+    model, _ = upcycle(dense, config)
+    expected = logits(dense)
+    assert (logits(model) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("attention", "window", {"size": 3}),
+        ("attention", "soft_cap", 2.0),
+        ("attention", "shared_experts", 1),
+        ("attention", "router.route_scale", 2.0),
+        ("ffn", "router.route_scale", 2.0),
+        ("ffn", "router.group_limit", {"num_groups": 2, "top_groups": 1}),
+        ("ffn", "shared_expert", {"d_expert": 8}),
+    ],
+)
+def test_parts_without_a_counterpart_are_refused(part, field, value):
+    section = {"attention": moa(5, 2, "softmax"), "ffn": moe(24, 4, 2, "softmax")}[part]
+    name, _, inner = field.partition(".")
+    section = section | {name: section[name] | {inner: value} if inner else value}
+    config = ModelConfig.model_validate(DENSE | {part: section})
+    (problem,) = problems_of(SOURCE, config)
+    assert problem.keys == (f"model.{part}.{field}",)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_gated_experts(gated):
     more = {"gated": gated, "activation": "silu"}
@@ -186,6 +217,14 @@ def test_experts_are_not_made_of_experts():
     (problem,) = problems_of(sparse, config)
     assert (problem.keys, problem.suggestions) == (("model.ffn",), {"model.ffn": [sparse.ffn]})
     assert re.search(r"\bmoe\b", problem.text)
+
+
+def test_layers_shared_by_part_are_refused():
+    shared = {"sharing": {"own": ["norms"]}}
+    dense = ModelConfig.model_validate(DENSE | shared)
+    config = ModelConfig.model_validate(DENSE | shared | {"ffn": moe(24, 8, 2, "softmax")})
+    (problem,) = problems_of(dense, config)
+    assert problem.keys == ("model.sharing",)
 
 
 def test_the_shipped_pair_fits():

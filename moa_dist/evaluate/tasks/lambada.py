@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moa_dist.data.compression import content_suffix
-from moa_dist.data.input_files import JSONL_SUFFIXES
+from moa_dist.data.input_kinds import JSONL_SUFFIXES
 from moa_dist.evaluate.scoring import Request, Score
 from moa_dist.evaluate.tasks.files import Location, read_lines, read_records, text_field
 from moa_dist.evaluate.tasks.task import Mean, Result, Task, mean

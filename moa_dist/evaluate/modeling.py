@@ -1,0 +1,103 @@
+"""Wraps a language model in the interface of transformers, with nothing but torch around it.
+
+`moa-dist export` copies this module, and what it imports, next to the weights (see `remote_code`):
+the code that transformers then runs is this one. So it must not import what a reader of an export
+does not have. Experts drop nothing, whatever capacity they were trained with: an export's
+configuration is that of `dropless`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moa_dist.config.model import ModelConfig
+from moa_dist.models.cache import Cache
+from moa_dist.models.language_model import LanguageModel
+
+
+class MoaDistConfig(PretrainedConfig):
+    """Holds the `model` section of a run's configuration."""
+
+    model_type = "moa_dist"
+    has_no_defaults_at_init = True
+
+    def __init__(self, model: dict[str, Any], **more: Any) -> None:
+        self.model = model
+        super().__init__(**more)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Return how many layers have keys and values to cache, repeats included."""
+        return int(self.model["num_layers"])
+
+
+class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
+    """Wraps a `LanguageModel` in the interface of transformers."""
+
+    config_class = MoaDistConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: MoaDistConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(ModelConfig.model_validate(config.model))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Do nothing, because weights are loaded from a file."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        use_cache: bool = False,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits [B, S, V] for `input_ids` [B, S] int64.
+
+        `attention_mask` [B, P + S] is 0 at padding, which may be where `LanguageModel` allows it;
+        it covers the P tokens that are in the `cache`, too. With `use_cache`, the cache is extended
+        and returned. With `labels` [B, S], also computes the mean cross-entropy of each next label;
+        labels of -100 are ignored. Other arguments request outputs that these models do not have,
+        and are ignored.
+        """
+        token_mask = None if attention_mask is None else attention_mask.bool()
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        if cache is None:
+            logits = self.model(input_ids, token_mask).logits
+        else:
+            past = _read_cache(cache, self.model, token_mask)
+            new_mask = None if token_mask is None else token_mask[:, past.length :]
+            output = self.model(input_ids, new_mask, past)
+            logits = output.logits
+            for i, (k, v) in enumerate(output.cache.layers):
+                cache.update(k[:, :, past.length :], v[:, :, past.length :], i)
+        loss = None
+        if labels is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).to(wide), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+
+
+def _read_cache(cache: DynamicCache, model: LanguageModel, token_mask: Tensor | None) -> Cache:
+    """Convert a cache of transformers; `token_mask` [B, P + S] covers its P tokens and others."""
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(f"{type(cache).__name__} is not supported; use a DynamicCache")
+    if not (length := cache.get_seq_length()):
+        return model.empty_cache()
+    layers = []
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        layers.append((layer.keys, layer.values))
+    return Cache(tuple(layers), length, None if token_mask is None else token_mask[:, :length])

@@ -1,0 +1,32 @@
+"""A bound on the logits of a model's head: c tanh(x / c), as in Gemma 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def soft_capped(logits: Tensor, cap: float) -> Tensor:
+    """Bound `logits` of any shape in place: they are the largest of all tensors.
+
+    The backward pass needs no more than the result, which the cross-entropy keeps anyway.
+    """
+    capped: Tensor = _SoftCap.apply(logits, cap)
+    return capped
+
+
+class _SoftCap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, cap: float) -> Tensor:
+        ctx.mark_dirty(logits)
+        logits.div_(cap).tanh_().mul_(cap)
+        ctx.save_for_backward(logits)
+        ctx.cap = cap
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (capped,) = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grads[0], capped / ctx.cap), None
