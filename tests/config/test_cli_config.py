@@ -81,9 +81,9 @@ def test_fields_explains_every_kind(capsys):
     (doc,) = (field.info.description for field in walk() if field.path == "optimizer.lr")
     first = doc.split(".")[0].split("\n")[0]
     assert f"optimizer.lr: a number above 0; default 0.00025\n    {first}" in printed
-    assert "model.ffn: a section, its kind one of dense, moe; required" in printed
+    assert "model.ffn: a section, its kind one of dense, moe, residual_moe; required" in printed
     for field in ("scope", "mutual_information", "bias_rate"):
-        assert f"model.ffn.router.balance.{field} (kind moe)" in printed
+        assert f"model.ffn.router.balance.{field} (kind moe and residual_moe)" in printed
     assert "model.ffn.d_expert (kind moe): an integer of at least 1; required" in printed
 
 
