@@ -116,7 +116,7 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             key: Selections(
                 vocab_size,
                 router.num_experts,
-                router.num_groups * router.config.top_k,
+                router.num_groups * router.config.num_slots,
                 len(calls[key]),
                 device,
             )

@@ -52,8 +52,11 @@ class Selections:
         num_experts = self.load_RE.shape[1]
         ids_RTK = torch.stack([routing.topk_ids.flatten(1) for routing in routings])[:, token_mask]
         size = (*ids_RTK.shape[:2], num_experts)
+        places_RTK = torch.stack([_places(routing).flatten(1) for routing in routings])[
+            :, token_mask
+        ]
         # fp32 sums ones and zeros exactly if a batch has fewer than 2^24 choices.
-        chosen_RTE = torch.zeros(size, device=ids_RTK.device).scatter_(2, ids_RTK, 1.0)
+        chosen_RTE = torch.zeros(size, device=ids_RTK.device).scatter_(2, ids_RTK, places_RTK)
         flat = chosen_RTE.flatten(0, 1)
         by_repeat = chosen_RTE.flatten(1)
         total_TE = chosen_RTE.sum(0)
@@ -65,3 +68,11 @@ class Selections:
         self.distinct += num_distinct_T.bincount(minlength=len(self.distinct))
         for dropped_E, routing in zip(self.dropped_RE, routings, strict=True):
             dropped_E += routing.statistics.dropped.sum(0).flatten()
+
+
+def _places(routing: Routing) -> Tensor:
+    """Return [T, G, K], 1 for places that hold an expert."""
+    ids = routing.topk_ids
+    if routing.assigned is None:
+        return torch.ones(ids.shape, device=ids.device)
+    return routing.assigned.float()

@@ -12,7 +12,7 @@ from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
 from moa_dist.config.model import PARTS, Part, PartConfig
-from moa_dist.config.objective_checks import translation, unequal_batches
+from moa_dist.config.objective_checks import causal_attention, translation, unequal_batches
 from moa_dist.config.optimization_checks import (
     decay,
     fractions_of_the_peak,
@@ -68,6 +68,8 @@ def _name(config: Config) -> Iterator[Problem]:
 def _parts(config: Config) -> Iterator[Problem]:
     for name, part in config.model.parts().items():
         yield from part.problems(f"model.{name}")
+        for field, router in part.routers.items():
+            yield from router.problems(f"model.{name}.{field}")
 
 
 def _size(config: Config) -> Iterator[Problem]:
@@ -339,6 +341,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     held_out_folders,
     urls,
     translation,
+    causal_attention,
     _trace,
     warmup,
     decay,

@@ -87,6 +87,11 @@ class AttentionConfig(PartConfig):
     """Normalize every head's queries and keys before they are rotated: an RMSNorm each, with
     learned scales that all heads share (Henry et al. 2020; as in Qwen3)."""
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query can see the keys before it only, as such a kind is defined."""
+        return False
+
     def shrink(self, expert_parallel: int) -> Self:
         """Narrow heads and window, but leave at least one pair of dimensions to rotate."""
         window = None if self.window is None else self.window.shrink()
@@ -136,6 +141,11 @@ class MoAConfig(AttentionConfig):
     """Names this kind."""
     heads_per_expert: PositiveInt = 1
     """Heads in one expert (1 in the paper); keys and values are shared by all experts."""
+    attend: Literal["softmax", "stick_breaking"] = "softmax"
+    """How queries and keys weigh values: by a softmax, or by breaking a stick from the nearest key
+    on, which knows the order of keys by itself and is causal (ModuleFormer)."""
+    kv_bias: bool = False
+    """Add biases to keys and values."""
     router: SerializeAsAny[RouterConfig]
     """Chooses the experts of each query token."""
     shared_experts: NonNegativeInt = 0
@@ -143,6 +153,11 @@ class MoAConfig(AttentionConfig):
     share keys and values with these, and every rank holds them."""
     output_bias: bool = False
     """Add a bias to the sum of the experts' outputs, one for all of them (JetMoE)."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query can see the keys before it only."""
+        return self.attend == "stick_breaking"
 
     def shrink(self, expert_parallel: int) -> Self:
         """Keep a few narrow heads in each of fewer experts."""
@@ -186,6 +201,8 @@ class FFNConfig(PartConfig):
     """Nonlinearity."""
     gated: bool = False
     """Multiply the activation by a second linear projection (GLU)."""
+    bias: bool = False
+    """Add biases to all projections, of each expert its own."""
 
 
 class DenseFFNConfig(FFNConfig):

@@ -9,6 +9,16 @@ from moa_dist.config.run import Config
 from moa_dist.errors import Problem
 
 
+def causal_attention(config: Config) -> Iterator[Problem]:
+    """Some attention has no meaning for keys behind the query."""
+    if config.model.objective != "causal" and config.model.attention.is_causal:
+        yield Problem(
+            f"`model.attention` sees earlier tokens only, but with `model.objective` "
+            f"{config.model.objective} tokens see both sides; use another attention",
+            ("model.attention", "model.objective"),
+        )
+
+
 def translation(config: Config) -> Iterator[Problem]:
     """Translation reads its data as pairs, in buckets."""
     if config.model.objective != "translation":

@@ -146,6 +146,20 @@ class RouterConfig(Kind):
     balance: BalanceConfig = BalanceConfig()
     """Auxiliary losses and bias of this router."""
 
+    @property
+    def num_slots(self) -> int:
+        """Places for chosen experts per token, of which a kind may leave some empty."""
+        return self.top_k
+
+    @property
+    def chosen_in_training(self) -> int:
+        """Experts that a token takes in training, in the mean."""
+        return self.top_k
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Report what is wrong within this section, as `PartConfig.problems` does."""
+        return ()
+
     def shrink(self, at_least: int, expert_parallel: int) -> Self:
         """A router over fewer experts, of which some stay idle; see `moa_dist.config.shrink`.
 

@@ -108,11 +108,12 @@ def _walk_kinds(
                 continue
             key = (field.path, field.info.description)
             earlier = found.setdefault(key, field)
-            if earlier is not field:
+            # The kinds of a section within this one do not add up.
+            if earlier is not field and field.kinds == (kind_name(choice),):
                 found[key] = earlier._replace(kinds=earlier.kinds + field.kinds)
+    everywhere = tuple(kind_name(choice) for choice in choices)
     for field in found.values():
-        everywhere = len(field.kinds) == len(choices)
-        yield field._replace(kinds=() if everywhere else field.kinds)
+        yield field._replace(kinds=outer) if field.kinds == everywhere else field
 
 
 def describe(info: FieldInfo) -> str:

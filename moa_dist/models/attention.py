@@ -18,7 +18,13 @@ from moa_dist.models.mask import AttentionMask
 from moa_dist.models.norms import RMSNorm
 from moa_dist.models.rope import apply_rope
 from moa_dist.models.softmax import softmax_attention, softmax_macs, visible_keys
-from moa_dist.models.trace import AttentionTrace, HeadTrace, head_summary
+from moa_dist.models.trace import (
+    AttentionTrace,
+    HeadTrace,
+    LogShares,
+    head_summary,
+    log_softmax_shares,
+)
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
 from moa_dist.moe.router import Router, Routing
@@ -95,15 +101,16 @@ def traced(
     mask: AttentionMask,
     head_ids: Tensor | None = None,
     soft_cap: float | None = None,
+    log_shares: LogShares = log_softmax_shares,
 ) -> AttentionTrace:
     """Trace a layer with these routers, queries [B, H, T, d] and keys [B, h, S, d].
 
     Each head of the keys serves equally many consecutive ones of the queries. `head_ids` as in
-    `HeadTrace`, `soft_cap` as in `softmax_attention`.
+    `HeadTrace`, `soft_cap` as in `softmax_attention`. `log_shares` turns products into attention.
     """
     visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    summary = head_summary(q, k, visible, mask.num_past, soft_cap)
+    summary = head_summary(q, k, visible, mask.num_past, soft_cap, log_shares)
     return AttentionTrace(routing, HeadTrace(summary, head_ids))
 
 

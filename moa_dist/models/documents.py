@@ -60,6 +60,10 @@ class Documents(NamedTuple):
         """Apply `move`, which copies a tensor to another device."""
         return Documents(move(self.ids), move(self.starts), self.lengths)
 
+    def of_first(self, num_tokens: int) -> Documents:
+        """Keep the `ids` of the first tokens of each sequence, which is all that a mask needs."""
+        return self._replace(ids=self.ids[:, :num_tokens])
+
     def rows(self, index: Tensor | slice) -> Documents:
         """Select some of the sequences; on the host only."""
         return Documents.from_ids(self.ids[index])

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import ClassVar, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig, Part
@@ -17,7 +19,7 @@ from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.initialize import Normal
+from moa_dist.moe.initialize import Constant, Initializer, LastRowZero, Normal
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, RouterLogits, Routing
 from moa_dist.moe.router_kinds import make_router
@@ -75,14 +77,15 @@ class FeedForward(nn.Module, ABC):
 
 
 class DenseFeedForward(FeedForward):
-    """`W_down act(W_up x)`, optionally gated; no biases."""
+    """`W_down act(W_up x)`, optionally gated, optionally with biases."""
 
     def __init__(self, config: DenseFFNConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         up = Normal(init_scale / math.sqrt(d_model))
-        self.up = Linear(d_model, config.d_ff, up)
-        self.gate = Linear(d_model, config.d_ff, up) if config.gated else None
-        self.down = Linear(config.d_ff, d_model, Normal(init_scale / math.sqrt(config.d_ff)))
+        down, bias = Normal(init_scale / math.sqrt(config.d_ff)), config.bias
+        self.up = Linear(d_model, config.d_ff, up, bias=bias)
+        self.gate = Linear(d_model, config.d_ff, up, bias=bias) if config.gated else None
+        self.down = Linear(config.d_ff, d_model, down, bias=bias)
         self.activation = ACTIVATIONS[config.activation].value
 
     def macs(self, length: int) -> dict[str, int]:
@@ -105,6 +108,32 @@ class DenseFeedForward(FeedForward):
         return FeedForwardOutput(self.down(hidden), {}, {})
 
 
+class OutputBiases(nn.Module):
+    """Biases of the experts' outputs, weighted like these: dense, as all experts' are small."""
+
+    def __init__(self, num_experts: int, d_model: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Initial distribution of each parameter."""
+        return {"value": Constant(0.0)}
+
+    def macs(self, num_tokens: int) -> int:
+        """Count multiply-accumulates for so many tokens."""
+        return num_tokens * self.value.numel()
+
+    def forward(self, routing: Routing) -> Tensor:
+        """Sum the biases of each token's experts by its weights: [T, D]."""
+        weights = routing.topk_weights
+        if routing.keep_mask is not None:
+            weights = weights * routing.keep_mask
+        of_experts = weights.new_zeros(len(weights), len(self.value)).scatter_add(
+            1, routing.topk_ids.flatten(1), weights.flatten(1)
+        )
+        return of_experts.to(self.value.dtype) @ self.value
+
+
 class SharedExpert(nn.Module):
     """An expert that every token uses, weighed by a sigmoid if so configured."""
 
@@ -112,7 +141,10 @@ class SharedExpert(nn.Module):
         super().__init__()
         assert config.shared_expert is not None
         dense = DenseFFNConfig(
-            d_ff=config.shared_expert.d_expert, activation=config.activation, gated=config.gated
+            d_ff=config.shared_expert.d_expert,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.bias,
         )
         self.ffn = DenseFeedForward(dense, d_model, init_scale)
         init = Normal(init_scale / math.sqrt(d_model))
@@ -131,10 +163,11 @@ class SharedExpert(nn.Module):
 
 
 class MoEFeedForward(RoutedModule, FeedForward):
-    """`y = sum over chosen e of w_e W_down^e act(W_up^e x)`, optionally gated; no biases.
+    """`y = sum over chosen e of w_e W_down^e act(W_up^e x)`, optionally gated.
 
     sigma-MoE (Csordas et al. 2023, arXiv 2310.10837, equations 10-12) with sigmoid scores
-    and raw gates; the usual mixture of experts with softmax scores.
+    and raw gates; the usual mixture of experts with softmax scores. A bias of hidden units is a
+    weight of one more input, which is 1; biases of outputs are summed where the token is.
     """
 
     def __init__(self, config: MoEFFNConfig, d_model: int, init_scale: float) -> None:
@@ -143,12 +176,15 @@ class MoEFeedForward(RoutedModule, FeedForward):
         E, d_expert = config.router.num_experts, config.d_expert
         std = init_scale / math.sqrt(d_model)
         self.router = make_router(config.router, d_model, init=Normal(std, equal_rows=True))
-        self.up = GroupedLinear(E, d_model, d_expert, Normal(std))
-        self.gate = GroupedLinear(E, d_model, d_expert, Normal(std)) if config.gated else None
+        d_in = d_model + config.bias
+        up = LastRowZero(Normal(std)) if config.bias else Normal(std)
+        self.up = GroupedLinear(E, d_in, d_expert, up)
+        self.gate = GroupedLinear(E, d_in, d_expert, up) if config.gated else None
         # The fan-in counts all experts, not the chosen ones (MoEUT's released code).
         self.down = GroupedLinear(
             E, d_expert, d_model, Normal(init_scale / math.sqrt(E * d_expert))
         )
+        self.down_bias = OutputBiases(E, d_model) if config.bias else None
         has_shared = config.shared_expert is not None
         self.shared = SharedExpert(config, d_model, init_scale) if has_shared else None
         self.bias = Bias(d_model) if config.output_bias else None
@@ -160,8 +196,9 @@ class MoEFeedForward(RoutedModule, FeedForward):
     def macs(self, length: int) -> dict[str, int]:
         """Implement `FeedForward.macs`."""
         per_row = sum(p.macs_per_row() for p in (self.up, self.gate, self.down) if p)
+        biases = self.down_bias.macs(length) if self.down_bias else 0
         parts = {
-            "experts": length * self.config.router.top_k * per_row,
+            "experts": length * self.config.router.top_k * per_row + biases,
             "routers": self.router.macs(length),
         }
         if self.shared is None:
@@ -200,12 +237,15 @@ class MoEFeedForward(RoutedModule, FeedForward):
             ups=tuple(ups),
             activation=self.config.activation,
         )
-        sent = plan.dispatch(x.flatten(0, 1), "token")
+        rows = x.flatten(0, 1)
+        sent = plan.dispatch(F.pad(rows, (0, 1), value=1.0) if self.config.bias else rows, "token")
         # The shared expert is computed while rows are in flight.
         shared = None if self.shared is None else self.shared(x, router_input)
         y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait().view_as(x)
         if shared is not None:
             y = y + shared
+        if self.down_bias is not None:
+            y = y + self.down_bias(routing).view_as(y)
         if self.bias is not None:
             y = self.bias(y)
         return FeedForwardOutput(y, {"": routing.statistics}, {"": routing} if trace else {})

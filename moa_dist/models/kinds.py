@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moa_dist.config.family import ComposedAttentionConfig, MoHConfig, ResidualMoEConfig
 from moa_dist.config.model import (
     AttentionConfig,
     DenseAttentionConfig,
@@ -21,13 +22,18 @@ from moa_dist.config.model import (
     SwitchHeadConfig,
 )
 from moa_dist.models.attention import Attention, DenseAttention
+from moa_dist.models.composed_attention import ComposedAttention
 from moa_dist.models.feed_forward import DenseFeedForward, FeedForward, MoEFeedForward
 from moa_dist.models.moa import MoAAttention
+from moa_dist.models.moh import MoHAttention
+from moa_dist.models.residual_moe import ResidualMoE
 from moa_dist.models.switchhead import SwitchHeadAttention
 
 ATTENTION: dict[type[AttentionConfig], Callable[[Any, int, float], Attention]] = {
+    ComposedAttentionConfig: ComposedAttention,
     DenseAttentionConfig: DenseAttention,
     MoAConfig: MoAAttention,
+    MoHConfig: MoHAttention,
     SwitchHeadConfig: SwitchHeadAttention,
 }
 """Attention module by section."""
@@ -35,6 +41,7 @@ ATTENTION: dict[type[AttentionConfig], Callable[[Any, int, float], Attention]] =
 FEED_FORWARD: dict[type[FFNConfig], Callable[[Any, int, float], FeedForward]] = {
     DenseFFNConfig: DenseFeedForward,
     MoEFFNConfig: MoEFeedForward,
+    ResidualMoEConfig: ResidualMoE,
 }
 """Feed-forward module by section."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.positions import RopeConfig
-from moa_dist.config.routers import BalanceConfig
+from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
@@ -30,7 +30,6 @@ from moa_dist.models.soft_cap import soft_capped
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
-from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics, stacked
 
@@ -56,8 +55,8 @@ class _Alike(NamedTuple):
 
     part: str
     """The part of a layer that they belong to, `attention` or `ffn`."""
-    balance: BalanceConfig
-    """Their losses."""
+    config: RouterConfig
+    """Their configuration, which says what their losses are."""
     num_repeats: int
     """Applications of each."""
     shape: torch.Size
@@ -263,12 +262,13 @@ class LanguageModel(nn.Module):
         routers, repeats = self.routers(), Counter(call.key for call in statistics)
         for call, value in statistics.items():
             part = call.router.partition(".")[0]
-            balance = routers[call.key].config.balance
-            kind = _Alike(part, balance, repeats[call.key], value.load.shape)
+            config = routers[call.key].config
+            kind = _Alike(part, config, repeats[call.key], value.load.shape)
             alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():
-            for name, loss in balance_losses(value, kind.balance).items():
+            first = routers[next(iter(alike[kind]))]
+            for name, loss in first.losses(value).items():
                 key, of_all = f"{kind.part}/{name}", loss * len(alike[kind])
                 sums[key] = sums[key] + of_all if key in sums else of_all
         return sums
@@ -283,9 +283,9 @@ class LanguageModel(nn.Module):
             of_routers = RoutingStatistics(
                 *(part.unflatten(0, (len(repeats), -1)).sum(1) for part in every)
             )
-            is_pooled = kind.balance.scope != "sequences"
+            is_pooled = kind.config.balance.scope != "sequences"
             result[kind] = of_routers.as_one_group() if is_pooled else of_routers
-        pooled = [kind for kind in result if kind.balance.scope == "global_batch"]
+        pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
         # Ranks may validate unequal numbers of batches, and use no loss then.
         if pooled and self.training:
             of_all_ranks = self.sum_over_ranks([result[kind] for kind in pooled])

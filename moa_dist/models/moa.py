@@ -10,6 +10,8 @@ Shapes: B sequences, T queries, S keys, K chosen experts, h heads per expert, d 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +30,30 @@ from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import apply_rope
 from moa_dist.models.shared_heads import SharedHeads
 from moa_dist.models.softmax import softmax_attention, softmax_macs
+from moa_dist.models.stick_breaking import log_stick_shares, stick_breaking_attention
+from moa_dist.models.trace import LogShares, log_softmax_shares
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import make_router
 from moa_dist.profiling import annotated
+
+
+class Attend(NamedTuple):
+    """A way from queries and keys to a sum of values."""
+
+    value: Callable[[Tensor, Tensor, Tensor, AttentionMask, float | None], Tensor]
+    """Sums values, as `softmax_attention` does."""
+    log_shares: LogShares
+    """The same as attention, for traces."""
+
+
+ATTEND: dict[str, Attend] = {
+    "softmax": Attend(softmax_attention, log_softmax_shares),
+    "stick_breaking": Attend(stick_breaking_attention, log_stick_shares),
+}
+"""By the name that a configuration uses."""
 
 
 class MoAAttention(RoutedModule, Attention):
@@ -52,8 +72,8 @@ class MoAAttention(RoutedModule, Attention):
         init = Normal(init_scale / math.sqrt(d_model))
         self.router = make_router(config.router, d_model, init=init)
         self.q = GroupedLinear(num_experts, d_model, width, XavierUniform())
-        self.k = Linear(d_model, width, shared)
-        self.v = Linear(d_model, width, shared)
+        self.k = Linear(d_model, width, shared, bias=config.kv_bias)
+        self.v = Linear(d_model, width, shared, bias=config.kv_bias)
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
         self.shared = (
@@ -107,8 +127,8 @@ class MoAAttention(RoutedModule, Attention):
     ) -> AttentionOutput:
         """Implement `Attention.forward`; at padding, y has no part of routed experts."""
         B, T, D = query.shape
-        K, h = self.config.router.top_k, self.config.heads_per_expert
         routing = self.router(query, mask.query_mask)
+        K, h = routing.topk_ids.shape[-1], self.config.heads_per_expert
         plan = self.dispatcher.plan(routing, self.router.num_experts)
 
         # Keys and values are computed while rows are in flight.
@@ -129,7 +149,8 @@ class MoAAttention(RoutedModule, Attention):
         q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
         if cache is not None:
             k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask, self.config.soft_cap)
+        attend = ATTEND[self.config.attend].value
+        heads = attend(q, k, v, mask, self.config.soft_cap)
         heads = heads.to(query.dtype)  # autocast narrows it
 
         heads = heads.unflatten(1, (h, num_used)).permute(0, 3, 2, 1, 4)  # [B, T, used, h, d]
@@ -148,7 +169,8 @@ class MoAAttention(RoutedModule, Attention):
             q = q.unflatten(1, (h, num_used)).transpose(1, 2).flatten(1, 2)
             k = k.repeat(1, num_used, 1, 1)
             ids, soft_cap = self._head_ids(routing, B), self.config.soft_cap
-            decided = traced({"query": routing}, q, k, mask, ids, soft_cap)
+            shares = ATTEND[self.config.attend].log_shares
+            decided = traced({"query": routing}, q, k, mask, ids, soft_cap, shares)
         return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
 
     def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:

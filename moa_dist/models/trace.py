@@ -6,6 +6,7 @@ Shapes: B sequences, T queries, S keys, H heads, d head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,27 +59,49 @@ class BlockTrace(NamedTuple):
     """By attention: `attention`, and in a decoder that translates `attention.cross`."""
 
 
+LogShares = Callable[[Tensor, Tensor], Tensor]
+"""Maps products [..., T, S] and the bool mask of visible keys to logarithms of attention."""
+
+
+def log_softmax_shares(scores: Tensor, visible: Tensor) -> Tensor:
+    """Logarithms of a softmax over the visible keys."""
+    return scores.masked_fill(~visible, -math.inf).log_softmax(-1)
+
+
 def head_summary(
-    q: Tensor, k: Tensor, visible: Tensor, num_past: int, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    num_past: int,
+    soft_cap: float | None,
+    log_shares: LogShares = log_softmax_shares,
 ) -> HeadSummary:
-    """Summarize softmax(q k^T / sqrt d) of q [B, H, T, d] and k [B, H, S, d].
+    """Summarize the attention by q k^T / sqrt d of q [B, H, T, d] to k [B, H, S, d].
 
     `visible` [B, 1, T or 1, S] bool says which keys a query sees; query t is token `num_past + t`.
     `soft_cap` as in `moa_dist.models.softmax`.
     """
     # A sequence at a time: fused kernels never hold the probabilities, but here they are needed.
-    sequences = [_summary(*parts, num_past, soft_cap) for parts in zip(q, k, visible, strict=True)]
+    sequences = [
+        _summary(*parts, num_past, soft_cap, log_shares)
+        for parts in zip(q, k, visible, strict=True)
+    ]
     return HeadSummary(*(torch.stack(part) for part in zip(*sequences, strict=True)))
 
 
 def _summary(
-    q: Tensor, k: Tensor, visible: Tensor, num_past: int, soft_cap: float | None
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    num_past: int,
+    soft_cap: float | None,
+    log_shares: LogShares,
 ) -> HeadSummary:
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores_HTS = q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1])
     if soft_cap is not None:
         scores_HTS = soft_cap * torch.tanh(scores_HTS / soft_cap)
-    log_HTS = scores_HTS.masked_fill(~visible, -math.inf).log_softmax(-1)
+    log_HTS = log_shares(scores_HTS, visible)
     share_HTS = log_HTS.exp()
     key = torch.arange(k.shape[-2], device=q.device)
     query = torch.arange(q.shape[-2], device=q.device) + num_past

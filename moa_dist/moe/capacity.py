@@ -29,14 +29,18 @@ def keep_within_capacity(
     scores: Tensor,
     token_mask: Tensor | None,
     *,
+    top_k: int,
     num_experts: int,
     num_sequence_groups: int,
     capacity: CapacityConfig,
+    assigned: Tensor | None = None,
 ) -> Tensor:
     """Select the assignments that fit within the capacity of their experts.
 
     `chosen_ids` [T, G, K] experts within each router group, `scores` [T, G, K] their scores,
-    `token_mask` [T] bool or None for all. Returns [T, G, K] bool, false for padding.
+    `token_mask` [T] bool or None for all, `assigned` [T, G, K] bool, false for places that hold no
+    assignment, or None. `top_k` experts per token fill an even load. Returns [T, G, K] bool, false
+    for padding and empty places.
     """
     T, G, K = chosen_ids.shape
     N, device = num_sequence_groups, chosen_ids.device
@@ -46,6 +50,8 @@ def keep_within_capacity(
     num_queues = N * G * num_experts
     if token_mask is not None:  # padding waits in a queue of its own, behind all others
         queue = queue.masked_fill(~token_mask[:, None, None], num_queues)
+    if assigned is not None:
+        queue = queue.masked_fill(~assigned, num_queues)
     queue = queue.flatten()
 
     if capacity.policy == "probability":
@@ -60,7 +66,7 @@ def keep_within_capacity(
 
     tokens = torch.ones(T, device=device).long() if token_mask is None else token_mask.long()
     tokens = tokens.view(N, -1).sum(1)
-    limit = expert_capacity(tokens, capacity.factor, K, num_experts)
+    limit = expert_capacity(tokens, capacity.factor, top_k, num_experts)
     limit = limit.repeat_interleave(G * num_experts)
     limit = torch.cat([limit, limit.new_zeros(1)])
     return (place < limit[queue]).view(T, G, K)

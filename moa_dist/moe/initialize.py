@@ -51,6 +51,19 @@ class XavierUniform:
 
 
 @dataclass(frozen=True)
+class LastRowZero:
+    """Another distribution, with zeros in the last row [d_in, d_out]: that of biases."""
+
+    others: Initializer
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Draw values of `shape` in fp32, on the CPU."""
+        values = self.others.draw(shape, generator)
+        values[-1] = 0.0
+        return values
+
+
+@dataclass(frozen=True)
 class Constant:
     """One value everywhere."""
 

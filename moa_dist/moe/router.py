@@ -23,6 +23,8 @@ from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.fused_choice import LEAST_SUM, Options, can_fuse, choose
 from moa_dist.moe.initialize import Initializer, Normal
+from moa_dist.moe.losses import balance_losses
+from moa_dist.moe.sparsity import SparsityCoefficient
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotated
 
@@ -38,6 +40,8 @@ class Routing(NamedTuple):
     """[T, G, K] bool, false for padding tokens and dropped assignments; None keeps all."""
     statistics: RoutingStatistics
     """Sums for losses and reports."""
+    assigned: Tensor | None = None
+    """[T, G, K] bool, false for places that hold no expert; None if all do."""
 
 
 class Choice(NamedTuple):
@@ -47,11 +51,13 @@ class Choice(NamedTuple):
     """As in `Routing`."""
     keep_mask: Tensor | None
     """As in `Routing`."""
+    assigned: Tensor | None = None
+    """As in `Routing`."""
 
     @classmethod
     def of(cls, routing: Routing) -> Choice:
         """Return the choice that a routing is based on."""
-        return cls(routing.topk_ids, routing.keep_mask)
+        return cls(routing.topk_ids, routing.keep_mask, routing.assigned)
 
 
 def _renormalize(chosen: Tensor) -> Tensor:
@@ -160,11 +166,12 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_groups = num_groups
-        self.logits = RouterLogits(
+        self.logits: nn.Module = RouterLogits(
             d_model, num_groups * config.num_experts, init or Normal(1 / math.sqrt(d_model))
         )
         rate = config.balance.bias_rate
         self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
+        self.sparsity: SparsityCoefficient | None = None
 
     @property
     def num_experts(self) -> int:
@@ -173,7 +180,7 @@ class Router(nn.Module):
 
     def macs(self, num_tokens: int) -> int:
         """Count multiply-accumulates of one application."""
-        return num_tokens * self.logits.weight.numel()
+        return num_tokens * sum(w.numel() for w in self.logits.parameters() if w.dim() == 2)
 
     @annotated("router")
     def forward(
@@ -185,7 +192,6 @@ class Router(nn.Module):
         `choice`, only weights and statistics are computed.
         """
         B, S, _ = x_BSD.shape
-        E, K = self.config.num_experts, self.config.top_k
         N, rest = divmod(B, self.config.group_sequences)
         if rest:
             raise ValueError(
@@ -194,24 +200,42 @@ class Router(nn.Module):
             )
         logits = self.logits(x_BSD).flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
+        return self._route(logits, token_mask, N, choice)
+
+    def losses(self, statistics: RoutingStatistics) -> dict[str, Tensor]:
+        """Compute the auxiliary losses of `statistics`, each multiplied by its coefficient.
+
+        Statistics of other routers with an equal configuration may be stacked in front.
+        """
+        return balance_losses(statistics, self.config.balance)
+
+    def _route(
+        self,
+        logits: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
+        choice: Choice | None,
+    ) -> Routing:
+        """Route by logits [T, G * E]; `token_mask` [T] bool is true for real tokens."""
+        E, N = self.config.num_experts, num_sequence_groups
         if self.config.capacity is None and can_fuse(logits, E):
             routing = self._choose_fused(logits, token_mask, N, choice)
             return routing._replace(topk_weights=self._scaled(routing.topk_weights))
         logits = logits.unflatten(-1, (self.num_groups, E))
         scores = SCORES[self.config.score](logits)
-        group_offset = self._group_offset(logits.device)
+        first = self._group_offset(logits.device)
         if choice is None:
-            chosen_ids = self._selectable(scores).topk(K, dim=-1).indices
+            chosen_ids = self._selectable(scores).topk(self.config.top_k, dim=-1).indices
             chosen = scores.gather(-1, chosen_ids)
             keep_mask = self._keep(chosen_ids, chosen, token_mask, N)
         else:
-            chosen_ids, keep_mask = choice.topk_ids - group_offset, choice.keep_mask
+            chosen_ids, keep_mask = choice.topk_ids - first, choice.keep_mask
             chosen = scores.gather(-1, chosen_ids)
         return Routing(
-            topk_ids=chosen_ids + group_offset,
+            topk_ids=chosen_ids + first,
             topk_weights=self._scaled(GATES[self.config.gate](chosen)),
             keep_mask=keep_mask,
-            statistics=_statistics(logits, chosen_ids, keep_mask, token_mask, N),
+            statistics=routing_statistics(logits, chosen_ids, keep_mask, token_mask, N),
         )
 
     def _choose_fused(
@@ -283,13 +307,26 @@ class Router(nn.Module):
         """Return `Routing.keep_mask`."""
         if self.config.capacity is None:
             return None if token_mask is None else token_mask[:, None, None].expand_as(chosen_ids)
+        return self._within_capacity(chosen_ids, chosen, token_mask, num_sequence_groups)
+
+    def _within_capacity(
+        self,
+        chosen_ids: Tensor,
+        chosen: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
+        assigned: Tensor | None = None,
+    ) -> Tensor:
+        assert self.config.capacity is not None
         return keep_within_capacity(
             chosen_ids,
             chosen.detach(),
             token_mask,
+            top_k=self.config.top_k,
             num_experts=self.config.num_experts,
             num_sequence_groups=num_sequence_groups,
             capacity=self.config.capacity,
+            assigned=assigned,
         )
 
 
@@ -303,16 +340,18 @@ def _within_best_groups(scores: Tensor, limit: GroupLimitConfig) -> Tensor:
     return dropped_last.masked_fill(is_hidden[..., None], -math.inf).flatten(-2)
 
 
-def _statistics(
+def routing_statistics(
     logits: Tensor,
     chosen_ids: Tensor,
     keep_mask: Tensor | None,
     token_mask: Tensor | None,
     num_sequence_groups: int,
+    assigned: Tensor | None = None,
 ) -> RoutingStatistics:
     """Sum up, per group of sequences, `logits` [T, G, E] and `chosen_ids`, `keep_mask` [T, G, K].
 
-    `token_mask` [T] bool excludes padding; None for none.
+    `token_mask` [T] bool excludes padding; None for none. `assigned` [T, G, K] bool is false for
+    places that hold no assignment; None if all do.
     """
     T, G, E = logits.shape
     N = num_sequence_groups
@@ -328,6 +367,7 @@ def _statistics(
         probability = probability * token_mask[:, None, None]
         z, entropy = z * token_mask[:, None], entropy * token_mask[:, None]
     chosen = counted[:, None, None].expand_as(chosen_ids)
+    chosen = chosen if assigned is None else chosen * assigned
     dropped = torch.zeros_like(chosen) if keep_mask is None else chosen * ~keep_mask
 
     def per_group(x_T: Tensor) -> Tensor:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from moa_dist.config.family import (
+    DenseTrainingRouterConfig,
+    MLPRouterConfig,
+    ReLURouterConfig,
+)
 from moa_dist.config.routers import RouterConfig
+from moa_dist.moe.dense_training_router import DenseTrainingRouter
 from moa_dist.moe.initialize import Initializer
+from moa_dist.moe.mlp_router import MLPRouter
+from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
+    DenseTrainingRouterConfig: DenseTrainingRouter,
+    MLPRouterConfig: MLPRouter,
+    ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
 }
 """Router module by section."""

@@ -41,11 +41,12 @@ def overall_drop_share(routing: dict[RouterCall, RoutingReport]) -> float:
 
 
 def routing_summary(report: RoutingReport) -> dict[str, float]:
-    """Summarize one router call in four numbers."""
+    """Summarize one router call in numbers."""
     load = report.load.double()
     entropy, pairs = report.entropy.tolist()
     return {
         "drop_share": drop_share(report),
+        "experts_per_token": report.load.sum().item() / max(pairs, 1),
         # nats per token, mean over router groups
         "entropy": entropy / max(pairs, 1),
         # Every router group makes the same number of choices, so one mean serves all of them.

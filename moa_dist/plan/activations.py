@@ -256,5 +256,5 @@ def _weighted_rows(model: LanguageModel) -> Iterator[tuple[str, int, int]]:
         for projection in module.routed_projections():
             router = module.router_of(projection)
             if projection.weighted:
-                chosen = router.num_groups * router.config.top_k
+                chosen = router.num_groups * router.config.num_slots
                 yield name.partition(".0.")[2], chosen, projection.d_out

@@ -97,7 +97,7 @@ def expected_traffic(
             tokens * times[model.get_submodule(layer)],
             num_groups=router.num_groups,
             num_experts=router.config.num_experts,
-            top_k=router.config.top_k,
+            top_k=router.config.chosen_in_training,
             num_ranks=layout.expert_parallel,
             group_limit=router.config.group_limit,
         )

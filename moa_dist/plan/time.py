@@ -149,7 +149,7 @@ def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
         layers, repeats = module.expert_layers(), times[module]
         for projection in module.routed_projections():
             router = module.router_of(projection)
-            chosen = router.num_groups * router.config.top_k
+            chosen = router.num_groups * router.config.chosen_in_training
             hidden = [layers[name].d_out for name in projection.experts[:-1]]
             moved = _numbers_moved(projection, hidden)
             forward += chosen * element_bytes * moved.forward * repeats

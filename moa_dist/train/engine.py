@@ -35,7 +35,7 @@ from moa_dist.moe.sharding import pool_statistics
 from moa_dist.moe.statistics import RoutingReport, report_each, reports
 from moa_dist.profiling import annotate
 from moa_dist.train import deepspeed_hooks
-from moa_dist.train.biases import update_biases
+from moa_dist.train.adapt import adapt_routers
 from moa_dist.train.deepspeed_config import deepspeed_config
 from moa_dist.train.engine_state import EngineState
 from moa_dist.train.muon import Muon
@@ -168,7 +168,7 @@ class Engine:
         with annotate("optimizer"):
             with self._measured(measure_parts) as part_squares:
                 grad_norm = self._update()
-            update_biases(self.model.routers(), routing, self.mesh.comm_timer)
+            adapt_routers(self.model.routers(), routing, self.mesh.comm_timer)
         self.mesh.comm_timer.settle()
         return StepResult(
             loss=loss,

@@ -140,7 +140,14 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         rope = config.attention.rope
         if rope is None or rope.fraction != 1 or config.attention.d_head % 2:
             yield "`model.attention.rope` does not rotate whole heads; JetMoE needs fraction 1"
-        unlike = {"qk_norm": False, "window": None, "soft_cap": None, "shared_experts": 0}
+        unlike = {
+            "qk_norm": False,
+            "window": None,
+            "soft_cap": None,
+            "shared_experts": 0,
+            "kv_bias": False,
+            "attend": "softmax",
+        }
         for name, value in unlike.items():
             if getattr(config.attention, name) != value:
                 yield f"`model.attention.{name}` is set, but JetMoE has no such part"
@@ -170,6 +177,8 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
 
 def _router_problems(part: str, router: RouterConfig) -> Iterator[str]:
     path = f"model.{part}.router"
+    if router.kind != "topk":
+        yield f"`{path}.kind` is {router.kind}; JetMoE needs topk"
     if router.score != "softmax" or router.gate == "raw":
         yield (
             f"`{path}` has score {router.score} and gate {router.gate}; JetMoE needs a softmax "

@@ -41,7 +41,7 @@ from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.moa import MoAAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, RouterLogits
 
 _SAMPLE = 4096
 """Number of random tokens over which weights are averaged."""
@@ -112,6 +112,12 @@ def problems_of(dense: ModelConfig, config: ModelConfig) -> Iterator[Problem]:
                 (f"model.{name}.kind",),
                 {f"model.{name}.kind": kinds},
             )
+        of_known_kind = now.routers if type(now) in _HEADS_FIELD else {}
+        for field, router in of_known_kind.items():
+            if router.kind != "topk":
+                key = f"model.{name}.{field}.kind"
+                text = f"`{key}` is {router.kind}, but an upcycled part needs topk"
+                yield Problem(text, (key,), {key: ["topk"]})
     if "attention" in changed and isinstance(dense.attention, DenseAttentionConfig):
         yield from _attention_problems(dense.attention, config)
     if isinstance(dense.ffn, DenseFFNConfig) and isinstance(config.ffn, MoEFFNConfig):
@@ -289,7 +295,7 @@ def _fill_ffn(new: MoEFeedForward, old: DenseFeedForward, norm: nn.Module) -> Up
     num_groups = router.num_experts // num_slices
     whole_groups = router.top_k % num_slices == 0
     if whole_groups:
-        rows = new.router.logits.weight
+        rows = _logits(new.router)
         rows.copy_(rows[::num_slices].repeat_interleave(num_slices, 0))
     for experts, linear in ((new.up, old.up), (new.gate, old.gate)):
         if experts is not None and linear is not None:
@@ -317,15 +323,21 @@ def _sums_to_one(router: RouterConfig) -> bool:
     return router.gate != "raw" or everything
 
 
+def _logits(router: Router) -> Tensor:
+    """Return the weights [outputs, D] of a router whose logits are linear."""
+    assert isinstance(router.logits, RouterLogits)
+    return router.logits.weight
+
+
 def _even_out(router: Router, norm: nn.Module) -> Tensor:
     """Return the sum of a token's weights, averaged over random inputs after `norm`, [G].
 
     If the sum varies from token to token, scale the router down first.
     """
     if _sums_to_one(router.config):
-        return torch.ones(router.num_groups, dtype=router.logits.weight.dtype)
-    router.logits.weight.mul_(_EVEN)
+        return torch.ones(router.num_groups, dtype=_logits(router).dtype)
+    _logits(router).mul_(_EVEN)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _SAMPLE, router.logits.weight.shape[1], generator=generator)
-    weights = router.eval()(norm(x.to(router.logits.weight))).topk_weights
+    x = torch.randn(1, _SAMPLE, _logits(router).shape[1], generator=generator)
+    weights = router.eval()(norm(x.to(_logits(router)))).topk_weights
     return weights.sum(-1).mean(0)

@@ -18,7 +18,8 @@ from moa_dist.config.run import Config, OptimizerConfig
 from moa_dist.models.cross_entropy import NO_TARGET
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.stack import RouterCall, RouterKey
+from moa_dist.moe.adapt import StepLoad, adapt, adaptive
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.verify.plain_optimizer import plain_optimizers
 
@@ -100,7 +101,7 @@ def _step(
             gradient *= min(1.0, clip_norm / (norm + 1e-6))
     for update in updates:
         update.step()
-    _move_biases(model, load)
+    _adapt(model, outputs)
     with torch.no_grad():
         after = model(*batch.inputs()).logits[token_mask]
     return Outcome(
@@ -139,11 +140,15 @@ def _balanced_by_parts(config: Config) -> bool:
     return any(router.balance.scope == "micro_batch" for router in routers)
 
 
-def _move_biases(model: LanguageModel, load: dict[RouterCall, Tensor]) -> None:
-    for key, router in model.routers().items():
-        if router.bias is not None:
-            repeats = [value for call, value in load.items() if call.key == key]
-            router.bias.update(torch.stack(repeats).sum(0))
+def _adapt(model: LanguageModel, outputs: list[LanguageModelOutput]) -> None:
+    """Adapt routers to the load of the step, counted anew from its statistics."""
+    steps: dict[RouterKey, StepLoad] = {}
+    for output in outputs:
+        for call, value in output.statistics.items():
+            pairs = value.num_tokens.sum() * value.load.shape[1]
+            step = StepLoad(value.load.sum(0), pairs)
+            steps[call.key] = steps[call.key].plus(step) if call.key in steps else step
+    adapt(adaptive(model.routers()), steps)
 
 
 def is_clear_of_rounding(

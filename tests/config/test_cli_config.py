@@ -81,10 +81,10 @@ def test_fields_explains_every_kind(capsys):
     (doc,) = (field.info.description for field in walk() if field.path == "optimizer.lr")
     first = doc.split(".")[0].split("\n")[0]
     assert f"optimizer.lr: a number above 0; default 0.00025\n    {first}" in printed
-    assert "model.ffn: a section, its kind one of dense, moe; required" in printed
+    assert "model.ffn: a section, its kind one of dense, moe, residual_moe; required" in printed
     for field in ("scope", "mutual_information", "bias_rate"):
-        assert f"model.ffn.router.balance.{field} (kind moe)" in printed
-    assert "model.ffn.d_expert (kind moe): an integer of at least 1; required" in printed
+        assert f"model.ffn.router.balance.{field} (kind moe and residual_moe)" in printed
+    assert "model.ffn.d_expert (kind moe and residual_moe): an integer of at least 1; required" in printed
 
 
 def test_check_notes_a_missing_folder_and_fails_where_data_are_to_be_checked(base, capsys):

@@ -72,7 +72,7 @@ def test_check_on_an_unusable_field_is_left_out(base, problems):
         ("model.attention.kind=swichhead", ["switchhead"]),
         ("model.attention.kind=banana", None),
         ("top_k=1", ["model.attention.router.top_k", "model.ffn.router.top_k"]),
-        ("model.ffn.d_ff=64", ["dense"]),  # the kind that has it
+        ("model.ffn.d_ff=64", ["dense", "residual_moe"]),  # the kinds that have it
         ("zzz=1", []),
         ("train.steps=true", None),
         ("train.steps='5'", None),

@@ -23,7 +23,7 @@ SIZES = {
         for part in ("attention", "ffn")
         for size in (
             *("num_heads", "heads_per_expert", "d_head", "d_ff", "d_expert"),
-            *("router.num_experts", "router.top_k"),
+            *("router.num_experts", "router.top_k", "router.d_hidden"),
             *("window.size", "window.full_every", "shared_experts", "shared_expert.d_expert"),
         )
     ),
@@ -55,7 +55,7 @@ def check_choices(config: Config, world_size: int) -> Config:
     ep = config.parallel.expert_parallel
     for part in ("attention", "ffn"):
         theirs, ours = getattr(config.model, part), getattr(small.model, part)
-        if theirs.kind == "dense":
+        if not theirs.routers:
             continue
         flat, small_flat = (
             section.router.num_experts * getattr(section, "num_heads", 1)

@@ -38,6 +38,7 @@ def keep(ids: list[int], scores: list[float], factor: float, policy: str) -> lis
         torch.tensor(ids)[:, None, None],
         torch.tensor(scores)[:, None, None],
         None,
+        top_k=1,
         num_experts=2,
         num_sequence_groups=1,
         capacity=CapacityConfig(factor=factor, policy=policy),
@@ -92,7 +93,7 @@ def test_equals_one_expert_at_a_time(policy, padded, factor):
         "num_sequence_groups": N,
         "capacity": CapacityConfig(factor=factor, policy=policy),
     }
-    kept = keep_within_capacity(ids, scores, real, **arguments)
+    kept = keep_within_capacity(ids, scores, real, top_k=K, **arguments)
     expected = by_hand(ids, scores, real, **arguments)
     assert torch.equal(kept, expected)
     lost = ~kept if real is None else ~kept[real]

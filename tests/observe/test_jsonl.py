@@ -77,6 +77,7 @@ def test_round_trip_keeps_every_bit(run_start):
     assert step["tokens_per_second"] == wanted.tokens_per_second
     assert step["routing"]["layer0.repeat0.ffn"] == {
         "drop_share": 0.3,
+        "experts_per_token": 2.0,
         "entropy": math.log(2),
         "load_imbalance": 2.4,
         "dead_experts": 2.0,

@@ -34,6 +34,7 @@ def test_summary_over_router_groups():
     )
     assert routing_summary(report) == {
         "drop_share": 0.25,
+        "experts_per_token": 1.0,
         "entropy": pytest.approx(math.log(4) / 2),
         "load_imbalance": 4.0,
         "dead_experts": 3.0,
@@ -45,6 +46,7 @@ def test_no_tokens_at_all():
     report = RoutingReport(none, none, torch.zeros(2, dtype=torch.float64))
     assert routing_summary(report) == {
         "drop_share": 0.0,
+        "experts_per_token": 0.0,
         "entropy": 0.0,
         "load_imbalance": 0.0,
         "dead_experts": 4.0,

@@ -86,7 +86,7 @@ def test_losses_come_first_and_layers_are_groups(run_start):
         "loss/validation_bits_per_byte",
     ]
     assert groups["routing"] == ["routing/load_ffn"]
-    assert len(groups["routing_layer0"]) == 2 * 4, "two repeats"
+    assert len(groups["routing_layer0"]) == 2 * 5, "two repeats"
 
 
 def test_a_run_is_shown_under_its_name(run_start):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from moa_dist.cli.main import main
 from moa_dist.config import to_yaml
-from moa_dist.config.model import ModelConfig, RopeConfig
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.positions import RopeConfig
 from moa_dist.config.sharing import SharingConfig
 from moa_dist.evaluate.trained import load_trained
-from moa_dist.models.attention import AttentionMask
 from moa_dist.models.language_model import LanguageModel, build_model
+from moa_dist.models.mask import AttentionMask
 from moa_dist.models.rope import Rotation
 from moa_dist.models.sharing import AdaptedLinear
 from moa_dist.moe.borrowing import named_used_modules

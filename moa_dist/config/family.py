@@ -1,0 +1,167 @@
+"""Relatives of MoA and MoEUT: kinds of attention, feed-forward part and router from other papers.
+
+`configs/family/README.md` shows each as a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+
+from moa_dist.config.model import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    MoEFFNConfig,
+)
+from moa_dist.config.routers import RouterConfig, shrunk
+from moa_dist.errors import Problem
+
+
+class MoHConfig(AttentionConfig):
+    """Mixture-of-head attention: all heads attend, and a token takes the results of some."""
+
+    kind: Literal["moh"] = "moh"
+    """Names this kind."""
+    num_shared_heads: NonNegativeInt = 0
+    """Heads that every token takes. A second gate divides its weight between them and the others;
+    both have gates that are softmaxes."""
+    bias: bool = False
+    """Add biases to queries, keys, values and the output."""
+    router: SerializeAsAny[RouterConfig]
+    """Chooses from the other heads; there are as many as experts."""
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """A token that takes all heads needs no router."""
+        if self.router.top_k == self.router.num_experts:
+            keys = (f"{path}.router.top_k", f"{path}.router.num_experts")
+            yield Problem(f"`{path}` takes all heads; use dense attention", keys)
+
+
+class ComposedAttentionConfig(DenseAttentionConfig):
+    """Dense attention whose heads are composed anew for each pair of tokens (DCMHA)."""
+
+    kind: Literal["composed"] = "composed"  # type: ignore[assignment]  # not that of its base
+    """Names this kind."""
+    d_compose: PositiveInt | None = None
+    """Hidden width of the layer that computes compositions; null for four times the heads."""
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Heads are composed one with one, without a bound on what is composed."""
+        yield from super().problems(path)
+        if self.soft_cap is not None:
+            key = f"{path}.soft_cap"
+            yield Problem(f"`{key}` does not work with composed heads; remove it", (key,))
+        if self.kv_heads != self.num_heads:
+            yield Problem(
+                f"`{path}.num_kv_heads` is {self.num_kv_heads}, but composed heads have keys and "
+                "values of their own; remove it",
+                (f"{path}.num_kv_heads",),
+            )
+
+
+class ResidualMoEConfig(MoEFFNConfig):
+    """Experts and a dense part, mixed per token (Residual MoE of DeepSpeed-MoE)."""
+
+    kind: Literal["residual_moe"] = "residual_moe"  # type: ignore[assignment]  # as above
+    """Names this kind."""
+    d_ff: PositiveInt
+    """Hidden width of the dense part."""
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Narrow the dense part too."""
+        return super().shrink(expert_parallel).changed(d_ff=shrunk(self.d_ff, 16))
+
+
+class DenseTrainingRouterConfig(RouterConfig):
+    """All experts in training, the top K of them in evaluation and generation (DS-MoE)."""
+
+    kind: Literal["dense_training"] = "dense_training"
+    """Names this kind."""
+
+    @property
+    def num_slots(self) -> int:
+        """Places for chosen experts per token in training."""
+        return self.num_experts
+
+    @property
+    def chosen_in_training(self) -> int:
+        """All of them."""
+        return self.num_experts
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Refuse what belongs to a choice in training."""
+        yield from _without_choice(self, path, self.capacity is not None)
+
+
+class MLPRouterConfig(RouterConfig):
+    """The top K of logits that have a hidden layer (ModuleFormer, Sparse Universal Transformer)."""
+
+    kind: Literal["mlp"] = "mlp"
+    """Names this kind."""
+    d_hidden: PositiveInt
+    """Width of the hidden layer."""
+    activation: Literal["gelu", "tanh", "relu"] = "gelu"
+    """Nonlinearity of the hidden layer, which has a bias."""
+
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """Narrow the hidden layer."""
+        return super().shrink(at_least, expert_parallel).changed(d_hidden=shrunk(self.d_hidden, 8))
+
+
+class ReLURouterConfig(RouterConfig):
+    """Every expert with a positive logit, weighted by it: a varying number per token (ReMoE)."""
+
+    kind: Literal["relu"] = "relu"
+    """Names this kind."""
+    top_k: PositiveInt
+    """Mean number of experts per token that the loss of sparsity aims at."""
+    score: Literal["relu"] = "relu"  # type: ignore[assignment]  # not one of the others
+    """Function that turns logits into scores."""
+    max_experts: PositiveInt | None = None
+    """Most experts that a token takes, those with the largest logits; null for all. Memory of the
+    exchange and, on GPUs, of hidden rows grows with it."""
+    sparsity: PositiveFloat = 1e-8
+    """Coefficient, at the first step, of the loss that makes weights sparse."""
+    sparsity_multiplier: Annotated[float, Field(gt=1)] = 1.2
+    """After each step the coefficient is multiplied by this if tokens took more experts than
+    `top_k` in the mean over all layers, and divided by it if not."""
+
+    @property
+    def num_slots(self) -> int:
+        """Places for chosen experts per token."""
+        return self.max_experts or self.num_experts
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Refuse what belongs to a fixed number of experts."""
+        if self.max_experts is not None and not self.top_k <= self.max_experts <= self.num_experts:
+            yield Problem(
+                f"`{path}.max_experts` is {self.max_experts}; it must be from `top_k` = "
+                f"{self.top_k} to `num_experts` = {self.num_experts}",
+                (f"{path}.max_experts", f"{path}.top_k", f"{path}.num_experts"),
+            )
+        yield from _without_choice(self, path)
+
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """Keep the limit in the same place."""
+        smaller = super().shrink(at_least, expert_parallel)
+        limit = None if self.max_experts is None else min(self.max_experts, smaller.num_experts)
+        return smaller.changed(max_experts=limit)
+
+
+def _without_choice(router: RouterConfig, path: str, capacity: bool = False) -> Iterator[Problem]:
+    """Refuse what chooses or weighs a fixed number of experts; `capacity` if it is set as well."""
+    for field, is_set in {
+        "gate": router.gate != "raw",
+        "group_limit": router.group_limit is not None,
+        "expert_dropout": router.expert_dropout > 0,
+        "balance.bias_rate": router.balance.bias_rate > 0,
+        "capacity": capacity,
+    }.items():
+        if is_set:
+            yield Problem(
+                f"`{path}.{field}` is for a fixed number of chosen experts, which `{path}.kind` = "
+                f"{router.kind} does not have; remove it",
+                (f"{path}.{field}", f"{path}.kind"),
+            )

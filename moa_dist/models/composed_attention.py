@@ -1,0 +1,181 @@
+"""DCMHA: heads composed anew for each pair of tokens (Xiao et al. 2024, arXiv 2405.08553).
+
+The vector of all heads' attention from a query to a key is multiplied by a matrix that depends on
+both tokens, before the softmax and again after it. The matrix is the identity plus, for each of
+the two tokens, a part of rank 2 and a diagonal (section 3).
+
+Shapes: B sequences, T queries, S keys, N heads, d head width, R = 2 rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moa_dist.config.family import ComposedAttentionConfig
+from moa_dist.models.attention import AttentionOutput, DenseAttention, traced
+from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.linear import Linear
+from moa_dist.models.mask import AttentionMask
+from moa_dist.models.rope import apply_rope
+from moa_dist.moe.initialize import Initializer, Normal
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
+from moa_dist.profiling import annotated
+
+_RANK = 2
+_BLOCK = 128
+"""Queries whose attention is in memory at a time."""
+_NORM_EPS = 1e-6
+_SMALL = 0.01
+"""Initial size of what is added to the identity."""
+
+
+class Composition(NamedTuple):
+    """What the tokens of one side, queries or keys, do to the heads at one place."""
+
+    gather: Tensor
+    """[B, N, T, R], contracts the heads."""
+    spread: Tensor
+    """[B, N, T, R], spreads the result over the heads."""
+    diagonal: Tensor
+    """[B, N, T, 1], scales each head."""
+
+    @classmethod
+    def of(cls, packed: Tensor) -> Composition:
+        """Unpack [B, N, T, 2 R + 1]."""
+        return cls(*packed.split([_RANK, _RANK, 1], dim=-1))
+
+
+class CompositionWeights(nn.Module):
+    """Maps tokens to compositions: of queries and of keys, before and after the softmax."""
+
+    def __init__(self, d_model: int, d_hidden: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.hidden = Linear(d_model, 4 * d_hidden, Normal(1 / math.sqrt(d_model)))
+        self.gather = nn.Parameter(torch.empty(4, d_hidden, _RANK * num_heads))
+        self.spread = nn.Parameter(torch.empty(4, d_hidden, _RANK * num_heads))
+        self.diagonal = Linear(d_model, 4 * num_heads, Normal(_SMALL / math.sqrt(d_model)))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Initial distribution of its own parameters; what gathers heads is normalized anyway."""
+        std = 1 / math.sqrt(self.gather.shape[1])
+        return {"gather": Normal(std), "spread": Normal(_SMALL * std)}
+
+    def macs(self, num_tokens: int) -> int:
+        """Count multiply-accumulates for so many tokens."""
+        return (
+            self.hidden.macs(num_tokens)
+            + self.diagonal.macs(num_tokens)
+            + (num_tokens * (self.gather.numel() + self.spread.numel()))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [4, B, N, T, 2 R + 1], packed for `Composition.of`."""
+        hidden = F.gelu(self.hidden(x)).unflatten(-1, (4, -1))
+        gather, spread = (
+            torch.einsum("btck,cko->cbto", hidden, weight).unflatten(-1, (_RANK, self.num_heads))
+            for weight in (self.gather, self.spread)
+        )  # [4, B, T, R, N]
+        gather = F.rms_norm(gather, (self.num_heads,), eps=_NORM_EPS)
+        diagonal = self.diagonal(x).tanh().unflatten(-1, (4, 1, self.num_heads))
+        parts = torch.cat([gather, spread, diagonal.permute(2, 0, 1, 3, 4)], dim=3)
+        return parts.permute(0, 1, 4, 2, 3)
+
+
+def composed_attention(
+    q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, mask: AttentionMask
+) -> Tensor:
+    """Attend with composed heads, a block of queries at a time; returns [B, N, T, d].
+
+    q [B, N, T, d]; k [B, N, S, d + 2 (2 R + 1)], each key followed by its compositions before and
+    after the softmax; v [B, N, S, d]; `of_queries` [2, B, N, T, 2 R + 1]. Attention is computed
+    again in the backward pass.
+    """
+    heads, start = [], 0
+    blocks = zip(q.split(_BLOCK, dim=2), of_queries.split(_BLOCK, dim=3), strict=True)
+    for block, composition in blocks:
+        stop = start + block.shape[2]
+        visible = mask.visible(slice(start, stop), slice(0, k.shape[2]), q.device)
+        heads.append(checkpoint(_attend, block, k, v, composition, visible, use_reentrant=False))
+        start = stop
+    return torch.cat(heads, dim=2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, visible: Tensor) -> Tensor:
+    d = q.shape[-1]
+    k, before, after = k.split([d, 2 * _RANK + 1, 2 * _RANK + 1], dim=-1)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(d)
+    scores = _composed(scores, of_queries[0], before)
+    # Masked after composing, which mixes heads but not keys, and would turn -inf into NaN.
+    scores = scores.masked_fill(~visible, -math.inf)
+    return _composed(scores.softmax(-1), of_queries[1], after).to(v.dtype) @ v
+
+
+def _composed(attention: Tensor, of_queries: Tensor, of_keys: Tensor) -> Tensor:
+    """Compose attention [B, N, T, S], by [B, N, T, 2 R + 1] and [B, N, S, 2 R + 1]."""
+    by_query = Composition.of(of_queries.to(attention.dtype))
+    by_key = Composition.of(of_keys.to(attention.dtype))
+    low_query = torch.einsum("bnts,bntr->brts", attention, by_query.gather)
+    low_key = torch.einsum("bnts,bnsr->brts", attention, by_key.gather)
+    scale = 1 + by_query.diagonal + by_key.diagonal.transpose(-1, -2)
+    return (
+        attention * scale
+        + torch.einsum("brts,bntr->bnts", low_query, by_query.spread)
+        + torch.einsum("brts,bnsr->bnts", low_key, by_key.spread)
+    )
+
+
+class ComposedAttention(DenseAttention):
+    """Multi-head attention whose heads are composed by the query's and the key's token."""
+
+    config: ComposedAttentionConfig
+
+    def __init__(self, config: ComposedAttentionConfig, d_model: int, init_scale: float) -> None:
+        super().__init__(config, d_model, init_scale)
+        d_hidden = config.d_compose or 4 * config.num_heads
+        self.compose = CompositionWeights(d_model, d_hidden, config.num_heads)
+
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+        """Add the compositions to those of dense attention."""
+        parts = super().macs(length, num_keys)
+        # Both sides gather and spread at R ranks, and scale, twice for each pair of tokens.
+        pairs = length * (num_keys or length) * self.num_heads * 2 * (2 * 2 * _RANK + 1)
+        return parts | {
+            "projections": parts["projections"] + self.compose.macs(length),
+            "softmax": parts["softmax"] + pairs,
+        }
+
+    @annotated("attention")
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
+        cache: KeyValues | None = None,
+        trace: bool = False,
+    ) -> AttentionOutput:
+        """Implement `Attention.forward`; a cached key carries its compositions behind it."""
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+            for project, x in ((self.q, query), (self.k, key), (self.v, value))
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
+        of_queries = self.compose(query)
+        of_keys = of_queries if key is query else self.compose(key)
+        k = torch.cat([k, *of_keys[1::2]], dim=-1)
+        if cache is not None:
+            k, v = cache = extended(cache, k, v)
+        heads = composed_attention(q, k, v, of_queries[0::2], mask)
+        y = self.o(heads.to(query.dtype).transpose(1, 2).flatten(2))
+        decided = traced({}, q, k[..., : q.shape[-1]], mask) if trace else None
+        return AttentionOutput(y, {}, cache, decided)

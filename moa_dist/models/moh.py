@@ -1,0 +1,135 @@
+"""MoH: mixture-of-head attention (Jin et al. 2024, arXiv 2410.11842, section 3.2).
+
+All heads attend. A token takes the results of the shared heads and of K of the others, whose
+output projections are experts. A second gate shares the token's weight between both sorts. Factors
+follow the released code: with even choices every head has weight 1.
+
+Shapes: B sequences, T queries, S shared heads, E routed heads, K chosen ones, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moa_dist.config.family import MoHConfig
+from moa_dist.kernels.row_map import ExpertWeights
+from moa_dist.models.attention import Attention, AttentionOutput, head_norm, traced
+from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.linear import Bias, Linear
+from moa_dist.models.mask import AttentionMask
+from moa_dist.models.rope import apply_rope
+from moa_dist.models.softmax import softmax_attention, softmax_macs
+from moa_dist.moe.experts import GroupedLinear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.router_kinds import make_router
+from moa_dist.profiling import annotated
+
+
+class MoHAttention(RoutedModule, Attention):
+    """`y = sum over shared and chosen heads h of g_h W_o^h attention_h`."""
+
+    def __init__(self, config: MoHConfig, d_model: int, init_scale: float) -> None:
+        super().__init__()
+        self.config = config
+        S, E, d = config.num_shared_heads, config.router.num_experts, config.d_head
+        width = (S + E) * d
+        init = Normal(init_scale / math.sqrt(d_model))
+        self.q = Linear(d_model, width, init, bias=config.bias)
+        self.k = Linear(d_model, width, init, bias=config.bias)
+        self.v = Linear(d_model, width, init, bias=config.bias)
+        self.q_norm, self.k_norm = head_norm(config), head_norm(config)
+        self.router = make_router(config.router, d_model, init=init)
+        self.stage_gate = RouterLogits(d_model, 2, init) if S else None
+        self.shared_gate = RouterLogits(d_model, S, init) if S > 1 else None
+        out = Normal(init_scale / math.sqrt(width))
+        self.shared_o = Linear(S * d, d_model, out) if S else None
+        self.o = GroupedLinear(E, d, d_model, out)
+        self.bias = Bias(d_model) if config.bias else None
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of both sorts, shared ones first."""
+        return self.config.num_shared_heads + self.config.router.num_experts
+
+    def routers(self) -> dict[str, Router]:
+        """The only router, which chooses heads for queries."""
+        return {"query": self.router}
+
+    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+        """Implement `Attention.macs`."""
+        dense = (self.q, self.k, self.v, self.shared_o)
+        gates = sum(g.weight.numel() for g in (self.stage_gate, self.shared_gate) if g)
+        return {
+            "projections": sum(p.macs(length) for p in dense if p),
+            "experts": length * self.config.router.top_k * self.o.macs_per_row(),
+            "routers": self.router.macs(length) + length * gates,
+            "softmax": softmax_macs(
+                length, num_keys or length, self.num_heads * self.config.d_head
+            ),
+        }
+
+    def routed_projections(self) -> list[RoutedProjection]:
+        """Implement `RoutedModule.routed_projections`."""
+        d, D = self.o.d_in, self.o.d_out
+        return [RoutedProjection("router", ("o",), "slot", d, "token", D, weighted=True)]
+
+    @annotated("attention")
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        gathered: Gathered = NOTHING_GATHERED,
+        cache: KeyValues | None = None,
+        trace: bool = False,
+    ) -> AttentionOutput:
+        """Implement `Attention.forward`."""
+        B, T, D = query.shape
+        routing = self.router(query, mask.query_mask)
+        q, k, v = (
+            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project, x in ((self.q, query), (self.k, key), (self.v, value))
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
+        if cache is not None:
+            k, v = cache = extended(cache, k, v)
+        heads = softmax_attention(q, k, v, mask, self.config.soft_cap)
+        heads = heads.to(query.dtype)  # autocast narrows it
+        shared, routed = (
+            heads.transpose(1, 2).flatten(0, 1).tensor_split([self.config.num_shared_heads], dim=1)
+        )
+        of_shared, of_routed = self._stages(query.reshape(B * T, D))
+        weights = routing.topk_weights * of_routed[:, :, None]
+        plan = self.dispatcher.plan(routing._replace(topk_weights=weights), self.router.num_experts)
+        chosen = routing.topk_ids.flatten(1)[:, :, None].expand(-1, -1, self.config.d_head)
+        sent = plan.dispatch(routed.gather(1, chosen).flatten(0, 1), "slot")
+        experts = ExpertWeights(self.expert_weights("o", gathered))
+        returning = plan.run_and_combine(experts, sent, "slot", "token", weighted=True)
+        # Computed while rows are in flight.
+        dense = None
+        if self.shared_o is not None:
+            dense = self.shared_o((shared * of_shared[:, :, None].to(shared.dtype)).flatten(1))
+        y = returning.wait() if dense is None else returning.wait() + dense
+        y = y.view(B, T, D)
+        if self.bias is not None:
+            y = self.bias(y)
+        soft_cap = self.config.soft_cap
+        decided = traced({"query": routing}, q, k, mask, None, soft_cap) if trace else None
+        return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
+
+    def _stages(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B * T, D] -> weights of shared heads [B * T, S], factor of routed ones [B * T, 1]."""
+        S, K = self.config.num_shared_heads, self.config.router.top_k
+        if self.stage_gate is None:
+            return x[:, :0], torch.full_like(x[:, :1], K)
+        of_shared, of_routed = (2 * self.stage_gate(x).softmax(-1)).split(1, dim=-1)
+        if self.shared_gate is not None:
+            of_shared = of_shared * S * self.shared_gate(x).softmax(-1)
+        return of_shared, of_routed * K

@@ -1,0 +1,53 @@
+"""Residual MoE: experts correct a dense part (DeepSpeed-MoE, arXiv 2201.05596, section 4.1).
+
+The released code mixes both by two learned weights per token; the paper adds them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from moa_dist.config.family import ResidualMoEConfig
+from moa_dist.config.model import DenseFFNConfig
+from moa_dist.models.feed_forward import DenseFeedForward, FeedForwardOutput, MoEFeedForward
+from moa_dist.models.linear import Linear
+from moa_dist.moe.initialize import Normal
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
+from moa_dist.profiling import annotated
+
+
+class ResidualMoE(MoEFeedForward):
+    """`y = c_0 MoE(x) + c_1 FFN(x)`, where c = softmax(W x + b)."""
+
+    def __init__(self, config: ResidualMoEConfig, d_model: int, init_scale: float) -> None:
+        super().__init__(config, d_model, init_scale)
+        dense = DenseFFNConfig(
+            d_ff=config.d_ff,
+            activation=config.activation,
+            gated=config.gated,
+            bias=config.bias,
+        )
+        self.dense = DenseFeedForward(dense, d_model, init_scale)
+        self.mix = Linear(d_model, 2, Normal(init_scale / math.sqrt(d_model)), bias=True)
+
+    def macs(self, length: int) -> dict[str, int]:
+        """Add the dense part and the mix."""
+        dense = self.dense.macs(length)["projections"] + self.mix.macs(length)
+        return super().macs(length) | {"projections": dense}
+
+    @annotated("ffn")
+    def forward(
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered = NOTHING_GATHERED,
+        trace: bool = False,
+    ) -> FeedForwardOutput:
+        """Implement `FeedForward.forward`; the weights of the mix follow the router's input."""
+        experts = super().forward(x, router_input, token_mask, gathered, trace)
+        dense = self.dense(x, router_input, token_mask).y
+        of_experts, of_dense = self.mix(router_input).softmax(-1).to(x.dtype).split(1, dim=-1)
+        return experts._replace(y=of_experts * experts.y + of_dense * dense)

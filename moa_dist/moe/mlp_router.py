@@ -1,0 +1,64 @@
+"""A router whose logits have a hidden layer (ModuleFormer, Shen et al. 2023, arXiv 2306.04640)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa_dist.config.family import MLPRouterConfig
+from moa_dist.moe.initialize import Constant, Initializer, Normal
+from moa_dist.moe.router import Router, RouterLogits
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+}
+
+
+class MLPLogits(nn.Module):
+    """`W_2 act(W_1 x + b)` in fp32 or wider."""
+
+    def __init__(
+        self, d_model: int, d_hidden: int, num_outputs: int, activation: str, init: Initializer
+    ) -> None:
+        super().__init__()
+        self.hidden = RouterLogits(d_model, d_hidden, init)
+        self.bias = nn.Parameter(torch.empty(d_hidden))
+        self.activation = _ACTIVATIONS[activation]
+        self.out = RouterLogits(d_hidden, num_outputs, Normal(1 / math.sqrt(d_hidden)))
+
+    def initializers(self) -> dict[str, Initializer]:
+        """Initial distribution of its own parameter."""
+        return {"bias": Constant(0.0)}
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, outputs]."""
+        hidden = self.hidden(x_TD)
+        logits: Tensor = self.out(self.activation(hidden + self.bias.to(hidden.dtype)))
+        return logits
+
+
+class MLPRouter(Router):
+    """The top K of logits that have a hidden layer."""
+
+    def __init__(
+        self,
+        config: MLPRouterConfig,
+        d_model: int,
+        *,
+        num_groups: int = 1,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__(config, d_model, num_groups=num_groups, init=init)
+        self.logits = MLPLogits(
+            d_model,
+            config.d_hidden,
+            self.num_experts,
+            config.activation,
+            init or Normal(1 / math.sqrt(d_model)),
+        )

@@ -1,0 +1,89 @@
+"""ReMoE's router: a token takes every expert with a positive logit, and so 0 to E of them.
+
+Wang et al. 2024 (arXiv 2412.14711, section 3; code thu-ml/ReMoE). A loss on the weights, whose
+coefficient adapts after every step, holds the mean number of experts near `top_k`.
+
+Shapes: T tokens, G router groups, E experts per group, K places for experts, N groups of sequences.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moa_dist.config.family import ReLURouterConfig
+from moa_dist.moe.initialize import Initializer
+from moa_dist.moe.router import Choice, Router, Routing, routing_statistics
+from moa_dist.moe.sparsity import SparsityCoefficient
+from moa_dist.moe.statistics import RoutingStatistics
+
+
+class ReLURouter(Router):
+    """Weights are `relu(logits)`, neither normalized nor limited in number."""
+
+    config: ReLURouterConfig
+
+    def __init__(
+        self,
+        config: ReLURouterConfig,
+        d_model: int,
+        *,
+        num_groups: int = 1,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__(config, d_model, num_groups=num_groups, init=init)
+        self.sparsity = SparsityCoefficient(config.sparsity, config.sparsity_multiplier)
+
+    def _route(
+        self,
+        logits: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
+        choice: Choice | None,
+    ) -> Routing:
+        """Implement `Router._route`: the places of a token hold its largest logits."""
+        logits = logits.unflatten(-1, (self.num_groups, self.config.num_experts))
+        scores = logits.relu()
+        positive = scores.detach() > 0
+        if token_mask is not None:
+            positive = positive & token_mask[:, None, None]
+        if choice is None:
+            chosen_ids = scores.detach().topk(self.config.num_slots, dim=-1).indices
+        else:
+            chosen_ids = choice.topk_ids - self._group_offset(logits.device)
+        chosen = scores.gather(-1, chosen_ids)
+        assigned = positive.gather(-1, chosen_ids)
+        if choice is not None:
+            assert choice.assigned is not None
+            assigned = choice.assigned
+        keep_mask = assigned if choice is None else choice.keep_mask
+        if choice is None and self.config.capacity is not None:
+            keep_mask = self._within_capacity(
+                chosen_ids, chosen, token_mask, num_sequence_groups, assigned
+            )
+        statistics = routing_statistics(
+            logits, chosen_ids, keep_mask, token_mask, num_sequence_groups, assigned
+        )
+        weights = scores if token_mask is None else scores * token_mask[:, None, None]
+        of_groups = weights.unflatten(0, (num_sequence_groups, -1)).sum(1)
+        return Routing(
+            topk_ids=chosen_ids + self._group_offset(logits.device),
+            topk_weights=self._scaled(chosen),
+            keep_mask=keep_mask,
+            statistics=statistics._replace(probability=of_groups),
+            assigned=assigned,
+        )
+
+    def losses(self, statistics: RoutingStatistics) -> dict[str, Tensor]:
+        """Add the loss of sparsity to those of `Router.losses`.
+
+        `E / K * sum_e f_e R_e`, where f_e is the share of tokens that take expert e and R_e their
+        mean weight (equation 11 of the paper, weighted by load as in its code).
+        """
+        tokens = statistics.num_tokens.clamp(min=1)[..., None, None]
+        share = statistics.load.to(statistics.probability.dtype) / tokens
+        of_experts = share * statistics.probability / tokens
+        density = of_experts.sum(-1).mean() * (self.config.num_experts / self.config.top_k)
+        assert self.sparsity is not None
+        # fp32 by intent; a copy, since it changes in place before it is reported.
+        coefficient = self.sparsity.value.detach().clone().to(density.dtype)
+        return super().losses(statistics) | {"sparsity": coefficient * density}

@@ -1,0 +1,107 @@
+"""Relatives of MoA and MoEUT take the same steps in any layout as on one process."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.distributed.layouts import (
+    CAPACITY,
+    MOA,
+    Case,
+    assert_equal,
+    distributed,
+    one_process,
+    router,
+)
+
+FP64, FP32 = 1e-9, 1e-5
+RELU = {"kind": "relu", "top_k": 2, "sparsity": 0.05}
+POSITIONS = {"position": "sinusoidal"}
+"""Without them equal tokens tie in the first layer, and rounding decides who is dropped."""
+MLP = {
+    "kind": "mlp",
+    "d_hidden": 5,
+    "top_k": 2,
+    "score": "softmax",
+    "balance": {"mutual_information": 0.1},
+}
+DENSE_TRAINING = {
+    "kind": "dense_training",
+    "top_k": 2,
+    "score": "softmax",
+    "balance": {"mutual_information": 0.1},
+}
+FAMILY = {
+    "remoe": {
+        "attention": MOA | {"router": RELU | {"num_experts": 6, "max_experts": 4}},
+        "ffn": {"kind": "moe", "d_expert": 8, "router": RELU | {"num_experts": 7}},
+    },
+    "moduleformer": {
+        "attention": MOA
+        | {
+            "heads_per_expert": 2,
+            "rope": None,
+            "attend": "stick_breaking",
+            "kv_bias": True,
+            "router": MLP | {"num_experts": 5},
+        },
+        "ffn": {
+            "kind": "moe",
+            "d_expert": 8,
+            "activation": "gelu",
+            "router": MLP | {"num_experts": 7},
+        },
+    },
+    "ds_moe": {
+        "attention": MOA | {"router": DENSE_TRAINING | {"num_experts": 4}},
+        "ffn": {"kind": "moe", "d_expert": 8, "router": DENSE_TRAINING | {"num_experts": 5}},
+    },
+    "moh": {
+        "attention": {
+            "kind": "moh",
+            "num_shared_heads": 2,
+            "d_head": 8,
+            "bias": True,
+            "router": router(5, 2, "softmax", gate="renormalized", balance={"switch": 0.1}),
+        },
+    },
+    "dcmha": {"attention": {"kind": "composed", "num_heads": 3, "d_head": 8, "d_compose": 5}},
+    "residual": {
+        "ffn": {
+            "kind": "residual_moe",
+            "d_expert": 8,
+            "d_ff": 12,
+            "bias": True,
+            "activation": "gelu",
+            "router": router(7, 2, "softmax", capacity=CAPACITY, balance={"switch": 0.1}),
+        },
+    },
+}
+"""What the model of a `Case` is made of, by the name of the relative."""
+LAYOUTS = {
+    "W 2, tokens": Case(),
+    "W 2, weights, accumulated": Case(exchange="weights", micro_batch=1),
+    "W 2, recomputed": Case(recompute=True),
+    "W 4, ep 2, ZeRO 1": Case(world_size=4, zero_stage=1, precision="fp32", micro_batch=1),
+    "W 2, weights, ZeRO 2": Case(exchange="weights", zero_stage=2, precision="fp32"),
+    "W 4, ep 2, ZeRO 3": Case(world_size=4, zero_stage=3, precision="fp32", micro_batch=2),
+}
+
+
+def cells() -> Iterator[Any]:
+    """Yield all pairs of a relative and a layout; the default run takes two layouts of each."""
+    for i, relative in enumerate(FAMILY):
+        for j, layout in enumerate(LAYOUTS):
+            is_default = (j - i) % 3 == 0
+            marks = () if is_default else pytest.mark.full
+            yield pytest.param(relative, layout, id=f"{relative}, {layout}", marks=marks)
+
+
+@pytest.mark.parametrize(("relative", "layout"), list(cells()))
+def test_steps_equal_one_process(pools, relative, layout):
+    model = POSITIONS | FAMILY[relative]
+    case = replace(LAYOUTS[layout], model=model, skewed=True, steps=2, lr=0.3)
+    bound = FP64 if case.precision == "fp64" else FP32
+    assert_equal(distributed(pools, case), one_process(case), bound)

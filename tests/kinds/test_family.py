@@ -1,0 +1,87 @@
+"""Relatives go through everything that a model goes through: plans, analysis, export, caches."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import moa_dist
+from moa_dist.cli.main import main
+from moa_dist.config import load_config, to_yaml
+from moa_dist.config.shrink import shrink
+from moa_dist.models.counts import count
+from moa_dist.models.language_model import build_model, dropless
+from tests.distributed.layouts import Case
+from tests.distributed.test_family import FAMILY, POSITIONS
+from tests.evaluate.runs import one_thread, prepare_text
+from tests.transfer.runs import make_run
+
+CONFIGS = Path(moa_dist.__file__).parent.parent / "configs" / "family"
+VOCABULARY = 270
+relatives = pytest.mark.parametrize("relative", FAMILY)
+
+
+def config_of(relative: str, **layout: object):
+    model = POSITIONS | {"vocab_size": VOCABULARY} | FAMILY[relative]
+    return replace(Case(model=model), **layout).config()
+
+
+@relatives
+def test_it_is_planned(relative, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(to_yaml(config_of(relative, precision="bf16", zero_stage=1)))
+    assert main(["plan", str(file), "--world-size", "2", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["parameters"]["total"] == count(config_of(relative).model, 16).total
+    assert main(["plan", str(file), "--gpus", "4", "--gpu", "h100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layouts"]
+
+
+@relatives
+def test_it_is_analyzed_and_exported(relative, tmp_path):
+    folder = tmp_path / "runs" / "it"
+    make_run(folder, build_model(config_of(relative).model, seed=3))
+    text = tmp_path / "valid"
+    prepare_text(text, tokenizer=folder.parent / "tokenizer.json", length=12)
+    out = tmp_path / "analysis"
+    with one_thread():
+        assert main(["analyze", str(folder), "--data", str(text), "--output", str(out)]) == 0
+    assert json.loads((out / "analysis.json").read_text())["attention"]
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    tokens = torch.arange(24).view(2, 12)
+    ours, theirs = (moa_dist.load_model(p)(tokens).logits for p in (folder, tmp_path / "out"))
+    assert torch.equal(ours, theirs)
+
+
+@relatives
+def test_with_a_cache_it_generates_the_same(relative):
+    model = dropless(build_model(config_of(relative).model, seed=3)).double().eval()
+    tokens = torch.arange(20).view(2, 10)
+    whole = model(tokens).logits
+    first = model(tokens[:, :6], cache=model.empty_cache())
+    second = model(tokens[:, 6:9], cache=first.cache)
+    third = model(tokens[:, 9:], cache=second.cache)
+    parts = [output.logits for output in (first, second, third)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+@relatives
+def test_recomputed_it_computes_the_same(relative):
+    tokens, gradients = torch.arange(20).view(2, 10), []
+    for recompute in (False, True):
+        model = build_model(config_of(relative).model, seed=3, recompute=recompute).double()
+        output = model(tokens)
+        (output.logits.square().mean() + sum(output.aux_losses.values())).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shrunk_it_makes_the_same_choices(file):
+    config = load_config(file)
+    small = shrink(config, 1).model
+    assert type(small.attention) is type(config.model.attention)
+    assert type(small.ffn) is type(config.model.ffn)
