@@ -84,7 +84,8 @@ def test_fields_explains_every_kind(capsys):
     assert "model.ffn: a section, its kind one of dense, moe, residual_moe; required" in printed
     for field in ("scope", "mutual_information", "bias_rate"):
         assert f"model.ffn.router.balance.{field} (kind moe and residual_moe)" in printed
-    assert "model.ffn.d_expert (kind moe and residual_moe): an integer of at least 1; required" in printed
+    kinds = "(kind moe and residual_moe)"
+    assert f"model.ffn.d_expert {kinds}: an integer of at least 1; required" in printed
 
 
 def test_check_notes_a_missing_folder_and_fails_where_data_are_to_be_checked(base, capsys):
