@@ -66,6 +66,7 @@ def work_folder(work: Path, output: Path, *, keep: bool = False) -> Iterator[Pat
         try:
             yield work
         except OSError as error:
+            _remove_unless_begun(work)
             raise DataError(
                 f"{output}: cannot be written ({error}); free some space and run the same command "
                 "again to continue, or choose another --output",
@@ -74,7 +75,14 @@ def work_folder(work: Path, output: Path, *, keep: bool = False) -> Iterator[Pat
         except DataError as error:
             if not keep and not isinstance(error.__cause__, OSError):
                 shutil.rmtree(work, ignore_errors=True)
+            _remove_unless_begun(work)
             raise
+
+
+def _remove_unless_begun(work: Path) -> None:
+    """Remove a folder without tokens, in which there is nothing to continue."""
+    if not (work / TOKENIZED_FOLDER).exists():
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _is_alone(lock: BinaryIO, work: Path) -> bool:
