@@ -23,7 +23,9 @@ TEXTS = ["the cat sat on a mat", "a dog ran", "the dog and the cat ran over the 
 def config_of(tmp_path):
     """The configuration of a case, with data and a task of five texts."""
     tokenizer = train_tokenizer(TEXTS, 270)
-    (tmp_path / TOKENIZER_FILE).write_text(tokenizer.to_json())
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / TOKENIZER_FILE).write_text(tokenizer.to_json())
     lines = (json.dumps({"text": f"{text} hill"}) for text in TEXTS)
     (tmp_path / "lambada.jsonl").write_text("\n".join(lines))
     return partial(with_tasks, folder=tmp_path)
@@ -32,7 +34,8 @@ def config_of(tmp_path):
 def with_tasks(case: Case, folder: Path):
     config = case.config()
     tasks = EvaluationConfig(tasks=(f"lambada={folder / 'lambada.jsonl'}",))
-    data = config.data.model_copy(update={"train": str(folder), "valid": str(folder)})
+    path = str(folder / "data")
+    data = config.data.model_copy(update={"train": path, "valid": path})
     return config.model_copy(update={"data": data, "evaluation": tasks})
 
 
