@@ -19,7 +19,7 @@ from moa_dist.config.positions import RopeConfig
 from moa_dist.config.sharing import SharingConfig
 from moa_dist.evaluate.trained import load_trained
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.models.mask import AttentionMask
+from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.rope import Rotation
 from moa_dist.models.sharing import AdaptedLinear
 from moa_dist.moe.borrowing import named_used_modules
@@ -140,7 +140,8 @@ def test_it_computes_what_the_authors_code_does(name):
     for block in model.stack.blocks():
         block.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.x))
     mask = AttentionMask(True, token_mask, token_mask, 0, rotation)
-    y = model.final_norm(model.stack(x, mask).x)
+    masks = LayerMasks(mask, mask)
+    y = model.final_norm(model.stack(x, masks).x)
     torch.testing.assert_close(torch.stack(hidden)[:, real], golden["hidden"][:, real], **CLOSE)
     torch.testing.assert_close(y[real], golden["y"][real], **CLOSE)
     (y * golden["grad_y"]).sum().backward()
