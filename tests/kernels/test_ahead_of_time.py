@@ -18,6 +18,7 @@ PACKAGE = Path(moa_dist.__file__).parent
 LIMITS = {80: (192, 163), 90: (128, 227), 100: (128, 227)}
 """Most registers per thread, so that two programs of 8 warps fit a multiprocessor, or one on the
 oldest; KiB of shared memory that a program may use."""
+MOST_REGISTERS = 192
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 ATOMICS = ("RED.", "ATOM.", "ATOMG.")
 SAMPLE = ["--config", "masked_lm/8k16e256d", "--kernel", "_choose_backward", "_product"]
@@ -52,7 +53,12 @@ def test_registers_and_shared_memory_fit(kernels):
     registers, kib = LIMITS[gpu]
     assert found
     too_large = [
-        k for k in found if k["registers"] > registers or k["stack"] or k["shared"] > kib * 1024
+        k
+        for k in found
+        # Threads of programs of fewer than 8 warps may have more: as many still fit.
+        if k["registers"] > min(registers * max(1, 8 / k["warps"]), MOST_REGISTERS)
+        or k["stack"]
+        or k["shared"] > kib * 1024
     ]
     assert not too_large
 
