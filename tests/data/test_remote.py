@@ -56,12 +56,14 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Serve the folder as the bucket `text` of a real S3 server."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     folder = tmp_path_factory.mktemp("bucket")
     write_folder(folder / "books/train")
     started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     started.start()
+    s3fs.S3FileSystem.clear_instance_cache()  # one of another test's server would be used again
     host, port = started.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {

@@ -56,10 +56,12 @@ def server(corpus: Path) -> Iterator[FaultyServer]:
 def bucket(corpus: Path) -> Iterator[str]:
     """Serve the corpus from a real S3 server; returns the bucket's URL."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     started.start()
+    s3fs.S3FileSystem.clear_instance_cache()  # one of another test's server would be used again
     host, port = started.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
