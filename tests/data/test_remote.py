@@ -29,6 +29,7 @@ from moa_dist.data.places import local_path, mirror
 from moa_dist.data.shards import read_shard
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.errors import DataError
+from tests.data import s3
 from tests.data.servers import FAULTS, FaultyServer
 from tests.raises import raises_data_error
 from tests.small_shards import write_folder
@@ -55,31 +56,10 @@ def server(tmp_path: Path) -> Iterator[FaultyServer]:
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Serve the folder as the bucket `text` of a real S3 server."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
     folder = tmp_path_factory.mktemp("bucket")
     write_folder(folder / "books/train")
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    s3fs.S3FileSystem.clear_instance_cache()  # one of another test's server would be used again
-    host, port = started.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="text")
-        for file in folder.rglob("*.*"):
-            client.upload_file(str(file), "text", str(file.relative_to(folder)))
+    with s3.serving(folder, SECRET):
         yield folder
-    started.stop()
 
 
 def config(tmp_path: Path, url: str, max_gb: float = 1.0, **fields: object) -> DataConfig:

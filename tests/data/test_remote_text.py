@@ -16,6 +16,7 @@ from moa_dist.data.left_out import LeftOut
 from moa_dist.data.prepare import prepare
 from moa_dist.data.text import read_documents
 from moa_dist.data.text_options import TextCounts, TextOptions
+from tests.data import s3
 from tests.data.servers import FAULTS, FaultyServer
 from tests.raises import raises_data_error
 
@@ -55,29 +56,8 @@ def server(corpus: Path) -> Iterator[FaultyServer]:
 @pytest.fixture(scope="module")
 def bucket(corpus: Path) -> Iterator[str]:
     """Serve the corpus from a real S3 server; returns the bucket's URL."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    started = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    started.start()
-    s3fs.S3FileSystem.clear_instance_cache()  # one of another test's server would be used again
-    host, port = started.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="text")
-        for file in corpus.rglob("*.*"):
-            client.upload_file(str(file), "text", str(file.relative_to(corpus)))
+    with s3.serving(corpus):
         yield "s3://text"
-    started.stop()
 
 
 def read(url: str, tmp_path: Path) -> tuple[list[str], TextCounts]:
