@@ -6,6 +6,7 @@ The released code mixes both by two learned weights per token; the paper adds th
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from torch import Tensor
 
@@ -34,8 +35,8 @@ class ResidualMoE(MoEFeedForward):
 
     def macs(self, length: int) -> dict[str, int]:
         """Add the dense part and the mix."""
-        dense = self.dense.macs(length)["projections"] + self.mix.macs(length)
-        return super().macs(length) | {"projections": dense}
+        mix = Counter({"projections": self.mix.macs(length)})
+        return dict(Counter(super().macs(length)) + Counter(self.dense.macs(length)) + mix)
 
     @annotated("ffn")
     def forward(
