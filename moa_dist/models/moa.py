@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
-from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import Attention, Context, Mixed, Product, head_norm, traced
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.models.mask import AttentionMask
@@ -24,9 +23,10 @@ from moa_dist.models.shared_heads import SharedHeads
 from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.models.stick_breaking import log_stick_shares, stick_breaking_attention
 from moa_dist.models.trace import AttentionTrace, LogShares, log_softmax_shares
+from moa_dist.moe.dispatch import DispatchPlan
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
-from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
+from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import make_router
 
@@ -109,37 +109,51 @@ class MoAAttention(RoutedModule, Attention):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         """Implement `Attention.mix`."""
-        B, T, D = query.shape
         routing = self.router(query, context.mask.query_mask)
-        K, h = routing.topk_ids.shape[-1], self.config.heads_per_expert
         plan = self.dispatcher.plan(routing, self.router.num_experts)
+        q, k, v = self._project(query, key, value, plan, context)
+        heads = self.attend(q, k, v, context, ATTEND[self.config.attend].product)
+        values = heads.values.to(query.dtype)  # autocast narrows it
+        y = self._sum_outputs(values, plan, context.gathered)
+        return Mixed(y, heads, {"query": routing})
 
-        # Keys and values are computed while rows are in flight.
-        sent = plan.dispatch(query.reshape(B * T, D), "token")
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: DispatchPlan, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute W_q^e x of the experts e used by each token, [B, h * used, T, d], and K and V.
+
+        Keys and values are computed while rows are in flight.
+        """
+        B, T, _ = query.shape
+        h = self.config.heads_per_expert
+        sent = plan.dispatch(query.flatten(0, 1), "token")
         k = self.rotated(self.k_norm, self.split(self.k(key)), context)
-        experts = ExpertWeights(self.expert_weights("q", context.gathered))
+        experts = self.expert_weights("q", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "token", "slot", weighted=False)
         v = self.split(self.v(value))
         shared = None if self.shared is None else self.shared.queries(query, h)
-        q = returning.wait().view(B, T, K, h, -1)
+        q = returning.wait().view(B, T, -1, h, self.config.d_head)
         if shared is not None:
             q = torch.cat([q, shared.to(q.dtype)], 2)
         # The heads of one place in an expert share its keys and values, whatever the slot: they
-        # are brought together, [B, h * experts used, T, d].
-        q = self.rotated(self.q_norm, q.permute(0, 3, 2, 1, 4).flatten(1, 2), context)
-        heads = self.attend(q, k, v, context, ATTEND[self.config.attend].product)
+        # are brought together.
+        q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)
+        return self.rotated(self.q_norm, q, context), k, v
 
-        values = heads.values.to(query.dtype)  # autocast narrows it
-        values = values.unflatten(1, (h, -1)).permute(0, 3, 2, 1, 4)  # [B, T, experts used, h, d]
-        sent = plan.dispatch(values[:, :, :K].reshape(B * T * K, -1), "slot")
-        experts = ExpertWeights(self.expert_weights("o", context.gathered))
-        of_shared = None if self.shared is None else self.shared.outputs(values[:, :, K:])
-        y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
+    def _sum_outputs(self, values: Tensor, plan: DispatchPlan, gathered: Gathered) -> Tensor:
+        """Map values [B, h * used, T, d] by W_o^e, and sum them by the weights of the experts."""
+        B, _, T, d = values.shape
+        h = self.config.heads_per_expert
+        values = values.unflatten(1, (h, -1)).permute(0, 3, 2, 1, 4)  # [B, T, used, h, d]
+        num_routed = values.shape[2] - self.config.shared_experts
+        sent = plan.dispatch(values[:, :, :num_routed].reshape(-1, h * d), "slot")
+        experts = self.expert_weights("o", gathered=gathered)
+        of_shared = None if self.shared is None else self.shared.outputs(values[:, :, num_routed:])
+        y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait()
+        y = y.view(B, T, -1)
         if of_shared is not None:
             y = y + of_shared
-        if self.bias is not None:
-            y = self.bias(y)
-        return Mixed(y, heads, {"query": routing})
+        return y if self.bias is None else self.bias(y)
 
     def trace(self, mixed: Mixed, mask: AttentionMask) -> AttentionTrace:
         """Trace heads in slot-major order, as `_head_ids` has them."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moa_dist.config.family import MoHConfig
-from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import Attention, Context, Mixed, head_norm
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.models.softmax import softmax_macs
@@ -90,7 +89,7 @@ class MoHAttention(RoutedModule, Attention):
         plan = self.dispatcher.plan(routing._replace(topk_weights=weights), self.router.num_experts)
         chosen = routing.topk_ids.flatten(1)[:, :, None].expand(-1, -1, self.config.d_head)
         sent = plan.dispatch(routed.gather(1, chosen).flatten(0, 1), "slot")
-        experts = ExpertWeights(self.expert_weights("o", context.gathered))
+        experts = self.expert_weights("o", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "slot", "token", weighted=True)
         # Computed while rows are in flight.
         dense = None

@@ -13,7 +13,6 @@ import math
 from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
-from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import Attention, Context, Mixed, head_norm
 from moa_dist.models.linear import Linear
 from moa_dist.models.softmax import softmax_macs
@@ -91,7 +90,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         # Queries and keys are computed while rows are in flight.
         sent = plan.dispatch(value.reshape(B * S, D), "token")
         q = self.rotated(self.q_norm, self.split(self.q(query)), context)
-        experts = ExpertWeights(self.expert_weights("v", context.gathered))
+        experts = self.expert_weights("v", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "token", "group", weighted=True)
         k = self.rotated(self.k_norm, self.split(self.k(key)), context)
         v = returning.wait().view(B, S, H * self.config.d_head)
@@ -102,7 +101,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         results = heads.merged().to(query.dtype)  # autocast narrows it
         output_routing = self.output_router(query, context.mask.query_mask)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        experts = ExpertWeights(self.expert_weights("o", context.gathered))
+        experts = self.expert_weights("o", gathered=context.gathered)
         sent = plan.dispatch(results.view(B * T * H, -1), "group")
         returning = plan.run_and_combine(experts, sent, "group", "token", weighted=True)
         y = returning.wait().view(B, T, D)

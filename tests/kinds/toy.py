@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from moa_dist.config.model import AttentionConfig, FFNConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.errors import Problem
-from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import Attention, Context, Mixed
-from moa_dist.models.feed_forward import FeedForward, FeedForwardOutput
+from moa_dist.models.feed_forward import FeedForward
 from moa_dist.models.kinds import ATTENTION, FEED_FORWARD
 from moa_dist.models.linear import Linear
 from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Initializer, Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.router import Router, RouterLogits, Routing
 from moa_dist.moe.router_kinds import ROUTERS, make_router
 
 
@@ -122,7 +121,7 @@ class RoutedHeads(RoutedModule, Attention):
         routing = self.router(query, context.mask.query_mask)
         slots = heads_TH[torch.arange(B * T)[:, None], routing.topk_ids.flatten(1)].flatten(0, 1)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        experts = ExpertWeights(self.expert_weights("o", context.gathered))
+        experts = self.expert_weights("o", gathered=context.gathered)
         sent = plan.dispatch(slots, "slot")
         y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait()
         return Mixed(y.view(B, T, D), heads, {"query": routing})
@@ -168,22 +167,16 @@ class LinearExperts(RoutedModule, FeedForward):
         D = self.experts.d_in
         return [RoutedProjection("router", ("experts",), "token", D, "token", D, weighted=True)]
 
-    def forward(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered = NOTHING_GATHERED,
-        trace: bool = False,
-    ) -> FeedForwardOutput:
+    def transform(
+        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Routing]]:
         routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        experts = ExpertWeights(self.expert_weights("experts", gathered))
+        experts = self.expert_weights("experts", gathered=gathered)
         sent = plan.dispatch(x.flatten(0, 1), "token")
         dense = self.down(self.up(x).relu())
         y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait()
-        routings = {"": routing} if trace else {}
-        return FeedForwardOutput(dense + y.view_as(x), {"": routing.statistics}, routings)
+        return dense + y.view_as(x), {"": routing}
 
 
 ROUTERS[TanhRouterConfig] = TanhRouter

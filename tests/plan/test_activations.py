@@ -22,7 +22,6 @@ from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.kernels.routed_experts import Kernel, grouped_experts
-from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.attention import Attention, Context, Heads, Mixed
 from moa_dist.models.kinds import ATTENTION
 from moa_dist.models.language_model import LanguageModel, build_model
@@ -237,7 +236,7 @@ class RunningMixtures(RoutedModule, Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         plan = self.dispatcher.plan(self.choice(query), self.choice.num_experts)
         sent = plan.dispatch(value.cumsum(1).flatten(0, 1), "token")
-        experts = ExpertWeights(self.expert_weights("widen", context.gathered))
+        experts = self.expert_weights("widen", gathered=context.gathered)
         mixed = plan.run_and_combine(experts, sent, "token", "group", weighted=True).wait()
         y = self.narrow(mixed.tanh().view(*key.shape[:2], -1).exp())
         return Mixed(y, Heads(mixed, mixed, mixed, cache=None), {})
