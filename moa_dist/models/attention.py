@@ -1,5 +1,8 @@
 """What an attention kind is, and what all share; dense attention.
 
+A kind says how it projects tokens to queries, keys and values, and results to outputs; what lies
+between is the same in all.
+
 Shapes: B sequences, T queries, S keys and values, H heads, d head width, D model width.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -48,6 +52,49 @@ class AttentionOutput(NamedTuple):
     """What the layer decided; None unless a trace was requested."""
 
 
+class Context(NamedTuple):
+    """What a layer is applied with, other than tokens."""
+
+    mask: AttentionMask
+    """Which keys queries see, and where tokens are."""
+    gathered: Gathered
+    """Weights of all experts where they were gathered."""
+    cache: KeyValues | None
+    """Keys and values of the tokens before; None if none are kept."""
+
+
+class Heads(NamedTuple):
+    """Heads after attention, and what they attended with."""
+
+    values: Tensor
+    """[B, H, T, d], values summed by attention. Autocast may have narrowed them."""
+    q: Tensor
+    """[B, H, T, d], rotated."""
+    k: Tensor
+    """[B, h, S, d], rotated, those of the cache first."""
+    cache: KeyValues | None
+    """As in `AttentionOutput`."""
+
+    def merged(self) -> Tensor:
+        """Return the values of all heads of a token side by side: [B, T, H d]."""
+        return self.values.transpose(1, 2).flatten(2)
+
+
+class Mixed(NamedTuple):
+    """What a kind of attention makes of tokens."""
+
+    y: Tensor
+    """[B, T, D]."""
+    heads: Heads
+    """All that were computed."""
+    routing: dict[str, Routing]
+    """By the names of `Attention.routers`."""
+
+
+Product = Callable[[Tensor, Tensor, Tensor, AttentionMask, float | None], Tensor]
+"""Sums values by attention, as `softmax_attention` does."""
+
+
 class Attention(nn.Module, ABC):
     """A kind of attention, built from its section, the model's width and a scale of its weights.
 
@@ -55,6 +102,7 @@ class Attention(nn.Module, ABC):
     """
 
     part: ClassVar[Part] = "attention"
+    config: AttentionConfig
     key_routers: ClassVar[frozenset[str]] = frozenset()
     """Names of the routers that route the tokens of keys and values; the others route queries."""
 
@@ -76,6 +124,10 @@ class Attention(nn.Module, ABC):
         """
 
     @abstractmethod
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
+        """Compute `forward` from projections, `rotated`, `attend`, and what the kind adds."""
+
+    @annotated("attention")
     def forward(
         self,
         query: Tensor,
@@ -91,7 +143,39 @@ class Attention(nn.Module, ABC):
         Under peri-norm `query` and `key` are normalized and `value` is the raw residual, elsewhere
         all three are the same. `gathered` holds the weights of all experts where they were
         gathered. With a `cache`, `key` and `value` belong to the tokens that follow those in it.
+        At padding, y has no part of routed experts.
         """
+        mixed = self.mix(query, key, value, Context(mask, gathered, cache))
+        statistics = {name: routing.statistics for name, routing in mixed.routing.items()}
+        decided = self.trace(mixed, mask) if trace else None
+        return AttentionOutput(mixed.y, statistics, mixed.heads.cache, decided)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, H d] -> [B, H, T, d]."""
+        return x.unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+
+    def rotated(self, norm: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """Normalize queries or new keys x [B, H, T, d], and rotate them by their positions."""
+        return apply_rope(norm(x), self.config.rope, context.mask.rotation)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: Context,
+        product: Product = softmax_attention,
+    ) -> Heads:
+        """Attend with rotated queries q [B, H, T, d] to the cache and to new keys k, values v."""
+        cache = context.cache
+        if cache is not None:
+            k, v = cache = extended(cache, k, v)
+        return Heads(product(q, k, v, context.mask, self.config.soft_cap), q, k, cache)
+
+    def trace(self, mixed: Mixed, mask: AttentionMask) -> AttentionTrace:
+        """Trace what the layer decided."""
+        heads, soft_cap = mixed.heads, self.config.soft_cap
+        return traced(mixed.routing, heads.q, heads.k, mask, soft_cap=soft_cap)
 
 
 def traced(
@@ -125,6 +209,8 @@ class DenseAttention(Attention):
     Heads of queries may share heads of keys and values.
     """
 
+    config: DenseAttentionConfig
+
     def __init__(self, config: DenseAttentionConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         self.config = config
@@ -150,28 +236,9 @@ class DenseAttention(Attention):
             "softmax": softmax_macs(length, num_keys or length, width),
         }
 
-    @annotated("attention")
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: KeyValues | None = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
-        """Implement `Attention.forward`; `gathered` is empty, as there are no experts."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
-            for project, x in ((self.q, query), (self.k, key), (self.v, value))
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
-        if cache is not None:
-            k, v = cache = extended(cache, k, v)
-        soft_cap = self.config.soft_cap
-        heads = softmax_attention(q, k, v, mask, soft_cap)
-        y = self.o(heads.transpose(1, 2).flatten(2))
-        decided = traced({}, q, k, mask, soft_cap=soft_cap) if trace else None
-        return AttentionOutput(y, {}, cache, decided)
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
+        """Implement `Attention.mix`."""
+        q = self.rotated(self.q_norm, self.split(self.q(query)), context)
+        k = self.rotated(self.k_norm, self.split(self.k(key)), context)
+        heads = self.attend(q, k, self.split(self.v(value)), context)
+        return Mixed(self.o(heads.merged()), heads, {})

@@ -10,6 +10,7 @@ Shapes: B sequences, T queries, S keys, N heads, d head width, R = 2 rank.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.config.family import ComposedAttentionConfig
-from moa_dist.models.attention import AttentionOutput, DenseAttention, traced
-from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.attention import Context, DenseAttention, Mixed
 from moa_dist.models.linear import Linear
 from moa_dist.models.mask import AttentionMask
-from moa_dist.models.rope import apply_rope
 from moa_dist.moe.initialize import Initializer, Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
-from moa_dist.profiling import annotated
 
 _RANK = 2
 _BLOCK = 128
@@ -89,14 +86,21 @@ class CompositionWeights(nn.Module):
 
 
 def composed_attention(
-    q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, mask: AttentionMask
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+    soft_cap: float | None = None,
+    *,
+    of_queries: Tensor,
 ) -> Tensor:
     """Attend with composed heads, a block of queries at a time; returns [B, N, T, d].
 
     q [B, N, T, d]; k [B, N, S, d + 2 (2 R + 1)], each key followed by its compositions before and
     after the softmax; v [B, N, S, d]; `of_queries` [2, B, N, T, 2 R + 1]. Attention is computed
-    again in the backward pass.
+    again in the backward pass. Logits have no `soft_cap`.
     """
+    assert soft_cap is None
     heads, start = [], 0
     blocks = zip(q.split(_BLOCK, dim=2), of_queries.split(_BLOCK, dim=3), strict=True)
     for block, composition in blocks:
@@ -152,30 +156,15 @@ class ComposedAttention(DenseAttention):
             "softmax": parts["softmax"] + pairs,
         }
 
-    @annotated("attention")
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: KeyValues | None = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
-        """Implement `Attention.forward`; a cached key carries its compositions behind it."""
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
-            for project, x in ((self.q, query), (self.k, key), (self.v, value))
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
+        """Implement `Attention.mix`; a cached key carries its compositions behind it."""
+        q = self.rotated(self.q_norm, self.split(self.q(query)), context)
+        k = self.rotated(self.k_norm, self.split(self.k(key)), context)
+        v = self.split(self.v(value))
         of_queries = self.compose(query)
         of_keys = of_queries if key is query else self.compose(key)
         k = torch.cat([k, *of_keys[1::2]], dim=-1)
-        if cache is not None:
-            k, v = cache = extended(cache, k, v)
-        heads = composed_attention(q, k, v, of_queries[0::2], mask)
-        y = self.o(heads.to(query.dtype).transpose(1, 2).flatten(2))
-        decided = traced({}, q, k[..., : q.shape[-1]], mask) if trace else None
-        return AttentionOutput(y, {}, cache, decided)
+        product = partial(composed_attention, of_queries=of_queries[0::2])
+        heads = self.attend(q, k, v, context, product)
+        y = self.o(heads.merged())
+        return Mixed(y, heads._replace(k=heads.k[..., : self.config.d_head]), {})

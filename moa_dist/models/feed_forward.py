@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig, Part
 from moa_dist.kernels.activations import ACTIVATIONS
-from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Constant, Initializer, LastRowZero, Normal
@@ -61,6 +60,12 @@ class FeedForward(nn.Module, ABC):
         """
 
     @abstractmethod
+    def transform(
+        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Routing]]:
+        """Compute y as `forward` does; also returns what the routers decided, by their names."""
+
+    @annotated("ffn")
     def forward(
         self,
         x: Tensor,
@@ -72,8 +77,12 @@ class FeedForward(nn.Module, ABC):
         """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D].
 
         Under peri-norm `router_input` is normalized and `x` the raw residual, elsewhere both are
-        the same. `token_mask` [B, S] bool is true for real tokens; None when there is no padding.
+        the same. `token_mask` [B, S] bool is true for real tokens; None when there is no padding,
+        at which y has no part of routed experts.
         """
+        y, routing = self.transform(x, router_input, token_mask, gathered)
+        statistics = {name: decided.statistics for name, decided in routing.items()}
+        return FeedForwardOutput(y, statistics, routing if trace else {})
 
 
 class DenseFeedForward(FeedForward):
@@ -92,20 +101,14 @@ class DenseFeedForward(FeedForward):
         """Implement `FeedForward.macs`."""
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
-    @annotated("ffn")
-    def forward(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered = NOTHING_GATHERED,
-        trace: bool = False,
-    ) -> FeedForwardOutput:
-        """Implement `FeedForward.forward`; only `x` is used."""
+    def transform(
+        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Routing]]:
+        """Implement `FeedForward.transform`; only `x` is used."""
         hidden = self.activation(self.up(x))
         if self.gate is not None:
             hidden = hidden * self.gate(x)
-        return FeedForwardOutput(self.down(hidden), {}, {})
+        return self.down(hidden), {}
 
 
 class OutputBiases(nn.Module):
@@ -219,23 +222,14 @@ class MoEFeedForward(RoutedModule, FeedForward):
             )
         ]
 
-    @annotated("ffn")
-    def forward(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered = NOTHING_GATHERED,
-        trace: bool = False,
-    ) -> FeedForwardOutput:
-        """Implement `FeedForward.forward`; at padding, y has no part of routed experts."""
+    def transform(
+        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Routing]]:
+        """Implement `FeedForward.transform`."""
         routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        *ups, down = (self.expert_weights(name, gathered) for name in self.expert_layers())
-        experts = ExpertWeights(
-            down=down,
-            ups=tuple(ups),
-            activation=self.config.activation,
+        experts = self.expert_weights(
+            *self.expert_layers(), gathered=gathered, activation=self.config.activation
         )
         rows = x.flatten(0, 1)
         sent = plan.dispatch(F.pad(rows, (0, 1), value=1.0) if self.config.bias else rows, "token")
@@ -248,4 +242,4 @@ class MoEFeedForward(RoutedModule, FeedForward):
             y = y + self.down_bias(routing).view_as(y)
         if self.bias is not None:
             y = self.bias(y)
-        return FeedForwardOutput(y, {"": routing.statistics}, {"": routing} if trace else {})
+        return y, {"": routing}

@@ -10,41 +10,32 @@ Shapes: B sequences, T queries, S keys, K chosen experts, h heads per expert, d 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moa_dist.config.model import MoAConfig
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import (
-    Attention,
-    AttentionOutput,
-    head_norm,
-    traced,
-)
-from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.attention import Attention, Context, Mixed, Product, head_norm, traced
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.models.mask import AttentionMask
-from moa_dist.models.rope import apply_rope
 from moa_dist.models.shared_heads import SharedHeads
 from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.models.stick_breaking import log_stick_shares, stick_breaking_attention
-from moa_dist.models.trace import LogShares, log_softmax_shares
+from moa_dist.models.trace import AttentionTrace, LogShares, log_softmax_shares
+from moa_dist.moe.dispatch import DispatchPlan
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal, XavierUniform
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import make_router
-from moa_dist.profiling import annotated
 
 
 class Attend(NamedTuple):
     """A way from queries and keys to a sum of values."""
 
-    value: Callable[[Tensor, Tensor, Tensor, AttentionMask, float | None], Tensor]
-    """Sums values, as `softmax_attention` does."""
+    product: Product
+    """Sums values."""
     log_shares: LogShares
     """The same as attention, for traces."""
 
@@ -61,6 +52,8 @@ class MoAAttention(RoutedModule, Attention):
 
     The two round trips, for queries and for outputs, share one dispatch plan.
     """
+
+    config: MoAConfig
 
     def __init__(self, config: MoAConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
@@ -114,64 +107,62 @@ class MoAAttention(RoutedModule, Attention):
             RoutedProjection("router", ("o",), "slot", width, "token", D, weighted=True),
         ]
 
-    @annotated("attention")
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: KeyValues | None = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
-        """Implement `Attention.forward`; at padding, y has no part of routed experts."""
-        B, T, D = query.shape
-        routing = self.router(query, mask.query_mask)
-        K, h = routing.topk_ids.shape[-1], self.config.heads_per_expert
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
+        """Implement `Attention.mix`."""
+        routing = self.router(query, context.mask.query_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
+        q, k, v = self._project(query, key, value, plan, context)
+        heads = self.attend(q, k, v, context, ATTEND[self.config.attend].product)
+        values = heads.values.to(query.dtype)  # autocast narrows it
+        y = self._sum_outputs(values, plan, context.gathered)
+        return Mixed(y, heads, {"query": routing})
 
-        # Keys and values are computed while rows are in flight.
-        sent = plan.dispatch(query.reshape(B * T, D), "token")
-        k = self.k(key).unflatten(-1, (h, -1)).transpose(1, 2)
-        experts = ExpertWeights(self.expert_weights("q", gathered))
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: DispatchPlan, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute W_q^e x of the experts e used by each token, [B, h * used, T, d], and K and V.
+
+        Keys and values are computed while rows are in flight.
+        """
+        B, T, _ = query.shape
+        h = self.config.heads_per_expert
+        sent = plan.dispatch(query.flatten(0, 1), "token")
+        k = self.rotated(self.k_norm, self.split(self.k(key)), context)
+        experts = self.expert_weights("q", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "token", "slot", weighted=False)
-        v = self.v(value).unflatten(-1, (h, -1)).transpose(1, 2)
+        v = self.split(self.v(value))
         shared = None if self.shared is None else self.shared.queries(query, h)
-        q = returning.wait().view(B, T, K, h, -1)
+        q = returning.wait().view(B, T, -1, h, self.config.d_head)
         if shared is not None:
             q = torch.cat([q, shared.to(q.dtype)], 2)
-        num_used = q.shape[2]
         # The heads of one place in an expert share its keys and values, whatever the slot: they
-        # are brought together, [B, h * experts used, T, d].
+        # are brought together.
         q = q.permute(0, 3, 2, 1, 4).flatten(1, 2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
-        if cache is not None:
-            k, v = cache = extended(cache, k, v)
-        attend = ATTEND[self.config.attend].value
-        heads = attend(q, k, v, mask, self.config.soft_cap)
-        heads = heads.to(query.dtype)  # autocast narrows it
+        return self.rotated(self.q_norm, q, context), k, v
 
-        heads = heads.unflatten(1, (h, num_used)).permute(0, 3, 2, 1, 4)  # [B, T, used, h, d]
-        slots = heads[:, :, :K].reshape(B * T * K, -1)
-        experts = ExpertWeights(self.expert_weights("o", gathered))
-        sent = plan.dispatch(slots, "slot")
-        of_shared = None if self.shared is None else self.shared.outputs(heads[:, :, K:])
-        y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait().view(B, T, D)
+    def _sum_outputs(self, values: Tensor, plan: DispatchPlan, gathered: Gathered) -> Tensor:
+        """Map values [B, h * used, T, d] by W_o^e, and sum them by the weights of the experts."""
+        B, _, T, d = values.shape
+        h = self.config.heads_per_expert
+        values = values.unflatten(1, (h, -1)).permute(0, 3, 2, 1, 4)  # [B, T, used, h, d]
+        num_routed = values.shape[2] - self.config.shared_experts
+        sent = plan.dispatch(values[:, :, :num_routed].reshape(-1, h * d), "slot")
+        experts = self.expert_weights("o", gathered=gathered)
+        of_shared = None if self.shared is None else self.shared.outputs(values[:, :, num_routed:])
+        y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait()
+        y = y.view(B, T, -1)
         if of_shared is not None:
             y = y + of_shared
-        if self.bias is not None:
-            y = self.bias(y)
-        decided = None
-        if trace:
-            # In slot-major order, as `_head_ids` has them.
-            q = q.unflatten(1, (h, num_used)).transpose(1, 2).flatten(1, 2)
-            k = k.repeat(1, num_used, 1, 1)
-            ids, soft_cap = self._head_ids(routing, B), self.config.soft_cap
-            shares = ATTEND[self.config.attend].log_shares
-            decided = traced({"query": routing}, q, k, mask, ids, soft_cap, shares)
-        return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
+        return y if self.bias is None else self.bias(y)
+
+    def trace(self, mixed: Mixed, mask: AttentionMask) -> AttentionTrace:
+        """Trace heads in slot-major order, as `_head_ids` has them."""
+        h, (q, k) = self.config.heads_per_expert, (mixed.heads.q, mixed.heads.k)
+        k = k.repeat(1, q.shape[1] // h, 1, 1)
+        q = q.unflatten(1, (h, -1)).transpose(1, 2).flatten(1, 2)
+        ids, soft_cap = self._head_ids(mixed.routing["query"], len(q)), self.config.soft_cap
+        shares = ATTEND[self.config.attend].log_shares
+        return traced(mixed.routing, q, k, mask, ids, soft_cap, shares)
 
     def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:
         """Return `HeadTrace.head_ids`: the heads of the expert in each slot, then shared ones."""

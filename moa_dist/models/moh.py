@@ -15,23 +15,20 @@ import torch
 from torch import Tensor
 
 from moa_dist.config.family import MoHConfig
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import Attention, AttentionOutput, head_norm, traced
-from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.attention import Attention, Context, Mixed, head_norm
 from moa_dist.models.linear import Bias, Linear
-from moa_dist.models.mask import AttentionMask
-from moa_dist.models.rope import apply_rope
-from moa_dist.models.softmax import softmax_attention, softmax_macs
+from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, RouterLogits
 from moa_dist.moe.router_kinds import make_router
-from moa_dist.profiling import annotated
 
 
 class MoHAttention(RoutedModule, Attention):
     """`y = sum over shared and chosen heads h of g_h W_o^h attention_h`."""
+
+    config: MoHConfig
 
     def __init__(self, config: MoHConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
@@ -78,39 +75,21 @@ class MoHAttention(RoutedModule, Attention):
         d, D = self.o.d_in, self.o.d_out
         return [RoutedProjection("router", ("o",), "slot", d, "token", D, weighted=True)]
 
-    @annotated("attention")
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: KeyValues | None = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
-        """Implement `Attention.forward`."""
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
+        """Implement `Attention.mix`."""
         B, T, D = query.shape
-        routing = self.router(query, mask.query_mask)
-        q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project, x in ((self.q, query), (self.k, key), (self.v, value))
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
-        if cache is not None:
-            k, v = cache = extended(cache, k, v)
-        heads = softmax_attention(q, k, v, mask, self.config.soft_cap)
-        heads = heads.to(query.dtype)  # autocast narrows it
-        shared, routed = (
-            heads.transpose(1, 2).flatten(0, 1).tensor_split([self.config.num_shared_heads], dim=1)
-        )
+        routing = self.router(query, context.mask.query_mask)
+        q = self.rotated(self.q_norm, self.split(self.q(query)), context)
+        k = self.rotated(self.k_norm, self.split(self.k(key)), context)
+        heads = self.attend(q, k, self.split(self.v(value)), context)
+        results = heads.values.to(query.dtype).transpose(1, 2).flatten(0, 1)
+        shared, routed = results.tensor_split([self.config.num_shared_heads], dim=1)
         of_shared, of_routed = self._stages(query.reshape(B * T, D))
         weights = routing.topk_weights * of_routed[:, :, None]
         plan = self.dispatcher.plan(routing._replace(topk_weights=weights), self.router.num_experts)
         chosen = routing.topk_ids.flatten(1)[:, :, None].expand(-1, -1, self.config.d_head)
         sent = plan.dispatch(routed.gather(1, chosen).flatten(0, 1), "slot")
-        experts = ExpertWeights(self.expert_weights("o", gathered))
+        experts = self.expert_weights("o", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "slot", "token", weighted=True)
         # Computed while rows are in flight.
         dense = None
@@ -120,9 +99,7 @@ class MoHAttention(RoutedModule, Attention):
         y = y.view(B, T, D)
         if self.bias is not None:
             y = self.bias(y)
-        soft_cap = self.config.soft_cap
-        decided = traced({"query": routing}, q, k, mask, None, soft_cap) if trace else None
-        return AttentionOutput(y, {"query": routing.statistics}, cache, decided)
+        return Mixed(y, heads, {"query": routing})
 
     def _stages(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B * T, D] -> weights of shared heads [B * T, S], factor of routed ones [B * T, 1]."""

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moa_dist.config.family import ResidualMoEConfig
 from moa_dist.config.model import DenseFFNConfig
-from moa_dist.models.feed_forward import DenseFeedForward, FeedForwardOutput, MoEFeedForward
+from moa_dist.models.feed_forward import DenseFeedForward, MoEFeedForward
 from moa_dist.models.linear import Linear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
-from moa_dist.profiling import annotated
+from moa_dist.moe.routed_module import Gathered
+from moa_dist.moe.router import Routing
 
 
 class ResidualMoE(MoEFeedForward):
@@ -38,17 +38,11 @@ class ResidualMoE(MoEFeedForward):
         mix = Counter({"projections": self.mix.macs(length)})
         return dict(Counter(super().macs(length)) + Counter(self.dense.macs(length)) + mix)
 
-    @annotated("ffn")
-    def forward(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered = NOTHING_GATHERED,
-        trace: bool = False,
-    ) -> FeedForwardOutput:
-        """Implement `FeedForward.forward`; the weights of the mix follow the router's input."""
-        experts = super().forward(x, router_input, token_mask, gathered, trace)
+    def transform(
+        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Routing]]:
+        """Implement `FeedForward.transform`; the weights of the mix follow the router's input."""
+        experts, routing = super().transform(x, router_input, token_mask, gathered)
         dense = self.dense(x, router_input, token_mask).y
         of_experts, of_dense = self.mix(router_input).softmax(-1).to(x.dtype).split(1, dim=-1)
-        return experts._replace(y=of_experts * experts.y + of_dense * dense)
+        return of_experts * experts + of_dense * dense, routing

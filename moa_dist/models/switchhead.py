@@ -10,27 +10,17 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moa_dist.config.model import SwitchHeadConfig
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import (
-    Attention,
-    AttentionOutput,
-    head_norm,
-    traced,
-)
-from moa_dist.models.cache import KeyValues, extended
+from moa_dist.models.attention import Attention, Context, Mixed, head_norm
 from moa_dist.models.linear import Linear
-from moa_dist.models.mask import AttentionMask
-from moa_dist.models.rope import apply_rope
-from moa_dist.models.softmax import softmax_attention, softmax_macs
+from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router
 from moa_dist.moe.router_kinds import make_router
-from moa_dist.profiling import annotated
 
 
 class SwitchHeadAttention(RoutedModule, Attention):
@@ -39,6 +29,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
     With one expert per head, values and outputs are dense with a gate per head.
     """
 
+    config: SwitchHeadConfig
     key_routers = frozenset({"value"})
 
     def __init__(self, config: SwitchHeadConfig, d_model: int, init_scale: float) -> None:
@@ -87,59 +78,33 @@ class SwitchHeadAttention(RoutedModule, Attention):
             RoutedProjection("output_router", ("o",), "group", d, "token", D, weighted=True),
         ]
 
-    @annotated("attention")
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: KeyValues | None = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
-        """Implement `Attention.forward`; at padding, y has no part of routed experts.
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
+        """Implement `Attention.mix`.
 
         The value router reads `key` and the output router `query`, which are normalized under
         peri-norm, while value experts read the raw residual in `value`.
         """
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
-
-        def heads_of(x: Tensor, norm: nn.Module) -> Tensor:
-            x = norm(x.unflatten(-1, (H, -1)).transpose(1, 2))
-            return apply_rope(x, self.config.rope, mask.rotation)
-
-        value_routing = self.value_router(key, mask.new_key_mask)
+        value_routing = self.value_router(key, context.mask.new_key_mask)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         # Queries and keys are computed while rows are in flight.
         sent = plan.dispatch(value.reshape(B * S, D), "token")
-        q = heads_of(self.q(query), self.q_norm)
-        experts = ExpertWeights(self.expert_weights("v", gathered))
+        q = self.rotated(self.q_norm, self.split(self.q(query)), context)
+        experts = self.expert_weights("v", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "token", "group", weighted=True)
-        k = heads_of(self.k(key), self.k_norm)
+        k = self.rotated(self.k_norm, self.split(self.k(key)), context)
         v = returning.wait().view(B, S, H * self.config.d_head)
         if self.shared_v is not None:
             v = v + self.shared_v(value)
-        v = v.unflatten(-1, (H, self.config.d_head)).transpose(1, 2)
-        if cache is not None:
-            k, v = cache = extended(cache, k, v)
-        soft_cap = self.config.soft_cap
-        heads = softmax_attention(q, k, v, mask, soft_cap)
-        heads = heads.to(query.dtype)  # autocast narrows it
-        heads = heads.transpose(1, 2).reshape(B * T * H, -1)
+        heads = self.attend(q, k, self.split(v), context)
 
-        output_routing = self.output_router(query, mask.query_mask)
+        results = heads.merged().to(query.dtype)  # autocast narrows it
+        output_routing = self.output_router(query, context.mask.query_mask)
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
-        experts = ExpertWeights(self.expert_weights("o", gathered))
-        sent = plan.dispatch(heads, "group")
-        y = (
-            plan.run_and_combine(experts, sent, "group", "token", weighted=True)
-            .wait()
-            .view(B, T, D)
-        )
+        experts = self.expert_weights("o", gathered=context.gathered)
+        sent = plan.dispatch(results.view(B * T * H, -1), "group")
+        returning = plan.run_and_combine(experts, sent, "group", "token", weighted=True)
+        y = returning.wait().view(B, T, D)
         if self.shared_o is not None:
-            y = y + self.shared_o(heads.view(B, T, H * self.config.d_head))
-        routing = {"value": value_routing, "output": output_routing}
-        statistics = {name: value.statistics for name, value in routing.items()}
-        decided = traced(routing, q, k, mask, soft_cap=soft_cap) if trace else None
-        return AttentionOutput(y, statistics, cache, decided)
+            y = y + self.shared_o(results)
+        return Mixed(y, heads, {"value": value_routing, "output": output_routing})

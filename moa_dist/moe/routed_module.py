@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import Part
 from moa_dist.kernels.gradient_sum import used_for
+from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.moe.borrowing import borrowed
 from moa_dist.moe.dispatch import Dispatcher, Level, LocalTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear
@@ -77,13 +78,20 @@ class RoutedModule(nn.Module, ABC):
         """Return them unless they are borrowed: each expert tensor is held by one module."""
         return _grouped(self.named_children())
 
-    def expert_weights(self, name: str, gathered: Gathered) -> Tensor:
-        """Return the weights [E, d_in, d_out] of the `GroupedLinear` called `name`.
+    def expert_weights(
+        self, *names: str, gathered: Gathered, activation: str = "relu"
+    ) -> ExpertWeights:
+        """Return the weights of `GroupedLinear`s, of which the last one makes the result.
 
         They are those of all experts if they were gathered, else of this rank's experts.
         """
-        weight = self.expert_layers()[name].weight
-        return used_for(weight, gathered[name]) if name in gathered else weight
+        layers = self.expert_layers()
+        weights = ((name, layers[name].weight) for name in names)
+        *ups, down = (
+            used_for(weight, gathered[name]) if name in gathered else weight
+            for name, weight in weights
+        )
+        return ExpertWeights(down, tuple(ups), activation)
 
 
 def _grouped(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, GroupedLinear]:

@@ -15,19 +15,15 @@ from torch import Tensor, nn
 from moa_dist.config.model import AttentionConfig, FFNConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.errors import Problem
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import Attention, AttentionOutput, traced
-from moa_dist.models.cache import KeyValues, extended
-from moa_dist.models.feed_forward import FeedForward, FeedForwardOutput
+from moa_dist.models.attention import Attention, Context, Mixed
+from moa_dist.models.feed_forward import FeedForward
 from moa_dist.models.kinds import ATTENTION, FEED_FORWARD
 from moa_dist.models.linear import Linear
-from moa_dist.models.mask import AttentionMask
-from moa_dist.models.rope import apply_rope
-from moa_dist.models.softmax import softmax_attention, softmax_macs
+from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Initializer, Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.router import Router, RouterLogits, Routing
 from moa_dist.moe.router_kinds import ROUTERS, make_router
 
 
@@ -112,34 +108,23 @@ class RoutedHeads(RoutedModule, Attention):
             RoutedProjection("router", ("o",), "slot", widths[0], "token", widths[1], weighted=True)
         ]
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: KeyValues | None = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         B, T, D = query.shape
         weights = self.qkv.weight.chunk(3)
         q, k, v = (
-            nn.functional.linear(x, w).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            self.split(nn.functional.linear(x, w))
             for x, w in zip((query, key, value), weights, strict=True)
         )
-        q, k = (apply_rope(x, self.config.rope, mask.rotation) for x in (q, k))
-        if cache is not None:
-            k, v = cache = extended(cache, k, v)
-        heads_TH = softmax_attention(q, k, v, mask).transpose(1, 2).flatten(0, 1)
-        routing = self.router(query, mask.query_mask)
+        q, k = (self.rotated(nn.Identity(), x, context) for x in (q, k))
+        heads = self.attend(q, k, v, context)
+        heads_TH = heads.values.transpose(1, 2).flatten(0, 1)
+        routing = self.router(query, context.mask.query_mask)
         slots = heads_TH[torch.arange(B * T)[:, None], routing.topk_ids.flatten(1)].flatten(0, 1)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        experts = ExpertWeights(self.expert_weights("o", gathered))
+        experts = self.expert_weights("o", gathered=context.gathered)
         sent = plan.dispatch(slots, "slot")
         y = plan.run_and_combine(experts, sent, "slot", "token", weighted=True).wait()
-        decided = traced({"query": routing}, q, k, mask) if trace else None
-        return AttentionOutput(y.view(B, T, D), {"query": routing.statistics}, cache, decided)
+        return Mixed(y.view(B, T, D), heads, {"query": routing})
 
 
 class LinearExpertsConfig(FFNConfig):
@@ -182,22 +167,16 @@ class LinearExperts(RoutedModule, FeedForward):
         D = self.experts.d_in
         return [RoutedProjection("router", ("experts",), "token", D, "token", D, weighted=True)]
 
-    def forward(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered = NOTHING_GATHERED,
-        trace: bool = False,
-    ) -> FeedForwardOutput:
+    def transform(
+        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+    ) -> tuple[Tensor, dict[str, Routing]]:
         routing = self.router(router_input, token_mask)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        experts = ExpertWeights(self.expert_weights("experts", gathered))
+        experts = self.expert_weights("experts", gathered=gathered)
         sent = plan.dispatch(x.flatten(0, 1), "token")
         dense = self.down(self.up(x).relu())
         y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait()
-        routings = {"": routing} if trace else {}
-        return FeedForwardOutput(dense + y.view_as(x), {"": routing.statistics}, routings)
+        return dense + y.view_as(x), {"": routing}
 
 
 ROUTERS[TanhRouterConfig] = TanhRouter

@@ -22,17 +22,15 @@ from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.mirror import mirrored_job
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.kernels.routed_experts import Kernel, grouped_experts
-from moa_dist.kernels.row_map import ExpertWeights
-from moa_dist.models.attention import Attention, AttentionOutput
+from moa_dist.models.attention import Attention, Context, Heads, Mixed
 from moa_dist.models.kinds import ATTENTION
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.linear import Linear
-from moa_dist.models.mask import AttentionMask
 from moa_dist.models.objective import Batch as Data
 from moa_dist.models.objective import objective
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.activations import Activations
@@ -235,21 +233,13 @@ class RunningMixtures(RoutedModule, Attention):
             )
         ]
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        gathered: Gathered = NOTHING_GATHERED,
-        cache: Any = None,
-        trace: bool = False,
-    ) -> AttentionOutput:
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         plan = self.dispatcher.plan(self.choice(query), self.choice.num_experts)
         sent = plan.dispatch(value.cumsum(1).flatten(0, 1), "token")
-        experts = ExpertWeights(self.expert_weights("widen", gathered))
+        experts = self.expert_weights("widen", gathered=context.gathered)
         mixed = plan.run_and_combine(experts, sent, "token", "group", weighted=True).wait()
-        return AttentionOutput(self.narrow(mixed.tanh().view(*key.shape[:2], -1).exp()), {})
+        y = self.narrow(mixed.tanh().view(*key.shape[:2], -1).exp())
+        return Mixed(y, Heads(mixed, mixed, mixed, cache=None), {})
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["as on GPUs", "as on CPUs"])
