@@ -49,6 +49,9 @@ class Observations:
     """Number of distinct layers that read the source; they come first."""
     source_routers: frozenset[RouterKey]
     """Routers of a decoder's cross-attention that route the tokens of the source."""
+    depths: dict[Text, Tensor]
+    """Tokens by the number of applications that they took of the layers that tokens leave, int64;
+    empty without halting."""
 
     def add(
         self,
@@ -67,10 +70,25 @@ class Observations:
             beyond_first = token_mask & ~first_of_document(ids)
             trace = traces[layer_call]
             heads.add(trace.heads[name], beyond_first)
+        for text, (_, token_mask) in texts.items():
+            self._add_depths(text, token_mask, traces)
         for (layer, name), chosen in self.routers.items():
             tokens, token_mask = texts[self.text_of_router((layer, name))]
             routings = [traces[call].routing[own] for call, own in self.calls[layer, name]]
             chosen.add(tokens.flatten(), token_mask.flatten(), routings)
+
+    def _add_depths(
+        self, text: Text, token_mask: Tensor, traces: dict[LayerCall, BlockTrace]
+    ) -> None:
+        running = [
+            trace.running
+            for (layer, _), trace in traces.items()
+            if trace.running is not None and self.text_of_layer(layer) == text
+        ]
+        if running:
+            depth = torch.stack(running).sum(0)[token_mask]
+            counts = depth.bincount(minlength=len(running) + 1)
+            self.depths[text] = self.depths[text] + counts if text in self.depths else counts
 
     def text_of_layer(self, layer: int) -> Text:
         """Return the text that a layer reads."""
@@ -137,6 +155,7 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             for router in attention.key_routers
             if name != "attention"
         ),
+        depths={},
     )
 
 
@@ -195,6 +214,11 @@ def _top_tokens(
             ]
         )
     return lists
+
+
+def depth_results(seen: Observations) -> dict[str, list[int]]:
+    """Return how many tokens took how many applications, by text."""
+    return {text: counts.tolist() for text, counts in seen.depths.items()}
 
 
 def attention_results(seen: Observations) -> list[LayerHeads]:

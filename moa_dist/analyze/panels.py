@@ -93,8 +93,31 @@ def plates(analysis: Analysis) -> list[Plate]:
             "choose the expert count",
             list(_heads(analysis.attention)),
         ),
+        Plate(
+            "halting",
+            "Where tokens halt",
+            "Share of tokens by the number of applications that they take of the layers that "
+            "tokens leave",
+            list(_depths(analysis.depths)),
+        ),
     ]
     return [plate for plate in made if plate.panels]
+
+
+def _depths(depths: dict[str, list[int]]) -> Iterator[Panel]:
+    """Yield one panel with a row for each text, if tokens halt."""
+    if depths:
+        tokens_RC = np.array(list(depths.values()), dtype=np.float64)
+        yield Panel(
+            title="",
+            values_RC=tokens_RC / np.maximum(tokens_RC.sum(1, keepdims=True), 1),
+            axes=("text", "applications"),
+            rows=list(depths),
+            columns=[str(number) for number in range(tokens_RC.shape[1])],
+            quantity="share of tokens",
+            low=0.0,
+            high=1.0,
+        )
 
 
 def router_title(router: RouterResult) -> str:

@@ -172,6 +172,9 @@ class Analysis(_Result):
     """Results by layer, then router."""
     attention: list[LayerHeads]
     """Results in order of execution."""
+    depths: dict[str, list[Count]] = {}
+    """Tokens of the text, and of a source, by the number of applications that they took of the
+    layers that tokens leave; empty without halting."""
 
     @model_validator(mode="after")
     def _layers_are_alike(self) -> Self:

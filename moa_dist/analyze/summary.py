@@ -20,6 +20,8 @@ def summary(analysis: Analysis) -> str:
     for router in analysis.routers:
         lines += ["", router_title(router), *(f"  {line}" for line in router_lines(router))]
         lines += [f"  {line}" for line in _specific_experts(router)]
+    for text, tokens in analysis.depths.items():
+        lines += ["", f"halting, {text}", f"  {_depth(tokens)}"]
     lines += ["", "heads", *(f"  {line}" for line in _heads(analysis.attention))]
     return "\n".join(lines)
 
@@ -46,6 +48,16 @@ def router_lines(router: RouterResult) -> Iterator[str]:
             f"uses {depth.distinct:.1f} distinct experts over all repeats, of at most "
             f"{depth.most_distinct}"
         )
+
+
+def _depth(tokens: list[int]) -> str:
+    """Describe how many applications tokens take, given their numbers by that."""
+    total = max(sum(tokens), 1)
+    taken = sum(depth * number for depth, number in enumerate(tokens)) / total
+    return (
+        f"a token takes {taken:.2f} of {len(tokens) - 1} applications of layers on average; "
+        f"{tokens[-1] / total:.1%} of tokens take all"
+    )
 
 
 def named(tokens: list[TokenOfExpert]) -> str:

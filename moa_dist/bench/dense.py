@@ -71,6 +71,7 @@ def equal_parameters(model: ModelConfig, length: int) -> ModelConfig:
                 "num_distinct_layers": None,
                 "sharing": SharingConfig(),
                 "prelude_ffn": None,
+                "halting": None,
                 "norm_placement": "pre",
                 "attention": attention,
                 "ffn": DenseFFNConfig(d_ff=d_ff),

@@ -6,7 +6,12 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from moa_dist.analyze.analyze import attention_results, observe, router_results
+from moa_dist.analyze.analyze import (
+    attention_results,
+    depth_results,
+    observe,
+    router_results,
+)
 from moa_dist.analyze.plots import can_plot, write_plots
 from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, save_analysis
 from moa_dist.analyze.summary import summary
@@ -81,6 +86,7 @@ def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
             trained.model, seen, args.min_count, lambda token: trained.tokenizer.decode([token])
         ),
         attention=attention_results(seen),
+        depths=depth_results(seen),
     )
 
 

@@ -326,6 +326,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     _name,
     sharing_checks.repeats,
     sharing_checks.sharing,
+    sharing_checks.halting,
     rotations,
     window,
     *(

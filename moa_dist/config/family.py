@@ -104,6 +104,18 @@ class MLPRouterConfig(RouterConfig):
     """Width of the hidden layer."""
     activation: Literal["gelu", "tanh", "relu"] = "gelu"
     """Nonlinearity of the hidden layer, which has a bias."""
+    gate_eps: PositiveFloat | None = None
+    """Divide the weights of chosen experts by their sum plus this (1e-6 in SUT), instead of `gate`
+    renormalized. Null for no division."""
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Weights are divided once."""
+        if self.gate_eps is not None and (self.gate != "raw" or self.route_scale != 1):
+            yield Problem(
+                f"`{path}.gate_eps` divides weights by their sum; leave `{path}.gate` raw and "
+                f"`{path}.route_scale` 1",
+                (f"{path}.gate_eps", f"{path}.gate", f"{path}.route_scale"),
+            )
 
     def shrink(self, at_least: int, expert_parallel: int) -> Self:
         """Narrow the hidden layer."""

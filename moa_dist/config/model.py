@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
+from moa_dist.config.halting import HaltingConfig
 from moa_dist.config.positions import RopeConfig, WindowConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.config.section import Kind, Section
@@ -144,6 +145,9 @@ class MoAConfig(AttentionConfig):
     attend: Literal["softmax", "stick_breaking"] = "softmax"
     """How queries and keys weigh values: by a softmax, or by breaking a stick from the nearest key
     on, which knows the order of keys by itself and is causal (ModuleFormer)."""
+    relative_positions: PositiveInt | None = None
+    """Distance up to which each head of an expert learns a vector per distance, and beyond which it
+    does not tell them apart: it is added to keys (Shaw et al. 2018; 63 in SUT). Null for none."""
     kv_bias: bool = False
     """Add biases to keys and values."""
     router: SerializeAsAny[RouterConfig]
@@ -158,6 +162,15 @@ class MoAConfig(AttentionConfig):
     def is_causal(self) -> bool:
         """Whether a query can see the keys before it only."""
         return self.attend == "stick_breaking"
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Sticks know the order of keys by themselves."""
+        if self.is_causal and self.relative_positions is not None:
+            key = f"{path}.relative_positions"
+            yield Problem(
+                f"`{key}` does not work with `{path}.attend` {self.attend}; remove it",
+                (key, f"{path}.attend"),
+            )
 
     def shrink(self, expert_parallel: int) -> Self:
         """Keep a few narrow heads in each of fewer experts."""
@@ -275,6 +288,8 @@ class ModelConfig(Section):
     absent means all. Must divide the number of layers between prelude and coda."""
     sharing: SharingConfig = SharingConfig()
     """What layers that repeat share, if not everything."""
+    halting: SerializeAsAny[HaltingConfig] | None = None
+    """How tokens leave the layers between prelude and coda early; null if they take all."""
     prelude: Annotated[int, Field(ge=0)] = 0
     """First layers, applied once, with parameters of their own."""
     coda: Annotated[int, Field(ge=0)] = 0

@@ -1,4 +1,4 @@
-"""Checks of which layers repeat and what they share."""
+"""Checks of which layers repeat, what they share, and how tokens leave them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def repeats(config: Config) -> Iterator[Problem]:
             "`model.prelude_ffn` has no effect, as `model.prelude` is 0; give the number of layers "
             "that have it",
             ("model.prelude_ffn", "model.prelude"),
+        )
+
+
+def halting(config: Config) -> Iterator[Problem]:
+    """Nothing halts before the first application."""
+    model = config.model
+    if model.halting is not None and model.num_core_layers == 1:
+        yield Problem(
+            "`model.halting` has no effect on a single layer; set it to null, or apply layers "
+            "between `model.prelude` and `model.coda` more often",
+            ("model.halting", "model.num_layers"),
+            {"model.halting": (None,)},
         )
 
 

@@ -30,9 +30,10 @@ from moa_dist.models.trace import (
     log_softmax_shares,
 )
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered
+from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, recurrent_states
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.token_state import NO_STATE, TokenState
 from moa_dist.profiling import annotated
 
 _HEAD_NORM_EPS = 1e-6
@@ -50,6 +51,8 @@ class AttentionOutput(NamedTuple):
     """The cache extended by the new keys and values; None if the layer was given none."""
     trace: AttentionTrace | None = None
     """What the layer decided; None unless a trace was requested."""
+    states: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    """States of recurrent routers for the next layer, by the name of the router."""
 
 
 class Context(NamedTuple):
@@ -61,6 +64,8 @@ class Context(NamedTuple):
     """Weights of all experts where they were gathered."""
     cache: KeyValues | None
     """Keys and values of the tokens before; None if none are kept."""
+    state: TokenState = NO_STATE
+    """What routers know of tokens; weights are those of query tokens."""
 
 
 class Heads(NamedTuple):
@@ -137,6 +142,7 @@ class Attention(nn.Module, ABC):
         gathered: Gathered = NOTHING_GATHERED,
         cache: KeyValues | None = None,
         trace: bool = False,
+        state: TokenState = NO_STATE,
     ) -> AttentionOutput:
         """`query` [B, T, D], `key` and `value` [B, S, D] -> y [B, T, D].
 
@@ -145,10 +151,11 @@ class Attention(nn.Module, ABC):
         gathered. With a `cache`, `key` and `value` belong to the tokens that follow those in it.
         At padding, y has no part of routed experts.
         """
-        mixed = self.mix(query, key, value, Context(mask, gathered, cache))
+        mixed = self.mix(query, key, value, Context(mask, gathered, cache, state))
         statistics = {name: routing.statistics for name, routing in mixed.routing.items()}
         decided = self.trace(mixed, mask) if trace else None
-        return AttentionOutput(mixed.y, statistics, mixed.heads.cache, decided)
+        states = recurrent_states(mixed.routing)
+        return AttentionOutput(mixed.y, statistics, mixed.heads.cache, decided, states)
 
     def split(self, x: Tensor) -> Tensor:
         """[B, T, H d] -> [B, H, T, d]."""
@@ -186,15 +193,17 @@ def traced(
     head_ids: Tensor | None = None,
     soft_cap: float | None = None,
     log_shares: LogShares = log_softmax_shares,
+    bias: Tensor | None = None,
 ) -> AttentionTrace:
     """Trace a layer with these routers, queries [B, H, T, d] and keys [B, h, S, d].
 
     Each head of the keys serves equally many consecutive ones of the queries. `head_ids` as in
-    `HeadTrace`, `soft_cap` as in `softmax_attention`. `log_shares` turns products into attention.
+    `HeadTrace`, `soft_cap` as in `softmax_attention`. `log_shares` turns products, to which
+    `bias` [B, H, T, S] is added, into attention.
     """
     visible = visible_keys(q, k, mask).expand(len(q), 1, -1, -1)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    summary = head_summary(q, k, visible, mask.num_past, soft_cap, log_shares)
+    summary = head_summary(q, k, visible, mask.num_past, soft_cap, log_shares, bias)
     return AttentionTrace(routing, HeadTrace(summary, head_ids))
 
 

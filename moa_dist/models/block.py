@@ -17,17 +17,20 @@ from moa_dist.kernels.shared_input import share
 from moa_dist.models.attention import Attention, AttentionOutput
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.feed_forward import FeedForwardOutput
+from moa_dist.models.halting import left, make_halting
 from moa_dist.models.kinds import make_attention, make_feed_forward
 from moa_dist.models.linear import Bias
 from moa_dist.models.mask import AttentionMask
 from moa_dist.models.norms import LayerNorm, RMSNorm
 from moa_dist.models.padding import Runs
+from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import AttentionTrace, BlockTrace
 from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.token_state import NO_STATE, TokenState
 
 Value = TypeVar("Value")
 
@@ -74,6 +77,8 @@ class BlockOutput(NamedTuple):
     """The cache extended by the new keys and values; None if the layer was given none."""
     trace: BlockTrace | None = None
     """What the layer decided; None unless a trace was requested."""
+    state: LayerState = EMPTY_STATE
+    """What the next layer takes next to x."""
 
 
 class EncoderMemory(NamedTuple):
@@ -118,10 +123,13 @@ class CrossAttention(nn.Module):
         gathered: Gathered,
         cache: KeyValues | None,
         trace: bool = False,
+        state: TokenState = NO_STATE,
     ) -> AttentionOutput:
         """x [B, S, D] -> y [B, S, D], the residual stream with the attention's output added."""
         queries = x if self.placement == "post" else self.norm(x)
-        output = self.attention(queries, memory.x, memory.x, memory.mask, gathered, cache, trace)
+        output = self.attention(
+            queries, memory.x, memory.x, memory.mask, gathered, cache, trace, state
+        )
         x = x + self.dropout(output.y)
         return output._replace(y=self.norm(x) if self.placement == "post" else x)
 
@@ -138,6 +146,9 @@ class Block(nn.Module):
         """Build a layer; with `has_vector` it adds a learned vector to its input."""
         super().__init__()
         self.vector = Bias(config.d_model) if has_vector else None
+        self.halting = (
+            None if config.halting is None else make_halting(config.halting, config.d_model)
+        )
         self.placement = config.norm_placement
         self.window = config.attention.window
         self.is_causal = config.objective == "causal" or cross
@@ -163,10 +174,11 @@ class Block(nn.Module):
         own = {"attention": self.attention}
         return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
-    def macs(self, length: int, application: int) -> dict[str, int]:
+    def macs(self, length: int, application: int, *, is_first: bool = False) -> dict[str, int]:
         """Count multiply-accumulates of an application to a sequence of `length`, by part.
 
-        Applications are counted from 0 in a stack. The source that a decoder's layer attends to has
+        Applications are counted from 0 in a stack; nothing halts before the first that has halting,
+        which `is_first`. The source that a decoder's layer attends to has
         the same length.
         """
         window = None if self.window is None else self.window.size_in(application)
@@ -176,6 +188,8 @@ class Block(nn.Module):
         parts = Counter(self.attention.macs(length, num_keys)) + Counter(self.ffn.macs(length))
         if self.cross is not None:
             parts += Counter(self.cross.attention.macs(length))
+        if self.halting is not None and not is_first:
+            parts["halting"] += self.halting.macs(length)
         return dict(parts)
 
     def start_gathering(self, gathering: ExpertGathering) -> None:
@@ -213,48 +227,99 @@ class Block(nn.Module):
         cache: KeyValues | None = None,
         memory: EncoderMemory | None = None,
         trace: bool = False,
+        state: LayerState = EMPTY_STATE,
     ) -> BlockOutput:
-        """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`."""
-        x = x if self.vector is None else self.vector(x)
+        """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`.
+
+        With halting, x is what others see of tokens, and the residual stream is within the state.
+        """
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
-        x, attention = self._attend(x, mask, gathered.attention, own, trace)
+        seen, halting, weight = x, None, None
+        if self.halting is not None:
+            halting = self.halting(seen, mask.query_mask, state.halting)
+            x, weight = halting.inner, halting.weight
+            mask = mask._replace(query_mask=halting.running)
+        x, attention = self._attend(
+            x, seen, mask, gathered.attention, own, trace, state.of_routers("attention", weight)
+        )
         named = _within("attention", attention.statistics)
+        states = _within("attention", attention.states)
         longer, traces = attention.cache, {"attention": attention.trace}
         if self.cross is not None:
             assert memory is not None
-            cross = self.cross(x, memory, gathered.cross, of_source, trace)
+            if halting is not None:
+                memory = memory._replace(query_mask=halting.running)
+            known = state.of_routers("attention.cross", weight)
+            cross = self.cross(x, memory, gathered.cross, of_source, trace, known)
             x = cross.y
             named |= _within("attention.cross", cross.statistics)
+            states |= _within("attention.cross", cross.states)
             traces["attention.cross"] = cross.trace
             longer = None if longer is None else (*longer, *cross.cache)
-        x, ffn = self._transform(x, mask.query_mask, gathered.ffn, trace)
+        known = state.of_routers("ffn", weight)
+        x, ffn = self._transform(x, mask.query_mask, gathered.ffn, trace, known)
         named |= _within("ffn", ffn.statistics)
-        return BlockOutput(x, named, longer, _block_trace(traces, ffn) if trace else None)
+        state = state.with_routers(states | _within("ffn", ffn.states))
+        if halting is not None:
+            x, halting = left(seen, x, halting)
+            state = state._replace(halting=halting)
+        decided = _block_trace(traces, ffn) if trace else None
+        if decided is not None and halting is not None:
+            decided = self._without_halted(decided, halting.running)
+        return BlockOutput(x, named, longer, decided, state)
 
     def _attend(
         self,
         x: Tensor,
+        seen: Tensor,
         mask: AttentionMask,
         gathered: Gathered,
         cache: KeyValues | None,
         trace: bool,
+        state: TokenState,
     ) -> tuple[Tensor, AttentionOutput]:
-        n = x if self.placement == "post" else self.attention_norm(x)
-        n = share(n, self.attention.parameters())
+        """Let x attend to what is `seen` of all tokens, which is x itself without halting."""
+        is_same, is_post = seen is x, self.placement == "post"
+        if self.vector is not None:
+            x = self.vector(x)
+            seen = x if is_same else self.vector(seen)
+        n = x if is_post else self.attention_norm(x)
+        n = key = share(n, self.attention.parameters())
+        if not is_same:
+            key = share(seen if is_post else self.attention_norm(seen), self.attention.parameters())
         # Peri, MoEUT section 2.3: norms feed a softmax or a sigmoid, nothing else.
-        value = x if self.placement == "peri" else n
-        output = self.attention(n, n, value, mask, gathered, cache, trace)
+        value = seen if self.placement == "peri" else key
+        output = self.attention(n, key, value, mask, gathered, cache, trace, state)
         x = x + self.dropout(output.y)
-        return self.attention_norm(x) if self.placement == "post" else x, output
+        return self.attention_norm(x) if is_post else x, output
 
     def _transform(
-        self, x: Tensor, token_mask: Tensor | None, gathered: Gathered, trace: bool
+        self,
+        x: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered,
+        trace: bool,
+        state: TokenState,
     ) -> tuple[Tensor, FeedForwardOutput]:
         n = x if self.placement == "post" else self.ffn_norm(x)
         n = share(n, self.ffn.parameters())
-        output = self.ffn(x if self.placement == "peri" else n, n, token_mask, gathered, trace)
+        raw = x if self.placement == "peri" else n
+        output = self.ffn(raw, n, token_mask, gathered, trace, state)
         x = x + self.dropout(output.y)
         return self.ffn_norm(x) if self.placement == "post" else x, output
+
+    def _without_halted(self, trace: BlockTrace, running: Tensor) -> BlockTrace:
+        """Leave out what tokens that have halted would have chosen as queries."""
+        of_keys = {
+            f"{name}.{router}"
+            for name, attention in self.attentions().items()
+            for router in attention.key_routers
+        }
+        routing = {
+            name: value if name in of_keys else _of_running(value, running)
+            for name, value in trace.routing.items()
+        }
+        return trace._replace(routing=routing, running=running)
 
 
 def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOutput) -> BlockTrace:
@@ -266,6 +331,12 @@ def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOu
         routing |= _within(part, trace.routing)
         heads[part] = trace.heads
     return BlockTrace(routing, heads)
+
+
+def _of_running(routing: Routing, running: Tensor) -> Routing:
+    """Leave out what tokens that have halted would have chosen; `running` [B, S] bool."""
+    kept = running.flatten()[:, None, None].expand_as(routing.topk_ids)
+    return routing._replace(assigned=kept if routing.assigned is None else kept & routing.assigned)
 
 
 def _within(part: str, by_router: Mapping[str, Value]) -> dict[str, Value]:

@@ -19,10 +19,17 @@ from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Constant, Initializer, LastRowZero, Normal
-from moa_dist.moe.routed_module import NOTHING_GATHERED, Gathered, RoutedModule, RoutedProjection
+from moa_dist.moe.routed_module import (
+    NOTHING_GATHERED,
+    Gathered,
+    RoutedModule,
+    RoutedProjection,
+    recurrent_states,
+)
 from moa_dist.moe.router import Router, RouterLogits, Routing
 from moa_dist.moe.router_kinds import make_router
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.token_state import NO_STATE, TokenState
 from moa_dist.profiling import annotated
 
 
@@ -35,6 +42,8 @@ class FeedForwardOutput(NamedTuple):
     """By the name of the router within the part; empty for a dense one."""
     routing: dict[str, Routing]
     """What the routers decided, by the same names; empty if no trace was asked for."""
+    states: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    """States of recurrent routers for the next layer, by the same names."""
 
 
 class FeedForward(nn.Module, ABC):
@@ -61,7 +70,12 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def transform(
-        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered,
+        state: TokenState,
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Compute y as `forward` does; also returns what the routers decided, by their names."""
 
@@ -73,16 +87,18 @@ class FeedForward(nn.Module, ABC):
         token_mask: Tensor | None,
         gathered: Gathered = NOTHING_GATHERED,
         trace: bool = False,
+        state: TokenState = NO_STATE,
     ) -> FeedForwardOutput:
         """x [B, S, D], routed by `router_input` [B, S, D] -> y [B, S, D].
 
         Under peri-norm `router_input` is normalized and `x` the raw residual, elsewhere both are
         the same. `token_mask` [B, S] bool is true for real tokens; None when there is no padding,
-        at which y has no part of routed experts.
+        at which y has no part of routed experts. `state` is for routers.
         """
-        y, routing = self.transform(x, router_input, token_mask, gathered)
+        y, routing = self.transform(x, router_input, token_mask, gathered, state)
         statistics = {name: decided.statistics for name, decided in routing.items()}
-        return FeedForwardOutput(y, statistics, routing if trace else {})
+        states = recurrent_states(routing)
+        return FeedForwardOutput(y, statistics, routing if trace else {}, states)
 
 
 class DenseFeedForward(FeedForward):
@@ -102,7 +118,12 @@ class DenseFeedForward(FeedForward):
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
     def transform(
-        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered,
+        state: TokenState,
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Implement `FeedForward.transform`; only `x` is used."""
         hidden = self.activation(self.up(x))
@@ -223,10 +244,15 @@ class MoEFeedForward(RoutedModule, FeedForward):
         ]
 
     def transform(
-        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered,
+        state: TokenState,
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Implement `FeedForward.transform`."""
-        routing = self.router(router_input, token_mask)
+        routing = self.router(router_input, token_mask, state=state.of(""))
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         experts = self.expert_weights(
             *self.expert_layers(), gathered=gathered, activation=self.config.activation

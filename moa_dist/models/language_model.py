@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class LanguageModelOutput(NamedTuple):
     """The cache extended by the tokens of this forward; None if it was given none."""
     traces: dict[LayerCall, BlockTrace] | None = None
     """What every application of a layer decided; None unless traces were requested."""
+    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    """[2] by name, such as `halting/applications`: a sum over real tokens, and their number."""
 
 
 class _Alike(NamedTuple):
@@ -61,6 +64,8 @@ class _Alike(NamedTuple):
     """Applications of each."""
     shape: torch.Size
     """[N, G, E] of their statistics."""
+    weighed: bool
+    """Whether these count tokens by weights."""
 
 
 class TokenEmbedding(nn.Module):
@@ -198,18 +203,25 @@ class LanguageModel(nn.Module):
         masks = self._layer_masks(mask, position, x.dtype)
         output = self.stack(x, masks, None if cache is None else cache.layers, memory, trace)
         statistics, traces = output.statistics, output.traces
+        losses = self.stack.losses(output, token_mask)
+        means = self.stack.token_means(output, token_mask)
         if encoded is not None:
+            assert self.encoder is not None
             statistics = encoded.statistics | statistics
+            of_encoder = self.encoder.losses(encoded, source_mask)
+            losses = {name: loss + of_encoder[name] for name, loss in losses.items()}
+            of_source = self.encoder.token_means(encoded, source_mask)
+            means |= {f"encoder/{name}": mean for name, mean in of_source.items()}
             traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
         logits = self.embedding(x) if self.head is None else self.head(x)
         if self.config.logit_soft_cap is not None:
             logits = soft_capped(logits, self.config.logit_soft_cap)
         if output.cache is None:
-            aux_losses = self._aux_losses(statistics)
-            return LanguageModelOutput(logits, aux_losses, statistics, None, traces)
+            aux_losses = self._aux_losses(statistics) | losses
+            return LanguageModelOutput(logits, aux_losses, statistics, None, traces, means)
         longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
-        return LanguageModelOutput(logits, {}, statistics, longer, traces)
+        return LanguageModelOutput(logits, {}, statistics, longer, traces, means)
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]."""
@@ -263,7 +275,8 @@ class LanguageModel(nn.Module):
         for call, value in statistics.items():
             part = call.router.partition(".")[0]
             config = routers[call.key].config
-            kind = _Alike(part, config, repeats[call.key], value.load.shape)
+            weighed = value.weight is not None
+            kind = _Alike(part, config, repeats[call.key], value.load.shape, weighed)
             alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():
@@ -280,9 +293,7 @@ class LanguageModel(nn.Module):
         result = {}
         for kind, repeats in alike.items():
             every = stacked(value for values in repeats.values() for value in values)
-            of_routers = RoutingStatistics(
-                *(part.unflatten(0, (len(repeats), -1)).sum(1) for part in every)
-            )
+            of_routers = every.each(partial(_sum_repeats, num_routers=len(repeats)))
             is_pooled = kind.config.balance.scope != "sequences"
             result[kind] = of_routers.as_one_group() if is_pooled else of_routers
         pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
@@ -302,6 +313,11 @@ class LanguageModel(nn.Module):
         if self.encoder is not None:
             parts += Counter(self.encoder.macs(length))
         return {**parts, "head": head}
+
+
+def _sum_repeats(part: Tensor, num_routers: int) -> Tensor:
+    """[routers * repeats, ...] -> [routers, ...]."""
+    return part.unflatten(0, (num_routers, -1)).sum(1)
 
 
 def _final_norm(config: ModelConfig) -> nn.Module:

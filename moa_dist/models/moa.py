@@ -10,6 +10,7 @@ Shapes: B sequences, T queries, S keys, K chosen experts, h heads per expert, d 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ from moa_dist.config.model import MoAConfig
 from moa_dist.models.attention import Attention, Context, Mixed, Product, head_norm, traced
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.models.mask import AttentionMask
+from moa_dist.models.relative_attention import (
+    RelativePositions,
+    distance_bias,
+    relative_attention,
+)
 from moa_dist.models.shared_heads import SharedHeads
 from moa_dist.models.softmax import softmax_attention, softmax_macs
 from moa_dist.models.stick_breaking import log_stick_shares, stick_breaking_attention
@@ -69,6 +75,8 @@ class MoAAttention(RoutedModule, Attention):
         self.v = Linear(d_model, width, shared, bias=config.kv_bias)
         self.q_norm, self.k_norm = head_norm(config), head_norm(config)
         self.o = GroupedLinear(num_experts, width, d_model, XavierUniform())
+        largest, h = config.relative_positions, config.heads_per_expert
+        self.positions = RelativePositions(h, config.d_head, largest) if largest else None
         self.shared = (
             SharedHeads(config.shared_experts, width, d_model) if config.shared_experts else None
         )
@@ -92,11 +100,14 @@ class MoAAttention(RoutedModule, Attention):
         K, shared = self.config.router.top_k, self.config.shared_experts
         width = self.config.heads_per_expert * self.config.d_head
         dense = [self.k, self.v, *(() if self.shared is None else (self.shared,))]
+        softmax = softmax_macs(length, num_keys or length, (K + shared) * width)
+        if self.positions is not None:
+            softmax += self.positions.macs(length * (K + shared))
         return {
             "projections": sum(projection.macs(length) for projection in dense),
             "experts": length * K * (self.q.macs_per_row() + self.o.macs_per_row()),
             "routers": self.router.macs(length),
-            "softmax": softmax_macs(length, num_keys or length, (K + shared) * width),
+            "softmax": softmax,
         }
 
     def routed_projections(self) -> list[RoutedProjection]:
@@ -109,10 +120,13 @@ class MoAAttention(RoutedModule, Attention):
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         """Implement `Attention.mix`."""
-        routing = self.router(query, context.mask.query_mask)
+        routing = self.router(query, context.mask.query_mask, state=context.state.of("query"))
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         q, k, v = self._project(query, key, value, plan, context)
-        heads = self.attend(q, k, v, context, ATTEND[self.config.attend].product)
+        product = ATTEND[self.config.attend].product
+        if self.positions is not None:
+            product = partial(relative_attention, by_distance=self.positions(q))
+        heads = self.attend(q, k, v, context, product)
         values = heads.values.to(query.dtype)  # autocast narrows it
         y = self._sum_outputs(values, plan, context.gathered)
         return Mixed(y, heads, {"query": routing})
@@ -159,10 +173,13 @@ class MoAAttention(RoutedModule, Attention):
         """Trace heads in slot-major order, as `_head_ids` has them."""
         h, (q, k) = self.config.heads_per_expert, (mixed.heads.q, mixed.heads.k)
         k = k.repeat(1, q.shape[1] // h, 1, 1)
-        q = q.unflatten(1, (h, -1)).transpose(1, 2).flatten(1, 2)
+        bias = None
+        if self.positions is not None:
+            bias = _slot_major(distance_bias(self.positions(q), mask.num_past, k.shape[2]), h)
+        q = _slot_major(q, h)
         ids, soft_cap = self._head_ids(mixed.routing["query"], len(q)), self.config.soft_cap
         shares = ATTEND[self.config.attend].log_shares
-        return traced(mixed.routing, q, k, mask, ids, soft_cap, shares)
+        return traced(mixed.routing, q, k, mask, ids, soft_cap, shares, bias)
 
     def _head_ids(self, routing: Routing, num_sequences: int) -> Tensor:
         """Return `HeadTrace.head_ids`: the heads of the expert in each slot, then shared ones."""
@@ -173,3 +190,8 @@ class MoAAttention(RoutedModule, Attention):
         first = self.config.router.num_experts * h
         shared = torch.arange(first, self.num_heads, device=head_TKh.device).expand(T, -1)
         return torch.cat([head_TKh.view(T, -1), shared], 1).unflatten(0, (num_sequences, -1))
+
+
+def _slot_major(x: Tensor, heads_per_expert: int) -> Tensor:
+    """[B, h * used, ...] -> [B, used * h, ...]."""
+    return x.unflatten(1, (heads_per_expert, -1)).transpose(1, 2).flatten(1, 2)

@@ -78,7 +78,7 @@ class MoHAttention(RoutedModule, Attention):
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         """Implement `Attention.mix`."""
         B, T, D = query.shape
-        routing = self.router(query, context.mask.query_mask)
+        routing = self.router(query, context.mask.query_mask, state=context.state.of("query"))
         q = self.rotated(self.q_norm, self.split(self.q(query)), context)
         k = self.rotated(self.k_norm, self.split(self.k(key)), context)
         heads = self.attend(q, k, self.split(self.v(value)), context)

@@ -112,6 +112,8 @@ class Objective(NamedTuple):
     """What the routers did, likewise."""
     z: Tensor | None = None
     """Scalar, the z-loss summed over targets, coefficient applied; None without one."""
+    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    """What layers report of tokens, see `LanguageModelOutput`."""
 
     def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
         """Scalar whose mean over all micro-batches of a step, on all ranks, is the step's loss.
@@ -136,6 +138,8 @@ def objective(
         # Without the logits, the largest of all tensors, which the backward pass does not need.
         if not z_loss:
             loss = cross_entropy(logits, targets, label_smoothing)
-            return Objective(loss, output.aux_losses, output.statistics)
+            return Objective(
+                loss, output.aux_losses, output.statistics, token_means=output.token_means
+            )
         loss, z = cross_entropy_and_z(logits, targets, label_smoothing)
-        return Objective(loss, output.aux_losses, output.statistics, z_loss * z)
+        return Objective(loss, output.aux_losses, output.statistics, z_loss * z, output.token_means)

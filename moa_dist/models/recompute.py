@@ -1,15 +1,15 @@
-"""Activation checkpointing of a block that keeps its choices of experts.
+"""Activation checkpointing of a block that keeps its choices of experts, and who has halted.
 
 Choices must not change between the two passes, nor which assignments are dropped, and kernels
 need not repeat a sum bit for bit. So what the routers chose in the first pass is given to them in
-the second. torch's selective checkpointing could keep choices too, but it demands that both passes
-run the very same operations: under ZeRO 3 they do not, as the gathers of parameters, which run
-inside the block, depend on what was gathered before.
+the second, and likewise which tokens halted. torch's selective checkpointing could keep choices
+too, but it demands that both passes run the very same operations: under ZeRO 3 they do not, as the
+gathers of parameters, which run inside the block, depend on what was gathered before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels.gradient_sum import Repeats
+from moa_dist.models.halting import HaltingState, StickBreakingHalting
 from moa_dist.moe.borrowing import used_modules
-from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router import Router, Routing
 
 
 def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
@@ -26,14 +27,14 @@ def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
 
     Gradients of weights go to the sums of `repeats`.
     """
-    routers = [module for module in used_modules(block) if isinstance(module, Router)]
-    choices: list[Choice] = []
+    choosing = [m for m in used_modules(block) if isinstance(m, Router | StickBreakingHalting)]
+    choices: list[Any] = []
     passes = 0
 
     def run(*args: Any) -> Any:
         nonlocal passes
         passes += 1
-        hooks = _keeping(routers, choices) if passes == 1 else _repeating(routers, choices)
+        hooks = _keeping(choosing, choices) if passes == 1 else _repeating(choosing, choices)
         with hooks, repeats.summing():
             return block(*args)
 
@@ -42,27 +43,27 @@ def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
 
 
 @contextmanager
-def _keeping(routers: list[Router], choices: list[Choice]) -> Iterator[None]:
-    """Append what routers choose meanwhile to `choices`, in the order in which they are called."""
+def _keeping(choosing: Sequence[nn.Module], choices: list[Any]) -> Iterator[None]:
+    """Append what modules choose meanwhile to `choices`, in the order in which they are called."""
 
-    def keep(router: Router, inputs: Any, routing: Routing) -> None:
-        choices.append(Choice.of(routing))
+    def keep(module: nn.Module, inputs: Any, output: Routing | HaltingState) -> None:
+        choices.append(output.choice())
 
     with ExitStack() as hooks:
-        for router in routers:
-            hooks.enter_context(router.register_forward_hook(keep))
+        for module in choosing:
+            hooks.enter_context(module.register_forward_hook(keep))
         yield
 
 
 @contextmanager
-def _repeating(routers: list[Router], choices: list[Choice]) -> Iterator[None]:
-    """Give routers their `choices`, in the order in which they were made."""
+def _repeating(choosing: Sequence[nn.Module], choices: list[Any]) -> Iterator[None]:
+    """Give modules their `choices`, in the order in which they were made."""
     remaining = iter(choices)
 
-    def give(router: Router, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def give(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "choice": next(remaining)}
 
     with ExitStack() as hooks:
-        for router in routers:
-            hooks.enter_context(router.register_forward_pre_hook(give, with_kwargs=True))
+        for module in choosing:
+            hooks.enter_context(module.register_forward_pre_hook(give, with_kwargs=True))
         yield

@@ -17,6 +17,7 @@ from moa_dist.models.linear import Linear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import Gathered
 from moa_dist.moe.router import Routing
+from moa_dist.moe.token_state import TokenState
 
 
 class ResidualMoE(MoEFeedForward):
@@ -39,10 +40,15 @@ class ResidualMoE(MoEFeedForward):
         return dict(Counter(super().macs(length)) + Counter(self.dense.macs(length)) + mix)
 
     def transform(
-        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered,
+        state: TokenState,
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Implement `FeedForward.transform`; the weights of the mix follow the router's input."""
-        experts, routing = super().transform(x, router_input, token_mask, gathered)
+        experts, routing = super().transform(x, router_input, token_mask, gathered, state)
         dense = self.dense(x, router_input, token_mask).y
         of_experts, of_dense = self.mix(router_input).softmax(-1).to(x.dtype).split(1, dim=-1)
         return of_experts * experts + of_dense * dense, routing

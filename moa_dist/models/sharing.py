@@ -60,7 +60,8 @@ def make_layers(config: ModelConfig, *, cross: bool) -> Layers:
 
     Raises ValueError unless the distinct layers divide those between prelude and coda.
     """
-    first = config.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
+    last = config.model_copy(update={"halting": None})
+    first = last.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
     layers = core_layers(config)
     if config.sharing.is_partial:
         core, order = _core_by_part(config, layers, cross=cross), list(range(len(layers)))
@@ -69,7 +70,7 @@ def make_layers(config: ModelConfig, *, cross: bool) -> Layers:
     blocks = [
         *(Block(first, cross=cross) for _ in range(config.prelude)),
         *core,
-        *(Block(config, cross=cross) for _ in range(config.coda)),
+        *(Block(last, cross=cross) for _ in range(config.coda)),
     ]
     start, end = config.prelude, config.prelude + len(core)
     of_core = (start + block for block in order)
@@ -149,4 +150,5 @@ def _shared_children(block: Block, sharing: SharingConfig) -> list[tuple[nn.Modu
     ]
     if block.cross is not None:
         children += [(block.cross, "norm", "norms"), (block.cross, "attention", "attention")]
-    return [(holder, name) for holder, name, part in children if part not in sharing.own]
+    shared = [(holder, name) for holder, name, part in children if part not in sharing.own]
+    return shared if block.halting is None else [*shared, (block.halting, "gate")]

@@ -18,9 +18,11 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
+from moa_dist.models.halting import token_means
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.recompute import recomputed
 from moa_dist.models.sharing import make_layers
+from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.gathering import ExpertGathering
@@ -74,6 +76,8 @@ class StackOutput(NamedTuple):
     """One entry per application of a layer, with new keys and values; None if none was given."""
     traces: dict[LayerCall, BlockTrace] | None = None
     """By application of a layer; None unless traces were requested."""
+    state: LayerState = EMPTY_STATE
+    """What the last layer handed on next to x."""
 
 
 class LayerStack(nn.Module):
@@ -129,9 +133,23 @@ class LayerStack(nn.Module):
     def macs(self, length: int) -> dict[str, int]:
         """Count multiply-accumulates of all layers over a sequence of `length`, by part."""
         parts: Counter[str] = Counter()
+        first = next((i for i, layer in enumerate(self.plan) if self.block(layer).halting), None)
         for i, layer in enumerate(self.plan):
-            parts += Counter(self.block(layer).macs(length, i))
+            parts += Counter(self.block(layer).macs(length, i, is_first=i == first))
         return dict(parts)
+
+    def token_means(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
+        """Report on what layers hand on, of tokens [B, S]; see `LanguageModelOutput`."""
+        halting = output.state.halting
+        return {} if halting is None else token_means(halting, token_mask)
+
+    def losses(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
+        """Compute the losses on what layers hand on, of tokens [B, S], by name."""
+        if output.state.halting is None:
+            return {}
+        halting = [block.halting for block in map(self.block, self.plan) if block.halting]
+        losses = halting[0].losses(output.state.halting, token_mask, len(halting))
+        return {f"halting/{name}": loss for name, loss in losses.items()}
 
     def applications(self) -> Counter[nn.Module]:
         """Count the uses of every module in a forward, those of shared ones added up."""
@@ -157,6 +175,7 @@ class LayerStack(nn.Module):
         statistics = {}
         traces = {}
         extended: list[KeyValues] = []
+        state = EMPTY_STATE
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
         # that they overlap with the computation of earlier layers.
         gathering = ExpertGathering()
@@ -169,10 +188,21 @@ class LayerStack(nn.Module):
             if layer.block not in repeats:
                 repeats[layer.block] = sums.of(self.block(layer).weights(gathered))
             past = None if cache is None else cache[i]
+            halts = self.block(layer).halting is not None
             output = self._apply_layer(
-                layer.block, repeats[layer.block], x, masks.of(i), gathered, past, memory, trace
+                layer.block,
+                repeats[layer.block],
+                x,
+                masks.of(i),
+                gathered,
+                past,
+                memory,
+                trace,
+                state if halts else state._replace(halting=None),
             )
             x = output.x
+            # Layers that nothing halts in would keep the state of others until the backward pass.
+            state = output.state if halts else output.state._replace(halting=state.halting)
             if output.cache is not None:
                 extended.append(output.cache)
             for router, value in output.statistics.items():
@@ -180,7 +210,7 @@ class LayerStack(nn.Module):
             if output.trace is not None:
                 traces[layer.call] = output.trace
         longer = None if cache is None else tuple(extended)
-        return StackOutput(x, statistics, longer, traces if trace else None)
+        return StackOutput(x, statistics, longer, traces if trace else None, state)
 
     def blocks(self) -> Iterable[Block]:
         """All blocks, in the order in which they are first applied."""
@@ -200,8 +230,9 @@ class LayerStack(nn.Module):
         cache: KeyValues | None,
         memory: EncoderMemory | None,
         trace: bool,
+        state: LayerState,
     ) -> BlockOutput:
-        layer, rest = self.layers[index], (cache, memory, trace)
+        layer, rest = self.layers[index], (cache, memory, trace, state)
         if self.recompute and torch.is_grad_enabled():
             return recomputed(layer, repeats, x, mask, gathered.map(repeats.detached), *rest)
         if self._compiled is None or not (torch.is_grad_enabled() and self.training) or trace:

@@ -85,7 +85,9 @@ class SwitchHeadAttention(RoutedModule, Attention):
         peri-norm, while value experts read the raw residual in `value`.
         """
         (B, T, D), S, H = query.shape, key.shape[1], self.config.num_heads
-        value_routing = self.value_router(key, context.mask.new_key_mask)
+        mask, state = context.mask, context.state
+        of_keys = state._replace(weight=None).of("value")
+        value_routing = self.value_router(key, mask.new_key_mask, state=of_keys)
         plan = self.dispatcher.plan(value_routing, self.value_router.num_experts)
         # Queries and keys are computed while rows are in flight.
         sent = plan.dispatch(value.reshape(B * S, D), "token")
@@ -99,7 +101,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
         heads = self.attend(q, k, self.split(v), context)
 
         results = heads.merged().to(query.dtype)  # autocast narrows it
-        output_routing = self.output_router(query, context.mask.query_mask)
+        output_routing = self.output_router(query, mask.query_mask, state=state.of("output"))
         plan = self.dispatcher.plan(output_routing, self.output_router.num_experts)
         experts = self.expert_weights("o", gathered=context.gathered)
         sent = plan.dispatch(results.view(B * T * H, -1), "group")

@@ -57,6 +57,8 @@ class BlockTrace(NamedTuple):
     """By the names under which `BlockOutput` has their statistics."""
     heads: dict[str, HeadTrace]
     """By attention: `attention`, and in a decoder that translates `attention.cross`."""
+    running: Tensor | None = None
+    """[B, S] bool, false for tokens that have halted and for padding; None without halting."""
 
 
 LogShares = Callable[[Tensor, Tensor], Tensor]
@@ -75,16 +77,18 @@ def head_summary(
     num_past: int,
     soft_cap: float | None,
     log_shares: LogShares = log_softmax_shares,
+    bias: Tensor | None = None,
 ) -> HeadSummary:
     """Summarize the attention by q k^T / sqrt d of q [B, H, T, d] to k [B, H, S, d].
 
     `visible` [B, 1, T or 1, S] bool says which keys a query sees; query t is token `num_past + t`.
-    `soft_cap` as in `moa_dist.models.softmax`.
+    `soft_cap` as in `moa_dist.models.softmax`, `bias` [B, H, T, S] is added to q k^T.
     """
     # A sequence at a time: fused kernels never hold the probabilities, but here they are needed.
+    biases = [None] * len(q) if bias is None else bias
     sequences = [
         _summary(*parts, num_past, soft_cap, log_shares)
-        for parts in zip(q, k, visible, strict=True)
+        for parts in zip(q, k, visible, biases, strict=True)
     ]
     return HeadSummary(*(torch.stack(part) for part in zip(*sequences, strict=True)))
 
@@ -93,12 +97,14 @@ def _summary(
     q: Tensor,
     k: Tensor,
     visible: Tensor,
+    bias: Tensor | None,
     num_past: int,
     soft_cap: float | None,
     log_shares: LogShares,
 ) -> HeadSummary:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores_HTS = q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores_HTS = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
+    scores_HTS = (scores_HTS if bias is None else scores_HTS + bias) / math.sqrt(q.shape[-1])
     if soft_cap is not None:
         scores_HTS = soft_cap * torch.tanh(scores_HTS / soft_cap)
     log_HTS = log_shares(scores_HTS, visible)

@@ -20,7 +20,7 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 def _mean_probability(statistics: RoutingStatistics) -> Tensor:
     """Return mean probabilities [N, G, E], zero where a group has no tokens."""
-    return statistics.probability / statistics.num_tokens.clamp(min=1)[..., None, None]
+    return statistics.probability / statistics.divisor[..., None, None]
 
 
 def switch_loss(statistics: RoutingStatistics) -> Tensor:
@@ -34,7 +34,7 @@ def switch_loss(statistics: RoutingStatistics) -> Tensor:
 
 def z_loss(statistics: RoutingStatistics) -> Tensor:
     """Mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
-    return (statistics.z / statistics.num_tokens.clamp(min=1)[..., None]).mean()
+    return (statistics.z / statistics.divisor[..., None]).mean()
 
 
 def entropy_loss(statistics: RoutingStatistics) -> Tensor:
@@ -52,8 +52,7 @@ def mutual_information_loss(statistics: RoutingStatistics) -> Tensor:
     Low where each token is sure of its experts and all tokens together use them evenly (Mod-Squad,
     Chen et al. 2022, arXiv 2212.08066; SUT, Tan et al. 2023, arXiv 2310.07096).
     """
-    tokens = statistics.num_tokens.clamp(min=1)[..., None]
-    return (statistics.entropy / tokens).mean() + entropy_loss(statistics)
+    return (statistics.entropy / statistics.divisor[..., None]).mean() + entropy_loss(statistics)
 
 
 BALANCE_LOSSES: dict[str, Callable[[RoutingStatistics], Tensor]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.family import MLPRouterConfig
 from moa_dist.moe.initialize import Constant, Initializer, Normal
-from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -46,6 +46,8 @@ class MLPLogits(nn.Module):
 class MLPRouter(Router):
     """The top K of logits that have a hidden layer."""
 
+    config: MLPRouterConfig
+
     def __init__(
         self,
         config: MLPRouterConfig,
@@ -62,3 +64,18 @@ class MLPRouter(Router):
             config.activation,
             init or Normal(1 / math.sqrt(d_model)),
         )
+
+    def _route(
+        self,
+        logits: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
+        choice: Choice | None,
+    ) -> Routing:
+        """Implement `Router._route`."""
+        routing = super()._route(logits, token_mask, num_sequence_groups, choice)
+        if self.config.gate_eps is None:
+            return routing
+        weights = routing.topk_weights
+        total = weights.sum(-1, keepdim=True) + self.config.gate_eps
+        return routing._replace(topk_weights=weights / total)

@@ -15,6 +15,7 @@ from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.router import Choice, Router, Routing, routing_statistics
 from moa_dist.moe.sparsity import SparsityCoefficient
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 
 
 class ReLURouter(Router):
@@ -32,6 +33,16 @@ class ReLURouter(Router):
     ) -> None:
         super().__init__(config, d_model, num_groups=num_groups, init=init)
         self.sparsity = SparsityCoefficient(config.sparsity, config.sparsity_multiplier)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        token_mask: Tensor | None = None,
+        choice: Choice | None = None,
+        state: RouterState = NO_ROUTER_STATE,
+    ) -> Routing:
+        """Implement `Router.forward`; sparsity is a mean over tokens that count alike."""
+        return super().forward(x_BSD, token_mask, choice, state._replace(weight=None))
 
     def _route(
         self,

@@ -20,7 +20,7 @@ from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.moe.borrowing import borrowed
 from moa_dist.moe.dispatch import Dispatcher, Level, LocalTokenDispatcher
 from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.router import Router
+from moa_dist.moe.router import Router, Routing
 
 Gathered = Mapping[str, Tensor]
 """Weights [E, d_in, d_out] of all experts, by the name of their `GroupedLinear` in its module;
@@ -103,3 +103,8 @@ def routed_modules(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
     for name, module in model.named_modules():
         if isinstance(module, RoutedModule):
             yield name, module
+
+
+def recurrent_states(routings: Mapping[str, Routing]) -> dict[str, Tensor]:
+    """Return what recurrent routers hand on to the next layer, by name."""
+    return {name: r.state for name, r in routings.items() if r.state is not None}

@@ -26,6 +26,7 @@ from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.sparsity import SparsityCoefficient
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 from moa_dist.profiling import annotated
 
 
@@ -42,6 +43,12 @@ class Routing(NamedTuple):
     """Sums for losses and reports."""
     assigned: Tensor | None = None
     """[T, G, K] bool, false for places that hold no expert; None if all do."""
+    state: Tensor | None = None
+    """[B, S, R] what the router of the next layer starts from; None unless it is recurrent."""
+
+    def choice(self) -> Choice:
+        """Return the choice that this routing is based on."""
+        return Choice(self.topk_ids, self.keep_mask, self.assigned)
 
 
 class Choice(NamedTuple):
@@ -53,11 +60,6 @@ class Choice(NamedTuple):
     """As in `Routing`."""
     assigned: Tensor | None = None
     """As in `Routing`."""
-
-    @classmethod
-    def of(cls, routing: Routing) -> Choice:
-        """Return the choice that a routing is based on."""
-        return cls(routing.topk_ids, routing.keep_mask, routing.assigned)
 
 
 def _renormalize(chosen: Tensor) -> Tensor:
@@ -150,10 +152,7 @@ def _without_autocast(device_type: str) -> AbstractContextManager[None]:
 
 
 class Router(nn.Module):
-    """Scores all experts of each group, chooses K, weights them, drops what exceeds capacity.
-
-    Another kind of router is a subclass, see `router_kinds`.
-    """
+    """Scores all experts of each group, chooses K, weights them, drops what exceeds capacity."""
 
     def __init__(
         self,
@@ -184,12 +183,15 @@ class Router(nn.Module):
 
     @annotated("router")
     def forward(
-        self, x_BSD: Tensor, token_mask: Tensor | None = None, choice: Choice | None = None
+        self,
+        x_BSD: Tensor,
+        token_mask: Tensor | None = None,
+        choice: Choice | None = None,
+        state: RouterState = NO_ROUTER_STATE,
     ) -> Routing:
-        """Route each token.
+        """Route each token, or compute weights and statistics only, with a `choice`.
 
-        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted. With a
-        `choice`, only weights and statistics are computed.
+        `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
         B, S, _ = x_BSD.shape
         N, rest = divmod(B, self.config.group_sequences)
@@ -200,7 +202,11 @@ class Router(nn.Module):
             )
         logits = self.logits(x_BSD).flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
-        return self._route(logits, token_mask, N, choice)
+        routing = self._route(logits, token_mask, N, choice)
+        if state.weight is None:
+            return routing
+        by_group, weight = logits.unflatten(-1, (self.num_groups, -1)), state.weight.flatten()
+        return routing._replace(statistics=routing.statistics.weighed(by_group, weight))
 
     def losses(self, statistics: RoutingStatistics) -> dict[str, Tensor]:
         """Compute the auxiliary losses of `statistics`, each multiplied by its coefficient.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ def pool_statistics(statistics: list[RoutingStatistics], *, mesh: Mesh) -> list[
             return total
         return total + mesh.world_size * (own - own.detach())
 
-    parts = [part for value in statistics for part in value]
+    parts = [part for value in statistics for part in value if part is not None]
     totals = sum_over_ranks(parts, mesh.comm_timer, "statistics of the global batch")
     sums = map(pooled, totals, parts)
-    return [RoutingStatistics(*islice(sums, len(value))) for value in statistics]
+    return [value.each(lambda _: next(sums)) for value in statistics]

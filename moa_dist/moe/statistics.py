@@ -7,7 +7,7 @@ depend on how ranks and micro-batches share the batch.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -37,22 +37,58 @@ class RoutingStatistics(NamedTuple):
     """[N, G], sum of squared logsumexp(logits); carries a gradient."""
     entropy: Tensor
     """[N, G], sum of the entropy of softmax(logits) in nats; carries a gradient."""
+    weight: Tensor | None = None
+    """[N], sum of the weights of tokens by which the three sums above count them; carries a
+    gradient. None where every token counts once."""
+
+    @property
+    def divisor(self) -> Tensor:
+        """[N], what turns the sums that carry gradients into means over tokens; 1 without any."""
+        return self.num_tokens.clamp(min=1) if self.weight is None else _or_one(self.weight)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> RoutingStatistics:
+        """Apply a function to all parts."""
+        return RoutingStatistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]  # None stays None
 
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
-        dims = (-1, -3, -3, -3, -2, -2)  # those of N; routers may be stacked before them
-        sums = (part.sum(dim, keepdim=True) for part, dim in zip(self, dims, strict=True))
-        return RoutingStatistics(*sums)
+        dims = iter((-1, -3, -3, -3, -2, -2, -1))  # those of N; routers may be stacked before them
+        return self.each(lambda part: part.sum(next(dims), keepdim=True))
+
+    def weighed(self, logits: Tensor, weight: Tensor) -> RoutingStatistics:
+        """Count tokens, whose logits are [T, G, E], by `weight` [T] in sums that carry gradients.
+
+        Tokens that are not routed must have the weight 0.
+        """
+        log_sum = logits.logsumexp(-1)
+        probability = (logits - log_sum[:, :, None]).exp()
+        entropy = log_sum - (probability * logits).sum(-1)
+
+        def per_group(x: Tensor) -> Tensor:
+            return x.unflatten(0, (len(self.num_tokens), -1)).sum(1)
+
+        return self._replace(
+            probability=per_group(probability * weight[:, None, None]),
+            z=per_group(log_sum.square() * weight[:, None]),
+            entropy=per_group(entropy * weight[:, None]),
+            weight=per_group(weight),
+        )
+
+
+def _or_one(weight: Tensor) -> Tensor:
+    """Return `weight`, or 1 where it is 0."""
+    return weight.where(weight > 0, 1.0)
 
 
 def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
     """Add up applications, such as the repeats of a shared layer."""
-    return RoutingStatistics(*(part.sum(0) for part in stacked(statistics)))
+    return stacked(statistics).each(lambda part: part.sum(0))
 
 
 def stacked(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
-    """Stack statistics of equal shapes along a new first dimension."""
-    return RoutingStatistics(*map(torch.stack, zip(*statistics, strict=True)))
+    """Stack statistics of equal shapes, all or none weighed, along a new first dimension."""
+    parts = zip(*statistics, strict=True)
+    return RoutingStatistics(*(None if p[0] is None else torch.stack(p) for p in parts))  # type: ignore[arg-type]  # only the last may be None
 
 
 class RoutingReport(NamedTuple):
@@ -75,6 +111,9 @@ def report(statistics: RoutingStatistics) -> RoutingReport:
     num_router_groups = statistics.load.shape[-2]
     pairs = statistics.num_tokens.sum(-1) * num_router_groups
     entropy = statistics.entropy.detach().sum((-1, -2))
+    if statistics.weight is not None:  # as a mean over tokens that have a weight
+        total = statistics.weight.detach().sum(-1)
+        entropy = entropy / _or_one(total) * statistics.num_tokens.sum(-1)
     return RoutingReport(
         load=statistics.load.sum(-3),
         dropped=statistics.dropped.sum(-3),
@@ -87,9 +126,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 def reports(statistics: Mapping[Key, RoutingStatistics]) -> dict[tuple[Key, ...], RoutingReport]:
     """Report on many applications of routers at once: those of equal shapes together, stacked."""
-    by_shape: dict[torch.Size, list[Key]] = {}
+    by_shape: dict[tuple[torch.Size, bool], list[Key]] = {}
     for key, value in statistics.items():
-        by_shape.setdefault(value.load.shape, []).append(key)
+        by_shape.setdefault((value.load.shape, value.weight is None), []).append(key)
     return {
         tuple(keys): report(stacked(statistics[key] for key in keys)) for keys in by_shape.values()
     }

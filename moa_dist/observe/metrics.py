@@ -155,6 +155,8 @@ class StepMetrics:
     """Readings of rank 0's device by name (with the unit); empty on a CPU."""
     parts: Mapping[str, PartNorms] = field(default_factory=dict)
     """Norms by part of the model; empty except every `logging.parts_every` steps."""
+    token_means: Mapping[str, float] = field(default_factory=dict)
+    """Means over tokens by name, such as `halting/applications`; empty for most models."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def step_values(run: RunStart, metrics: StepMetrics) -> dict[str, float]:
         values[f"optimizer/grad_norm_of_part/{part}"] = norms.grad_norm
         values[f"optimizer/update_ratio/{part}"] = norms.update_ratio
     values |= {f"loss/train_aux/{name}": value for name, value in metrics.aux_losses.items()}
+    values |= {f"tokens/{name}": value for name, value in metrics.token_means.items()}
     values |= _speed(run, metrics.tokens_per_second)
     for call, report in metrics.routing.items():
         for name, value in routing_summary(report).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +30,8 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp64": torch.float64,
 }
-_STACKS = ("encoder.layers.0.", "stack.layers.0.")
-"""Prefixes of the modules of a model's only layer."""
+_STACKS = ("encoder.layers.", "stack.layers.")
+"""Prefixes of the modules of a model's layers."""
 _SMALL = 1e-3
 """Lines below this share of all bytes are merged into one."""
 
@@ -45,8 +46,7 @@ class Activations:
         self.hardware, self.length = hardware, sequence_length
         self._element_bytes, self._vocabulary = dtype.itemsize, config.vocab_size
         self._layers = [
-            _MeasuredLayer(kind, number, title, self.length, dtype, hardware)
-            for title, kind, number in _kinds_of_layers(config)
+            _MeasuredLayer(kind, self.length, dtype, hardware) for kind in _kinds_of_layers(config)
         ]
         self._weighted_rows = [rows for layer in self._layers for rows in layer.weighted_rows()]
         self._kept = cache(self._lines_kept)  # many layouts have lines in common
@@ -98,28 +98,40 @@ class Activations:
         return [*lines, *_without_small(outside)]
 
 
+class _Kind(NamedTuple):
+    """A kind of layer."""
+
+    title: str
+    """What precedes the names of its lines."""
+    model: ModelConfig
+    """A model that is measured, which has such a layer."""
+    number: int
+    """Applications of such layers."""
+    layer: int = 0
+    """Which layer of the model it is."""
+
+
 class _MeasuredLayer:
     """A kind of layer, measured in a model of one such layer with embedding and head around it."""
 
     def __init__(
         self,
-        config: ModelConfig,
-        number: int,
-        title: str,
+        kind: _Kind,
         length: int,
         dtype: torch.dtype,
         hardware: Hardware,
     ) -> None:
-        """Prepare to measure a layer of which a model applies `number`."""
-        self._number, self._length, self._hardware = number, length, hardware
-        self._model = _one_layer(config).to(dtype)
+        """Prepare to measure a kind of layer."""
+        self._number, self._length, self._hardware = kind.number, length, hardware
+        self._model = _few_layers(kind.model).to(dtype)
         self._parts = {f"{name}.": module.part for name, module in routed_modules(self._model)}
         self._saved, self._choices = cache(self._measure_saved), cache(self._measure_choices)
         # By the prefix of its layer's modules, what their lines are called.
-        self._stacks = {"stack.layers.0.": title}
+        of_encoder, of_stack = (f"{stack}{kind.layer}." for stack in _STACKS)
+        self._stacks = {of_stack: kind.title}
         if self._model.encoder is not None:
-            names = (f"encoder: {title}", f"decoder: {title}")
-            self._stacks = dict(zip(_STACKS, names, strict=True))
+            names = (f"encoder: {kind.title}", f"decoder: {kind.title}")
+            self._stacks = dict(zip((of_encoder, of_stack), names, strict=True))
 
     def weighted_rows(self) -> Iterator[tuple[str, int, int]]:
         """Yield module, rows per token and width of each projection that a router weights."""
@@ -167,10 +179,10 @@ class _MeasuredLayer:
         return _lines(saved, sequences, self._length)
 
 
-def _kinds_of_layers(config: ModelConfig) -> list[tuple[str, ModelConfig, int]]:
-    """Return title, model and number of each kind of layer: those that repeat, first and last ones.
+def _kinds_of_layers(config: ModelConfig) -> list[_Kind]:
+    """Return each kind of layer: those that repeat, first and last ones.
 
-    The model consists of one such layer.
+    Nothing halts before the first application of those that repeat, so it is a kind of its own.
     """
     one = config.model_copy(
         update={
@@ -181,19 +193,24 @@ def _kinds_of_layers(config: ModelConfig) -> list[tuple[str, ModelConfig, int]]:
             "coda": 0,
         }
     )
-    once = one.model_copy(update={"sharing": SharingConfig()})
+    once = one.model_copy(update={"sharing": SharingConfig(), "halting": None})
     first = once.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
-    kinds = [("", one, config.num_core_layers)]
+    if config.halting is None or config.num_core_layers == 1:
+        kinds = [_Kind("", one, config.num_core_layers)]
+    else:
+        two = one.model_copy(update={"num_layers": 2})
+        later = _Kind("", two, config.num_core_layers - 1, layer=1)
+        kinds = [later, _Kind("first: ", two, 1)]
     for title, kind, number in (
         ("prelude: ", first, config.prelude),
         ("coda: ", once, config.coda),
     ):
-        known = [other for _, other, _ in kinds]
+        known = [other.model for other in kinds]
         if kind in known:
             i = known.index(kind)
-            kinds[i] = (kinds[i][0], kind, kinds[i][2] + number)
+            kinds[i] = kinds[i]._replace(number=kinds[i].number + number)
         elif number:
-            kinds.append((title, kind, number))
+            kinds.append(_Kind(title, kind, number))
     return kinds
 
 
@@ -240,8 +257,8 @@ def activations_of(config: Config, hardware: Hardware) -> Activations:
     return Activations(config.model, config.data.sequence_length, dtype, hardware)
 
 
-def _one_layer(config: ModelConfig) -> LanguageModel:
-    """Build a model of one layer on the meta device."""
+def _few_layers(config: ModelConfig) -> LanguageModel:
+    """Build a model of few layers on the meta device."""
     model = meta_model(config)
     for module in model.modules():
         if isinstance(module, Router):
@@ -257,4 +274,5 @@ def _weighted_rows(model: LanguageModel) -> Iterator[tuple[str, int, int]]:
             router = module.router_of(projection)
             if projection.weighted:
                 chosen = router.num_groups * router.config.num_slots
-                yield name.partition(".0.")[2], chosen, projection.d_out
+                of_layer = name.partition(".layers.")[2].partition(".")[2]
+                yield of_layer, chosen, projection.d_out

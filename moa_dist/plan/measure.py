@@ -9,7 +9,7 @@ Shapes: B sequences of S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -24,11 +24,13 @@ from moa_dist.kernels.hardware import Hardware
 from moa_dist.kernels.routed_experts import kernel_for
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.models.block import Block
+from moa_dist.models.halting import HaltingState
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput
 from moa_dist.models.objective import Batch, objective
+from moa_dist.models.state import LayerState
 from moa_dist.moe.dispatch import Dispatcher, LocalTokenDispatcher
 from moa_dist.moe.routed_module import routed_modules
-from moa_dist.moe.router import Choice, Routing
+from moa_dist.moe.router import Routing
 from moa_dist.plan.even_dispatch import EvenDispatcher
 
 INPUT, SHARED, LOGITS, LOSS = "input", "shared by layers", "logits", "loss"
@@ -106,8 +108,8 @@ class _Recorder:
         self._note(tensor, self._running[-1])
         return tensor
 
-    def choose(self, choice: Choice) -> None:
-        """Record the choices of a router."""
+    def choose(self, choice: Iterable[Tensor | None]) -> None:
+        """Record the choices of a router, or which tokens have halted."""
         where = f"{self._running[-1]}: choices"
         self.choices += [
             Saved(where, part.shape, part.element_size()) for part in choice if part is not None
@@ -135,14 +137,20 @@ class _Recorder:
         def enter(name: str, module: Any, inputs: tuple[Any, ...]) -> None:
             self._running.append(name or LOSS)
             if isinstance(module, Block):
-                x, *others = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-                self._note(x, f"{name}.{INPUT}")
+                x, *others = tree_leaves(inputs)
+                handed_on = (i for i in inputs if isinstance(i, LayerState))
+                for own in (x, *tree_leaves(tuple(handed_on))):
+                    if isinstance(own, Tensor):
+                        self._note(own, f"{name}.{INPUT}")
                 for other in others:  # such as a decoder's source
-                    self._note(other, SHARED)
+                    if isinstance(other, Tensor):
+                        self._note(other, SHARED)
 
         def leave(output: Any) -> None:
             if isinstance(output, Routing):
-                self.choose(Choice.of(output))
+                self.choose(output.choice())
+            elif isinstance(output, HaltingState):
+                self.choose((output.choice(),))
             self._running.pop()
             if isinstance(output, LanguageModelOutput):
                 self._note(output.logits, LOGITS)

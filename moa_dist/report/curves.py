@@ -144,6 +144,9 @@ def own_curves(run: Run) -> Iterator[str]:
         ]
         about = "Their coefficients are applied"
         yield curves("Auxiliary losses", about, lines, Axes("nats", marks=run.starts, clock=clock))
+    for name, series in run.group("token_means/").items():
+        axes = Axes("mean over tokens", marks=run.starts, clock=clock)
+        yield curves(name.replace("_", " "), "In training", [Line(name, series, 0)], axes)
     yield from _parts(run)
     by_purpose: dict[str, list[Series]] = defaultdict(list)
     by_layer: dict[str, dict[str, float]] = defaultdict(dict)

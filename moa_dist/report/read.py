@@ -93,8 +93,8 @@ class Run:
     """Steps after which training started or resumed."""
     series: dict[str, Series] = field(default_factory=dict)
     """By name: `loss`, `validation/loss`, `validation/losses/FOLDER`, `aux_losses/NAME`,
-    `tasks/NAME`, `parts/NORM/PART`, `sources/share/SOURCE`, `traffic/PURPOSE/LAYER` in MiB,
-    `elapsed` in seconds without the time between attempts, ..."""
+    `token_means/NAME`, `tasks/NAME`, `parts/NORM/PART`, `sources/share/SOURCE`,
+    `traffic/PURPOSE/LAYER` in MiB, `elapsed` in seconds without the time between attempts, ..."""
     routing: dict[str, dict[RouterCall, Series]] = field(default_factory=dict)
     """Series of each router application, by measure, such as `drop_share`."""
     loads: list[tuple[int, Load]] = field(default_factory=list)
@@ -223,7 +223,7 @@ def _read_metrics(run: Run) -> None:
 def _step_values(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in _SCALARS:
         yield name, record.get(name)
-    for group in ("aux_losses", "gpu"):
+    for group in ("aux_losses", "gpu", "token_means"):
         for name, value in _mapping(record.get(group)).items():
             yield f"{group}/{name}", value
     for part, norms in _mapping(record.get("parts")).items():

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +44,9 @@ from moa_dist.train.optimizer import make_optimizer, parameter_groups, set_learn
 from moa_dist.train.part_norms import measured_parts
 from moa_dist.train.zero0 import reduce_and_clip
 
+_SUM, _NUMBER = "sum over tokens of ", "number of tokens of "
+"""Names of the two parts of a mean over tokens, which are summed over ranks with the losses."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -65,6 +68,8 @@ class StepResult:
     """What this rank sent for experts and, at ZeRO 0, for gradients."""
     part_squares: Tensor | None = None
     """What `measured_parts` yields on this rank, if it was to be measured."""
+    token_means: dict[str, float] = field(default_factory=dict)
+    """Means over the tokens of the global batch by name, such as `halting/applications`."""
 
 
 class _Totals(NamedTuple):
@@ -155,7 +160,7 @@ class Engine:
         sums, routing = self._forward_and_backward(batches, totals)
         try:
             values = self._finite_values(sums, batches)
-            loss = values.pop("cross_entropy") / totals.targets
+            loss, means = values.pop("cross_entropy") / totals.targets, _token_means(values)
             if loss > loss_limit:
                 raise BadStepError(
                     f"the loss spikes: {loss:.4g} is above {loss_limit:.4g}",
@@ -179,6 +184,7 @@ class Engine:
             routing=routing,
             traffic=self.mesh.traffic_counter.take(),
             part_squares=part_squares,
+            token_means=means,
         )
 
     def _measured(self, measure_parts: bool) -> AbstractContextManager[Tensor | None]:
@@ -291,7 +297,15 @@ def _values(result: Objective, weight: float, num_targets: float) -> dict[str, T
     if result.z is not None:
         aux_losses["logits/z_loss"] = result.z / num_targets
     values = {"cross_entropy": result.cross_entropy, **aux_losses}
+    for name, mean in result.token_means.items():
+        values |= zip((_SUM + name, _NUMBER + name), mean, strict=True)
     return {name: value.detach() for name, value in values.items()}
+
+
+def _token_means(values: dict[str, float]) -> dict[str, float]:
+    """Take sums over tokens out of `values`, and divide them by the numbers of tokens."""
+    names = [name.removeprefix(_SUM) for name in values if name.startswith(_SUM)]
+    return {name: values.pop(_SUM + name) / max(values.pop(_NUMBER + name), 1) for name in names}
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -191,6 +191,7 @@ class Run:
                 routing=interval.routing,
                 traffic=interval.traffic,
                 parts=part_norms(interval.part_squares, result.grad_norm),
+                token_means=result.token_means,
             )
         )
         self._reported_tokens = self.progress.tokens

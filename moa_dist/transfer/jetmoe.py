@@ -128,6 +128,7 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         "logit_soft_cap": None,
         "prelude": 0,
         "coda": 0,
+        "halting": None,
     }
     if not config.tie_embeddings:
         wanted["head_bias"] = False
@@ -147,6 +148,7 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
             "shared_experts": 0,
             "kv_bias": False,
             "attend": "softmax",
+            "relative_positions": None,
         }
         for name, value in unlike.items():
             if getattr(config.attention, name) != value:

@@ -143,10 +143,11 @@ def _attention_problems(dense: DenseAttentionConfig, config: ModelConfig) -> Ite
         "soft_cap": dense.soft_cap,
         "qk_norm": False,
         "shared_experts": 0,
+        "relative_positions": None,
     }
     yield from _routing_problems("model.attention", attention)
     for name, value in wanted.items():
-        if getattr(attention, name) != value:
+        if getattr(attention, name, value) != value:
             yield Problem(
                 f"`model.attention.{name}` is {getattr(attention, name)}; copies of the dense "
                 f"attention need {value}",

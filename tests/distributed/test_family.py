@@ -27,6 +27,7 @@ MLP = {
     "score": "softmax",
     "balance": {"mutual_information": 0.1},
 }
+TANH = MLP | {"activation": "tanh", "gate_eps": 1e-6}
 DENSE_TRAINING = {
     "kind": "dense_training",
     "top_k": 2,
@@ -52,6 +53,20 @@ FAMILY = {
             "d_expert": 8,
             "activation": "gelu",
             "router": MLP | {"num_experts": 7},
+        },
+    },
+    "sut": {
+        "num_distinct_layers": 1,
+        "norm_placement": "post",
+        "halting": {"kind": "stick_breaking", "threshold": 0.75, "loss": 0.3},
+        "attention": MOA
+        | {"rope": None, "relative_positions": 3, "router": TANH | {"num_experts": 5}},
+        "ffn": {
+            "kind": "moe",
+            "d_expert": 8,
+            "activation": "gelu",
+            "bias": True,
+            "router": TANH | {"num_experts": 7},
         },
     },
     "ds_moe": {

@@ -15,6 +15,7 @@ from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model, dropless
 from tests.distributed.layouts import Case
 from tests.distributed.test_family import FAMILY, POSITIONS
+from tests.distributed.test_halting import sharpened
 from tests.evaluate.runs import one_thread, prepare_text
 from tests.transfer.runs import make_run
 
@@ -26,6 +27,14 @@ relatives = pytest.mark.parametrize("relative", FAMILY)
 def config_of(relative: str, **layout: object):
     model = POSITIONS | {"vocab_size": VOCABULARY} | FAMILY[relative]
     return replace(Case(model=model), **layout).config()
+
+
+def built(relative: str, *, recompute: bool = False):
+    """A model whose tokens, where they halt, do so at depths of their own."""
+    model = build_model(config_of(relative).model, seed=3, recompute=recompute)
+    if model.config.halting is not None:
+        sharpened(model)
+    return model
 
 
 @relatives
@@ -42,13 +51,22 @@ def test_it_is_planned(relative, tmp_path, capsys):
 @relatives
 def test_it_is_analyzed_and_exported(relative, tmp_path):
     folder = tmp_path / "runs" / "it"
-    make_run(folder, build_model(config_of(relative).model, seed=3))
+    make_run(folder, built(relative))
     text = tmp_path / "valid"
     prepare_text(text, tokenizer=folder.parent / "tokenizer.json", length=12)
     out = tmp_path / "analysis"
     with one_thread():
         assert main(["analyze", str(folder), "--data", str(text), "--output", str(out)]) == 0
-    assert json.loads((out / "analysis.json").read_text())["attention"]
+    analysis = json.loads((out / "analysis.json").read_text())
+    assert analysis["attention"]
+    halts = config_of(relative).model.halting is not None
+    assert bool(analysis["depths"]) == halts
+    if halts:  # at depths of their own, each router counting those that run
+        (tokens,) = analysis["depths"].values()
+        assert sum(number > 0 for number in tokens) > 1
+        taken = sum(depth * number for depth, number in enumerate(tokens))
+        for router in analysis["routers"]:
+            assert sum(map(sum, router["load"])) == router["choices"] * taken
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     tokens = torch.arange(24).view(2, 12)
     ours, theirs = (moa_dist.load_model(p)(tokens).logits for p in (folder, tmp_path / "out"))
@@ -57,7 +75,7 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
 
 @relatives
 def test_with_a_cache_it_generates_the_same(relative):
-    model = dropless(build_model(config_of(relative).model, seed=3)).double().eval()
+    model = dropless(built(relative)).double().eval()
     tokens = torch.arange(20).view(2, 10)
     whole = model(tokens).logits
     first = model(tokens[:, :6], cache=model.empty_cache())
@@ -71,7 +89,7 @@ def test_with_a_cache_it_generates_the_same(relative):
 def test_recomputed_it_computes_the_same(relative):
     tokens, gradients = torch.arange(20).view(2, 10), []
     for recompute in (False, True):
-        model = build_model(config_of(relative).model, seed=3, recompute=recompute).double()
+        model = built(relative, recompute=recompute).double()
         output = model(tokens)
         (output.logits.square().mean() + sum(output.aux_losses.values())).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})

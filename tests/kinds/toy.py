@@ -25,6 +25,7 @@ from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, RouterLogits, Routing
 from moa_dist.moe.router_kinds import ROUTERS, make_router
+from moa_dist.moe.token_state import TokenState
 
 
 class TanhRouterConfig(RouterConfig):
@@ -118,7 +119,7 @@ class RoutedHeads(RoutedModule, Attention):
         q, k = (self.rotated(nn.Identity(), x, context) for x in (q, k))
         heads = self.attend(q, k, v, context)
         heads_TH = heads.values.transpose(1, 2).flatten(0, 1)
-        routing = self.router(query, context.mask.query_mask)
+        routing = self.router(query, context.mask.query_mask, state=context.state.of("query"))
         slots = heads_TH[torch.arange(B * T)[:, None], routing.topk_ids.flatten(1)].flatten(0, 1)
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         experts = self.expert_weights("o", gathered=context.gathered)
@@ -168,9 +169,14 @@ class LinearExperts(RoutedModule, FeedForward):
         return [RoutedProjection("router", ("experts",), "token", D, "token", D, weighted=True)]
 
     def transform(
-        self, x: Tensor, router_input: Tensor, token_mask: Tensor | None, gathered: Gathered
+        self,
+        x: Tensor,
+        router_input: Tensor,
+        token_mask: Tensor | None,
+        gathered: Gathered,
+        state: TokenState,
     ) -> tuple[Tensor, dict[str, Routing]]:
-        routing = self.router(router_input, token_mask)
+        routing = self.router(router_input, token_mask, state=state.of(""))
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         experts = self.expert_weights("experts", gathered=gathered)
         sent = plan.dispatch(x.flatten(0, 1), "token")

@@ -67,6 +67,13 @@ CASES["shared experts, groups of experts"] = {
 }
 
 
+CASES["halting"] = {
+    "attention": wide(ATTENTION["moa"]),
+    "ffn": wide(FFN["moe gated"]),
+    "halting": {"kind": "stick_breaking"},
+}
+
+
 def block_of(case: dict[str, Any]) -> Block:
     block = Block(small_config(**case, d_model=D))
     initialize(block, seed=0)
@@ -75,7 +82,10 @@ def block_of(case: dict[str, Any]) -> Block:
 
 def loss_of(block: Block, x: Tensor, real: Tensor | None) -> Tensor:
     window = None if block.window is None else block.window.size
-    output = block(x, AttentionMask(True, real, real, window=window))
+    mask = AttentionMask(True, real, real, window=window)
+    output = block(x, mask)
+    if block.halting is not None:
+        output = block(output.x, mask, state=output.state)
     losses = [
         loss
         for name, router in block.routers().items()

@@ -8,7 +8,7 @@ from moa_dist.moe import fused_choice, router, router_kernels, sort_kernels
 from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.fused_choice import Chosen, Options, StatisticsGradients
 from moa_dist.moe.initialize import initialize
-from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router import Router, Routing
 
 CASES = {
     "SwitchHead": {"num_experts": 5, "top_k": 2, "score": "sigmoid", "groups": 3},
@@ -55,7 +55,7 @@ def test_choice_statistics_and_gradients(case, padded):
 
     again = router_kernels.choose(logits.flip(0), None, None, flat_mask, fused.ids, options)
     assert torch.equal(again.ids, fused.ids)
-    repeated = module(x.flatten(0, 1).flip(0).view_as(x), mask, Choice.of(plain))
+    repeated = module(x.flatten(0, 1).flip(0).view_as(x), mask, plain.choice())
     torch.testing.assert_close(again.weights, repeated.topk_weights, **close)
     assert torch.equal(again.load, repeated.statistics.load)
 

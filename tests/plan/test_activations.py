@@ -76,7 +76,7 @@ def saved(model: LanguageModel, *, at_once: bool) -> int:
         tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1))
         source = tokens[:, 1:] if model.encoder is not None else None
         result = objective(model, Data(tokens, source=source))
-    of_result = [part for value in result.statistics.values() for part in value]
+    of_result = [part for value in result.statistics.values() for part in value if part is not None]
     others |= {identity(part.untyped_storage()) for part in of_result}
     others |= {identity(storage) for storage in existing}
     for tensor in all_tensors():
@@ -169,6 +169,26 @@ def test_layers_of_several_kinds(objective, recompute):
     assert total(between) == pytest.approx(found, rel=TOLERANCE)
     layers = {line.factors[0][1] for line in between if line.factors[0][0] == "layers"}
     assert layers == {4, 2, 1}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("objective", ["causal", "translation"])
+def test_layers_that_tokens_leave(objective, recompute):
+    """The first application decides nothing, and the last layer knows nothing of it."""
+    config = case(
+        MOA | {"relative_positions": 7},
+        MOE,
+        "post",
+        objective=objective,
+        num_layers=5,
+        num_distinct_layers=1,
+        coda=1,
+        halting={"kind": "stick_breaking"},
+    )
+    found = saved(build_model(config, recompute=recompute), at_once=True)
+    lines = predicted(config, torch.float32, at_once=True, recompute=recompute)
+    between = [line for line in lines if "recomputed" not in line.name]
+    assert total(between) == pytest.approx(found, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -1,0 +1,43 @@
+"""What layers hand on about each token next to its vector: a value, empty in most models.
+
+It is local to a token, so layouts have no part in it, and lives for one forward: a cache does not
+hold it, as tokens that were read are seen through their keys and values alone.
+
+Shapes: B sequences of S tokens, D model width, R width of a recurrent state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moa_dist.models.halting import HaltingState
+from moa_dist.moe.token_state import NO_STATE, TokenState
+
+
+class LayerState(NamedTuple):
+    """State that a layer takes from the one before."""
+
+    halting: HaltingState | None = None
+    """Which tokens are still computed; None where all are."""
+    routers: dict[str, Tensor] | None = None
+    """[B, S, R] states of recurrent routers, by their names within a layer; None without any."""
+
+    def of_routers(self, part: str, weight: Tensor | None) -> TokenState:
+        """Select what the routers of a part know, with the `weight` [B, S] of tokens."""
+        if weight is None and self.routers is None:
+            return NO_STATE
+        past = {
+            name.removeprefix(part).removeprefix("."): state
+            for name, state in (self.routers or {}).items()
+            if name == part or name.startswith(f"{part}.")
+        }
+        return TokenState(weight, past or None)
+
+    def with_routers(self, states: dict[str, Tensor]) -> LayerState:
+        """Replace the states of some routers."""
+        return self._replace(routers=(self.routers or {}) | states) if states else self
+
+
+EMPTY_STATE = LayerState()

@@ -1,0 +1,38 @@
+"""What routers know of tokens besides their vectors; nothing in most models.
+
+Shapes: B sequences of S tokens, R width of a recurrent state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RouterState(NamedTuple):
+    """What one router knows."""
+
+    weight: Tensor | None = None
+    """[B, S] by which tokens count in the sums of `RoutingStatistics` that carry gradients, which
+    it has one of; None if all count alike."""
+    past: Tensor | None = None
+    """[B, S, R] what the router of the layer before returned; None in the first one."""
+
+
+class TokenState(NamedTuple):
+    """What the routers of one part of a layer know."""
+
+    weight: Tensor | None = None
+    """As in `RouterState`."""
+    past: Mapping[str, Tensor] | None = None
+    """States of recurrent routers by their names within the part; None if there are none."""
+
+    def of(self, router: str) -> RouterState:
+        """Select what one router knows."""
+        return RouterState(self.weight, None if self.past is None else self.past.get(router))
+
+
+NO_STATE = TokenState()
+NO_ROUTER_STATE = RouterState()
