@@ -152,9 +152,19 @@ class RouterConfig(Kind):
         return self.top_k
 
     @property
-    def chosen_in_training(self) -> int:
-        """Experts that a token takes in training, in the mean."""
+    def chosen(self) -> int:
+        """Experts that a token takes in evaluation, in the mean."""
         return self.top_k
+
+    @property
+    def chosen_in_training(self) -> int:
+        """The same in training."""
+        return self.chosen
+
+    @property
+    def sees_group_in_training(self) -> bool:
+        """Whether a token's experts in training depend on all tokens of its group of sequences."""
+        return False
 
     def problems(self, path: str) -> Iterable[Problem]:
         """Report what is wrong within this section, as `PartConfig.problems` does."""

@@ -166,8 +166,9 @@ class LanguageModel(nn.Module):
             trace: whether to return what every layer decided.
 
         Raises:
-            ValueError: a cache is used and experts have a capacity (see `dropless`), or a cache, a
-                source or documents do not fit the objective or the tokens.
+            ValueError: a cache is used and experts have a capacity (see `dropless`), or are chosen
+                by later tokens, or a cache, a source or documents do not fit the objective or the
+                tokens.
         """
         num_past, key_mask = 0, token_mask
         if source is not None and self.encoder is None:
@@ -181,6 +182,12 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     "with a capacity, what an expert drops depends on the whole sequence, which "
                     "a cache does not hold; use dropless(model)"
+                )
+            routers = self.config.routers().values()
+            if self.training and any(router.sees_group_in_training for router in routers):
+                raise ValueError(
+                    "in training, a token's experts depend on later tokens, which a cache does not "
+                    "hold yet; use model.eval(), where they depend on running statistics"
                 )
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
         _check_documents(documents, tokens, num_past, self.encoder)

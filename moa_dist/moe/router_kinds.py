@@ -6,6 +6,7 @@ from moa_dist.config.family import (
     DenseTrainingRouterConfig,
     MLPRouterConfig,
     ReLURouterConfig,
+    ThresholdRouterConfig,
 )
 from moa_dist.config.routers import RouterConfig
 from moa_dist.moe.dense_training_router import DenseTrainingRouter
@@ -13,12 +14,14 @@ from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.mlp_router import MLPRouter
 from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
+from moa_dist.moe.threshold_router import ThresholdRouter
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
     DenseTrainingRouterConfig: DenseTrainingRouter,
     MLPRouterConfig: MLPRouter,
     ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
+    ThresholdRouterConfig: ThresholdRouter,
 }
 """Router module by section."""
 

@@ -20,7 +20,7 @@ from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, b
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import RouterCall, RouterKey
 from moa_dist.moe.adapt import StepLoad, adapt, adaptive
-from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.statistics import RoutingStatistics, own_sums
 from moa_dist.verify.plain_optimizer import plain_optimizers
 
 
@@ -146,7 +146,7 @@ def _adapt(model: LanguageModel, outputs: list[LanguageModelOutput]) -> None:
     for output in outputs:
         for call, value in output.statistics.items():
             pairs = value.num_tokens.sum() * value.load.shape[1]
-            step = StepLoad(value.load.sum(0), pairs)
+            step = StepLoad(value.load.sum(0), pairs, own_sums(value))
             steps[call.key] = steps[call.key].plus(step) if call.key in steps else step
     adapt(adaptive(model.routers()), steps)
 

@@ -34,6 +34,12 @@ DENSE_TRAINING = {
     "score": "softmax",
     "balance": {"mutual_information": 0.1},
 }
+THRESHOLD = {
+    "kind": "threshold",
+    "num_heads": 2,
+    "top_k": 2,
+    "balance": {"mutual_information": 0.1},
+}
 FAMILY = {
     "remoe": {
         "attention": MOA | {"router": RELU | {"num_experts": 6, "max_experts": 4}},
@@ -80,6 +86,24 @@ FAMILY = {
             "d_head": 8,
             "bias": True,
             "router": router(5, 2, "softmax", gate="renormalized", balance={"switch": 0.1}),
+        },
+    },
+    "monet": {
+        "attention": MOA | {"router": THRESHOLD | {"num_experts": 6}},
+        "ffn": {
+            "kind": "monet",
+            "decomposition": "horizontal",
+            "d_expert": 6,
+            "router": THRESHOLD | {"num_experts": 7},
+        },
+    },
+    "monet_vertical": {
+        "ffn": {
+            "kind": "monet",
+            "decomposition": "vertical",
+            "d_expert": 8,
+            "bias": True,
+            "router": THRESHOLD | {"num_experts": 7, "num_heads": 3},
         },
     },
     "dcmha": {"attention": {"kind": "composed", "num_heads": 3, "d_head": 8, "d_compose": 5}},

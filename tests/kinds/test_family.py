@@ -10,6 +10,7 @@ import torch
 import moa_dist
 from moa_dist.cli.main import main
 from moa_dist.config import load_config, to_yaml
+from moa_dist.config.objective_checks import objective_notes
 from moa_dist.config.shrink import shrink
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model, dropless
@@ -103,3 +104,20 @@ def test_shrunk_it_makes_the_same_choices(file):
     small = shrink(config, 1).model
     assert type(small.attention) is type(config.model.attention)
     assert type(small.ffn) is type(config.model.ffn)
+
+
+@pytest.mark.parametrize("relative", ["monet", "monet_vertical"])
+def test_choices_that_see_later_tokens_are_marked_and_have_no_cache(relative):
+    config = config_of(relative)
+    assert any("model.ffn.router" in note for note in objective_notes(config))
+    model = build_model(config.model, seed=3)
+    with pytest.raises(ValueError, match="later tokens"):
+        model(torch.arange(6)[None], cache=model.empty_cache())
+    # Evaluated, a token does not see what follows.
+    tokens = torch.arange(20).view(2, 10)
+    whole, start = (model.eval()(t).logits for t in (tokens, tokens[:, :6]))
+    torch.testing.assert_close(start, whole[:, :6], rtol=1e-5, atol=1e-5)
+
+
+def test_only_such_choices_are_marked():
+    assert not list(objective_notes(config_of("remoe")))

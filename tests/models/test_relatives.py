@@ -27,6 +27,7 @@ from moa_dist.models.moa import MoAAttention
 from moa_dist.models.moh import MoHAttention
 from moa_dist.models.residual_moe import ResidualMoE
 from moa_dist.moe.adapt import StepLoad, adapt
+from moa_dist.moe.statistics import own_sums
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "relatives"
 BOUND = 1e-9
@@ -93,7 +94,9 @@ def test_remoe_holds_its_sparsity():
             h = h + output.y
             statistics = output.statistics[""]
             loss = loss + layer.router.losses(statistics)["sparsity"]
-            loads[i] = StepLoad(statistics.load.sum(0), statistics.num_tokens.sum())
+            loads[i] = StepLoad(
+                statistics.load.sum(0), statistics.num_tokens.sum(), own_sums(statistics)
+            )
         close(routers[0].sparsity.value, golden["coefficient_used"][step])
         close(h, golden["y"][step].transpose(0, 1))
         layers.zero_grad()
