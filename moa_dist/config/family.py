@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+)
 
 from moa_dist.config.model import (
     AttentionConfig,
@@ -73,6 +80,43 @@ class ResidualMoEConfig(MoEFFNConfig):
     def shrink(self, expert_parallel: int) -> Self:
         """Narrow the dense part too."""
         return super().shrink(expert_parallel).changed(d_ff=shrunk(self.d_ff, 16))
+
+
+class TaskRouterConfig(RouterConfig):
+    """The top K of logits that are another linear map for each task of sequences (Mod-Squad).
+
+    Sequences have the `task` of the folder of data that they come from.
+    """
+
+    kind: Literal["task"] = "task"
+    """Names this kind."""
+    tasks: Annotated[int, Field(ge=2)]
+    """Number of tasks."""
+    score: Literal["softmax"] = "softmax"
+    """Function that turns logits into scores."""
+    epsilon: PositiveFloat = 1e-4
+    """Added to every score, and within the logarithm of the loss on tasks."""
+    task_information: NonNegativeFloat = 0.0
+    """Coefficient of minus the mutual information of tasks and experts, nats: minimizing it gives
+    tasks experts of their own. Balance losses keep taking all tasks together."""
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of sequences that this router tells apart."""
+        return self.tasks
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Weights are scores, and tasks differ only between sequences."""
+        if self.gate != "raw":
+            yield Problem(f"`{path}.gate` must be raw, the default; remove it", (f"{path}.gate",))
+        alone = self.balance.scope == "sequences" and self.group_sequences == 1
+        if self.task_information and alone:
+            yield Problem(
+                f"`{path}.task_information` compares tasks within a group of sequences, but a "
+                "group is one sequence, which has one task; set `balance.scope` to global_batch, "
+                "or raise `group_sequences`",
+                (f"{path}.task_information", f"{path}.balance.scope", f"{path}.group_sequences"),
+            )
 
 
 class ThresholdRouterConfig(RouterConfig):

@@ -162,6 +162,11 @@ class RouterConfig(Kind):
         return self.chosen
 
     @property
+    def num_tasks(self) -> int:
+        """Tasks of sequences that this router tells apart; 0 if it does not know them."""
+        return 0
+
+    @property
     def sees_group_in_training(self) -> bool:
         """Whether a token's experts in training depend on all tokens of its group of sequences."""
         return False

@@ -200,14 +200,24 @@ class Router(nn.Module):
 
         `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
-        B, S, _ = x_BSD.shape
+        return self._by_logits(self.logits(x_BSD), token_mask, choice, state)
+
+    def _by_logits(
+        self,
+        logits_BSO: Tensor,
+        token_mask: Tensor | None,
+        choice: Choice | None,
+        state: RouterState,
+    ) -> Routing:
+        """Route by logits [B, S, outputs], in groups of sequences."""
+        B, S, _ = logits_BSO.shape
         N, rest = divmod(B, self.config.group_sequences)
         if rest:
             raise ValueError(
                 f"a batch of {B} sequences does not split into groups of "
                 f"{self.config.group_sequences} (router.group_sequences)"
             )
-        logits = self.logits(x_BSD).flatten(0, 1)
+        logits = logits_BSO.flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         routing = self._route(logits, token_mask, N, choice)
         if state.weight is None:

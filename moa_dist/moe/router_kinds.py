@@ -6,6 +6,7 @@ from moa_dist.config.family import (
     DenseTrainingRouterConfig,
     MLPRouterConfig,
     ReLURouterConfig,
+    TaskRouterConfig,
     ThresholdRouterConfig,
 )
 from moa_dist.config.routers import RouterConfig
@@ -14,6 +15,7 @@ from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.mlp_router import MLPRouter
 from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
+from moa_dist.moe.task_router import TaskRouter
 from moa_dist.moe.threshold_router import ThresholdRouter
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
@@ -21,6 +23,7 @@ ROUTERS: dict[type[RouterConfig], type[Router]] = {
     MLPRouterConfig: MLPRouter,
     ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
+    TaskRouterConfig: TaskRouter,
     ThresholdRouterConfig: ThresholdRouter,
 }
 """Router module by section."""
