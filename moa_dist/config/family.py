@@ -82,6 +82,23 @@ class ResidualMoEConfig(MoEFFNConfig):
         return super().shrink(expert_parallel).changed(d_ff=shrunk(self.d_ff, 16))
 
 
+class GShardRouterConfig(RouterConfig):
+    """The top K of a softmax, where first choices count (GShard; top-2 gating of DeepSpeed).
+
+    With a capacity, a token's weights are renormalized over the choices that are not dropped.
+    """
+
+    kind: Literal["gshard"] = "gshard"
+    """Names this kind."""
+    score: Literal["softmax"] = "softmax"
+    """Function that turns logits into scores."""
+    gate: Literal["renormalized"] = "renormalized"
+    """Weight of a chosen expert."""
+    first_choice: NonNegativeFloat = 0.0
+    """Coefficient of `E * sum_e f_e P_e`, where f_e is the share of tokens whose first choice is e,
+    and P_e the mean score of e."""
+
+
 class TaskRouterConfig(RouterConfig):
     """The top K of logits that are another linear map for each task of sequences (Mod-Squad).
 

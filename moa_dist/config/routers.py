@@ -33,11 +33,11 @@ class CapacityConfig(Section):
 
     factor: PositiveFloat
     """Capacity relative to a perfectly even load."""
-    policy: Literal["position", "probability"] = "position"
-    """Order of dropping: latest positions first, or lowest scores first. The latter looks at the
-    whole group, so in a causal model a later token may displace an earlier one; and rounding
-    decides between scores that differ by rounding only, as those of equal tokens without
-    positions."""
+    policy: Literal["position", "probability", "choice"] = "position"
+    """Order of dropping: latest positions first, lowest scores first, or last choices first and
+    of these the latest (GShard). The latter two look at the whole group, so in a causal model a
+    later token may displace an earlier one; and by `probability` rounding decides between scores
+    that differ by rounding only, as those of equal tokens without positions."""
 
 
 class BalanceConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moa_dist.config.family import (
     DenseTrainingRouterConfig,
+    GShardRouterConfig,
     MLPRouterConfig,
     ReLURouterConfig,
     TaskRouterConfig,
@@ -11,6 +12,7 @@ from moa_dist.config.family import (
 )
 from moa_dist.config.routers import RouterConfig
 from moa_dist.moe.dense_training_router import DenseTrainingRouter
+from moa_dist.moe.gshard_router import GShardRouter
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.mlp_router import MLPRouter
 from moa_dist.moe.relu_router import ReLURouter
@@ -20,6 +22,7 @@ from moa_dist.moe.threshold_router import ThresholdRouter
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
     DenseTrainingRouterConfig: DenseTrainingRouter,
+    GShardRouterConfig: GShardRouter,
     MLPRouterConfig: MLPRouter,
     ReLURouterConfig: ReLURouter,
     RouterConfig: Router,

@@ -47,6 +47,7 @@ TASK = {
     "task_information": 0.5,
     "balance": {"scope": "global_batch"},
 }
+GSHARD = {"kind": "gshard", "top_k": 2, "first_choice": 0.1}
 FAMILY = {
     "remoe": {
         "attention": MOA | {"router": RELU | {"num_experts": 6, "max_experts": 4}},
@@ -111,6 +112,15 @@ FAMILY = {
             "d_expert": 8,
             "bias": True,
             "router": THRESHOLD | {"num_experts": 7, "num_heads": 3},
+        },
+    },
+    "gshard": {
+        "attention": MOA | {"router": GSHARD | {"num_experts": 5}},
+        "ffn": {
+            "kind": "residual_moe",
+            "d_expert": 8,
+            "d_ff": 12,
+            "router": GSHARD | {"num_experts": 7, "capacity": {"factor": 0.75, "policy": "choice"}},
         },
     },
     "mod_squad": {
