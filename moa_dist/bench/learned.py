@@ -64,6 +64,7 @@ def learned_layers(setting: Setting, run: Path) -> dict[str, Learned]:
             rank=0,
             world_size=1,
             micro_batch=setting.sequences,
+            task=held_out[0].task,
         )
     ).to(setting.device)
     model = trained.model.to(setting.device, setting.dtype)

@@ -117,7 +117,8 @@ class Setting:
         generator = torch.Generator().manual_seed(self.seed)
         tokens = torch.randint(model.vocab_size, shape, generator=generator)
         source = tokens[:, 1:] if model.objective == "translation" else None
-        return Batch(tokens, source=source).to(self.device)
+        batch = Batch(tokens, source=source)
+        return batch.with_tasks(torch.arange(self.sequences), model.num_tasks).to(self.device)
 
 
 def gradients(

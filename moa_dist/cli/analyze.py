@@ -25,8 +25,9 @@ from moa_dist.cli.held_out import (
 )
 from moa_dist.cli.output import not_written
 from moa_dist.config.sequence_groups import whole_groups
-from moa_dist.data.batches import held_out_batches, in_documents
-from moa_dist.data.manifest import AnyManifest, PairManifest
+from moa_dist.data.batches import held_out_batches, in_documents, of_tasks
+from moa_dist.data.folders import DataFolder
+from moa_dist.data.manifest import PairManifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.evaluate.trained import Trained, load_trained
 from moa_dist.models.objective import Batch
@@ -71,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
-    folder, manifest = held_out_folder(args.data, trained)
-    batches = _batches(args, trained, folder, manifest)
+    folder = held_out_folder(args.data, trained, args.task)
+    batches, manifest = _batches(args, trained, folder), folder.manifest
     total = num_sequences(manifest, args.sequences)
     seen = observe(trained.model, with_progress("reading", batches, total, _size), trained.device)
     return Analysis(
         name=trained.config.name,
         step=trained.step,
-        data=str(folder),
+        data=str(folder.path),
         tokens=sum(int(occurrences_V.sum()) for occurrences_V in seen.occurrences_V.values()),
         sequence_length=manifest.block_length,
         min_count=args.min_count,
@@ -90,13 +91,12 @@ def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
     )
 
 
-def _batches(
-    args: argparse.Namespace, trained: Trained, folder: Path, manifest: AnyManifest
-) -> Iterator[Batch]:
+def _batches(args: argparse.Namespace, trained: Trained, folder: DataFolder) -> Iterator[Batch]:
+    _, path, manifest, task = folder
     if isinstance(manifest, PairManifest):
         yield from held_out_batches(
             trained.config,
-            folder,
+            path,
             manifest,
             rank=0,
             world_size=1,
@@ -106,7 +106,7 @@ def _batches(
         return
     # A masked model reads unmasked text: mask tokens would choose experts of their own.
     for tokens, counts in validation_batches(
-        folder,
+        path,
         manifest,
         rank=0,
         world_size=1,
@@ -114,7 +114,8 @@ def _batches(
         sequences=args.sequences,
     ):
         token_mask = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
-        yield in_documents(Batch(tokens, token_mask), trained.config, manifest)
+        batch = in_documents(Batch(tokens, token_mask), trained.config, manifest)
+        yield of_tasks(batch, [task] * batch.num_sequences)
 
 
 def _size(batch: Batch) -> int:

@@ -38,6 +38,11 @@ def utf8(text: str) -> str:
     return text
 
 
+def add_task(parser: argparse.ArgumentParser, help_line: str) -> None:
+    """Declare `--task`."""
+    parser.add_argument("--task", type=between(int, 0), metavar="N", help=help_line)
+
+
 def add_json(parser: argparse.ArgumentParser, help_line: str = "print JSON") -> None:
     """Declare `--json`."""
     parser.add_argument("--json", action="store_true", help=help_line)

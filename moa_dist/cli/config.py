@@ -10,6 +10,7 @@ import textwrap
 
 from moa_dist.cli.arguments import add_overrides, between
 from moa_dist.config import find_layout_problems, load_config, to_yaml
+from moa_dist.config.objective_checks import objective_notes
 from moa_dist.config.schema import SchemaField, describe, section_types, walk
 from moa_dist.data.notes import data_notes
 from moa_dist.errors import ConfigError
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         raise ConfigError(problems, f"{args.path} on {args.world_size} ranks")
     print(f"{args.path}: ok")
-    for note in data_notes(config):
+    for note in (*objective_notes(config), *data_notes(config)):
         print(f"note: {note}", file=sys.stderr)
     return 0
 

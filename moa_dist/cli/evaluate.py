@@ -117,7 +117,7 @@ def _perplexity(
     args: argparse.Namespace, trained: Trained, rank: int, world_size: int
 ) -> dict[str, Any]:
     """Evaluate each folder; returns the result over all and, of several, that of each."""
-    folders = held_out_folders(args.data, trained)
+    folders = held_out_folders(args.data, trained, args.task)
     results = [_perplexity_on(folder, args, trained, rank, world_size) for folder in folders]
 
     def report(which: slice) -> dict[str, Any]:
@@ -149,6 +149,7 @@ def _perplexity_on(
         world_size=world_size,
         micro_batch=args.micro_batch,
         sequences=args.sequences,
+        task=folder.task,
     )
     if rank == 0:
         total, sizes = num_sequences(folder.manifest, args.sequences), attrgetter("num_sequences")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moa_dist.cli.arguments import add_model_path, between, utf8
+from moa_dist.cli.arguments import add_model_path, add_task, between, utf8
 from moa_dist.evaluate.generate import generate, stream_text
 from moa_dist.evaluate.sampling import Sampling
-from moa_dist.evaluate.trained import load_trained, require
+from moa_dist.evaluate.trained import load_trained, require, require_task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=between(int, 0, 2**63 - 1), default=0, help="seed of the random choices (0)"
     )
+    add_task(parser, "task of the text, if the model has a router per task")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation; returns the exit status."""
     trained = load_trained(args.path)
     require(trained, "causal", "to continue a text")
+    require_task(trained, args.task)
     prompts = trained.tokenizer.encode_batch(args.prompts)
     longest, seen = max(map(len, prompts)), trained.config.data.sequence_length
     if longest + args.tokens > seen:
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         end_of_document=trained.tokenizer.end_of_document,
         max_length=seen,
         document_attention=trained.config.data.document_attention,
+        task=args.task,
     )
     texts = list(args.prompts)
     print(texts[0], end="", flush=True)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from moa_dist.cli.arguments import between
+from moa_dist.cli.arguments import add_task, between
 from moa_dist.cli.progress import ProgressLine
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import AnyManifest, PairManifest, load_any_manifest
 from moa_dist.data.places import mirror, prepare_texts
 from moa_dist.errors import DataError
-from moa_dist.evaluate.trained import Trained
+from moa_dist.evaluate.trained import Trained, require_task
 
 Item = TypeVar("Item")
 
@@ -23,6 +23,7 @@ def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="shards to read (the run's data.valid)"
     )
+    add_task(parser, "task of --data, if the model has a router per task")
     parser.add_argument(
         "--sequences", type=between(int, 1), metavar="N", help="read only the first N (all)"
     )
@@ -31,8 +32,8 @@ def add_held_out_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def held_out_folder(chosen: Path | None, trained: Trained) -> tuple[Path, AnyManifest]:
-    """Return the folder of shards to read, by default the run's only one, and its manifest.
+def held_out_folder(chosen: Path | None, trained: Trained, task: int | None) -> DataFolder:
+    """Return the folder of shards to read, by default the run's only one.
 
     Raises DataError if it does not exist or does not match the model.
     """
@@ -42,18 +43,19 @@ def held_out_folder(chosen: Path | None, trained: Trained) -> tuple[Path, AnyMan
             f"{trained.folder}: the run has {len(paths)} folders of validation data (data.valid); "
             f"choose one with --data: {', '.join(paths)}"
         )
-    ((_, folder, manifest),) = held_out_folders(chosen, trained)
-    return folder, manifest
+    (folder,) = held_out_folders(chosen, trained, task)
+    return folder
 
 
-def held_out_folders(chosen: Path | None, trained: Trained) -> list[DataFolder]:
-    """Return the folder of shards to read, by default all of the run's, with their manifests.
+def held_out_folders(chosen: Path | None, trained: Trained, task: int | None) -> list[DataFolder]:
+    """Return the folder of shards to read, by default all of the run's; `task` is that of `chosen`.
 
     Raises DataError if one does not exist or does not match the model.
     """
     data = trained.config.data
     if chosen is not None:
-        return [DataFolder(str(chosen), chosen, _manifest(chosen, trained))]
+        require_task(trained, task)
+        return [DataFolder(str(chosen), chosen, _manifest(chosen, trained), task)]
     if not data.held_out:
         raise DataError(
             f"{trained.folder}: the run has no validation data (data.valid); pass a folder of "
@@ -68,7 +70,7 @@ def held_out_folders(chosen: Path | None, trained: Trained) -> list[DataFolder]:
                 f"{folder}: the run's validation data (data.valid) was not found; start in the "
                 "folder where the run was started, or pass a folder of shards with --data"
             )
-        found.append(DataFolder(each.label, folder, _manifest(folder, trained)))
+        found.append(DataFolder(each.label, folder, _manifest(folder, trained), each.task))
     return found
 
 

@@ -25,6 +25,7 @@ from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
 from moa_dist.config.suggest import divisors, multiples_near, nearest, one_of
+from moa_dist.config.task_checks import tasks_of_data
 from moa_dist.errors import Problem
 
 _LONGEST_NAME = 255
@@ -343,6 +344,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     urls,
     translation,
     causal_attention,
+    tasks_of_data,
     _trace,
     warmup,
     decay,

@@ -62,6 +62,9 @@ class FolderConfig(Section):
     """Name in metrics and checkpoints: letters, digits, `.`, `_` and `-`. By default the folder's
     own name, or its parent's if that is `train` or `valid`: `books` for `data/books/train`, and for
     a range of files."""
+    task: NonNegativeInt | None = None
+    """Number of the task that its sequences belong to, for routers with one per task
+    (`router.tasks`); sources may share a task."""
 
     @property
     def label(self) -> str:

@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+)
 
 from moa_dist.config.model import (
     AttentionConfig,
     DenseAttentionConfig,
+    FFNConfig,
     MoEFFNConfig,
 )
 from moa_dist.config.routers import RouterConfig, shrunk
@@ -72,6 +80,138 @@ class ResidualMoEConfig(MoEFFNConfig):
     def shrink(self, expert_parallel: int) -> Self:
         """Narrow the dense part too."""
         return super().shrink(expert_parallel).changed(d_ff=shrunk(self.d_ff, 16))
+
+
+class GShardRouterConfig(RouterConfig):
+    """The top K of a softmax, where first choices count (GShard; top-2 gating of DeepSpeed).
+
+    With a capacity, a token's weights are renormalized over the choices that are not dropped.
+    """
+
+    kind: Literal["gshard"] = "gshard"
+    """Names this kind."""
+    score: Literal["softmax"] = "softmax"
+    """Function that turns logits into scores."""
+    gate: Literal["renormalized"] = "renormalized"
+    """Weight of a chosen expert."""
+    first_choice: NonNegativeFloat = 0.0
+    """Coefficient of `E * sum_e f_e P_e`, where f_e is the share of tokens whose first choice is e,
+    and P_e the mean score of e."""
+
+
+class TaskRouterConfig(RouterConfig):
+    """The top K of logits that are another linear map for each task of sequences (Mod-Squad).
+
+    Sequences have the `task` of the folder of data that they come from.
+    """
+
+    kind: Literal["task"] = "task"
+    """Names this kind."""
+    tasks: Annotated[int, Field(ge=2)]
+    """Number of tasks."""
+    score: Literal["softmax"] = "softmax"
+    """Function that turns logits into scores."""
+    epsilon: PositiveFloat = 1e-4
+    """Added to every score, and within the logarithm of the loss on tasks."""
+    task_information: NonNegativeFloat = 0.0
+    """Coefficient of minus the mutual information of tasks and experts, nats: minimizing it gives
+    tasks experts of their own. Balance losses keep taking all tasks together."""
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of sequences that this router tells apart."""
+        return self.tasks
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Weights are scores, and tasks differ only between sequences."""
+        if self.gate != "raw":
+            yield Problem(f"`{path}.gate` must be raw, the default; remove it", (f"{path}.gate",))
+        alone = self.balance.scope == "sequences" and self.group_sequences == 1
+        if self.task_information and alone:
+            yield Problem(
+                f"`{path}.task_information` compares tasks within a group of sequences, but a "
+                "group is one sequence, which has one task; set `balance.scope` to global_batch, "
+                "or raise `group_sequences`",
+                (f"{path}.task_information", f"{path}.balance.scope", f"{path}.group_sequences"),
+            )
+
+
+class ThresholdRouterConfig(RouterConfig):
+    """Every expert whose logit stands out: a varying number per token, at least one (Monet).
+
+    In training a logit is compared with those of its group of sequences, later tokens included; in
+    evaluation and generation with running statistics of training, token by token.
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    """Names this kind."""
+    num_heads: PositiveInt = 1
+    """Choices per token, all among the same experts, each with weights that sum to 1."""
+    top_k: PositiveInt
+    """Experts per head of which logits, were they normal, would reach the threshold."""
+    score: Literal["softmax"] = "softmax"
+    """Function that turns the logits of chosen experts into scores."""
+
+    @property
+    def num_slots(self) -> int:
+        """Places for chosen experts per token."""
+        return self.num_experts
+
+    @property
+    def sees_group_in_training(self) -> bool:
+        """Whether a token's experts in training depend on all tokens of its group of sequences."""
+        return True
+
+    @property
+    def chosen(self) -> int:
+        """Experts that at least one head takes, if heads choose at random."""
+        missed = (1 - self.top_k / self.num_experts) ** self.num_heads
+        return max(1, round(self.num_experts * (1 - missed)))
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Refuse what belongs to a fixed number of experts, or a threshold that all reach."""
+        if self.top_k == self.num_experts:
+            keys = (f"{path}.top_k", f"{path}.num_experts")
+            yield Problem(f"`{path}.top_k` takes all experts; choose fewer", keys)
+        yield from _without_choice(self, path, self.capacity is not None)
+
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """Keep few heads."""
+        result = super().shrink(at_least, expert_parallel)
+        return result.changed(num_heads=min(self.num_heads, 2))
+
+
+class MonetConfig(FFNConfig):
+    """Experts that are pairs of two halves, each half chosen by a router of its own (Monet).
+
+    `num_experts` of the router are halves of each sort, and so the root of the number of experts.
+    Hidden units have a squared ReLU.
+    """
+
+    kind: Literal["monet"] = "monet"
+    """Names this kind."""
+    decomposition: Literal["horizontal", "vertical"]
+    """What halves are: `horizontal`, the first and the second matrix of an expert; `vertical`, the
+    left and right half of its hidden units, and the upper and lower half of its output."""
+    d_expert: PositiveInt
+    """Hidden width of an expert."""
+    router: SerializeAsAny[ThresholdRouterConfig]
+    """Used twice, once for each sort of halves."""
+    activation: Literal["relu_squared"] = "relu_squared"  # type: ignore[assignment]  # no other
+    """Nonlinearity."""
+
+    def problems(self, path: str) -> Iterable[Problem]:
+        """Halves must be whole, and have no gate."""
+        if self.gated:
+            yield Problem(f"`{path}.gated` does not work with Monet; remove it", (f"{path}.gated",))
+        if self.decomposition == "vertical" and self.d_expert % 2:
+            key = f"{path}.d_expert"
+            yield Problem(f"`{key}` is {self.d_expert}, which has no two halves", (key,))
+
+    def shrink(self, expert_parallel: int) -> Self:
+        """Keep fewer and narrower halves."""
+        result = super().shrink(expert_parallel)
+        return result.changed(d_expert=shrunk(self.d_expert, 8))
 
 
 class DenseTrainingRouterConfig(RouterConfig):

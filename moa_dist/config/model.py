@@ -338,6 +338,11 @@ class ModelConfig(Section):
         """Applications of each of them."""
         return self.num_core_layers // (self.num_distinct_layers or max(self.num_core_layers, 1))
 
+    @property
+    def num_tasks(self) -> int:
+        """Tasks that routers tell apart; 0 if no router needs to know a sequence's task."""
+        return max((router.num_tasks for router in self.routers().values()), default=0)
+
     def parts(self) -> dict[str, PartConfig]:
         """All parts that layers are made of, experts or not, by their field."""
         prelude = {} if self.prelude_ffn is None else {"prelude_ffn": self.prelude_ffn}

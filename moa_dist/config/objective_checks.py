@@ -65,3 +65,14 @@ def unequal_batches(config: Config, router: RouterConfig, path: str) -> Iterator
             f"set `{path}.balance.bias_rate`, which counts whole steps",
             (f"{path}.balance.scope", "model.objective"),
         )
+
+
+def objective_notes(config: Config) -> Iterator[str]:
+    """Name routers for which training losses are not those of a causal model."""
+    for name, router in config.model.routers().items():
+        if config.model.objective == "causal" and router.sees_group_in_training:
+            yield (
+                f"model.{name}: in training, a token's experts depend on later tokens, so training "
+                "losses and perplexities are not those of a causal model; validation, evaluation "
+                "and generation use running statistics instead, where tokens see no later ones"
+            )

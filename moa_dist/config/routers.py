@@ -33,11 +33,11 @@ class CapacityConfig(Section):
 
     factor: PositiveFloat
     """Capacity relative to a perfectly even load."""
-    policy: Literal["position", "probability"] = "position"
-    """Order of dropping: latest positions first, or lowest scores first. The latter looks at the
-    whole group, so in a causal model a later token may displace an earlier one; and rounding
-    decides between scores that differ by rounding only, as those of equal tokens without
-    positions."""
+    policy: Literal["position", "probability", "choice"] = "position"
+    """Order of dropping: latest positions first, lowest scores first, or last choices first and
+    of these the latest (GShard). The latter two look at the whole group, so in a causal model a
+    later token may displace an earlier one; and by `probability` rounding decides between scores
+    that differ by rounding only, as those of equal tokens without positions."""
 
 
 class BalanceConfig(Section):
@@ -152,9 +152,24 @@ class RouterConfig(Kind):
         return self.top_k
 
     @property
-    def chosen_in_training(self) -> int:
-        """Experts that a token takes in training, in the mean."""
+    def chosen(self) -> int:
+        """Experts that a token takes in evaluation, in the mean."""
         return self.top_k
+
+    @property
+    def chosen_in_training(self) -> int:
+        """The same in training."""
+        return self.chosen
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks of sequences that this router tells apart; 0 if it does not know them."""
+        return 0
+
+    @property
+    def sees_group_in_training(self) -> bool:
+        """Whether a token's experts in training depend on all tokens of its group of sequences."""
+        return False
 
     def problems(self, path: str) -> Iterable[Problem]:
         """Report what is wrong within this section, as `PartConfig.problems` does."""

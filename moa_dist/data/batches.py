@@ -24,7 +24,7 @@ from moa_dist.data.folders import DataFolder
 from moa_dist.data.history import OrderHistory
 from moa_dist.data.manifest import AnyManifest, Manifest, PairManifest
 from moa_dist.data.masking import hide
-from moa_dist.data.mixture import configured_stages
+from moa_dist.data.mixture import Mixture, configured_stages
 from moa_dist.data.pairs import BucketOrder, Pairs, read_pairs
 from moa_dist.data.stream import SampleStream, build_loader
 from moa_dist.data.validation import validation_batches
@@ -81,14 +81,19 @@ def _samples(
         micro_batch=micro_batch,
         history=history,
     )
+    task_of = {folder.name: folder.task for folder in folders}
+    mixture = Mixture(history.stages, data.readers)
     sample = consumed + rank
     for tokens in build_loader(stream, workers=data.workers):
         samples = range(sample, sample + world_size * micro_batch, world_size)
         if config.model.objective == "masked":
             keys = [(data.seed, _TRAINING, number) for number in samples]
-            yield _masked(tokens, keys, config, manifest)
+            batch = _masked(tokens, keys, config, manifest)
         else:
-            yield in_documents(Batch(tokens), config, manifest)
+            batch = in_documents(Batch(tokens), config, manifest)
+        if config.model.num_tasks:
+            batch = of_tasks(batch, [task_of[mixture.locate(number)[0]] for number in samples])
+        yield batch
         sample += world_size * micro_batch
 
 
@@ -109,8 +114,9 @@ def held_out_batches(
     world_size: int,
     micro_batch: int,
     sequences: int | None = None,
+    task: int | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's share of the first `sequences` samples or pairs, or of all.
+    """Yield this rank's share of the first `sequences` samples or pairs, or of all, of one task.
 
     Every rank gets the same number of micro-batches. The mask of a sample depends only on its
     position in the folder. `micro_batch` is rounded up to whole groups of `group_sequences`; it
@@ -137,9 +143,10 @@ def held_out_batches(
         token_mask = None if bool(counts.all()) else counts[:, None].expand_as(tokens)
         if model.objective == "masked":
             keys = [(_HELD_OUT, sample + world_size * row) for row in range(len(tokens))]
-            yield _masked(tokens, keys, config, manifest, token_mask)
+            batch = _masked(tokens, keys, config, manifest, token_mask)
         else:
-            yield in_documents(Batch(tokens, token_mask), config, manifest)
+            batch = in_documents(Batch(tokens, token_mask), config, manifest)
+        yield of_tasks(batch, [task] * batch.num_sequences)
         sample += world_size * micro_batch
 
 
@@ -192,6 +199,12 @@ def _masked(
     # A hidden end token ends its document all the same.
     batch = in_documents(Batch(originals, token_mask, targets), config, manifest)
     return batch._replace(tokens=shown)
+
+
+def of_tasks(batch: Batch, tasks: Sequence[int | None]) -> Batch:
+    """Say which task each sequence belongs to, if all are known."""
+    known = [task for task in tasks if task is not None]
+    return batch._replace(tasks=torch.tensor(known)) if len(known) == len(tasks) else batch
 
 
 def in_documents(batch: Batch, config: Config, manifest: Manifest) -> Batch:

@@ -162,7 +162,7 @@ def _checked_folders(
             continue
         manifest = _checked_manifest(folder, data, vocab_size, objective, problems, can_skip)
         if manifest is not None:
-            yield DataFolder(each.label, folder, manifest)
+            yield DataFolder(each.label, folder, manifest, each.task)
 
 
 def _checked_manifest(

@@ -35,6 +35,6 @@ def sources_read(
             counts.get(name, 0) / max(samples, 1),
             counts.get(name, 0) / manifest.num_samples,
         )
-        for name, _, manifest in folders
+        for name, _, manifest, _ in folders
         if not isinstance(manifest, PairManifest)
     }

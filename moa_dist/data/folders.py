@@ -17,6 +17,8 @@ class DataFolder(NamedTuple):
     """The folder."""
     manifest: AnyManifest
     """Its manifest."""
+    task: int | None = None
+    """Task of its sequences, for routers that have one per task."""
 
 
 class RunData(NamedTuple):

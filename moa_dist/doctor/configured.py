@@ -67,7 +67,7 @@ def _data(config: Config) -> Iterator[Finding]:
             if is_unprepared(config.data, folder):
                 text = f"{folder.path}: text, which the first start prepares"
                 yield Finding("data", "ok", text, subject=folder.path)
-        for _, path, manifest in (*data.train, *data.valid):
+        for _, path, manifest, _ in (*data.train, *data.valid):
             if isinstance(manifest, PairManifest):
                 read_pairs(path, manifest)
                 read = "all of them read"

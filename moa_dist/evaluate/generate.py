@@ -38,6 +38,7 @@ def generate(
     end_of_document: int,
     max_length: int,
     document_attention: bool = False,
+    task: int | None = None,
 ) -> Iterator[Drawn]:
     """Continue all prompts at once, yielding each token as soon as it is drawn.
 
@@ -57,6 +58,7 @@ def generate(
         document_attention: whether the model was trained with `data.document_attention`. Then an
             end-of-document token at the start of a prompt is, as in training, the end of another
             document, which the text does not see.
+        task: task of all texts, if the model has a router per task.
     """
     end = end_of_document if document_attention else None
     model = dropless(model)
@@ -66,7 +68,7 @@ def generate(
     unfinished, cache = list(range(len(texts))), None
     for _ in range(max_new_tokens):
         seen = [texts[i] for i in unfinished]
-        logits, cache = _read(model, seen, cache, end)
+        logits, cache = _read(model, seen, cache, end, task)
         kept = []
         for row, i in enumerate(unfinished):
             token = sampling.draw(logits[row], generators[i])
@@ -86,7 +88,11 @@ def generate(
 
 
 def _read(
-    model: LanguageModel, texts: list[list[int]], cache: Cache | None, end: int | None
+    model: LanguageModel,
+    texts: list[list[int]],
+    cache: Cache | None,
+    end: int | None,
+    task: int | None,
 ) -> tuple[Tensor, Cache]:
     """Return logits [B, V] of the next tokens, fp64 on the CPU, and the extended cache.
 
@@ -96,14 +102,17 @@ def _read(
     device = next(model.parameters()).device
     longest = max(map(len, texts)) if cache is None else cache.length + 1
     padded, real = padded_left(texts, longest)
-    documents = None
+    documents, tasks = None, None
+    if task is not None:
+        tasks = torch.full((len(texts),), task, device=device)
     if end is not None:
         documents = Documents.of(padded, end, real).moved(lambda part: part.to(device))
     if cache is None:
         token_mask = None if bool(real.all()) else real.to(device)
-        output = model(padded.to(device), token_mask, model.empty_cache(), documents=documents)
+        tokens, cache = padded.to(device), model.empty_cache()
     else:
-        output = model(padded[:, -1:].to(device), None, cache, documents=documents)
+        tokens, token_mask = padded[:, -1:].to(device), None
+    output = model(tokens, token_mask, cache, documents=documents, tasks=tasks)
     return output.logits[:, -1].double().cpu(), output.cache
 
 

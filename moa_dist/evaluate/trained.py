@@ -103,6 +103,18 @@ def require(trained: Trained, objective: Objective, what: str) -> None:
         )
 
 
+def require_task(trained: Trained, task: int | None) -> None:
+    """Raise DataError if the model has no such task, of those that it has a router for each."""
+    num_tasks = trained.config.model.num_tasks
+    if task is not None and task >= num_tasks:
+        raise DataError(
+            f"{trained.folder}: the model has routers for {num_tasks} tasks, from 0, but the task "
+            f"is {task}",
+            path=trained.folder,
+            key="task",
+        )
+
+
 def load_model(path: str | Path) -> LanguageModel:
     """Load the model of an export, a checkpoint, or the newest checkpoint of a run.
 

@@ -89,7 +89,7 @@ def count_model(model: LanguageModel, sequence_length: int) -> Counts:
             router = module.router_of(projection).config
             for name in layers.keys() & set(projection.experts):
                 numel = layers[name].weight.numel()
-                idle += numel - numel * router.top_k // router.num_experts
+                idle += numel - numel * router.chosen // router.num_experts
     return Counts(
         sequence_length=sequence_length,
         total=total,

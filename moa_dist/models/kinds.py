@@ -11,7 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moa_dist.config.family import ComposedAttentionConfig, MoHConfig, ResidualMoEConfig
+from moa_dist.config.family import (
+    ComposedAttentionConfig,
+    MoHConfig,
+    MonetConfig,
+    ResidualMoEConfig,
+)
 from moa_dist.config.model import (
     AttentionConfig,
     DenseAttentionConfig,
@@ -26,6 +31,7 @@ from moa_dist.models.composed_attention import ComposedAttention
 from moa_dist.models.feed_forward import DenseFeedForward, FeedForward, MoEFeedForward
 from moa_dist.models.moa import MoAAttention
 from moa_dist.models.moh import MoHAttention
+from moa_dist.models.monet import Monet
 from moa_dist.models.residual_moe import ResidualMoE
 from moa_dist.models.switchhead import SwitchHeadAttention
 
@@ -41,6 +47,7 @@ ATTENTION: dict[type[AttentionConfig], Callable[[Any, int, float], Attention]] =
 FEED_FORWARD: dict[type[FFNConfig], Callable[[Any, int, float], FeedForward]] = {
     DenseFFNConfig: DenseFeedForward,
     MoEFFNConfig: MoEFeedForward,
+    MonetConfig: Monet,
     ResidualMoEConfig: ResidualMoE,
 }
 """Feed-forward module by section."""

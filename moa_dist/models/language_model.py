@@ -29,6 +29,7 @@ from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
 from moa_dist.models.soft_cap import soft_capped
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
+from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
 from moa_dist.moe.router import Router
@@ -147,6 +148,7 @@ class LanguageModel(nn.Module):
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
         documents: Documents | None = None,
+        tasks: Tensor | None = None,
         *,
         trace: bool = False,
     ) -> LanguageModelOutput:
@@ -163,11 +165,13 @@ class LanguageModel(nn.Module):
             source_mask: [B, R] bool, like `token_mask`.
             documents: those of the tokens in the cache and of `tokens`, [B, num_past + S]: a token
                 sees its own document only, where positions start anew. None if it sees all.
+            tasks: [B] int64, the task of each sequence, for routers that have one per task.
             trace: whether to return what every layer decided.
 
         Raises:
-            ValueError: a cache is used and experts have a capacity (see `dropless`), or a cache, a
-                source or documents do not fit the objective or the tokens.
+            ValueError: a cache is used and experts have a capacity (see `dropless`), or are chosen
+                by later tokens, or a cache, a source or documents do not fit the objective or the
+                tokens.
         """
         num_past, key_mask = 0, token_mask
         if source is not None and self.encoder is None:
@@ -177,10 +181,15 @@ class LanguageModel(nn.Module):
         if cache is not None:
             if self.config.objective == "masked":
                 raise ValueError("a masked language model sees both sides: it cannot use a cache")
-            if any(router.capacity for router in self.config.routers().values()):
+            routers = self.config.routers().values()
+            if any(router.capacity for router in routers):
                 raise ValueError(
                     "with a capacity, what an expert drops depends on the whole sequence, which "
                     "a cache does not hold; use dropless(model)"
+                )
+            if self.training and any(router.sees_group_in_training for router in routers):
+                raise ValueError(
+                    "in training, experts are chosen by later tokens too; use model.eval()"
                 )
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
         _check_documents(documents, tokens, num_past, self.encoder)
@@ -201,7 +210,8 @@ class LanguageModel(nn.Module):
         runs = self._runs(x, None if apart else key_mask, causal=causal)
         mask = AttentionMask(causal, token_mask, key_mask, num_past, None, documents, runs=runs)
         masks = self._layer_masks(mask, position, x.dtype)
-        output = self.stack(x, masks, None if cache is None else cache.layers, memory, trace)
+        layers = None if cache is None else cache.layers
+        output = self.stack(x, masks, layers, memory, trace, LayerState(tasks=tasks))
         statistics, traces = output.statistics, output.traces
         losses = self.stack.losses(output, token_mask)
         means = self.stack.token_means(output, token_mask)

@@ -37,6 +37,8 @@ class Batch(NamedTuple):
     """[B, R] bool, false at padding; None when there is none."""
     documents: Documents | None = None
     """Documents of the S tokens that the model reads; None if it sees them as one text."""
+    tasks: Tensor | None = None
+    """[B] int64: the task of each sequence, for routers that have one per task."""
 
     @property
     def num_sequences(self) -> int:
@@ -48,9 +50,10 @@ class Batch(NamedTuple):
         tokens, token_mask = self.tokens, self.token_mask
         if self.targets is None:
             tokens, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
-        if self.source is None and self.documents is None:
+        others = (self.source, self.source_mask, self.documents, self.tasks)
+        if all(other is None for other in others):
             return tokens, token_mask
-        return tokens, token_mask, None, self.source, self.source_mask, self.documents
+        return tokens, token_mask, None, *others
 
     def in_documents(self, end: int) -> Batch:
         """The same, but each token is to see its own document only; on the host.
@@ -59,6 +62,10 @@ class Batch(NamedTuple):
         """
         tokens, token_mask, *_ = self.inputs()
         return self._replace(documents=Documents.of(tokens, end, token_mask))
+
+    def with_tasks(self, tasks: Tensor, num_tasks: int) -> Batch:
+        """The same with tasks [B], taken modulo `num_tasks`; unchanged for models without any."""
+        return self._replace(tasks=tasks % num_tasks) if num_tasks else self
 
     def labels(self) -> Tensor:
         """[B, S] int64: what is to be predicted at each input token, or NO_TARGET."""
@@ -98,7 +105,8 @@ class Batch(NamedTuple):
     def _each(self, change: Callable[[Tensor], Tensor], documents: Documents | None) -> Batch:
         others = (self.token_mask, self.targets, self.source, self.source_mask)
         mask, targets, source, source_mask = (None if x is None else change(x) for x in others)
-        return Batch(change(self.tokens), mask, targets, source, source_mask, documents)
+        tasks = None if self.tasks is None else change(self.tasks)
+        return Batch(change(self.tokens), mask, targets, source, source_mask, documents, tasks)
 
 
 class Objective(NamedTuple):

@@ -170,12 +170,15 @@ class LayerStack(nn.Module):
         cache: tuple[KeyValues, ...] | None = None,
         memory: EncoderMemory | None = None,
         trace: bool = False,
+        state: LayerState = EMPTY_STATE,
     ) -> StackOutput:
-        """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer."""
+        """x [B, S, D] -> x [B, S, D]; `cache` has an entry per application of a layer.
+
+        The first layer takes `state`.
+        """
         statistics = {}
         traces = {}
         extended: list[KeyValues] = []
-        state = EMPTY_STATE
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
         # that they overlap with the computation of earlier layers.
         gathering = ExpertGathering()

@@ -23,17 +23,19 @@ class LayerState(NamedTuple):
     """Which tokens are still computed; None where all are."""
     routers: dict[str, Tensor] | None = None
     """[B, S, R] states of recurrent routers, by their names within a layer; None without any."""
+    tasks: Tensor | None = None
+    """[B] int64, the task of each sequence, which no layer changes; None if it is not known."""
 
     def of_routers(self, part: str, weight: Tensor | None) -> TokenState:
         """Select what the routers of a part know, with the `weight` [B, S] of tokens."""
-        if weight is None and self.routers is None:
+        if weight is None and self.routers is None and self.tasks is None:
             return NO_STATE
         past = {
             name.removeprefix(part).removeprefix("."): state
             for name, state in (self.routers or {}).items()
             if name == part or name.startswith(f"{part}.")
         }
-        return TokenState(weight, past or None)
+        return TokenState(weight, past or None, self.tasks)
 
     def with_routers(self, states: dict[str, Tensor]) -> LayerState:
         """Replace the states of some routers."""

@@ -20,20 +20,26 @@ class StepLoad(NamedTuple):
     """[G, E] int64, assignments per expert before dropping."""
     pairs: Tensor
     """[] int64, pairs of a token and a router group that it chose experts in."""
+    own: Tensor
+    """[M] fp64, see `RoutingStatistics`."""
 
     def plus(self, other: StepLoad) -> StepLoad:
         """Add up applications."""
-        return StepLoad(self.load + other.load, self.pairs + other.pairs)
+        return StepLoad(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def adaptive(routers: Mapping[Key, Router]) -> dict[Key, Router]:
     """Return the routers that `adapt` changes."""
-    return {key: r for key, r in routers.items() if r.bias is not None or r.sparsity is not None}
+    return {
+        key: router
+        for key, router in routers.items()
+        if any(state is not None for state in (router.bias, router.sparsity, router.running))
+    }
 
 
 @torch.no_grad()
 def adapt(routers: Mapping[Key, Router], steps: Mapping[Key, StepLoad]) -> None:
-    """Move selection biases and coefficients of sparsity by the load of a step.
+    """Move selection biases, coefficients of sparsity and running moments by a step's load.
 
     Call it once per optimizer step with the sums over all ranks, so that all ranks stay equal.
     Routers of one configuration share one sparsity, the mean over their layers.
@@ -41,6 +47,8 @@ def adapt(routers: Mapping[Key, Router], steps: Mapping[Key, StepLoad]) -> None:
     for key, router in routers.items():
         if router.bias is not None:
             router.bias.update(steps[key].load)
+        if router.running is not None:
+            router.running.update(steps[key].own, steps[key].pairs)
     alike: dict[object, list[Key]] = {}
     for key, router in routers.items():
         if router.sparsity is not None:

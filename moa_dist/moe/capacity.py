@@ -57,6 +57,9 @@ def keep_within_capacity(
     if capacity.policy == "probability":
         order = scores.flatten().argsort(descending=True, stable=True)
         order = order[queue[order].argsort(stable=True)]
+    elif capacity.policy == "choice":
+        order = torch.arange(len(queue), device=device).view(T, G, K).permute(2, 0, 1).flatten()
+        order = order[queue[order].argsort(stable=True)]
     else:
         order = queue.argsort(stable=True)
     lengths = occurrences(queue, num_queues + 1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from moa_dist.config.family import DenseTrainingRouterConfig
-from moa_dist.moe.router import SCORES, Choice, Router, Routing, routing_statistics
+from moa_dist.moe.router import SCORES, Choice, Router, Routing
+from moa_dist.moe.statistics import routing_statistics
 
 
 class DenseTrainingRouter(Router):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from moa_dist.config.family import ReLURouterConfig
 from moa_dist.moe.initialize import Initializer
-from moa_dist.moe.router import Choice, Router, Routing, routing_statistics
+from moa_dist.moe.router import Choice, Router, Routing
 from moa_dist.moe.sparsity import SparsityCoefficient
-from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.statistics import RoutingStatistics, routing_statistics
 from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 
 

@@ -24,8 +24,9 @@ from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.fused_choice import LEAST_SUM, Options, can_fuse, choose
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.losses import balance_losses
+from moa_dist.moe.moments import RunningMoments
 from moa_dist.moe.sparsity import SparsityCoefficient
-from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.statistics import RoutingStatistics, routing_statistics
 from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 from moa_dist.profiling import annotated
 
@@ -45,10 +46,13 @@ class Routing(NamedTuple):
     """[T, G, K] bool, false for places that hold no expert; None if all do."""
     state: Tensor | None = None
     """[B, S, R] what the router of the next layer starts from; None unless it is recurrent."""
+    head_weights: Tensor | None = None
+    """[T, G, H, K] where each of H heads weighs the same experts; `topk_weights` sums over them."""
 
     def choice(self) -> Choice:
         """Return the choice that this routing is based on."""
-        return Choice(self.topk_ids, self.keep_mask, self.assigned)
+        by_head = None if self.head_weights is None else self.head_weights > 0
+        return Choice(self.topk_ids, self.keep_mask, self.assigned, by_head)
 
 
 class Choice(NamedTuple):
@@ -60,6 +64,8 @@ class Choice(NamedTuple):
     """As in `Routing`."""
     assigned: Tensor | None = None
     """As in `Routing`."""
+    by_head: Tensor | None = None
+    """[T, G, H, K] bool, which heads chose an expert; None where there are no heads."""
 
 
 def _renormalize(chosen: Tensor) -> Tensor:
@@ -171,6 +177,7 @@ class Router(nn.Module):
         rate = config.balance.bias_rate
         self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
         self.sparsity: SparsityCoefficient | None = None
+        self.running: RunningMoments | None = None
 
     @property
     def num_experts(self) -> int:
@@ -193,14 +200,24 @@ class Router(nn.Module):
 
         `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
-        B, S, _ = x_BSD.shape
+        return self._by_logits(self.logits(x_BSD), token_mask, choice, state)
+
+    def _by_logits(
+        self,
+        logits_BSO: Tensor,
+        token_mask: Tensor | None,
+        choice: Choice | None,
+        state: RouterState,
+    ) -> Routing:
+        """Route by logits [B, S, outputs], in groups of sequences."""
+        B, S, _ = logits_BSO.shape
         N, rest = divmod(B, self.config.group_sequences)
         if rest:
             raise ValueError(
                 f"a batch of {B} sequences does not split into groups of "
                 f"{self.config.group_sequences} (router.group_sequences)"
             )
-        logits = self.logits(x_BSD).flatten(0, 1)
+        logits = logits_BSO.flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         routing = self._route(logits, token_mask, N, choice)
         if state.weight is None:
@@ -271,9 +288,7 @@ class Router(nn.Module):
         return Routing(
             topk_ids=chosen.ids,
             topk_weights=chosen.weights,
-            keep_mask=None
-            if token_mask is None
-            else token_mask[:, None, None].expand_as(chosen.ids),
+            keep_mask=self._keep(chosen.ids, chosen.weights, token_mask, num_sequence_groups),
             statistics=RoutingStatistics(
                 num_tokens=chosen.num_tokens,
                 load=chosen.load,
@@ -344,55 +359,3 @@ def _within_best_groups(scores: Tensor, limit: GroupLimitConfig) -> Tensor:
     # Experts that dropout hides stay ahead of those of other groups.
     dropped_last = grouped.clamp(min=torch.finfo(scores.dtype).min)
     return dropped_last.masked_fill(is_hidden[..., None], -math.inf).flatten(-2)
-
-
-def routing_statistics(
-    logits: Tensor,
-    chosen_ids: Tensor,
-    keep_mask: Tensor | None,
-    token_mask: Tensor | None,
-    num_sequence_groups: int,
-    assigned: Tensor | None = None,
-) -> RoutingStatistics:
-    """Sum up, per group of sequences, `logits` [T, G, E] and `chosen_ids`, `keep_mask` [T, G, K].
-
-    `token_mask` [T] bool excludes padding; None for none. `assigned` [T, G, K] bool is false for
-    places that hold no assignment; None if all do.
-    """
-    T, G, E = logits.shape
-    N = num_sequence_groups
-    # All three come from one logsumexp. Written as `-p log p`, the entropy would have an infinite
-    # slope where a probability underflows, which makes gradients NaN; in logits it has none.
-    log_sum = logits.logsumexp(-1)
-    probability = (logits - log_sum[:, :, None]).exp()
-    z = log_sum.square()
-    entropy = log_sum - (probability * logits).sum(-1)
-    counted = torch.ones(T, dtype=torch.int64, device=logits.device)
-    if token_mask is not None:
-        counted = token_mask.long()
-        probability = probability * token_mask[:, None, None]
-        z, entropy = z * token_mask[:, None], entropy * token_mask[:, None]
-    chosen = counted[:, None, None].expand_as(chosen_ids)
-    chosen = chosen if assigned is None else chosen * assigned
-    dropped = torch.zeros_like(chosen) if keep_mask is None else chosen * ~keep_mask
-
-    def per_group(x_T: Tensor) -> Tensor:
-        return x_T.unflatten(0, (N, -1)).sum(1)
-
-    def per_expert(x_TGK: Tensor) -> Tensor:
-        """[T, G, K] -> [N, G, E]: sum by chosen expert."""
-
-        def by_group(x: Tensor) -> Tensor:  # [T, G, K] -> [N, G, T / N * K]
-            return x.unflatten(0, (N, -1)).transpose(1, 2).flatten(2)
-
-        sums = torch.zeros(N, G, E, dtype=torch.int64, device=logits.device)
-        return sums.scatter_add_(-1, by_group(chosen_ids), by_group(x_TGK))
-
-    return RoutingStatistics(
-        num_tokens=per_group(counted),
-        load=per_expert(chosen),
-        dropped=per_expert(dropped),
-        probability=per_group(probability),
-        z=per_group(z),
-        entropy=per_group(entropy),
-    )

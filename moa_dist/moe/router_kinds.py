@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from moa_dist.config.family import (
     DenseTrainingRouterConfig,
+    GShardRouterConfig,
     MLPRouterConfig,
     ReLURouterConfig,
+    TaskRouterConfig,
+    ThresholdRouterConfig,
 )
 from moa_dist.config.routers import RouterConfig
 from moa_dist.moe.dense_training_router import DenseTrainingRouter
+from moa_dist.moe.gshard_router import GShardRouter
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.mlp_router import MLPRouter
 from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
+from moa_dist.moe.task_router import TaskRouter
+from moa_dist.moe.threshold_router import ThresholdRouter
 
 ROUTERS: dict[type[RouterConfig], type[Router]] = {
     DenseTrainingRouterConfig: DenseTrainingRouter,
+    GShardRouterConfig: GShardRouter,
     MLPRouterConfig: MLPRouter,
     ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
+    TaskRouterConfig: TaskRouter,
+    ThresholdRouterConfig: ThresholdRouter,
 }
 """Router module by section."""
 

@@ -40,6 +40,8 @@ class RoutingStatistics(NamedTuple):
     weight: Tensor | None = None
     """[N], sum of the weights of tokens by which the three sums above count them; carries a
     gradient. None where every token counts once."""
+    own: Tensor | None = None
+    """[N, M], sums for what a kind of router does of its own; None for most."""
 
     @property
     def divisor(self) -> Tensor:
@@ -52,8 +54,9 @@ class RoutingStatistics(NamedTuple):
 
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
-        dims = iter((-1, -3, -3, -3, -2, -2, -1))  # those of N; routers may be stacked before them
-        return self.each(lambda part: part.sum(next(dims), keepdim=True))
+        dims = (-1, -3, -3, -3, -2, -2, -1, -2)  # those of N; routers may be stacked before them
+        present = iter([dim for dim, part in zip(dims, self, strict=True) if part is not None])
+        return self.each(lambda part: part.sum(next(present), keepdim=True))
 
     def weighed(self, logits: Tensor, weight: Tensor) -> RoutingStatistics:
         """Count tokens, whose logits are [T, G, E], by `weight` [T] in sums that carry gradients.
@@ -80,6 +83,58 @@ def _or_one(weight: Tensor) -> Tensor:
     return weight.where(weight > 0, 1.0)
 
 
+def routing_statistics(
+    logits: Tensor,
+    chosen_ids: Tensor,
+    keep_mask: Tensor | None,
+    token_mask: Tensor | None,
+    num_sequence_groups: int,
+    assigned: Tensor | None = None,
+) -> RoutingStatistics:
+    """Sum up, per group of sequences, `logits` [T, G, E] and `chosen_ids`, `keep_mask` [T, G, K].
+
+    `token_mask` [T] bool excludes padding; None for none. `assigned` [T, G, K] bool is false for
+    places that hold no assignment; None if all do.
+    """
+    T, G, E = logits.shape
+    N = num_sequence_groups
+    # All three come from one logsumexp. Written as `-p log p`, the entropy would have an infinite
+    # slope where a probability underflows, which makes gradients NaN; in logits it has none.
+    log_sum = logits.logsumexp(-1)
+    probability = (logits - log_sum[:, :, None]).exp()
+    z = log_sum.square()
+    entropy = log_sum - (probability * logits).sum(-1)
+    counted = torch.ones(T, dtype=torch.int64, device=logits.device)
+    if token_mask is not None:
+        counted = token_mask.long()
+        probability = probability * token_mask[:, None, None]
+        z, entropy = z * token_mask[:, None], entropy * token_mask[:, None]
+    chosen = counted[:, None, None].expand_as(chosen_ids)
+    chosen = chosen if assigned is None else chosen * assigned
+    dropped = torch.zeros_like(chosen) if keep_mask is None else chosen * ~keep_mask
+
+    def per_group(x_T: Tensor) -> Tensor:
+        return x_T.unflatten(0, (N, -1)).sum(1)
+
+    def per_expert(x_TGK: Tensor) -> Tensor:
+        """[T, G, K] -> [N, G, E]: sum by chosen expert."""
+
+        def by_group(x: Tensor) -> Tensor:  # [T, G, K] -> [N, G, T / N * K]
+            return x.unflatten(0, (N, -1)).transpose(1, 2).flatten(2)
+
+        sums = torch.zeros(N, G, E, dtype=torch.int64, device=logits.device)
+        return sums.scatter_add_(-1, by_group(chosen_ids), by_group(x_TGK))
+
+    return RoutingStatistics(
+        num_tokens=per_group(counted),
+        load=per_expert(chosen),
+        dropped=per_expert(dropped),
+        probability=per_group(probability),
+        z=per_group(z),
+        entropy=per_group(entropy),
+    )
+
+
 def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
     """Add up applications, such as the repeats of a shared layer."""
     return stacked(statistics).each(lambda part: part.sum(0))
@@ -88,7 +143,7 @@ def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
 def stacked(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
     """Stack statistics of equal shapes, all or none weighed, along a new first dimension."""
     parts = zip(*statistics, strict=True)
-    return RoutingStatistics(*(None if p[0] is None else torch.stack(p) for p in parts))  # type: ignore[arg-type]  # only the last may be None
+    return RoutingStatistics(*(None if p[0] is None else torch.stack(p) for p in parts))  # type: ignore[arg-type]  # only the last two may be None
 
 
 class RoutingReport(NamedTuple):
@@ -100,6 +155,8 @@ class RoutingReport(NamedTuple):
     """[G, E] int64."""
     entropy: Tensor
     """[2]: sum of entropies, and the number of (token, router group) pairs it runs over."""
+    own: Tensor = torch.zeros(0)
+    """[M], see `RoutingStatistics`."""
 
     def plus(self, other: RoutingReport) -> RoutingReport:
         """Add the sums of both."""
@@ -118,7 +175,15 @@ def report(statistics: RoutingStatistics) -> RoutingReport:
         load=statistics.load.sum(-3),
         dropped=statistics.dropped.sum(-3),
         entropy=torch.stack([entropy.double(), pairs.double()], dim=-1),
+        own=own_sums(statistics),
     )
+
+
+def own_sums(statistics: RoutingStatistics) -> Tensor:
+    """Sum `RoutingStatistics.own` over groups of sequences, detached: [M] fp64, or stacks of it."""
+    if statistics.own is None:
+        return statistics.z.new_empty(*statistics.load.shape[:-3], 0, dtype=torch.float64)
+    return statistics.own.detach().double().sum(-2)
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -126,9 +191,10 @@ Key = TypeVar("Key", bound=Hashable)
 
 def reports(statistics: Mapping[Key, RoutingStatistics]) -> dict[tuple[Key, ...], RoutingReport]:
     """Report on many applications of routers at once: those of equal shapes together, stacked."""
-    by_shape: dict[tuple[torch.Size, bool], list[Key]] = {}
+    by_shape: dict[tuple[object, ...], list[Key]] = {}
     for key, value in statistics.items():
-        by_shape.setdefault((value.load.shape, value.weight is None), []).append(key)
+        shapes = tuple(None if part is None else part.shape for part in value)
+        by_shape.setdefault(shapes, []).append(key)
     return {
         tuple(keys): report(stacked(statistics[key] for key in keys)) for keys in by_shape.values()
     }

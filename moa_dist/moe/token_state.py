@@ -19,6 +19,8 @@ class RouterState(NamedTuple):
     it has one of; None if all count alike."""
     past: Tensor | None = None
     """[B, S, R] what the router of the layer before returned; None in the first one."""
+    tasks: Tensor | None = None
+    """[B] int64, the task of each sequence; None if it is not known."""
 
 
 class TokenState(NamedTuple):
@@ -28,10 +30,13 @@ class TokenState(NamedTuple):
     """As in `RouterState`."""
     past: Mapping[str, Tensor] | None = None
     """States of recurrent routers by their names within the part; None if there are none."""
+    tasks: Tensor | None = None
+    """As in `RouterState`."""
 
     def of(self, router: str) -> RouterState:
         """Select what one router knows."""
-        return RouterState(self.weight, None if self.past is None else self.past.get(router))
+        past = None if self.past is None else self.past.get(router)
+        return RouterState(self.weight, past, self.tasks)
 
 
 NO_STATE = TokenState()

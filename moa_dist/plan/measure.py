@@ -90,7 +90,8 @@ def _dispatch_by(model: LanguageModel, dispatcher: Dispatcher) -> None:
 def _forward(model: LanguageModel, sequences: int, length: int) -> None:
     tokens = torch.zeros(sequences, length, dtype=torch.int64, device="meta")
     source = tokens.clone() if model.encoder is not None else None
-    objective(model, Batch(tokens, targets=tokens, source=source))
+    batch = Batch(tokens, targets=tokens, source=source)
+    objective(model, batch.with_tasks(tokens[:, 0], model.config.num_tasks))
 
 
 class _Recorder:

@@ -27,8 +27,8 @@ def adapt_routers(
     own: dict[RouterKey, StepLoad] = {}
     for call, report in routing.items():
         if call.key in moving:
-            step = StepLoad(report.load, report.entropy[1].long())
+            step = StepLoad(report.load, report.entropy[1].long(), report.own)
             own[call.key] = own[call.key].plus(step) if call.key in own else step
     parts = [part for key in moving for part in own[key]]
     sums = iter(sum_over_ranks(parts, comm_timer, "loads that routers adapt to"))
-    adapt(moving, {key: StepLoad(next(sums), next(sums)) for key in moving})
+    adapt(moving, {key: StepLoad(next(sums), next(sums), next(sums)) for key in moving})

@@ -248,7 +248,7 @@ class Run:
 
     def _validation_metrics(self) -> ValidationMetrics:
         results: list[Perplexity] = []
-        for _, path, manifest in self.data.valid:
+        for _, path, manifest, task in self.data.valid:
             batches = held_out_batches(
                 self.config,
                 path,
@@ -257,10 +257,11 @@ class Run:
                 world_size=self._mesh.world_size,
                 micro_batch=self.config.train.micro_batch,
                 sequences=self.config.evaluation.sequences,
+                task=task,
             )
             results.append(perplexity(self.engine.deepspeed, batches, self.engine.device))
         together = combined(results)
-        names, _, manifests = zip(*self.data.valid, strict=True)
+        names, _, manifests, _ = zip(*self.data.valid, strict=True)
         return ValidationMetrics(
             step=self.progress.step,
             loss=together.loss,

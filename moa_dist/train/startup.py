@@ -13,6 +13,7 @@ from moa_dist.checkpoint.agreement import broadcast_from_rank0
 from moa_dist.checkpoint.checkpointer import Checkpointer
 from moa_dist.checkpoint.lease import hold_run_folder
 from moa_dist.checkpoint.note import Note
+from moa_dist.config.objective_checks import objective_notes
 from moa_dist.config.run import Config, run_folder
 from moa_dist.data.corruption import CheckedData, check_all_data
 from moa_dist.data.history import OrderHistory
@@ -115,8 +116,8 @@ def _resume(
         preemption=preemption,
         hosts=names_of_hosts(),
     )
-    notes = [*describe(changed, before, config, resumed.step), *data_notes(config)]
-    notes += kernel_notes(context.device)
+    notes = [*describe(changed, before, config, resumed.step), *objective_notes(config)]
+    notes += [*data_notes(config), *kernel_notes(context.device)]
     return run, [*resumed.notes, *begun, *notes, *data.notes(order, resumed.samples)]
 
 
@@ -152,7 +153,7 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         overlap=built.overlap,
         hosts=run.hosts,
         routers={
-            name: RouterSize(router.num_groups, router.config.num_experts, router.config.top_k)
+            name: RouterSize(router.num_groups, router.config.num_experts, router.config.chosen)
             for (_, name), router in run.engine.model.routers().items()
         },
     )

@@ -20,7 +20,7 @@ from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, b
 from moa_dist.models.objective import Batch
 from moa_dist.models.stack import RouterCall, RouterKey
 from moa_dist.moe.adapt import StepLoad, adapt, adaptive
-from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.statistics import RoutingStatistics, own_sums
 from moa_dist.verify.plain_optimizer import plain_optimizers
 
 
@@ -79,6 +79,7 @@ def _step(
     parts = [
         batch.rows(slice(first, first + size)) for first in range(0, batch.num_sequences, size)
     ]
+    evaluated = _evaluated(model, batch)
     outputs = [model(*part.inputs()) for part in parts]
     logits = torch.cat([output.logits for output in outputs])
     aux_losses = {
@@ -102,19 +103,26 @@ def _step(
     for update in updates:
         update.step()
     _adapt(model, outputs)
-    with torch.no_grad():
-        after = model(*batch.inputs()).logits[token_mask]
     return Outcome(
         initial=initial,
-        logits=logits.detach()[token_mask],
+        logits=evaluated[token_mask],
         loss=loss.item(),
         aux_losses={name: value.item() for name, value in aux_losses.items()},
         load=load,
         dropped=dropped,
         grad_norms=(norm,),
         parameters=_state(model),
-        logits_after=after,
+        logits_after=_evaluated(model, batch)[token_mask],
     )
+
+
+@torch.no_grad()
+def _evaluated(model: LanguageModel, batch: Batch) -> Tensor:
+    """Compute logits in evaluation mode, where some routers choose otherwise than in training."""
+    model.eval()
+    logits: Tensor = model(*batch.inputs()).logits
+    model.train()
+    return logits
 
 
 def input_mask(batch: Batch) -> Tensor:
@@ -146,7 +154,7 @@ def _adapt(model: LanguageModel, outputs: list[LanguageModelOutput]) -> None:
     for output in outputs:
         for call, value in output.statistics.items():
             pairs = value.num_tokens.sum() * value.load.shape[1]
-            step = StepLoad(value.load.sum(0), pairs)
+            step = StepLoad(value.load.sum(0), pairs, own_sums(value))
             steps[call.key] = steps[call.key].plus(step) if call.key in steps else step
     adapt(adaptive(model.routers()), steps)
 

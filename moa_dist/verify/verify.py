@@ -190,7 +190,8 @@ def _report(
 
 def make_batch(config: Config, seed: int) -> Batch:
     """Build the global batch, ordered by rank: distinct sequences, some of them short."""
-    batch = _whole_texts(config, seed)
+    tasks = torch.arange(config.train.global_batch)
+    batch = _whole_texts(config, seed).with_tasks(tasks, config.model.num_tasks)
     return batch.in_documents(_END) if config.data.document_attention else batch
 
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from moa_dist.data import stream as stream_module
+from moa_dist.data.batches import held_out_batches, training_batches
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.history import OrderHistory
 from moa_dist.data.mixture import Mixture, Stage
 from moa_dist.data.order import Exclusion
 from moa_dist.data.stream import SampleStream, build_loader
+from tests.distributed.layouts import Case
 from tests.small_shards import write_folder
 
 READERS = 4
@@ -190,3 +192,31 @@ def test_the_damaged_shard_is_never_opened_after_a_restart_at_any_sample(tmp_pat
     for since in range(0, 97, 4):
         history = OrderHistory(CHANGED, {"books": (Exclusion(since, (3,)),)})
         samples(made, since, since + 200, history=history)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sequences_have_the_tasks_of_their_sources(folders, world_size):
+    """Through a change of weights; a batch whose source has no task says nothing of tasks."""
+    tasks = {"books": 1, "debian": 0, "web": 1}
+    router = {"kind": "task", "tasks": 2, "num_experts": 4, "top_k": 2}
+    run = Case(model={"ffn": {"kind": "moe", "d_expert": 8, "router": router}}).config()
+    length = folders[0].manifest.block_length
+    run = run.changed(data=run.data.changed(readers=READERS, workers=0, sequence_length=length))
+    of = {"world_size": world_size, "consumed": 0, "history": HISTORIES["changed"]}
+    known = [folder._replace(task=tasks[folder.name]) for folder in folders]
+    mixture = Mixture(CHANGED, READERS)
+    for rank in range(world_size):
+        for i, batch in enumerate(islice(training_batches(run, known, rank=rank, **of), 60)):
+            first = rank + world_size * run.train.micro_batch * i
+            numbers = range(first, first + world_size * run.train.micro_batch, world_size)
+            assert batch.tasks.tolist() == [tasks[mixture.locate(n)[0]] for n in numbers]
+    unknown = [folder._replace(task=None) for folder in folders]
+    assert next(training_batches(run, unknown, rank=0, **of)).tasks is None
+
+
+def test_held_out_sequences_have_the_task_of_their_folder(folders):
+    run, folder = Case().config(), folders[0]
+    of = {"rank": 0, "world_size": 1, "micro_batch": 4, "task": 3}
+    for batch in held_out_batches(run, folder.path, folder.manifest, **of):
+        assert batch.tasks.tolist() == [3] * batch.num_sequences
+        assert batch.rows(slice(1, 3)).inputs()[-1].tolist() == [3, 3]

@@ -126,7 +126,8 @@ class Case:
 
     def batch(self, step: int = 1) -> Batch:
         """The global batch: other tokens in every sequence, some padded at the end."""
-        batch = self._texts(step)
+        tasks = torch.arange(self.sequences)
+        batch = self._texts(step).with_tasks(tasks, self.config().model.num_tasks)
         if not self.documents:
             return batch
         generator = torch.Generator().manual_seed(step)

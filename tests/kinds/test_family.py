@@ -10,9 +10,12 @@ import torch
 import moa_dist
 from moa_dist.cli.main import main
 from moa_dist.config import load_config, to_yaml
+from moa_dist.config.data import SourceConfig
+from moa_dist.config.objective_checks import objective_notes
 from moa_dist.config.shrink import shrink
+from moa_dist.errors import ExitCode
 from moa_dist.models.counts import count
-from moa_dist.models.language_model import build_model, dropless
+from moa_dist.models.language_model import LanguageModel, build_model, dropless
 from tests.distributed.layouts import Case
 from tests.distributed.test_family import FAMILY, POSITIONS
 from tests.distributed.test_halting import sharpened
@@ -26,7 +29,19 @@ relatives = pytest.mark.parametrize("relative", FAMILY)
 
 def config_of(relative: str, **layout: object):
     model = POSITIONS | {"vocab_size": VOCABULARY} | FAMILY[relative]
-    return replace(Case(model=model), **layout).config()
+    config = replace(Case(model=model), **layout).config()
+    sources = [
+        SourceConfig(path=f"task{task}", weight=1.0, task=task)
+        for task in range(config.model.num_tasks)
+    ]
+    return config.changed(data=config.data.changed(train=tuple(sources))) if sources else config
+
+
+def inputs(model: LanguageModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tokens, and the tasks of sequences if the model asks for them."""
+    num_tasks = model.config.num_tasks
+    tasks = {"tasks": torch.arange(len(tokens)) % num_tasks} if num_tasks else {}
+    return {"tokens": tokens, **tasks}
 
 
 def built(relative: str, *, recompute: bool = False):
@@ -55,8 +70,11 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
     text = tmp_path / "valid"
     prepare_text(text, tokenizer=folder.parent / "tokenizer.json", length=12)
     out = tmp_path / "analysis"
+    options = ["--data", str(text), "--output", str(out)]
+    if config_of(relative).model.num_tasks:
+        options += ["--task", "1"]
     with one_thread():
-        assert main(["analyze", str(folder), "--data", str(text), "--output", str(out)]) == 0
+        assert main(["analyze", str(folder), *options]) == 0
     analysis = json.loads((out / "analysis.json").read_text())
     assert analysis["attention"]
     halts = config_of(relative).model.halting is not None
@@ -69,7 +87,8 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
             assert sum(map(sum, router["load"])) == router["choices"] * taken
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     tokens = torch.arange(24).view(2, 12)
-    ours, theirs = (moa_dist.load_model(p)(tokens).logits for p in (folder, tmp_path / "out"))
+    loaded = [moa_dist.load_model(path) for path in (folder, tmp_path / "out")]
+    ours, theirs = (model(**inputs(model, tokens)).logits for model in loaded)
     assert torch.equal(ours, theirs)
 
 
@@ -77,10 +96,10 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
 def test_with_a_cache_it_generates_the_same(relative):
     model = dropless(built(relative)).double().eval()
     tokens = torch.arange(20).view(2, 10)
-    whole = model(tokens).logits
-    first = model(tokens[:, :6], cache=model.empty_cache())
-    second = model(tokens[:, 6:9], cache=first.cache)
-    third = model(tokens[:, 9:], cache=second.cache)
+    whole = model(**inputs(model, tokens)).logits
+    first = model(**inputs(model, tokens[:, :6]), cache=model.empty_cache())
+    second = model(**inputs(model, tokens[:, 6:9]), cache=first.cache)
+    third = model(**inputs(model, tokens[:, 9:]), cache=second.cache)
     parts = [output.logits for output in (first, second, third)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
 
@@ -90,7 +109,7 @@ def test_recomputed_it_computes_the_same(relative):
     tokens, gradients = torch.arange(20).view(2, 10), []
     for recompute in (False, True):
         model = built(relative, recompute=recompute).double()
-        output = model(tokens)
+        output = model(**inputs(model, tokens))
         (output.logits.square().mean() + sum(output.aux_losses.values())).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -103,3 +122,39 @@ def test_shrunk_it_makes_the_same_choices(file):
     small = shrink(config, 1).model
     assert type(small.attention) is type(config.model.attention)
     assert type(small.ffn) is type(config.model.ffn)
+
+
+def test_a_router_per_task_asks_for_the_task(tmp_path, capsys):
+    folder, text = tmp_path / "runs" / "it", tmp_path / "valid"
+    make_run(folder, built("mod_squad"))
+    prepare_text(text, tokenizer=folder.parent / "tokenizer.json", length=12)
+    evaluate = ["eval", str(folder), "--data", str(text), "--json"]
+    generate = ["generate", str(folder), "a", "--tokens", "3"]
+    with one_thread():
+        for command in (evaluate, generate):
+            assert main(command) == ExitCode.USER
+            assert "--task" in capsys.readouterr().err
+            assert main([*command, "--task", "3"]) == ExitCode.USER
+            capsys.readouterr()
+            printed = []
+            for task in ("0", "1"):
+                assert main([*command, "--task", task]) == 0
+                printed.append(capsys.readouterr().out)
+            assert printed[0] != printed[1] or command is generate
+
+
+@pytest.mark.parametrize("relative", ["monet", "monet_vertical"])
+def test_choices_that_see_later_tokens_are_marked_and_have_no_cache(relative):
+    config = config_of(relative)
+    assert any("model.ffn.router" in note for note in objective_notes(config))
+    model = build_model(config.model, seed=3)
+    with pytest.raises(ValueError, match="later tokens"):
+        model(torch.arange(6)[None], cache=model.empty_cache())
+    # Evaluated, a token does not see what follows.
+    tokens = torch.arange(20).view(2, 10)
+    whole, start = (model.eval()(t).logits for t in (tokens, tokens[:, :6]))
+    torch.testing.assert_close(start, whole[:, :6], rtol=1e-5, atol=1e-5)
+
+
+def test_only_such_choices_are_marked():
+    assert not list(objective_notes(config_of("remoe")))

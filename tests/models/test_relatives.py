@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moa_dist.config.family import (
     ComposedAttentionConfig,
+    GShardRouterConfig,
     MLPRouterConfig,
     MoHConfig,
     ReLURouterConfig,
@@ -19,7 +21,8 @@ from moa_dist.config.family import (
 )
 from moa_dist.config.model import MoAConfig, MoEFFNConfig
 from moa_dist.config.positions import RopeConfig
-from moa_dist.config.routers import BalanceConfig, RouterConfig
+from moa_dist.config.routers import BalanceConfig, CapacityConfig, RouterConfig
+from moa_dist.models.attention import Heads
 from moa_dist.models.composed_attention import ComposedAttention
 from moa_dist.models.feed_forward import MoEFeedForward
 from moa_dist.models.mask import AttentionMask
@@ -27,6 +30,7 @@ from moa_dist.models.moa import MoAAttention
 from moa_dist.models.moh import MoHAttention
 from moa_dist.models.residual_moe import ResidualMoE
 from moa_dist.moe.adapt import StepLoad, adapt
+from moa_dist.moe.statistics import own_sums
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "relatives"
 BOUND = 1e-9
@@ -93,7 +97,9 @@ def test_remoe_holds_its_sparsity():
             h = h + output.y
             statistics = output.statistics[""]
             loss = loss + layer.router.losses(statistics)["sparsity"]
-            loads[i] = StepLoad(statistics.load.sum(0), statistics.num_tokens.sum())
+            loads[i] = StepLoad(
+                statistics.load.sum(0), statistics.num_tokens.sum(), own_sums(statistics)
+            )
         close(routers[0].sparsity.value, golden["coefficient_used"][step])
         close(h, golden["y"][step].transpose(0, 1))
         layers.zero_grad()
@@ -159,9 +165,9 @@ def test_moduleformer(padded):
         assert error <= (1e-9 if padded else 1e-6) * gradient.norm(), name
 
 
-def of_moh(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def of_moh(golden: dict[str, Tensor], prefix: str, d: int) -> dict[str, Tensor]:
     """Their tensors by our names: heads of all three projections are cut out of one matrix."""
-    width, d, shared = 7 * 5, 5, 2
+    width, shared = len(golden[f"{prefix}.b_qkv"]) // 3, 2
     qkv = zip("qkv", golden[f"{prefix}.w_qkv"].split(width), strict=True)
     biases = zip("qkv", golden[f"{prefix}.b_qkv"].split(width), strict=True)
     out = golden[f"{prefix}.w_o"]
@@ -192,17 +198,72 @@ def test_moh():
     )
     config = MoHConfig(num_shared_heads=2, d_head=5, rope=None, bias=True, router=router)
     layer = MoHAttention(config, 30, 1.0).double()
-    layer.load_state_dict(of_moh(golden, "param"))
+    layer.load_state_dict(of_moh(golden, "param", d=5))
     output = layer(x, x, x, AttentionMask(causal=False))
     (loss,) = layer.router.losses(output.statistics["query"]).values()
     ((output.y * golden["grad_y"]).sum() + loss).backward()
     close(output.y, golden["y"])
     close(loss, 5.0 * golden["aux"].squeeze())
     close(x.grad, golden["grad.x"])
-    for name, gradient in of_moh(golden, "grad").items():
+    for name, gradient in of_moh(golden, "grad", d=5).items():
         ours = layer.get_parameter(name).grad
         # Biases of keys have none, but for rounding.
         assert (ours - gradient).norm() <= BOUND * max(gradient.norm(), 1e-3), name
+
+
+class ViTHeads(MoHAttention):
+    """Heads as in MoH-ViT: cosines with learned temperatures and biases by distance in an image."""
+
+    def attend(self, q, k, v, context, product=None):
+        value = self.vit
+        table = F.relu(F.linear(self.table, value["cpb_in"], value["cpb_in_bias"]))
+        bias = F.linear(table, value["cpb_out"], value["cpb_out_bias"])[self.index]
+        bias = bias.T.unflatten(-1, (q.shape[2], -1))
+        scale = F.softplus(value["temperature"]) * self.length_scale
+        q = (F.normalize(q, dim=-1) + value["query_embedding"]) * scale
+        attention = (q @ F.normalize(k, dim=-1).mT + bias).softmax(-1)
+        return Heads(attention @ v, q, k, None)
+
+
+VIT = (
+    "cpb_in",
+    "cpb_in_bias",
+    "cpb_out",
+    "cpb_out_bias",
+    "query_embedding",
+    "temperature",
+)
+
+
+def test_moh_in_a_vision_transformer():
+    """What is ours, gates and projections, within their attention over an image."""
+    golden = load_file(GOLDEN / "moh_vit.safetensors")
+    x = golden["x"].requires_grad_()
+    router = RouterConfig(
+        num_experts=6,
+        top_k=3,
+        score="softmax",
+        gate="renormalized",
+        group_sequences=len(x),
+        balance=BalanceConfig(switch=5.0 * 3),
+    )
+    config = MoHConfig(num_shared_heads=2, d_head=4, rope=None, bias=True, router=router)
+    layer = ViTHeads(config, 32, 1.0).double()
+    layer.load_state_dict(of_moh(golden, "param", d=4))
+    layer.vit = {name: golden[f"param.{name}"].requires_grad_() for name in VIT}
+    layer.table, layer.index = golden["relative_coords_table"], golden["relative_pos_index"]
+    layer.length_scale = golden["seq_length_scale"]
+    output = layer(x, x, x, AttentionMask(causal=False))
+    (loss,) = layer.router.losses(output.statistics["query"]).values()
+    ((output.y * golden["grad_y"]).sum() + loss).backward()
+    close(output.y, golden["y"])
+    close(loss, 5.0 * golden["aux"].squeeze())
+    close(x.grad, golden["grad.x"])
+    ours = {name: layer.get_parameter(name).grad for name in of_moh(golden, "grad", d=4)}
+    theirs = of_moh(golden, "grad", d=4) | {name: golden[f"grad.{name}"] for name in VIT}
+    for name, gradient in (ours | {name: layer.vit[name].grad for name in VIT}).items():
+        # Biases of keys and of all logits have none, but for rounding.
+        assert (gradient - theirs[name]).norm() <= BOUND * max(theirs[name].norm(), 1e-3), name
 
 
 def of_residual_moe(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -225,37 +286,44 @@ def of_residual_moe(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]
     }
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_residual_moe(top_k):
-    golden = load_file(GOLDEN / f"residual_moe_top{top_k}.safetensors")
-    x = golden["x"].requires_grad_()
-    router = RouterConfig(
+RESIDUAL_MOE: dict[str, RouterConfig] = {
+    "top1": RouterConfig(
         num_experts=6,
-        top_k=top_k,
+        top_k=1,
         score="softmax",
-        gate="raw" if top_k == 1 else "renormalized",
-        group_sequences=len(x),
+        group_sequences=2,
         balance=BalanceConfig(switch=3.0),
-    )
+    ),
+    "top2": GShardRouterConfig(num_experts=6, top_k=2, first_choice=3.0, group_sequences=2),
+    "top2_capacity": GShardRouterConfig(
+        num_experts=6,
+        top_k=2,
+        first_choice=3.0,
+        group_sequences=2,
+        capacity=CapacityConfig(factor=0.75, policy="choice"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESIDUAL_MOE)
+def test_residual_moe(name):
+    golden = load_file(GOLDEN / f"residual_moe_{name}.safetensors")
+    x = golden["x"].requires_grad_()
+    router = RESIDUAL_MOE[name]
     config = ResidualMoEConfig(d_expert=20, d_ff=20, activation="gelu", bias=True, router=router)
     layer = ResidualMoE(config, 24, 1.0).double()
     layer.load_state_dict(of_residual_moe(golden, "param"))
     output = layer(x, x, None)
-    loss = (output.y * golden["grad_y"]).sum()
-    of_input, of_router = golden["grad.x"], golden["grad.w_gate"]
-    if top_k == 1:
-        (balance,) = layer.router.losses(output.statistics[""]).values()
-        close(balance, 3.0 * golden["aux"].squeeze())
-        loss = loss + balance
-    else:  # their loss counts first choices only, ours both
-        of_input = of_input - 3.0 * golden["grad_aux.x"]
-        of_router = of_router - 3.0 * golden["grad_aux.w_gate"]
-    loss.backward()
+    statistics = output.statistics[""]
+    (balance,) = layer.router.losses(statistics).values()
+    ((output.y * golden["grad_y"]).sum() + balance).backward()
     close(output.y, golden["y"])
-    close(x.grad, of_input)
-    gradients = of_residual_moe(golden, "grad") | {"router.logits.weight": of_router}
-    for name, gradient in gradients.items():
-        close(layer.get_parameter(name).grad, gradient)
+    close(balance, 3.0 * golden["aux"].squeeze())
+    close(x.grad, golden["grad.x"])
+    assert torch.equal(statistics.load.flatten(), golden["expert_counts"])
+    assert (statistics.dropped.sum() > 0) == (name == "top2_capacity")
+    for ours, gradient in of_residual_moe(golden, "grad").items():
+        close(layer.get_parameter(ours).grad, gradient)
 
 
 def of_dcmha(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

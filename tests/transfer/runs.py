@@ -28,12 +28,14 @@ def randomize(model: torch.nn.Module) -> None:
 
 def make_run(folder: Path, model: LanguageModel, *, apart: bool = False) -> Config:
     """A run at step 0 with the weights of `model`, and a tokenizer; it keeps documents `apart`."""
+    tasks = [{"path": f"{t}", "weight": 1.0, "task": t} for t in range(model.config.num_tasks)]
+    train = tasks or "none"
     config = Config.model_validate(
         {
             "name": folder.name,
             "output": str(folder.parent),
             "model": model.config.model_dump(),
-            "data": {"train": "none", "sequence_length": LENGTH, "document_attention": apart},
+            "data": {"train": train, "sequence_length": LENGTH, "document_attention": apart},
             "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
         }
     )

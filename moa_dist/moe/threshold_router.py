@@ -1,0 +1,124 @@
+"""Monet's router: each head keeps the experts whose logits stand out, at least one.
+
+Park et al. 2024 (arXiv 2412.04139, section 3; code dmis-lab/Monet). A logit is kept from the
+quantile of a normal distribution on that K of E experts reach, after normalization over all experts
+and all tokens of its group of sequences: of whole sequences in training, future tokens included.
+In evaluation running statistics stand in for these, so a token's experts depend on it alone.
+
+Shapes: T tokens, G router groups, H heads, E experts per group, N groups of sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from moa_dist.config.family import ThresholdRouterConfig
+from moa_dist.moe.initialize import Initializer, Normal
+from moa_dist.moe.moments import RunningMoments, mean_and_variance
+from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
+from moa_dist.moe.statistics import routing_statistics
+from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+
+_EPS = 1e-5
+"""Added to the variance, as in batch normalization."""
+
+
+class ThresholdRouter(Router):
+    """Heads weigh the same experts, each by a softmax over those that it keeps.
+
+    A token's experts are those that any of its heads keeps.
+    """
+
+    config: ThresholdRouterConfig
+
+    def __init__(
+        self,
+        config: ThresholdRouterConfig,
+        d_model: int,
+        *,
+        num_groups: int = 1,
+        init: Initializer | None = None,
+    ) -> None:
+        super().__init__(config, d_model, num_groups=num_groups, init=init)
+        H, E = config.num_heads, config.num_experts
+        init = init or Normal(1 / math.sqrt(d_model))
+        self.logits = RouterLogits(d_model, num_groups * H * E, init)
+        self.running = RunningMoments(num_groups, H, E)
+        self.threshold = NormalDist().inv_cdf(1 - config.top_k / E)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        token_mask: Tensor | None = None,
+        choice: Choice | None = None,
+        state: RouterState = NO_ROUTER_STATE,
+    ) -> Routing:
+        """Implement `Router.forward`; tokens count alike, as in the statistics that it keeps."""
+        return super().forward(x_BSD, token_mask, choice, state._replace(weight=None))
+
+    def _route(
+        self,
+        logits: Tensor,
+        token_mask: Tensor | None,
+        num_sequence_groups: int,
+        choice: Choice | None,
+    ) -> Routing:
+        """Implement `Router._route`: a token has a place for every expert."""
+        N, G, H = num_sequence_groups, self.num_groups, self.config.num_heads
+        by_channel = logits.unflatten(-1, (G * H, self.config.num_experts))
+        every = torch.arange(self.config.num_experts, device=logits.device).expand_as(by_channel)
+        of_heads = routing_statistics(by_channel, every, None, token_mask, N)
+        moments = _moments(by_channel.detach(), token_mask, N)
+        if choice is None:
+            by_head = self._kept(by_channel.detach(), moments, of_heads.num_tokens)
+            by_head = by_head.unflatten(1, (G, H))
+        else:
+            assert choice.by_head is not None
+            by_head = choice.by_head
+        weights = by_channel.unflatten(1, (G, H)).masked_fill(~by_head, -math.inf).softmax(-1)
+        chosen = by_head.any(2)
+        if token_mask is not None:
+            chosen = chosen & token_mask[:, None, None]
+        load = chosen.long().unflatten(0, (N, -1)).sum(1)
+        statistics = of_heads._replace(
+            load=load,
+            dropped=torch.zeros_like(load),
+            # Heads choose among the same experts: what counts is their mean.
+            probability=of_heads.probability.unflatten(1, (G, H)).mean(2),
+            z=of_heads.z.unflatten(1, (G, H)).mean(2),
+            entropy=of_heads.entropy.unflatten(1, (G, H)).mean(2),
+            own=moments,
+        )
+        return Routing(
+            topk_ids=every[:, ::H] + self._group_offset(logits.device),
+            topk_weights=self._scaled(weights.sum(2)),
+            keep_mask=chosen,
+            statistics=statistics,
+            assigned=chosen,
+            head_weights=self._scaled(weights),
+        )
+
+    def _kept(self, logits: Tensor, moments: Tensor, num_tokens: Tensor) -> Tensor:
+        """Return which of `logits` [T, G * H, E] reach the threshold, or are largest: bool."""
+        assert self.running is not None
+        if self.training:
+            count = (num_tokens * self.config.num_experts).clamp(min=1)
+            mean, variance = mean_and_variance(moments, count[:, None])
+        else:
+            mean, variance = self.running.mean[None], self.running.variance[None]
+        of_groups = logits.unflatten(0, (len(moments), -1))
+        mean, scale = (x[:, None, :, None] for x in (mean, (variance + _EPS).rsqrt()))
+        normalized = ((of_groups - mean) * scale).flatten(0, 1)
+        return normalized >= normalized.amax(-1, keepdim=True).clamp(max=self.threshold)
+
+
+def _moments(logits: Tensor, token_mask: Tensor | None, num_sequence_groups: int) -> Tensor:
+    """Sum `logits` [T, C, E] and their squares over real tokens and experts: [N, 2 C]."""
+    if token_mask is not None:
+        logits = logits * token_mask[:, None, None]
+    sums = torch.cat([logits.sum(-1), logits.square().sum(-1)], dim=1)
+    return sums.unflatten(0, (num_sequence_groups, -1)).sum(1)
