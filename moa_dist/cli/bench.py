@@ -18,7 +18,7 @@ from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import in_a_job, in_this_job
 from moa_dist.cli.arguments import add_json, between
 from moa_dist.config import load_config
-from moa_dist.distributed.device import default_device, set_product_precision
+from moa_dist.distributed.device import default_device, keep_freed_memory, set_product_precision
 from moa_dist.errors import ConfigError
 from moa_dist.evaluate.trained import config_of_run
 
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     set_product_precision(config.train.precision)
+    keep_freed_memory(device)
     sequences = args.sequences or config.train.micro_batch
     setting = Setting(config, device, sequences, args.repetitions, run=args.run)
     speaks = not in_job or os.environ.get("RANK") == "0"

@@ -1,8 +1,10 @@
-"""Properties of the device that a rank computes on: memory, determinism, overlap."""
+"""Properties of the device that a rank computes on: memory, precision, determinism, overlap."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,24 @@ def set_product_precision(precision: str) -> None:
     Torch raises where its older interface, `allow_tf32`, is read once this one has been used.
     """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`, from malloc.h."""
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Keep what tensors on a CPU free for the next ones, as torch does on a GPU.
+
+    Otherwise glibc returns every large tensor, such as the gradient of all experts, to the system,
+    and each page of the next one is faulted in anew. Does nothing for other devices, nor without
+    glibc.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def should_overlap(setting: str, backend: str) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moa_dist.kernels.cpu_products import multiply, outer
 from moa_dist.kernels.gradient_sum import Into
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, hidden_rows, sum_type
 from moa_dist.kernels.saved import (
@@ -50,42 +51,6 @@ def _blocks(counts: list[int], row_bytes: int) -> tuple[list[_Block], int]:
     return blocks, max(block.rows.stop - block.rows.start for block in blocks)
 
 
-def _multiply(
-    rows: Tensor, matrices: Tensor, counts: list[int], out: Tensor, *, add: bool = False
-) -> Tensor:
-    """Multiply rows [a, I], sorted by expert, by their expert's matrix [e, I, O].
-
-    Sets `out` [a, O], or adds to it, and returns it.
-    """
-    for group, matrix, result in zip(
-        rows.split(counts), matrices.unbind(), out.split(counts), strict=True
-    ):
-        torch.addmm(result, group, matrix, beta=int(add), out=result)
-    return out
-
-
-def _outer(left: Tensor, right: Tensor, block: _Block, into: Into) -> None:
-    """Compute `left.T @ right` of each expert's rows [a, I] and [a, O].
-
-    An expert without rows gets zeros, or its total.
-    """
-    out, total = into.out[block.experts], into.total
-    parts = left.split(block.counts), right.split(block.counts)
-    if total is None and out.dtype == left.dtype:
-        for a, b, result in zip(*parts, out.unbind(), strict=True):
-            torch.mm(a.T, b, out=result)
-        return
-    wide = sum_type(left)
-    before = out if total is None else total[block.experts]
-    for a, b, result, term in zip(*parts, out.unbind(), before.unbind(), strict=True):
-        # In place where the types allow it.
-        widened = result if result.dtype == wide else torch.empty_like(result, dtype=wide)
-        beta = int(total is not None)
-        torch.addmm(term.to(wide), a.T.to(wide), b.to(wide), beta=beta, out=widened)
-        if widened is not result:
-            result.copy_(widened)
-
-
 def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows [a, W] times weights [a], in the type of the rows."""
     return (rows * weight[:, None]).to(rows.dtype)
@@ -120,14 +85,14 @@ def forward(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> tuple[Tensor,
         hidden = torch.index_select(x, 0, read[rows], out=gathered[:n])
         if ups:
             products = tuple(
-                _multiply(hidden, up[block], counts, product[rows])
+                multiply(hidden, up[block], counts, product[rows])
                 for up, product in zip(ups, saved.products, strict=True)
             )
             hidden = hidden_rows(products, activation)
         if weight is not None and not after_down:
             hidden = _scaled(hidden, weight[rows])
         out = saved.outputs[rows] if after_down else results[:n]
-        out = _multiply(hidden, down[block], counts, out)
+        out = multiply(hidden, down[block], counts, out)
         if weight is not None and after_down:
             out = out * weight[rows, None]
         y.index_add_(0, write[rows], out.to(y.dtype))
@@ -167,8 +132,8 @@ def backward(
             grad_y = torch.mul(grad_y, weight[rows, None], out=grad_y)
         scales_hidden = weight is not None and not after_down
         scaled = _scaled(hidden, weight[rows]) if weight is not None and scales_hidden else hidden
-        _outer(scaled, grad_y, block, into_down)
-        grad_h = _multiply(grad_y, down[of_block].mT, counts, hidden_grad[:n])
+        outer(scaled, grad_y, counts, into_down, of_block)
+        grad_h = multiply(grad_y, down[of_block].mT, counts, hidden_grad[:n])
         if weight is not None and scales_hidden:
             torch.sum(hidden.to(wide) * grad_h, -1, out=grad_weight[rows])
             grad_h = torch.mul(grad_h, weight[rows, None], out=grad_h)
@@ -176,10 +141,10 @@ def backward(
         if ups:
             grad_products = hidden_gradient(grad_h, products, activation)
             for grad_product, into_up in zip(grad_products, into_ups, strict=True):
-                _outer(from_x, grad_product, block, into_up)
+                outer(from_x, grad_product, counts, into_up, of_block)
             grad_rows = from_x  # no longer needed, so its buffer takes the result
             for i, (grad_product, up) in enumerate(zip(grad_products, ups, strict=True)):
-                _multiply(grad_product, up[of_block].mT, counts, grad_rows, add=i > 0)
+                multiply(grad_product, up[of_block].mT, counts, grad_rows, add=i > 0)
         grad_x.index_add_(0, read[rows], grad_rows.to(wide))
     grad_ups = tuple(into_up.out for into_up in into_ups)
     return Gradients(grad_x.to(x.dtype), grad_weight, into_down.out, grad_ups)

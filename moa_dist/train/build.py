@@ -9,7 +9,12 @@ import torch
 
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
-from moa_dist.distributed.device import min_device_memory, set_product_precision, should_overlap
+from moa_dist.distributed.device import (
+    keep_freed_memory,
+    min_device_memory,
+    set_product_precision,
+    should_overlap,
+)
 from moa_dist.distributed.mesh import Mesh, make_mesh
 from moa_dist.errors import ConfigError, Problem
 from moa_dist.models.counts import Counts, count_model
@@ -37,6 +42,7 @@ def build_as_configured(config: Config, device: torch.device, backend: str) -> B
     `backend` is the communication backend of the job that is to run.
     """
     set_product_precision(config.train.precision)
+    keep_freed_memory(device)
     mesh = make_mesh(config.parallel.expert_parallel)
     model = meta_model(config.model, recompute=config.train.recompute)
     counts = count_model(model, config.data.sequence_length)

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels import cpu_blocked
@@ -19,6 +20,7 @@ COUNTS = {
     "empty experts": [0, 5, 0, 0, 2, 0],
     "one expert takes all": [0, 7, 0],
     "no rows": [0, 0, 0],
+    "many rows": [40, 0, 5, 33, 3],
 }
 
 
@@ -47,9 +49,10 @@ def test_equals_one_assignment_at_a_time(use, counts):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
 )
+@pytest.mark.parametrize("counts", [COUNTS["uneven"], COUNTS["many rows"]], ids=str)
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_narrow_types_agree_with_fp64(use, dtype, tolerance):
-    experts, x, row_map, sources = inputs(use, COUNTS["uneven"], dtype)
+def test_narrow_types_agree_with_fp64(use, counts, dtype, tolerance):
+    experts, x, row_map, sources = inputs(use, counts, dtype)
     y = custom_op_experts(experts, x, row_map)
     assert y.dtype == dtype
     exact = [source.detach().double().requires_grad_() for source in sources]
@@ -83,6 +86,34 @@ def test_recomputation_changes_nothing(use):
     assert torch.equal(plain, recomputed)
     for ours, theirs in zip(gradients(recomputed, sources), gradients(plain, sources), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class ShapesOfProducts(TorchDispatchMode):
+    """Records the shapes of the operands of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[torch.Size, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.mkldnn._linear_pointwise.default, torch.ops.aten.mm.default):
+            self.shapes.add((args[0].shape, args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_products_have_the_same_shapes_whatever_the_loads(use, dtype):
+    """OneDNN compiles each shape anew."""
+
+    def shapes(counts):
+        experts, x, row_map, _ = inputs(use, counts, dtype)
+        with torch.no_grad(), ShapesOfProducts() as recorded:
+            y, saved = cpu_blocked.forward(experts, x, row_map)
+            cpu_blocked.backward(y, experts, x, row_map, saved)
+        return recorded.shapes
+
+    assert shapes([1, 5, 31, 33]) == shapes([2, 8, 25, 40]) == shapes([32, 64])
 
 
 def test_many_bfloat16_rows_are_summed_in_fp32_also_backward():
