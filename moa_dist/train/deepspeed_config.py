@@ -29,11 +29,15 @@ def deepspeed_config(
         "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
         "zero_optimization": _zero_section(stage, largest_parameter, sizes),
         "zero_allow_untested_optimizer": True,
+        # Torch's fused AdamW updates in host memory too, without compiling DeepSpeed's own.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         # It would wait for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
     }
+    if config.optimizer.offload == "host":
+        result["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.train.precision == "bf16":
         # Gradients are summed over micro-batches and ranks in fp32: bf16 keeps 8 bits.
         result["bf16"] = {"enabled": True}
