@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.layouts import Case, assert_equal, distributed, one_process
+from tests.distributed.layouts import Case, assert_equal, distributed, one_process, whole
 from tests.distributed.test_engine import FP32, TROUBLE, steps_with_trouble
+from tests.distributed.test_reshard import resume_each, train_and_save
 
 STAGES = [1, 2, 3]
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 2)]
@@ -59,3 +60,31 @@ def test_refused_step_leaves_no_trace(pools, precision, zero_stage):
         for without, refused in zip(expected, found, strict=True):
             assert without[0] == refused[0]
             assert all(torch.equal(a, b) for a, b in zip(without[1], refused[1], strict=True))
+
+
+@pytest.fixture(scope="module")
+def crossed(pools, tmp_path_factory):
+    """What runs with and without offload saved, and what each stage made of the other kind's."""
+    folder = tmp_path_factory.mktemp("offload")
+    there = {zero_stage: case_of(zero_stage) for zero_stage in STAGES}
+    cases = there | {-number: replace(case, offload="none") for number, case in there.items()}
+    folders = {key: folder / str(key) for key in cases}
+    ranks = pools(2)
+    saved = {key: ranks.run(train_and_save, case, 1, folders[key]) for key, case in cases.items()}
+    loaded = {key: ranks.run(resume_each, case, folders) for key, case in cases.items()}
+    return saved, loaded
+
+
+@pytest.mark.parametrize("target", [*STAGES, *(-number for number in STAGES)])
+def test_checkpoints_do_not_tell(crossed, target):
+    """A run with offload continues one without, and the other way round; itself bit for bit."""
+    saved, loaded = crossed
+    case = case_of(abs(target))
+    for source, ranks in saved.items():
+        expected = whole([state for state, _ in ranks], case)
+        found = whole([rank[source][0] for rank in loaded[target]], case)
+        assert {kind for _, kind in expected} == {"master", "exp_avg", "exp_avg_sq"}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        loss, expected_loss = loaded[target][0][source][1], ranks[0][1]
+        assert loss == pytest.approx(expected_loss, rel=0 if source == target else 1e-5)
