@@ -30,7 +30,9 @@ def as_text(result: DryRun) -> str:
             f"{_gib(tensors + planned.margin)}, plus {_gib(total(planned.context))} for the context"
         )
     parts = planned.parts() | planned.states.in_host_memory()
-    lines += [f"          {name:<12}{_gib(total(of)):>14}" for name, of in parts.items() if total(of)]
+    lines += [
+        f"          {name:<12}{_gib(total(of)):>14}" for name, of in parts.items() if total(of)
+    ]
     lines += [f"exchange  {part}: {why}" for part, why in result.exchange.items()]
     return "\n".join(lines)
 

@@ -15,7 +15,11 @@ _GIB = 2**30
 
 def check_configuration(config: Config, world_size: int) -> list[Finding]:
     """Check what the configuration needs from this machine and from `world_size` ranks."""
-    return [*check_layout(config, world_size), *check_on_host(config)]
+    return [
+        *check_layout(config, world_size),
+        *guarded("host memory", lambda: _host_memory(config, world_size)),
+        *check_on_host(config),
+    ]
 
 
 def check_layout(config: Config, world_size: int) -> list[Finding]:
@@ -43,12 +47,11 @@ def _layout(config: Config, world_size: int) -> Iterator[Finding]:
             f"per step = {world_size} ranks x {train.micro_batch} x {accumulated} accumulated"
         )
         yield Finding("layout", "ok", text)
-        yield from _host_memory(config, world_size)
 
 
 def _host_memory(config: Config, world_size: int) -> Iterator[Finding]:
     """Check whether this machine's memory holds its ranks' optimizer state, if it is to."""
-    if config.optimizer.offload == "none":
+    if config.optimizer.offload == "none" or find_layout_problems(config, world_size):
         return
     import psutil
     import torch
@@ -67,9 +70,9 @@ def _host_memory(config: Config, world_size: int) -> Iterator[Finding]:
     )
     if needed > size:
         remedy = "use more nodes or machines with more memory, or set it to none"
-        yield Finding("layout", "FAULT", text, remedy)
+        yield Finding("host memory", "FAULT", text, remedy)
     else:
-        yield Finding("layout", "ok", text)
+        yield Finding("host memory", "ok", text)
 
 
 def _data(config: Config) -> Iterator[Finding]:

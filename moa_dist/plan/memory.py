@@ -158,7 +158,9 @@ def states(
         result.masters.append(term(name, part, master))
         result.moments.append(term(name, moments, part, master))
     if offloaded and zero_stage < 3:
-        largest = term("copy of the largest one", ("elements", max((*sizes.dense, *sizes.experts))), element)
+        largest = term(
+            "copy of the largest one", ("elements", max((*sizes.dense, *sizes.experts))), element
+        )
         result.gradients.append(largest)
         result.staged.append(largest)
     return result
