@@ -143,7 +143,7 @@ def states(
             result.parameters.append(term(name, padded, element))
         match zero_stage, layout.element_bytes:
             case _ if offloaded:
-                touched = _touched(numels, part[1], num_ranks)
+                touched = ("elements", _touched(numels, part[1], num_ranks))
                 _add_offloaded(result, layout, zero_stage, name, plain, part, touched)
             case 1, 2:  # kept until the last micro-batch, in both types
                 result.gradients.append(term(f"{name} in bf16", plain, element))
@@ -173,11 +173,12 @@ def _add_offloaded(
     name: str,
     whole: Factor,
     part: Factor,
-    touched: int,
+    touched: Factor,
 ) -> None:
     """Add gradients, and what is staged in host memory, of parameters that ZeRO partitions.
 
-    `touched` counts the elements of those of which a rank has a part.
+    `whole` counts the elements of all, `part` those of a rank's partition, and `touched` those of
+    parameters of which a rank has a part.
     """
     element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
     if zero_stage == 1:
@@ -189,7 +190,7 @@ def _add_offloaded(
         case 3, _:
             held.staged.append(term(f"sums of gradients, {name}", part, master))
         case 2, 4 if layout.num_micro_batches > 1:
-            held.staged.append(term(f"sums of gradients, {name}", ("elements", touched), master))
+            held.staged.append(term(f"sums of gradients, {name}", touched, master))
     if zero_stage < 3:
         held.staged.append(term(f"parameters, {name}", part, element))
 
