@@ -11,6 +11,8 @@ def as_text(result: DryRun) -> str:
     """Return measured next to planned numbers, for people."""
     planned = result.planned
     tensors = planned.states.total + planned.computing
+    if result.device == "cpu":
+        tensors += planned.host_total
     others = result.world_size - 1
     who = f"rank 0 of {result.world_size:,}"
     if result.mirrored:
@@ -27,8 +29,10 @@ def as_text(result: DryRun) -> str:
             f"          {_gib(result.reserved)} reserved by the allocator; planned "
             f"{_gib(tensors + planned.margin)}, plus {_gib(total(planned.context))} for the context"
         )
-    parts = {name: total(lines_of) for name, lines_of in planned.parts().items()}
-    lines += [f"          {name:<12}{_gib(size):>14}" for name, size in parts.items() if size]
+    parts = planned.parts() | planned.states.in_host_memory()
+    lines += [
+        f"          {name:<12}{_gib(total(of)):>14}" for name, of in parts.items() if total(of)
+    ]
     lines += [f"exchange  {part}: {why}" for part, why in result.exchange.items()]
     return "\n".join(lines)
 

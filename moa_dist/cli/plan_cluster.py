@@ -11,12 +11,14 @@ from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.plan.layouts import Planned, Planner, why_too_much
 from moa_dist.plan.memory import FRAGMENTED
+from moa_dist.plan.terms import Term
 from moa_dist.plan.time import Assumptions
 from moa_dist.units import duration, short
 
 _TITLES = {
     "masters": "fp32 masters",
     "moments": "optimizer moments",
+    "staged": "gradients and parameters",
     "gathered": "gathered experts, in flight",
     "kept": "activations",
     "working": "temporary activations",
@@ -83,17 +85,23 @@ def _in_detail(planned: Planned, available: int) -> dict[str, Any]:
     """Return a layout with every line of its memory and time."""
     memory = planned.memory
     return _in_short(planned) | {
-        "memory": {
-            part: [
-                {"name": line.name, "formula": line.formula, "bytes": line.value}
-                for line in lines
-                if line.value
-            ]
-            for part, lines in memory.parts().items()
-        },
+        "memory": _lines(memory.parts()),
+        "host_memory": _lines(memory.states.in_host_memory()),
+        "host_bytes": memory.host_total,
         "margin_bytes": memory.margin,
         "too_much": why_too_much(memory, available) if memory.total > available else None,
         "time": [span._asdict() for span in planned.time.spans],
+    }
+
+
+def _lines(parts: dict[str, list[Term]]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        part: [
+            {"name": line.name, "formula": line.formula, "bytes": line.value}
+            for line in lines
+            if line.value
+        ]
+        for part, lines in parts.items()
     }
 
 
@@ -119,7 +127,7 @@ def cluster_as_text(plan: dict[str, Any]) -> str:
     ]
     if plan["detailed"]:
         lines += ["", f"{plan['detailed']['title']}: {plan['detailed']['layout']}"]
-        lines += _memory_lines(plan["detailed"], cluster["memory_bytes"])
+        lines += _memory_lines(plan["detailed"], cluster)
         lines += _time_lines(plan["detailed"])
     if plan["problems"]:
         lines += ["", "fix these to start as configured on these GPUs:"]
@@ -129,24 +137,35 @@ def cluster_as_text(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _memory_lines(detailed: dict[str, Any], available: int) -> list[str]:
+def _memory_lines(detailed: dict[str, Any], cluster: dict[str, Any]) -> list[str]:
+    ends = [
+        ("  margin", detailed["margin_bytes"]),
+        ("  total", detailed["bytes"]),
+        ("  available", cluster["memory_bytes"]),
+    ]
+    lines = ["", "peak MiB per GPU", *_table(detailed["memory"], ends)]
+    if detailed["too_much"]:
+        lines.append(f"  does not fit: {detailed['too_much']}")
+    if detailed["host_memory"]:
+        num_bytes, ranks = detailed["host_bytes"], cluster["gpus_per_node"]
+        ends = [
+            ("  total, of which torch rounds to powers of two what it pins", num_bytes),
+            (f"  a node with {ranks} GPUs", ranks * num_bytes),
+        ]
+        lines += ["", "MiB of host memory per GPU", *_table(detailed["host_memory"], ends)]
+    return lines
+
+
+def _table(memory: dict[str, list[dict[str, Any]]], ends: list[tuple[str, int]]) -> list[str]:
     rows: list[tuple[str, int]] = []
-    for part, entries in detailed["memory"].items():
+    for part, entries in memory.items():
         if entries:
             whole = sum(entry["bytes"] for entry in entries)
             rows.append((f"  {_TITLES.get(part, part)}", whole))
             rows += [(f"    {e['name']}: {e['formula']}", e["bytes"]) for e in entries]
-    rows += [
-        ("  margin", detailed["margin_bytes"]),
-        ("  total", detailed["bytes"]),
-        ("  available", available),
-    ]
+    rows += ends
     width = max(len(text) for text, _ in rows)
-    lines = ["", "peak MiB per GPU"]
-    lines += [f"{text:<{width}}{num_bytes / 2**20:>12,.1f}" for text, num_bytes in rows]
-    if detailed["too_much"]:
-        lines.append(f"  does not fit: {detailed['too_much']}")
-    return lines
+    return [f"{text:<{width}}{num_bytes / 2**20:>12,.1f}" for text, num_bytes in rows]
 
 
 def _time_lines(detailed: dict[str, Any]) -> list[str]:

@@ -58,7 +58,8 @@ def _data(config: Config) -> dict[str, dict[str, float]] | None:
 def _as_json(
     config: Config, world_size: int, counts: Counts, held: States, problems: list[str]
 ) -> dict[str, Any]:
-    ep = config.parallel.expert_parallel
+    ep, on_device = config.parallel.expert_parallel, held.parts()
+    in_host_memory = {"in_host_memory": sum(map(total, held.in_host_memory().values()))}
     return {
         "name": config.name,
         "parameters": {
@@ -87,9 +88,10 @@ def _as_json(
         "bytes_per_rank": {
             "parameters": total(held.parameters),
             "gradients": total(held.gradients),
-            "optimizer": total(held.moments),
-            "master": total(held.masters),
+            "optimizer": total(on_device.get("moments", [])),
+            "master": total(on_device.get("masters", [])),
             "total": held.total,
+            **(in_host_memory if held.offloaded else {}),
         },
     }
 
@@ -161,7 +163,10 @@ def counts_as_text(plan: dict[str, Any]) -> str:
         f"  {short(plan['flops_per_token'])} FLOPs per token, forward and backward",
         "",
         "MiB of states on the fullest rank, without activations and buffers",
-        *(f"  {name:<12}{n / 2**20:>16,.1f}" for name, n in plan["bytes_per_rank"].items()),
+        *(
+            f"  {name.replace('_', ' '):<14}{n / 2**20:>14,.1f}"
+            for name, n in plan["bytes_per_rank"].items()
+        ),
     ]
     if plan["gathered_weights_bytes"]:
         held = plan["gathered_weights_bytes"] / 2**20

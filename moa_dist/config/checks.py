@@ -16,6 +16,7 @@ from moa_dist.config.objective_checks import causal_attention, translation, uneq
 from moa_dist.config.optimization_checks import (
     decay,
     fractions_of_the_peak,
+    offload,
     optimizer,
     phases,
     warmup,
@@ -351,6 +352,7 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     phases,
     fractions_of_the_peak,
     optimizer,
+    offload,
     _init,
     _tasks,
     _samples,

@@ -111,3 +111,28 @@ def optimizer(config: Config) -> Iterator[Problem]:
             ("optimizer.momentum", "optimizer.kind"),
             {"optimizer.kind": ("sgd",)},
         )
+
+
+def can_offload(config: Config) -> bool:
+    """Return whether the optimizer's state could be in host memory, at ZeRO 1 to 3, and is not."""
+    return config.optimizer.offload == "none" and config.optimizer.kind != "muon"
+
+
+def offload(config: Config) -> Iterator[Problem]:
+    """DeepSpeed moves what ZeRO partitions; Muon's products need the GPU."""
+    if config.optimizer.offload == "none":
+        return
+    if config.parallel.zero_stage == 0:
+        yield Problem(
+            "`optimizer.offload` host does not work with `parallel.zero_stage` 0, which keeps no "
+            "optimizer state apart from the model; use stage 1, 2 or 3",
+            ("optimizer.offload", "parallel.zero_stage"),
+            {"optimizer.offload": ("none",), "parallel.zero_stage": (1,)},
+        )
+    if config.optimizer.kind == "muon":
+        yield Problem(
+            "`optimizer.offload` host does not work with `optimizer.kind` muon, whose products of "
+            "matrices would run on the CPU; use adamw, or leave the state on the GPU",
+            ("optimizer.offload", "optimizer.kind"),
+            {"optimizer.offload": ("none",), "optimizer.kind": ("adamw",)},
+        )

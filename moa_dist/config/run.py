@@ -87,6 +87,10 @@ class OptimizerConfig(Section):
     """What decays: every parameter, as in MoEUT, or all but norms and biases."""
     clip_norm: PositiveFloat | None = 0.25
     """Maximum gradient norm over dense and expert parameters together; null for no limit."""
+    offload: Annotated[Literal["none", "host"], MAY_CHANGE] = "none"
+    """Where ZeRO 1 to 3 keep the fp32 weights and the moments, and update them. `host` takes them
+    off the GPU, into the memory of its node: slower, for models that do not fit otherwise. The
+    result is the same to rounding. Not for `muon`, whose products would run on the CPU."""
 
 
 DecayShape = Literal["linear", "sqrt", "cosine"]

@@ -15,7 +15,11 @@ _GIB = 2**30
 
 def check_configuration(config: Config, world_size: int) -> list[Finding]:
     """Check what the configuration needs from this machine and from `world_size` ranks."""
-    return [*check_layout(config, world_size), *check_on_host(config)]
+    return [
+        *check_layout(config, world_size),
+        *guarded("host memory", lambda: _host_memory(config, world_size)),
+        *check_on_host(config),
+    ]
 
 
 def check_layout(config: Config, world_size: int) -> list[Finding]:
@@ -43,6 +47,32 @@ def _layout(config: Config, world_size: int) -> Iterator[Finding]:
             f"per step = {world_size} ranks x {train.micro_batch} x {accumulated} accumulated"
         )
         yield Finding("layout", "ok", text)
+
+
+def _host_memory(config: Config, world_size: int) -> Iterator[Finding]:
+    """Check whether this machine's memory holds its ranks' optimizer state, if it is to."""
+    if config.optimizer.offload == "none" or find_layout_problems(config, world_size):
+        return
+    import psutil
+    import torch
+
+    from moa_dist.models.language_model import meta_model
+    from moa_dist.plan.exchange_choice import expected_states
+
+    num_gpus = torch.cuda.device_count()
+    ranks = min(world_size, num_gpus or world_size)
+    held = expected_states(config, world_size, meta_model(config.model))
+    needed = ranks * held.host_total(is_pinned=num_gpus > 0)
+    size = psutil.virtual_memory().total
+    text = (
+        f"`optimizer.offload` host: {ranks} ranks here need {needed / _GIB:.2f} GiB of host memory "
+        f"for the optimizer, of {size / _GIB:.2f} GiB"
+    )
+    if needed > size:
+        remedy = "use more nodes or machines with more memory, or set it to none"
+        yield Finding("host memory", "FAULT", text, remedy)
+    else:
+        yield Finding("host memory", "ok", text)
 
 
 def _data(config: Config) -> Iterator[Finding]:

@@ -27,6 +27,8 @@ class Gpu:
     """Bytes per second that a GPU sends to others of its node by NVLink."""
     network_bandwidth: float
     """Bytes per second that a GPU sends to other nodes, with one adapter per GPU."""
+    host_bandwidth: float
+    """Bytes per second to or from its node's memory by PCIe."""
 
     def flops(self, precision: str) -> float | None:
         """Return peak FLOPs per second, None for a type that it does not train in."""
@@ -36,13 +38,14 @@ class Gpu:
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu("A100", (8, 0), int(80e9), 2.039e12, 300e9, 25e9),
-        Gpu("H100", (9, 0), int(80e9), 3.35e12, 450e9, 50e9),
-        Gpu("H200", (9, 0), int(141e9), 4.8e12, 450e9, 50e9),
-        Gpu("B200", (10, 0), int(180e9), 7.7e12, 900e9, 50e9),
+        Gpu("A100", (8, 0), int(80e9), 2.039e12, 300e9, 25e9, 32e9),
+        Gpu("H100", (9, 0), int(80e9), 3.35e12, 450e9, 50e9, 64e9),
+        Gpu("H200", (9, 0), int(141e9), 4.8e12, 450e9, 50e9, 64e9),
+        Gpu("B200", (10, 0), int(180e9), 7.7e12, 900e9, 50e9, 64e9),
     )
 }
-"""SXM modules by their name in commands; adapters of 200 Gb/s with A100, else of 400."""
+"""SXM modules by their name in commands; adapters of 200 Gb/s and PCIe 4 with A100, else of
+400 and PCIe 5."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from itertools import product
 
 from moa_dist.config.checks import check_fields
 from moa_dist.config.model import PARTS
+from moa_dist.config.optimization_checks import can_offload
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.kernels.hardware import Hardware
@@ -47,9 +48,10 @@ class Planned:
         exchange = parallel.expert_exchange
         exchanged = "" if parallel.expert_parallel == 1 else _exchange_name(self.config, exchange)
         again = ", recompute" if train.recompute else ""
+        host = ", optimizer in host memory" if self.config.optimizer.offload == "host" else ""
         return (
             f"ep {parallel.expert_parallel}, ZeRO {parallel.zero_stage}, "
-            f"micro-batch {train.micro_batch}{again}{exchanged}"
+            f"micro-batch {train.micro_batch}{again}{host}{exchanged}"
         )
 
     @property
@@ -62,6 +64,8 @@ class Planned:
             f"train.micro_batch={train.micro_batch}",
             f"train.recompute={str(train.recompute).lower()}",
         ]
+        if self.config.optimizer.offload != "none":
+            found.append(f"optimizer.offload={self.config.optimizer.offload}")
         if parallel.expert_parallel > 1:
             found += [
                 f"parallel.expert_exchange.{part}={getattr(parallel.expert_exchange, part)}"
@@ -132,17 +136,17 @@ class Planner:
             self._flows[key] = expected_traffic(config, self.cluster.num_gpus, exchange, self.model)
         return self._flows[key]
 
-    def candidates(self) -> Iterator[Config]:
-        """Yield every layout that can run."""
-        world_size, train = self.cluster.num_gpus, self.config.train
+    def candidates(self, base: Config) -> Iterator[Config]:
+        """Yield every layout of `base` that can run."""
+        world_size, train = self.cluster.num_gpus, base.train
         per_rank = train.global_batch // world_size
-        routed = self.config.model.routed_parts()
+        routed = base.model.routed_parts()
         for ep, stage in product(_divisors(world_size), range(4)):
             exchanges = product(EXCHANGES, repeat=len(routed) if ep > 1 else 0)
             for kinds in exchanges:
                 exchange = dict.fromkeys(PARTS, "tokens") | dict(zip(routed, kinds, strict=False))
                 for micro_batch, recompute in product(_divisors(per_rank), (False, True)):
-                    config = with_layout(self.config, ep, stage, micro_batch, recompute, exchange)
+                    config = with_layout(base, ep, stage, micro_batch, recompute, exchange)
                     if not check_fields(config) and not _accumulates_in_vain(config, per_rank):
                         yield config
 
@@ -150,11 +154,19 @@ class Planner:
         """Return layouts that fit, fastest first, and why no layout of an (ep, ZeRO) fits.
 
         Equally fast ones are ordered by fewer micro-batches, since launching a kernel takes time
-        that is not predicted, then by lower ZeRO stage.
+        that is not predicted, then by lower ZeRO stage. If none fits, the layouts are those with
+        the optimizer's state in host memory.
         """
+        fitting, reasons = self._ranked(self.config)
+        if reasons and not fitting and can_offload(self.config):
+            there = self.config.optimizer.model_copy(update={"offload": "host"})
+            fitting, _ = self._ranked(self.config.model_copy(update={"optimizer": there}))
+        return fitting, reasons
+
+    def _ranked(self, base: Config) -> tuple[list[Planned], list[str]]:
         fitting: list[Planned] = []
         smallest: dict[tuple[int, int], Planned] = {}
-        for config in self.candidates():
+        for config in self.candidates(base):
             planned = self.plan(config)
             if planned.memory.total <= self.cluster.gpu.memory:
                 fitting.append(planned)

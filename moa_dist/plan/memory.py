@@ -27,7 +27,7 @@ from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.plan.activations import Activations
 from moa_dist.plan.predicted_traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
-from moa_dist.plan.terms import Term, term, total
+from moa_dist.plan.terms import Factor, Term, term, total
 
 _REDUCED_AT_ONCE = 500_000_000
 """Elements that DeepSpeed's bf16 optimizer, used at stage 1, copies per all-reduce."""
@@ -83,15 +83,34 @@ class States:
     """ZeRO's fp32 copy of the parameters, which it updates."""
     moments: list[Term]
     """The optimizer's moments."""
+    staged: list[Term]
+    """Gradients and parameters in host memory, if the optimizer's state is there."""
+    offloaded: bool
+    """Whether masters, moments and what is staged are in host memory."""
 
     def parts(self) -> dict[str, list[Term]]:
-        """Lines by name."""
-        return dict(vars(self))
+        """Lines of what the device holds, by name."""
+        here = {"parameters": self.parameters, "gradients": self.gradients}
+        return here if self.offloaded else here | self._of_optimizer()
+
+    def in_host_memory(self) -> dict[str, list[Term]]:
+        """Lines of what the host's memory holds of this rank, by name."""
+        return self._of_optimizer() | {"staged": self.staged} if self.offloaded else {}
+
+    def _of_optimizer(self) -> dict[str, list[Term]]:
+        return {"masters": self.masters, "moments": self.moments}
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
-        return sum(total(lines) for lines in self.parts().values())
+        """Bytes on the device."""
+        return sum(map(total, self.parts().values()))
+
+    def host_total(self, *, is_pinned: bool) -> int:
+        """Return bytes in host memory, where torch rounds what it pins to powers of two."""
+        held = self.in_host_memory()
+        staged = [line.value for name, lines in held.items() for line in lines if name != "moments"]
+        rounded = [1 << (n - 1).bit_length() for n in staged if n] if is_pinned else staged
+        return sum(rounded) + total(held.get("moments", []))
 
 
 def states(
@@ -102,7 +121,8 @@ def states(
     zero_sizes: ZeroSizes = DEFAULT_ZERO_SIZES,
 ) -> States:
     """Return the exact bytes of the fullest rank, as deepspeed 0.19 keeps them."""
-    result = States([], [], [], [])
+    offloaded = optimizer.offload == "host"
+    result = States([], [], [], [], [], offloaded)
     element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
     for name, numels, num_ranks, num_moments in _groups(sizes, layout, optimizer):
         moments = ("moments", num_moments)
@@ -122,6 +142,9 @@ def states(
         else:
             result.parameters.append(term(name, padded, element))
         match zero_stage, layout.element_bytes:
+            case _ if offloaded:
+                touched = ("elements", _touched(numels, part[1], num_ranks))
+                _add_offloaded(result, layout, zero_stage, name, plain, part, touched)
             case 1, 2:  # kept until the last micro-batch, in both types
                 result.gradients.append(term(f"{name} in bf16", plain, element))
                 result.gradients.append(term(f"{name} in fp32", padded, master))
@@ -134,7 +157,42 @@ def states(
                 result.gradients.append(term(name, part, master))
         result.masters.append(term(name, part, master))
         result.moments.append(term(name, moments, part, master))
+    if offloaded and zero_stage < 3:
+        largest = term(
+            "copy of the largest one", ("elements", max((*sizes.dense, *sizes.experts))), element
+        )
+        result.gradients.append(largest)
+        result.staged.append(largest)
     return result
+
+
+def _add_offloaded(
+    held: States,
+    layout: Layout,
+    zero_stage: int,
+    name: str,
+    whole: Factor,
+    part: Factor,
+    touched: Factor,
+) -> None:
+    """Add gradients, and what is staged in host memory, of parameters that ZeRO partitions.
+
+    `whole` counts the elements of all, `part` those of a rank's partition, and `touched` those of
+    parameters of which a rank has a part.
+    """
+    element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
+    if zero_stage == 1:
+        held.gradients.append(term(name, whole, master))
+    if zero_stage < 3 and layout.element_bytes == 2:
+        held.gradients.append(term(f"{name}, this rank's part", part, master))
+    held.staged.append(term(f"gradients, {name}", part, master))
+    match zero_stage, layout.element_bytes:
+        case 3, _:
+            held.staged.append(term(f"sums of gradients, {name}", part, master))
+        case 2, 4 if layout.num_micro_batches > 1:
+            held.staged.append(term(f"sums of gradients, {name}", touched, master))
+    if zero_stage < 3:
+        held.staged.append(term(f"parameters, {name}", part, element))
 
 
 def _groups(
@@ -189,6 +247,8 @@ class Budget:
     """Temporary memory of the optimizer, after activations are freed."""
     context: list[Term]
     """Memory in use before the first tensor."""
+    is_pinned: bool
+    """Whether what host memory holds is pinned there."""
 
     @property
     def computing(self) -> int:
@@ -206,9 +266,14 @@ class Budget:
         """Bytes at the peak."""
         return self.states.total + self.computing + self.margin + total(self.context)
 
+    @property
+    def host_total(self) -> int:
+        """Bytes in the host's memory."""
+        return self.states.host_total(is_pinned=self.is_pinned)
+
     def parts(self) -> dict[str, list[Term]]:
         """Lines by part. Not all exist at the same time, so they may exceed the total."""
-        own = {name: lines for name, lines in vars(self).items() if name != "states"}
+        own = {name: lines for name, lines in vars(self).items() if isinstance(lines, list)}
         return self.states.parts() | own
 
 
@@ -227,7 +292,7 @@ def budget(
     sequences = -(-config.train.micro_batch * tokens_per_sample(config) // activations.length)
     device: Device = "cpu" if activations.hardware.device_type == "cpu" else "cuda"
     held = states(sizes, layout, stage, config.optimizer)
-    masters = total(held.masters) or total(held.parameters)
+    updated = ("kept", 2), ("B", total(held.masters) or total(held.parameters))
     return Budget(
         states=held,
         gathered=[
@@ -243,8 +308,9 @@ def budget(
         ),
         working=activations.working(sequences),
         buffers=_buffers(sizes, layout, stage, device),
-        updating=[term("optimizer's temporaries", ("kept", 2), ("B", masters))],
+        updating=[] if held.offloaded else [term("optimizer's temporaries", *updated)],
         context=[CONTEXT] if device == "cuda" else [],
+        is_pinned=device == "cuda",
     )
 
 

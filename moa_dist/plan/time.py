@@ -24,7 +24,7 @@ from moa_dist.models.stack import applications
 from moa_dist.moe.routed_module import RoutedProjection, routed_modules
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
-from moa_dist.plan.predicted_traffic import Layout, state_traffic
+from moa_dist.plan.predicted_traffic import MASTER_BYTES, Layout, state_traffic
 from moa_dist.units import short
 
 _BYTES_PER_UPDATE = 32
@@ -112,8 +112,7 @@ def step_time(
     copies = layout.world_size // layout.expert_parallel
     share = (layout.world_size, copies) if stage else (1, 1)
     masters = sum(sizes.dense) / share[0] + sum(sizes.experts) / share[1]
-    update = _span("update", _BYTES_PER_UPDATE * masters, "B", reach, cluster.gpu.memory_bandwidth)
-    spans = [products, rows, update]
+    spans = [products, rows, *_update_spans(config, layout, masters, cluster, assumed)]
     spans += _expert_spans(traffic, layout, cluster, assumed)
     spans += _state_spans(sizes, layout, stage, cluster, assumed, products.seconds + rows.seconds)
     return StepTime(
@@ -122,6 +121,24 @@ def step_time(
         peak_flops=peak,
         tokens=sequences * counts.sequence_length * layout.world_size,
     )
+
+
+def _update_spans(
+    config: Config, layout: Layout, masters: float, cluster: Cluster, assumed: Assumptions
+) -> list[Span]:
+    """Time the update of this rank's masters.
+
+    In host memory, PCIe is assumed to be as fast as a GPU's share of that memory.
+    """
+    gpu, updated = cluster.gpu, _BYTES_PER_UPDATE * masters
+    reach = assumed.memory_efficiency
+    if config.optimizer.offload == "none":
+        return [_span("update", updated, "B", reach, gpu.memory_bandwidth)]
+    moved, reach_pcie = (MASTER_BYTES + layout.element_bytes) * masters, assumed.network_efficiency
+    return [
+        _span("gradients and parameters by PCIe", moved, "B", reach_pcie, gpu.host_bandwidth),
+        _span("update in host memory", updated, "B", reach, gpu.host_bandwidth),
+    ]
 
 
 def _span(name: str, amount: float, unit: str, efficiency: float, rate: float) -> Span:

@@ -27,8 +27,10 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         # Defaults to 1.0, so always given; stage 0 is clipped by zero0.py.
         "gradient_clipping": (config.optimizer.clip_norm or 0.0) if stage > 0 else 0.0,
-        "zero_optimization": _zero_section(stage, largest_parameter, sizes),
+        "zero_optimization": _zero_section(config, largest_parameter, sizes),
         "zero_allow_untested_optimizer": True,
+        # Torch's fused AdamW updates in host memory too, without compiling DeepSpeed's own.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         # It would wait for the device twice in every micro-batch.
@@ -42,8 +44,11 @@ def deepspeed_config(
     return result
 
 
-def _zero_section(stage: int, largest_parameter: int, sizes: ZeroSizes) -> dict[str, Any]:
+def _zero_section(config: Config, largest_parameter: int, sizes: ZeroSizes) -> dict[str, Any]:
+    stage = config.parallel.zero_stage
     zero: dict[str, Any] = {"stage": stage}
+    if config.optimizer.offload == "host":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     overlap = torch.cuda.is_available()
     bucket = sizes.bucket
     if overlap and stage in (1, 2):

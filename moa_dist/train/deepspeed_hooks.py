@@ -263,12 +263,29 @@ def is_worth_showing(record: logging.LogRecord) -> bool:
     return "OVERFLOW" not in message and "untested optimizer" not in message
 
 
+def take_step(engine: Any) -> None:
+    """Call `engine.step()`, and drop the gradients even if it leaves out the update.
+
+    With its state in host memory, the optimizer of stages 1 and 2 would keep sums in fp32 of bf16
+    gradients then, and add the next step's to them.
+    """
+    engine.step()
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "norm_for_param_grads"):
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+
 def discard_step(engine: Any) -> None:
     """Call `engine.step()` at ZeRO 1 to 3 so that it drops gradients and changes nothing else.
 
     DeepSpeed does so when their norm is not finite, and offers no other way to discard a step.
     """
     optimizer = engine.optimizer
+    if hasattr(optimizer, "norm_for_param_grads"):  # of gradients that are in host memory already
+        for norm in optimizer.norm_for_param_grads.values():
+            norm.fill_(math.nan)
+        take_step(engine)
+        return
     if hasattr(optimizer, "bf16_groups"):  # DeepSpeed's own class for bf16 at stage 1
         gradients = list(optimizer.fp32_groups_gradients_flat)
     else:

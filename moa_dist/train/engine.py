@@ -121,7 +121,8 @@ class Engine:
             deepspeed_hooks.prepare_for_zero_3(model)
         groups = parameter_groups(model, config.optimizer, self.expert_names)
         deepspeed_hooks.name_expert_groups(groups, mesh)
-        self.optimizer = make_optimizer(config.optimizer, groups, fused=device.type == "cuda")
+        fused = device.type == "cuda" or config.optimizer.offload == "host"
+        self.optimizer = make_optimizer(config.optimizer, groups, fused=fused)
         with deepspeed_hooks.expert_marker(model, mesh, bool(experts)):
             self.deepspeed = _initialize(model, self.optimizer, config, mesh, zero_sizes)
         self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
@@ -224,7 +225,8 @@ class Engine:
     def _update(self) -> float:
         """Reduce, clip and take the step; returns the global gradient norm."""
         if self.zero_stage > 0:
-            self.deepspeed.step()  # which leaves the parameters alone if the norm is not finite
+            # It leaves the parameters alone if the norm is not finite.
+            deepspeed_hooks.take_step(self.deepspeed)
             return require_finite(float(self.deepspeed.get_global_grad_norm()))
         norm = reduce_and_clip(self.model, self.expert_names, self.mesh, self.clip_norm)
         if not math.isfinite(norm):

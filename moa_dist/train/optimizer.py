@@ -37,7 +37,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimizer of `parameter_groups`; ZeRO partitions its state.
 
-    With `fused`, AdamW updates many parameters in one kernel, as pays off on GPUs.
+    With `fused`, AdamW updates many parameters in one kernel on GPUs, and reads and writes each
+    element once on CPUs.
     """
     if config.kind == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from moa_dist.config.optimization_checks import can_offload
 from moa_dist.config.run import Config
 from moa_dist.errors import MemoryLimitError
 
@@ -70,31 +71,35 @@ def _explain(error: Exception, engine: Engine, config: Config, run_folder: Path,
         snapshot = folder / f"rank-{rank}.pickle"
         torch.cuda.memory._dump_snapshot(str(snapshot))
         lines.append(f"  every allocation: {snapshot}, at https://docs.pytorch.org/memory_viz")
-    lines.append(f"what helps: {'; '.join(remedies(config, engine.mesh.world_size, held))}")
+    found = remedies(config, engine.mesh.world_size, held, on_gpu=device.type == "cuda")
+    lines.append(f"what helps: {'; '.join(found)}")
     text = "\n".join(lines)
     (folder / f"rank-{rank}.txt").write_text(text + "\n", encoding="utf-8")
     return text
 
 
 def holdings(engine: Engine) -> dict[str, int]:
-    """Count bytes on this rank by purpose; memory shared by several tensors counts once."""
+    """Count bytes on this rank's device by purpose; shared memory counts once."""
     parameters = list(engine.model.parameters())
     averaged = getattr(engine.deepspeed.optimizer, "averaged_gradients", {}).values()
     optimizer = engine.optimizer
     states = [value for state in optimizer.state.values() for value in state.values()]
     masters = [p for group in optimizer.param_groups for p in group["params"]]
-    seen: set[int] = set()
+    device, seen = engine.device, set[int]()
     return {
         # Under ZeRO 3 a parameter is empty between uses, and `ds_tensor` is this rank's part.
-        "parameters": _num_bytes([*parameters, *(_part(p) for p in parameters)], seen),
+        "parameters": _num_bytes([*parameters, *map(_part, parameters)], device, seen),
         "gradients": _num_bytes(
             [
                 *(p.grad for p in parameters),
                 *(g for group in averaged for g in group or ()),
             ],
+            device,
             seen,
         ),
-        "optimizer state": _num_bytes([*states, *masters, *(p.grad for p in masters)], seen),
+        "optimizer state": _num_bytes(
+            [*states, *masters, *(p.grad for p in masters)], device, seen
+        ),
     }
 
 
@@ -102,10 +107,10 @@ def _part(parameter: Tensor) -> Tensor | None:
     return getattr(parameter, "ds_tensor", None)
 
 
-def _num_bytes(values: Iterable[object], seen: set[int]) -> int:
+def _num_bytes(values: Iterable[object], device: torch.device, seen: set[int]) -> int:
     total = 0
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.device.type == device.type:
             storage = value.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
@@ -113,7 +118,9 @@ def _num_bytes(values: Iterable[object], seen: set[int]) -> int:
     return total
 
 
-def remedies(config: Config, world_size: int, held: dict[str, int]) -> list[str]:
+def remedies(
+    config: Config, world_size: int, held: dict[str, int], *, on_gpu: bool = False
+) -> list[str]:
     """List settings to change, most effective first; none of them changes results."""
     of_activations, of_state = [], []
     total, micro = config.train.global_batch, config.train.micro_batch
@@ -129,6 +136,8 @@ def remedies(config: Config, world_size: int, held: dict[str, int]) -> list[str]
         of_state.append(f"parallel.expert_parallel={larger[0]} (now {ep})")
     if world_size > 1 and stage < 3:
         of_state.append(f"parallel.zero_stage={stage + 1} (now {stage})")
+    if on_gpu and stage > 0 and can_offload(config):
+        of_state.append("optimizer.offload=host (slower)")
     state = sum(num_bytes for name, num_bytes in held.items() if name != _REST)
     first, second = (
         (of_state, of_activations) if state > held[_REST] else (of_activations, of_state)

@@ -7,12 +7,15 @@ import socket
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from moa_dist.cli.main import main
 from moa_dist.config import load_config, to_yaml
 from moa_dist.doctor.configured import check_configuration, checkpoint_bytes
+from moa_dist.models.language_model import meta_model
+from moa_dist.plan.exchange_choice import expected_states
 from tests.evaluate.runs import config
 
 
@@ -102,6 +105,19 @@ def test_a_full_disk_is_seen_before_the_first_checkpoint(file, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
         found = {f.check: f for f in check_configuration(run, 1)}
         assert found["checkpoints"].is_fault == fault
+
+
+def test_host_memory_must_hold_an_offloaded_optimizer(file, monkeypatch):
+    run = load_config(file, ["optimizer.offload=host", "parallel.zero_stage=1"])
+    held = expected_states(run, 2, meta_model(run.model))
+    needed = 2 * held.host_total(is_pinned=False)
+    memory = namedtuple("memory", "total")
+    for total, fault in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: memory(total))
+        found = {f.check: f for f in check_configuration(run, 2)}
+        assert found["host memory"].is_fault == fault
+    without = check_configuration(load_config(file, []), 2)
+    assert "host memory" not in {f.check for f in without}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -128,6 +128,27 @@ def test_cluster(capsys):
     assert "MFU" in text
 
 
+def test_optimizer_in_host_memory(capsys):
+    """It is proposed where nothing else fits, and counted for a node, not for the GPU."""
+    arguments = ["--gpus", "8", "data.readers=8", "--zero-stage", "2"]
+    here = plan(capsys, *arguments)["detailed"]
+    assert here["host_memory"] == {}
+    there = plan(capsys, *arguments, "optimizer.offload=host")["detailed"]
+    assert there["memory"].keys().isdisjoint({"masters", "moments"})
+    assert there["host_memory"]["moments"] == here["memory"]["moments"]
+    assert there["bytes"] < here["bytes"]
+    assert there["seconds"] > here["seconds"]
+    arguments = ["--gpus", "8", "data.readers=8", "--layouts", "1000"]
+    smallest = min(layout["bytes"] for layout in plan(capsys, *arguments)["layouts"])
+    result = plan(capsys, *arguments, "--memory-gib", str((smallest - 2**20) / 2**30))
+    assert result["do_not_fit"]
+    assert all("optimizer.offload=host" in layout["overrides"] for layout in result["layouts"])
+    assert main(["plan", CONFIG, *result["layouts"][0]["overrides"], *arguments[:3]]) == 0
+    assert "host memory" in capsys.readouterr().out
+    muon = ["--memory-gib", "2.5", "optimizer.kind=muon"]
+    assert not plan(capsys, *arguments, *muon)["layouts"]
+
+
 def test_configuration_that_does_not_fit_the_cluster(capsys):
     """The best layout takes its place; without any it is an error."""
     result = plan(capsys, "--gpus", "64")

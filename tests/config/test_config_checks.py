@@ -19,6 +19,7 @@ ATTENTION, FFN = "model.attention.router", "model.ffn.router"
 PRECISION = ("train.precision", "parallel.zero_stage")
 KEPT = ("checkpoint.keep_every", "checkpoint.every")
 EP = "parallel.expert_parallel"
+OFFLOAD = "optimizer.offload"
 COMPILE = "train.compile"
 ROPE, WINDOW = "model.attention.rope", "model.attention.window"
 SCALING, LIMIT = f"{ROPE}.scaling", f"{FFN}.group_limit"
@@ -186,6 +187,16 @@ FULL = (f"{WINDOW}.full_every", "model.num_layers")
             {"optimizer.kind": ["sgd"]},
         ),
         (["train.precision=bf16", "parallel.zero_stage=0"], PRECISION, {PRECISION[1]: [1]}),
+        (
+            [f"{OFFLOAD}=host", "parallel.zero_stage=0"],
+            (OFFLOAD, "parallel.zero_stage"),
+            {OFFLOAD: ["none"], "parallel.zero_stage": [1]},
+        ),
+        (
+            [f"{OFFLOAD}=host", "optimizer.kind=muon"],
+            (OFFLOAD, "optimizer.kind"),
+            {OFFLOAD: ["none"], "optimizer.kind": ["adamw"]},
+        ),
         (
             ["train.compile=true", "train.recompute=true", f"{EP}=1"],
             (COMPILE, "train.recompute"),

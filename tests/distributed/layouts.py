@@ -55,6 +55,7 @@ class Case:
     micro_batch: int = 2
     precision: str = "fp64"
     optimizer: str = "sgd"
+    offload: str = "none"
     clip_norm: float | None = None
     momentum: float = 0.0
     exchange: str = "tokens"
@@ -106,6 +107,7 @@ class Case:
                 },
                 "optimizer": {
                     "kind": self.optimizer,
+                    "offload": self.offload,
                     "lr": self.lr or RATES[self.optimizer],
                     "weight_decay": 0.0 if self.optimizer == "sgd" else 0.1,
                     "clip_norm": self.clip_norm,

@@ -140,7 +140,10 @@ def poisoned_step(case: Case) -> tuple[BadStepReason, float, bool]:
     return error.value.reason, error.value.values["grad_norm"], changed
 
 
-@pytest.mark.parametrize("trouble", ["spike", "nan"])
+TROUBLE = ["spike", "nan", "gradient"]
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
 def test_refused_step_leaves_no_trace(pools, trouble):
     """The next one comes out bit for bit as if there had been none, at every stage."""
     layouts = [*map(stage, range(4)), {"zero_stage": 1, "precision": "bf16"}]
@@ -176,6 +179,14 @@ def steps_with_trouble(case: Case, trouble: str | None) -> tuple[list, list[torc
             engine.step(micro, lr=1.0)
         assert error.value.reason is BadStepReason.LOSS
         assert math.isnan(error.value.values["cross_entropy"])
+        handle.remove()
+    if trouble == "gradient":
+        handle = engine.model.final_norm.register_full_backward_hook(
+            lambda _module, grads, _outputs: tuple(g * float("inf") for g in grads)
+        )
+        with pytest.raises(BadStepError) as error:
+            engine.step(micro, lr=1.0)
+        assert error.value.reason is BadStepReason.GRAD_NORM
         handle.remove()
     results.append(engine.step(micro, lr=1e-2))
     state = [f.view.clone() for f in engine.state.fragments(owned_only=True)]

@@ -131,6 +131,7 @@ def test_remedies_change_what_holds_most_first():
         "train.micro_batch=2 (now 4)",
         "train.recompute=true",
     ]
+    assert "optimizer.offload=host (slower)" in remedies(config, 2, state, on_gpu=True)
     config = Case(expert_parallel=2, zero_stage=3, micro_batch=1, recompute=True).config()
     (last_resort,) = remedies(config, 2, state)
     assert "=" not in last_resort  # nothing of the configuration is left to change
