@@ -80,7 +80,7 @@ def check_data(
 
 def _other_tokenizers(folders: Sequence[DataFolder]) -> Iterator[DataError]:
     """Compare the tokenizer of each folder with that of the first."""
-    for name, folder, manifest in folders[1:]:
+    for name, folder, manifest, _ in folders[1:]:
         first = folders[0]
         if manifest.tokenizer_sha256 != first.manifest.tokenizer_sha256:
             yield DataError(

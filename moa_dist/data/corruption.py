@@ -118,7 +118,7 @@ def _damaged_shards(folder: DataFolder, *, read_all_pairs: bool) -> Damage:
 
     Pairs are read by every rank or, without `read_all_pairs`, not at all; damage raises DataError.
     """
-    _, path, manifest = folder
+    _, path, manifest, _ = folder
     if isinstance(manifest, PairManifest):
         if read_all_pairs:
             read_pairs(path, manifest)

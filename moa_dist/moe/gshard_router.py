@@ -30,6 +30,7 @@ class GShardRouter(Router):
         routing = super()._route(logits, token_mask, num_sequence_groups, choice)
         weights = routing.topk_weights
         if self.config.capacity is not None:
+            assert routing.keep_mask is not None
             weights = self._scaled(GATES["renormalized"](weights * routing.keep_mask))
         first = routing.topk_ids[:, :, 0].unflatten(0, (num_sequence_groups, -1)).flatten(1)
         real = first.new_ones(first.shape)
