@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class Counts:
     macs: dict[str, int]
     """Multiply-accumulates by part. Attention counts all pairs of tokens, which is how the
     papers count; norms, activations and gates are left out."""
+    layer_macs: dict[str, Counter[str]]
+    """Those of attention, of the FFN and of the rest of all layers, each by what does them."""
 
     @property
     def experts(self) -> int:
@@ -96,4 +99,5 @@ def count_model(model: LanguageModel, sequence_length: int) -> Counts:
         active=total - idle,
         expert_tensors=tuple(experts),
         macs=model.macs(sequence_length),
+        layer_macs=model.layer_macs(sequence_length),
     )

@@ -6,7 +6,7 @@ Shapes: B sequences of S tokens, R tokens of a source text, D model width, V voc
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import ModelConfig
+from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.config.positions import RopeConfig
 from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.hardware import Hardware
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
     an `encoder` before it.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = False) -> None:
         super().__init__()
         self.config = config
         self.sum_over_ranks: SumOverRanks = on_one_process
@@ -319,10 +319,15 @@ class LanguageModel(nn.Module):
         For translation, source and target both have that length.
         """
         head = length * self.config.d_model * self.config.vocab_size
-        parts = Counter(self.stack.macs(length))
-        if self.encoder is not None:
-            parts += Counter(self.encoder.macs(length))
-        return {**parts, "head": head}
+        return {**sum(self.layer_macs(length).values(), Counter()), "head": head}
+
+    def layer_macs(self, length: int) -> dict[str, Counter[str]]:
+        """Count those of attention, of the FFN and of the rest of all layers, as `Block.macs`."""
+        parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for stack in (self.encoder, self.stack):
+            for part, macs in stack.macs(length).items() if stack else ():
+                parts[part] += macs
+        return parts
 
 
 def _sum_repeats(part: Tensor, num_routers: int) -> Tensor:
@@ -356,14 +361,14 @@ def build_model(
     config: ModelConfig,
     *,
     seed: int = 0,
-    recompute: bool = False,
+    recompute: Recompute = False,
     parallelize: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
     """Build a model with initial weights, in fp32 on the CPU, that runs on one process."""
     return materialize(meta_model(config, recompute=recompute), seed, parallelize)
 
 
-def meta_model(config: ModelConfig, *, recompute: bool = False) -> LanguageModel:
+def meta_model(config: ModelConfig, *, recompute: Recompute = False) -> LanguageModel:
     """Build a model on the meta device: all shapes, and no memory for parameters."""
     with torch.device("meta"):
         return LanguageModel(config, recompute=recompute)

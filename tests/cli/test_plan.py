@@ -145,7 +145,7 @@ def test_optimizer_in_host_memory(capsys):
     assert all("optimizer.offload=host" in layout["overrides"] for layout in result["layouts"])
     assert main(["plan", CONFIG, *result["layouts"][0]["overrides"], *arguments[:3]]) == 0
     assert "host memory" in capsys.readouterr().out
-    muon = ["--memory-gib", "2.5", "optimizer.kind=muon"]
+    muon = ["--memory-gib", "2.01", "optimizer.kind=muon"]
     assert not plan(capsys, *arguments, *muon)["layouts"]
 
 
