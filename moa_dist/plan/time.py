@@ -126,6 +126,8 @@ def step_time(
 def _computed_again(layout: Layout, counts: Counts, rows_moved: RowBytes) -> tuple[int, float]:
     """Count multiply-accumulates of a sequence and bytes of a token's rows that occur again."""
     macs, rows = 0, 0.0
+    if "block" in layout.recompute:
+        macs = counts.layer_macs["rest"].total()
     for part in PARTS:
         of_part = counts.layer_macs[part]
         if layout.recompute & {"block", part}:

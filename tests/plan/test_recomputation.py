@@ -100,5 +100,6 @@ def test_options_are_what_differs(path):
     for option in options:  # as a user would copy it
         override = f"train.recompute={recompute_name(option)}"
         assert load_config(CONFIGS.parent / path, [override]).train.recompute == option
-    compiled = load_config(CONFIGS.parent / path, ["train.compile=true", "parallel.expert_parallel=1"])
+    alone = ["train.compile=true", "parallel.expert_parallel=1"]
+    compiled = load_config(CONFIGS.parent / path, alone)
     assert recompute_options(compiled) == [False]
