@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.language_model import LanguageModel, meta_model
+from moa_dist.models.stack import macs_of
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 
@@ -99,5 +100,5 @@ def count_model(model: LanguageModel, sequence_length: int) -> Counts:
         active=total - idle,
         expert_tensors=tuple(experts),
         macs=model.macs(sequence_length),
-        layer_macs=model.layer_macs(sequence_length),
+        layer_macs=macs_of(model, sequence_length),
     )

@@ -6,7 +6,7 @@ Shapes: B sequences of S tokens, R tokens of a source text, D model width, V voc
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from moa_dist.models.padding import Runs
 from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
 from moa_dist.models.soft_cap import soft_capped
-from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
+from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput, macs_of
 from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
@@ -319,15 +319,8 @@ class LanguageModel(nn.Module):
         For translation, source and target both have that length.
         """
         head = length * self.config.d_model * self.config.vocab_size
-        return {**sum(self.layer_macs(length).values(), Counter()), "head": head}
-
-    def layer_macs(self, length: int) -> dict[str, Counter[str]]:
-        """Count those of attention, of the FFN and of the rest of all layers, as `Block.macs`."""
-        parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for stack in (self.encoder, self.stack):
-            for part, macs in stack.macs(length).items() if stack else ():
-                parts[part] += macs
-        return parts
+        of_layers = sum(macs_of(self, length).values(), Counter[str]())
+        return {**of_layers, "head": head}
 
 
 def _sum_repeats(part: Tensor, num_routers: int) -> Tensor:

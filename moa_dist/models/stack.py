@@ -137,15 +137,6 @@ class LayerStack(nn.Module):
             )
         }
 
-    def macs(self, length: int) -> dict[str, Counter[str]]:
-        """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`."""
-        first = next((i for i, layer in enumerate(self.plan) if self.block(layer).halting), None)
-        parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for i, layer in enumerate(self.plan):
-            for part, macs in self.block(layer).macs(length, i, is_first=i == first).items():
-                parts[part] += macs
-        return parts
-
     def token_means(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
         """Report on what layers hand on, of tokens [B, S]; see `LanguageModelOutput`."""
         halting = output.state.halting
@@ -262,3 +253,14 @@ def applications(model: nn.Module) -> Counter[nn.Module]:
     """Count the uses of every module of a model's layers in a forward."""
     stacks = (module for module in model.modules() if isinstance(module, LayerStack))
     return sum((stack.applications() for stack in stacks), Counter[nn.Module]())
+
+
+def macs_of(model: nn.Module, length: int) -> dict[str, Counter[str]]:
+    """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`."""
+    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for stack in (module for module in model.modules() if isinstance(module, LayerStack)):
+        first = next((i for i, layer in enumerate(stack.plan) if stack.block(layer).halting), None)
+        for i, layer in enumerate(stack.plan):
+            for part, macs in stack.block(layer).macs(length, i, is_first=i == first).items():
+                parts[part] += macs
+    return parts
