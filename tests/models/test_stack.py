@@ -124,7 +124,7 @@ def test_recomputation_is_bit_identical(attention, expert_dropout, recompute):
         assert torch.equal(gradient, recomputed[1][name]), name
     for call, statistics in plain[2].items():
         for ours, theirs in zip(statistics, recomputed[2][call], strict=True):
-            assert torch.equal(ours, theirs), call
+            assert ours is theirs is None or torch.equal(ours, theirs), call
 
 
 class Operators(TorchDispatchMode):
