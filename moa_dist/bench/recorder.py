@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moa_dist.distributed.pending import Pending, ready
-from moa_dist.kernels.routed_experts import routed_experts
+from moa_dist.kernels.routed_experts import RoutedExperts, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, RowMap
 from moa_dist.moe.dispatch import Level, LocalPlan, LocalTokenDispatcher
 from moa_dist.moe.router import Routing
@@ -55,6 +55,8 @@ def _leaf(x: Tensor) -> Tensor:
 class RecordingDispatcher:
     """A local dispatcher that records its calls."""
 
+    kernel: RoutedExperts = routed_experts
+    """Runs the experts."""
     planned: list[tuple[Routing, int]] = field(default_factory=list)
     """Routings that were planned, with the number of experts."""
     applied: list[Recorded] = field(default_factory=list)

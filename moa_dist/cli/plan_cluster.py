@@ -11,6 +11,7 @@ from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import decide_exchange
 from moa_dist.plan.layouts import Planned, Planner, why_too_much
 from moa_dist.plan.memory import FRAGMENTED
+from moa_dist.plan.recomputation import recompute_name
 from moa_dist.plan.terms import Term
 from moa_dist.plan.time import Assumptions
 from moa_dist.units import duration, short
@@ -75,10 +76,13 @@ def _configured(planner: Planner) -> dict[str, Any] | None:
     available = planner.cluster.gpu.memory
     decision = decide_exchange(config, num_gpus, available, planner.model)
     decided = parallel.model_copy(update={"expert_exchange": decision.exchange})
-    planned = planner.plan(config.model_copy(update={"parallel": decided}))
-    return {"title": "as configured", "expert_exchange": decision.because} | _in_detail(
-        planned, available
-    )
+    config = config.model_copy(update={"parallel": decided})
+    return {
+        "title": "as configured",
+        "expert_exchange": decision.because,
+        **_in_detail(planner.plan(config), available),
+        "recompute": _recomputation(planner.fit(config)),
+    }
 
 
 def _in_detail(planned: Planned, available: int) -> dict[str, Any]:
@@ -115,6 +119,18 @@ def _in_short(planned: Planned) -> dict[str, Any]:
         "mfu": time.mfu,
         "tokens_per_second": time.tokens_per_second,
         "days": planned.config.train.steps * time.seconds / 86400,
+        "recompute": _recomputation(planned),
+    }
+
+
+def _recomputation(planned: Planned) -> dict[str, Any] | None:
+    """Return what a layout recomputes to fit, and what else was compared."""
+    choice = planned.recomputation
+    if choice is None:
+        return None
+    return {
+        "because": str(choice),
+        "costs": {recompute_name(option): cost._asdict() for option, cost in choice.costs.items()},
     }
 
 
@@ -146,6 +162,7 @@ def _memory_lines(detailed: dict[str, Any], cluster: dict[str, Any]) -> list[str
     lines = ["", "peak MiB per GPU", *_table(detailed["memory"], ends)]
     if detailed["too_much"]:
         lines.append(f"  does not fit: {detailed['too_much']}")
+    lines.append(f"  {detailed['recompute']['because']}")
     if detailed["host_memory"]:
         num_bytes, ranks = detailed["host_bytes"], cluster["gpus_per_node"]
         ends = [
@@ -201,6 +218,7 @@ def _layout_lines(plan: dict[str, Any]) -> list[str]:
         )
     if shown:
         lines.append(f"  overrides of the first: {' '.join(shown[0]['overrides'])}")
+        lines.append(f"  {shown[0]['recompute']['because']}")
     if plan["do_not_fit"]:
         lines += ["", "do not fit, with the least memory that each needs"]
         lines += [f"  {reason}" for reason in plan["do_not_fit"]]

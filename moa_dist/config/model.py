@@ -25,6 +25,17 @@ Part = Literal["attention", "ffn"]
 """The two parts of a layer that may hold experts."""
 PARTS: tuple[Part, ...] = ("attention", "ffn")
 
+Recompute = bool | tuple[Literal["attention", "ffn", "experts"], ...]
+"""Which activations the backward pass computes again: see `TrainConfig.recompute`."""
+
+
+def recomputed_parts(recompute: Recompute) -> frozenset[str]:
+    """Return what is computed again, where `block` is a whole layer; nothing is twice."""
+    if isinstance(recompute, bool):
+        return frozenset({"block"} if recompute else ())
+    return frozenset(recompute)
+
+
 _SHRUNK_WIDTH, _SHRUNK_D_FF, _SHRUNK_HEADS = 8, 32, 2
 
 

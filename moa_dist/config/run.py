@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from moa_dist.config.data import DataConfig
-from moa_dist.config.model import ModelConfig
+from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.config.section import MAY_CHANGE, FolderPath, Section
 
 
@@ -154,8 +154,11 @@ class TrainConfig(Section):
     deterministic: Annotated[bool, MAY_CHANGE] = False
     """Make two runs of one layout on the same GPUs equal to the bit. Rows are then summed in sorted
     order instead of by atomic additions, which is slower; on CPUs this is always the case."""
-    recompute: Annotated[bool, MAY_CHANGE] = False
-    """Recompute each block's activations in the backward pass to save memory."""
+    recompute: Annotated[Recompute, MAY_CHANGE] = False
+    """Compute activations again in the backward pass instead of keeping them: true for those of
+    whole layers, or a list of `attention` and `ffn`, with the norms around them, and `experts`, the
+    products within routed experts (not by torch's kernels for fp64 and without Triton). It saves
+    memory, and the result is the same. `moa-dist plan --gpus` lists what a layout needs to fit."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """Compile each block by `torch.compile`, as one graph, for training; the first step takes
     minutes. Not with `recompute`, at ZeRO 3, or where ranks exchange tokens."""

@@ -26,7 +26,7 @@ _ROWS = "Tensor {0}, Tensor {0}_order, Tensor? {0}_offsets, SymInt num_{0}"
 _OPERANDS = (
     "Tensor x, Tensor down, Tensor[] ups, str activation, "
     f"{_ROWS.format('read')}, {_ROWS.format('write')}, "
-    "Tensor counts, bool is_dropless, Tensor? weight"
+    "Tensor counts, bool is_dropless, Tensor? weight, bool recompute"
 )
 
 
@@ -147,8 +147,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)  # else zeros are made as gradients of what is only saved
     of_rows = (*row_map.read[:3], *row_map.write[:3])
     tensors = (x, experts.down, row_map.counts, row_map.weight, *of_rows)
-    ctx.save_for_backward(*tensors, outputs, *experts.ups, *products)
-    ctx.activation, ctx.is_dropless = experts.activation, row_map.is_dropless
+    kept = () if row_map.recompute else (outputs, *products)
+    ctx.save_for_backward(*tensors, *experts.ups, *kept)
+    ctx.num_ups, ctx.activation = len(experts.ups), experts.activation
+    ctx.is_dropless, ctx.recompute = row_map.is_dropless, row_map.recompute
     ctx.nums = row_map.read.num, row_map.write.num
     ctx.num_handles = len(handles)
     ctx.sums = [total for _, total in map(sum_of, experts.tensors())] if handles else None
@@ -161,10 +163,14 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         Rows(ids, order, offsets, num)
         for num, (ids, order, offsets) in zip(ctx.nums, (saved[:3], saved[3:6]), strict=True)
     )
-    outputs, *rest = saved[6:]
-    ups, products = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    ups, kept = saved[6 : 6 + ctx.num_ups], saved[6 + ctx.num_ups :]
     experts = ExpertWeights(down, tuple(ups), ctx.activation)
-    flat = _flatten(experts, x, RowMap(read, write, counts, ctx.is_dropless, weight))
+    row_map = RowMap(read, write, counts, ctx.is_dropless, weight, ctx.recompute)
+    flat = _flatten(experts, x, row_map)
+    if ctx.recompute:
+        _, outputs, products = _forward(*flat, [])
+    else:
+        outputs, *products = kept
     grad_down, grad_ups = None, [None] * len(ups)
     if ctx.sums is None:
         grad_x, grad_weight, grad_down, grad_ups = _backward(grad, outputs, products, *flat)
@@ -173,7 +179,7 @@ def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         out, total = map(list, zip(*(s.into(matrix) for s, matrix in pairs), strict=True))
         grad_x, grad_weight = _summing_backward(out, total, grad, outputs, products, *flat)
     # In the order of `_OPERANDS`; of the row map, which comes last, only `weight` has a gradient.
-    of_row_map = (*[None] * (len(flat) - 5), None if weight is None else grad_weight)
+    of_row_map = (*[None] * (len(flat) - 6), None if weight is None else grad_weight, None)
     return grad_x, grad_down, grad_ups, None, *of_row_map, [None] * ctx.num_handles
 
 

@@ -154,13 +154,17 @@ class Repeats:
 
     @contextmanager
     def summing(self) -> Iterator[None]:
-        """Let operations of this file, and routed experts, add to the sums while open."""
-        for parameter, summed in self._summed.items():
-            setattr(parameter, _ATTRIBUTE, summed)
+        """Let operations of this file, and routed experts, add to the sums while open.
+
+        May be open already.
+        """
+        closed = [parameter for parameter in self._summed if not hasattr(parameter, _ATTRIBUTE)]
+        for parameter in closed:
+            setattr(parameter, _ATTRIBUTE, self._summed[parameter])
         try:
             yield
         finally:
-            for parameter in self._summed:
+            for parameter in closed:
                 delattr(parameter, _ATTRIBUTE)
 
     def detached(self, used: Tensor) -> Tensor:

@@ -54,6 +54,11 @@ def routed_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor
     return kernel_for(experts, x).run(experts, x, row_map)
 
 
+def recomputed_experts(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
+    """Compute `routed_experts`, whose fused kernels then keep nothing but their operands."""
+    return routed_experts(experts, x, row_map._replace(recompute=True))
+
+
 def kernel_for(experts: ExpertWeights, x: Tensor, hardware: Hardware | None = None) -> Kernel:
     """Choose the kernel for these experts and rows, by default on the device of the rows."""
     hardware = hardware or Hardware.of(x.device)

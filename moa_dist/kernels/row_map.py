@@ -88,6 +88,8 @@ class RowMap(NamedTuple):
     """Whether they sum to A."""
     weight: Tensor | None
     """[A] in fp32 or wider, a factor for each assignment's result; None for no factor."""
+    recompute: bool = False
+    """Whether fused kernels compute again in the backward pass what they would keep otherwise."""
 
 
 def hidden_rows(products: tuple[Tensor, ...], activation: str) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from moa_dist.models.linear import Bias
 from moa_dist.models.mask import AttentionMask
 from moa_dist.models.norms import LayerNorm, RMSNorm
 from moa_dist.models.padding import Runs
+from moa_dist.models.recompute import Recomputation
 from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import AttentionTrace, BlockTrace
 from moa_dist.moe.borrowing import used_modules
@@ -174,23 +175,26 @@ class Block(nn.Module):
         own = {"attention": self.attention}
         return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
-    def macs(self, length: int, application: int, *, is_first: bool = False) -> dict[str, int]:
-        """Count multiply-accumulates of an application to a sequence of `length`, by part.
+    def macs(
+        self, length: int, application: int, *, is_first: bool = False
+    ) -> dict[str, Counter[str]]:
+        """Count multiply-accumulates of an application to a sequence of `length`.
 
+        They are those of attention, of the FFN and of the rest, each by what does them.
         Applications are counted from 0 in a stack; nothing halts before the first that has halting,
-        which `is_first`. The source that a decoder's layer attends to has
-        the same length.
+        which `is_first`. The source that a decoder's layer attends to has the same length.
         """
         window = None if self.window is None else self.window.size_in(application)
         if window is not None and not self.is_causal:
             window = 2 * window - 1
         num_keys = length if window is None else min(window, length)
-        parts = Counter(self.attention.macs(length, num_keys)) + Counter(self.ffn.macs(length))
+        attention = Counter(self.attention.macs(length, num_keys))
         if self.cross is not None:
-            parts += Counter(self.cross.attention.macs(length))
+            attention += Counter(self.cross.attention.macs(length))
+        rest = Counter[str]()
         if self.halting is not None and not is_first:
-            parts["halting"] += self.halting.macs(length)
-        return dict(parts)
+            rest["halting"] = self.halting.macs(length)
+        return {"attention": attention, "ffn": Counter(self.ffn.macs(length)), "rest": rest}
 
     def start_gathering(self, gathering: ExpertGathering) -> None:
         """Start to gather expert weights: once per forward, for all that use them."""
@@ -228,20 +232,23 @@ class Block(nn.Module):
         memory: EncoderMemory | None = None,
         trace: bool = False,
         state: LayerState = EMPTY_STATE,
+        again: Recomputation | None = None,
     ) -> BlockOutput:
         """x [B, S, D] -> x [B, S, D]; a decoder that translates needs a `memory`.
 
         With halting, x is what others see of tokens, and the residual stream is within the state.
+        `again` says which parts the backward pass computes again.
         """
+        call = _call if again is None else again.call
         own, of_source = (None, None) if cache is None else (cache[:2], cache[2:])
         seen, halting, weight = x, None, None
         if self.halting is not None:
             halting = self.halting(seen, mask.query_mask, state.halting)
             x, weight = halting.inner, halting.weight
             mask = mask._replace(query_mask=halting.running)
-        x, attention = self._attend(
-            x, seen, mask, gathered.attention, own, trace, state.of_routers("attention", weight)
-        )
+        known = state.of_routers("attention", weight)
+        attend = (self._attend, x, seen, mask, gathered.attention, own, trace, known)
+        x, attention = call("attention", self.attention, *attend)
         named = _within("attention", attention.statistics)
         states = _within("attention", attention.states)
         longer, traces = attention.cache, {"attention": attention.trace}
@@ -250,14 +257,16 @@ class Block(nn.Module):
             if halting is not None:
                 memory = memory._replace(query_mask=halting.running)
             known = state.of_routers("attention.cross", weight)
-            cross = self.cross(x, memory, gathered.cross, of_source, trace, known)
+            attend_to = (self.cross, x, memory, gathered.cross, of_source, trace, known)
+            cross = call("attention", self.cross, *attend_to)
             x = cross.y
             named |= _within("attention.cross", cross.statistics)
             states |= _within("attention.cross", cross.states)
             traces["attention.cross"] = cross.trace
             longer = None if longer is None else (*longer, *cross.cache)
         known = state.of_routers("ffn", weight)
-        x, ffn = self._transform(x, mask.query_mask, gathered.ffn, trace, known)
+        transform = (self._transform, x, mask.query_mask, gathered.ffn, trace, known)
+        x, ffn = call("ffn", self.ffn, *transform)
         named |= _within("ffn", ffn.statistics)
         state = state.with_routers(states | _within("ffn", ffn.states))
         if halting is not None:
@@ -320,6 +329,10 @@ class Block(nn.Module):
             for name, value in trace.routing.items()
         }
         return trace._replace(routing=routing, running=running)
+
+
+def _call(_part: str, _module: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+    return run(*args)
 
 
 def _block_trace(attention: dict[str, AttentionTrace | None], ffn: FeedForwardOutput) -> BlockTrace:

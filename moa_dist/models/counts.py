@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.language_model import LanguageModel, meta_model
+from moa_dist.models.stack import macs_of
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 
@@ -39,6 +41,8 @@ class Counts:
     macs: dict[str, int]
     """Multiply-accumulates by part. Attention counts all pairs of tokens, which is how the
     papers count; norms, activations and gates are left out."""
+    layer_macs: dict[str, Counter[str]]
+    """Those of attention, of the FFN and of the rest of all layers, each by what does them."""
 
     @property
     def experts(self) -> int:
@@ -96,4 +100,5 @@ def count_model(model: LanguageModel, sequence_length: int) -> Counts:
         active=total - idle,
         expert_tensors=tuple(experts),
         macs=model.macs(sequence_length),
+        layer_macs=macs_of(model, sequence_length),
     )

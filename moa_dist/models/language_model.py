@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import ModelConfig
+from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.config.positions import RopeConfig
 from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.hardware import Hardware
@@ -28,7 +28,7 @@ from moa_dist.models.padding import Runs
 from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
 from moa_dist.models.soft_cap import soft_capped
-from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput
+from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput, macs_of
 from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Initializer, Normal, initialize
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
     an `encoder` before it.
     """
 
-    def __init__(self, config: ModelConfig, *, recompute: bool = False) -> None:
+    def __init__(self, config: ModelConfig, *, recompute: Recompute = False) -> None:
         super().__init__()
         self.config = config
         self.sum_over_ranks: SumOverRanks = on_one_process
@@ -319,10 +319,8 @@ class LanguageModel(nn.Module):
         For translation, source and target both have that length.
         """
         head = length * self.config.d_model * self.config.vocab_size
-        parts = Counter(self.stack.macs(length))
-        if self.encoder is not None:
-            parts += Counter(self.encoder.macs(length))
-        return {**parts, "head": head}
+        of_layers = sum(macs_of(self, length).values(), Counter[str]())
+        return {**of_layers, "head": head}
 
 
 def _sum_repeats(part: Tensor, num_routers: int) -> Tensor:
@@ -356,14 +354,14 @@ def build_model(
     config: ModelConfig,
     *,
     seed: int = 0,
-    recompute: bool = False,
+    recompute: Recompute = False,
     parallelize: Callable[[nn.Module], None] | None = None,
 ) -> LanguageModel:
     """Build a model with initial weights, in fp32 on the CPU, that runs on one process."""
     return materialize(meta_model(config, recompute=recompute), seed, parallelize)
 
 
-def meta_model(config: ModelConfig, *, recompute: bool = False) -> LanguageModel:
+def meta_model(config: ModelConfig, *, recompute: Recompute = False) -> LanguageModel:
     """Build a model on the meta device: all shapes, and no memory for parameters."""
     with torch.device("meta"):
         return LanguageModel(config, recompute=recompute)

@@ -1,4 +1,4 @@
-"""Activation checkpointing of a block that keeps its choices of experts, and who has halted.
+"""Activation checkpointing of a block, or its parts, that keeps choices of experts and halting.
 
 Choices must not change between the two passes, nor which assignments are dropped, and kernels
 need not repeat a sum bit for bit. So what the routers chose in the first pass is given to them in
@@ -9,9 +9,9 @@ gathers of parameters, which run inside the block, depend on what was gathered b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,12 +22,27 @@ from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.router import Router, Routing
 
 
-def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
-    """Call `block(*args)`, but recompute its activations in the backward pass.
+class Recomputation(NamedTuple):
+    """Which parts of a block the backward pass computes again."""
 
-    Gradients of weights go to the sums of `repeats`.
+    parts: frozenset[str]
+    """Names of the parts."""
+    repeats: Repeats
+    """Sums of gradients of the block's weights."""
+
+    def call(self, part: str, module: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+        """Call `run(*args)`, which uses the routers of `module`."""
+        if part not in self.parts:
+            return run(*args)
+        return recomputed(module, self.repeats, run, *args)
+
+
+def recomputed(module: nn.Module, repeats: Repeats, call: Callable[..., Any], *args: Any) -> Any:
+    """Call `call(*args)`, but recompute its activations in the backward pass.
+
+    It may use the routers of `module`; gradients of weights go to the sums of `repeats`.
     """
-    choosing = [m for m in used_modules(block) if isinstance(m, Router | StickBreakingHalting)]
+    choosing = [m for m in used_modules(module) if isinstance(m, Router | StickBreakingHalting)]
     choices: list[Any] = []
     passes = 0
 
@@ -36,7 +51,7 @@ def recomputed(block: nn.Module, repeats: Repeats, *args: Any) -> Any:
         passes += 1
         hooks = _keeping(choosing, choices) if passes == 1 else _repeating(choosing, choices)
         with hooks, repeats.summing():
-            return block(*args)
+            return call(*args)
 
     # Non-reentrant: with shared layers the other kind fires gradient hooks per repeat.
     return checkpoint(run, *args, use_reentrant=False)

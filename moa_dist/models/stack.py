@@ -6,7 +6,7 @@ before and after these are applied once. See `moa_dist.models.sharing` for shari
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moa_dist.config.model import ModelConfig
+from moa_dist.config.model import ModelConfig, Recompute, recomputed_parts
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
+from moa_dist.kernels.routed_experts import recomputed_experts
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.halting import token_means
 from moa_dist.models.mask import AttentionMask, LayerMasks
-from moa_dist.models.recompute import recomputed
+from moa_dist.models.recompute import Recomputation, recomputed
 from moa_dist.models.sharing import make_layers
 from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.borrowing import used_modules
+from moa_dist.moe.dispatch import LocalTokenDispatcher
 from moa_dist.moe.gathering import ExpertGathering
+from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 
@@ -84,7 +87,7 @@ class LayerStack(nn.Module):
     """Applies `num_layers` layers, some of which may be the same ones or share parts."""
 
     def __init__(
-        self, config: ModelConfig, *, recompute: bool = False, cross: bool = False
+        self, config: ModelConfig, *, recompute: Recompute = False, cross: bool = False
     ) -> None:
         """Build the blocks; with `cross` they also attend to an encoder of the same depth."""
         super().__init__()
@@ -94,7 +97,11 @@ class LayerStack(nn.Module):
         self.plan = tuple(self._planned(order))
         """All applications, in order."""
         self._shared = tuple((module, n) for module, n in self.applications().items() if n > 1)
-        self.recompute = recompute
+        self.recompute = recomputed_parts(recompute)
+        if "experts" in self.recompute:
+            for module in self.modules():
+                if isinstance(module, RoutedModule) and module.part not in self.recompute:
+                    module.dispatcher = LocalTokenDispatcher(recomputed_experts)
         self._compiled: tuple[nn.Module, ...] | None = None
 
     def _planned(self, order: Iterable[int]) -> Iterator[PlannedLayer]:
@@ -129,14 +136,6 @@ class LayerStack(nn.Module):
                 layer.routers.values(), self.block(layer).routers().values(), strict=True
             )
         }
-
-    def macs(self, length: int) -> dict[str, int]:
-        """Count multiply-accumulates of all layers over a sequence of `length`, by part."""
-        parts: Counter[str] = Counter()
-        first = next((i for i, layer in enumerate(self.plan) if self.block(layer).halting), None)
-        for i, layer in enumerate(self.plan):
-            parts += Counter(self.block(layer).macs(length, i, is_first=i == first))
-        return dict(parts)
 
     def token_means(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
         """Report on what layers hand on, of tokens [B, S]; see `LanguageModelOutput`."""
@@ -236,11 +235,14 @@ class LayerStack(nn.Module):
         state: LayerState,
     ) -> BlockOutput:
         layer, rest = self.layers[index], (cache, memory, trace, state)
-        if self.recompute and torch.is_grad_enabled():
-            return recomputed(layer, repeats, x, mask, gathered.map(repeats.detached), *rest)
+        again = self.recompute if torch.is_grad_enabled() else frozenset[str]()
+        if "block" in again:
+            detached = gathered.map(repeats.detached)
+            return cast(BlockOutput, recomputed(layer, repeats, layer, x, mask, detached, *rest))
         if self._compiled is None or not (torch.is_grad_enabled() and self.training) or trace:
+            parts = Recomputation(again, repeats) if again else None
             with repeats.summing():
-                return layer(x, mask, gathered.map(repeats.detached), *rest)
+                return layer(x, mask, gathered.map(repeats.detached), *rest, parts)
         compiled, alias = self._compiled[index], repeats.aliases()
         weights = {name: alias.get(weight, weight) for name, weight in compiled.named_parameters()}
         gathered = gathered.map(lambda weight: alias.get(weight, weight))
@@ -251,3 +253,14 @@ def applications(model: nn.Module) -> Counter[nn.Module]:
     """Count the uses of every module of a model's layers in a forward."""
     stacks = (module for module in model.modules() if isinstance(module, LayerStack))
     return sum((stack.applications() for stack in stacks), Counter[nn.Module]())
+
+
+def macs_of(model: nn.Module, length: int) -> dict[str, Counter[str]]:
+    """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`."""
+    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for stack in (module for module in model.modules() if isinstance(module, LayerStack)):
+        first = next((i for i, layer in enumerate(stack.plan) if stack.block(layer).halting), None)
+        for i, layer in enumerate(stack.plan):
+            for part, macs in stack.block(layer).macs(length, i, is_first=i == first).items():
+                parts[part] += macs
+    return parts

@@ -18,6 +18,7 @@ from torch import Tensor
 from moa_dist.distributed.collectives import all_to_all_counts, all_to_all_rows
 from moa_dist.distributed.comm_group import CommGroup
 from moa_dist.distributed.pending import Pending
+from moa_dist.kernels.routed_experts import RoutedExperts, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, Rows, starts_of
 from moa_dist.kernels.segment_sum import gather_rows, permute, sum_rows
 from moa_dist.moe.dispatch import Assignments, Level, LocalPlan, assignments_of
@@ -81,6 +82,8 @@ class AllToAllTokenDispatcher:
     """Dispatcher for experts that are sharded contiguously over the ranks of a group."""
 
     comm_group: CommGroup
+    kernel: RoutedExperts = routed_experts
+    """Runs the experts."""
 
     @annotated("dispatch")
     def plan(self, routing: Routing, num_experts: int) -> AllToAllPlan:
@@ -132,7 +135,7 @@ class AllToAllTokenDispatcher:
         return AllToAllPlan(
             comm_group=self.comm_group,
             routes=routes,
-            local=LocalPlan.of(arrived, bounds[rank + 1] - bounds[rank]),
+            local=LocalPlan.of(arrived, bounds[rank + 1] - bounds[rank], self.kernel),
         )
 
 

@@ -62,6 +62,10 @@ class DispatchPlan(Protocol):
 class Dispatcher(Protocol):
     """Makes dispatch plans."""
 
+    @property
+    def kernel(self) -> RoutedExperts:
+        """Runs the experts."""
+
     def plan(self, routing: Routing, num_experts: int) -> DispatchPlan:
         """Plan for `routing` over the `num_experts` flat experts of all ranks."""
         ...

@@ -20,7 +20,7 @@ from moa_dist.moe.statistics import RoutingStatistics
 
 def exchange_tokens(module: RoutedModule, comm_group: CommGroup) -> None:
     """Send rows to the ranks of their experts, in every application of `module`."""
-    module.dispatcher = AllToAllTokenDispatcher(comm_group)
+    module.dispatcher = AllToAllTokenDispatcher(comm_group, module.dispatcher.kernel)
 
 
 def exchange_weights(module: RoutedModule, comm_group: CommGroup) -> None:

@@ -55,11 +55,11 @@ class Activations:
         self,
         sequences: int,
         *,
-        recompute: bool = False,
+        recompute: frozenset[str] = frozenset(),
         num_ranks: int = 1,
         exchanged: Collection[str] = (),
     ) -> list[Term]:
-        """List all that a forward keeps; with `recompute` also the layer being recomputed.
+        """List all that a forward keeps, and the layer or part being recomputed if any is.
 
         `sequences` is the size of a micro-batch. Tokens are sent to experts on `num_ranks` ranks in
         the parts of a layer that are `exchanged`, such as `ffn`. For translation, both texts have
@@ -83,13 +83,16 @@ class Activations:
         return [max(lines, key=lambda line: line.value)]
 
     def _lines_kept(
-        self, sequences: int, recompute: bool, num_ranks: int, exchanged: frozenset[str]
+        self, sequences: int, recompute: frozenset[str], num_ranks: int, exchanged: frozenset[str]
     ) -> list[Term]:
         every, lines = [], []
         again: list[Term] = []
         for layer in self._layers:
             found = layer.saved_lines(sequences, num_ranks, exchanged)
-            between, recomputed = layer.lines_kept(found, sequences, recompute=recompute)
+            lean = found
+            if "experts" in recompute:
+                lean = layer.saved_lines(sequences, num_ranks, exchanged, recompute_experts=True)
+            between, recomputed = layer.lines_kept(found, lean, sequences, recompute)
             lines += between
             again = max(again, recomputed, key=total)
             every.append(found)
@@ -137,28 +140,40 @@ class _MeasuredLayer:
         """Yield module, rows per token and width of each projection that a router weights."""
         return _weighted_rows(self._model)
 
-    def saved_lines(self, sequences: int, num_ranks: int, exchanged: frozenset[str]) -> list[Term]:
+    def saved_lines(
+        self,
+        sequences: int,
+        num_ranks: int,
+        exchanged: frozenset[str],
+        *,
+        recompute_experts: bool = False,
+    ) -> list[Term]:
         """List all that the forward of the model of one layer saves."""
-        found = [line for line in self._saved(sequences, 1) if self._part_of(line) not in exchanged]
+        here = self._saved(sequences, 1, recompute_experts)
+        found = [line for line in here if self._part_of(line) not in exchanged]
         if exchanged:
-            away = self._saved(sequences, num_ranks)
+            away = self._saved(sequences, num_ranks, recompute_experts)
             found += [line for line in away if self._part_of(line) in exchanged]
         return found
 
     def lines_kept(
-        self, found: list[Term], sequences: int, *, recompute: bool
+        self, found: list[Term], lean: list[Term], sequences: int, recompute: frozenset[str]
     ) -> tuple[list[Term], list[Term]]:
-        """Return what all such layers keep of what one saves, and what one being recomputed does.
+        """Return what all such layers keep, and what the part being recomputed does.
 
-        For translation, the latter is one of the decoder.
+        `found` is what a layer saves, and `lean` what it does if experts are recomputed. What is
+        recomputed is the largest part, of the decoder for translation.
         """
         lines, again = [], []
         for stack, title in self._stacks.items():
             of_layer = _cut(found, stack)
-            if recompute:
+            choices = _cut(self._choices(sequences), stack) if recompute else []
+            if "block" in recompute:
                 again = [line for line in of_layer if line.name != INPUT]
-                of_layer = [line for line in of_layer if line.name == INPUT]
-                of_layer += _cut(self._choices(sequences), stack)
+                of_layer = [line for line in of_layer if line.name == INPUT] + choices
+            elif recompute:
+                of_layer, parts = _without_parts(of_layer, _cut(lean, stack), choices, recompute)
+                again = max(parts, key=total)
             lines += [
                 Term(title + line.name, line.factors).times("layers", self._number)
                 for line in _without_small(of_layer)
@@ -170,13 +185,48 @@ class _MeasuredLayer:
         within = (part for name, part in self._parts.items() if f"{line.name}.".startswith(name))
         return next(within, None)
 
-    def _measure_saved(self, sequences: int, num_ranks: int) -> list[Term]:
-        saved = measure_saved(self._model, sequences, self._length, self._hardware, num_ranks)
+    def _measure_saved(self, sequences: int, num_ranks: int, recompute_experts: bool) -> list[Term]:
+        saved = measure_saved(
+            self._model,
+            sequences,
+            self._length,
+            self._hardware,
+            num_ranks,
+            recompute_experts=recompute_experts,
+        )
         return _lines(saved, sequences, self._length)
 
     def _measure_choices(self, sequences: int) -> list[Term]:
         saved = measure_choices(self._model, sequences, self._length)
         return _lines(saved, sequences, self._length)
+
+
+def _without_parts(
+    found: list[Term], lean: list[Term], choices: list[Term], recompute: frozenset[str]
+) -> tuple[list[Term], list[list[Term]]]:
+    """Return what a layer keeps if parts of it are recomputed, and what each of them saves then."""
+    kept, again = [line for line in found if not _is_in(line, *_WITHIN.values())], []
+    for part, prefixes in _WITHIN.items():
+        of_part, of_lean = (
+            [line for line in lines if _is_in(line, prefixes)] for lines in (found, lean)
+        )
+        if part in recompute:
+            kept += [line for line in choices if _is_in(line, prefixes)]
+            again.append(of_part)
+        elif "experts" in recompute:
+            kept += of_lean
+            again.append([term(f"{part}.experts", ("B", total(of_part) - total(of_lean)))])
+        else:
+            kept += of_part
+    return kept, again
+
+
+_WITHIN = {"attention": ("attention", "cross"), "ffn": ("ffn",)}
+"""What names of modules of a layer begin with, by the part that they belong to."""
+
+
+def _is_in(line: Term, *prefixes: tuple[str, ...]) -> bool:
+    return line.name.startswith(sum(prefixes, ()))
 
 
 def _kinds_of_layers(config: ModelConfig) -> list[_Kind]:

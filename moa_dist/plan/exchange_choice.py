@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from moa_dist.config.model import PARTS
+from moa_dist.config.model import PARTS, recomputed_parts
 from moa_dist.config.run import (
     Config,
     ExpertExchangeConfig,
@@ -76,7 +76,7 @@ def layout_of(config: Config, world_size: int, exchange: ExpertExchangeConfig) -
         expert_parallel=config.parallel.expert_parallel,
         num_micro_batches=max(train.global_batch // (world_size * train.micro_batch), 1),
         num_repeats=model.num_repeats,
-        recompute=train.recompute,
+        recompute=recomputed_parts(train.recompute),
         element_bytes=ELEMENT_BYTES[train.precision],
         exchange=exchange,
     )

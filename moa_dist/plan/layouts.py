@@ -1,18 +1,18 @@
 """Ranks all layouts of a run on a cluster by predicted memory and step time.
 
-Layouts differ in expert parallelism, ZeRO stage, micro-batch, recomputation and exchange. Model,
-global batch and precision stay, so all layouts train the same model.
+Layouts differ in expert parallelism, ZeRO stage, micro-batch and exchange; each recomputes what it
+must to fit. Model, global batch and precision stay, so all layouts train the same model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
 from moa_dist.config.checks import check_fields
-from moa_dist.config.model import PARTS
+from moa_dist.config.model import PARTS, Recompute
 from moa_dist.config.optimization_checks import can_offload
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
@@ -24,6 +24,7 @@ from moa_dist.plan.activations import Activations, activations_of
 from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import expected_traffic, layout_of
 from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
+from moa_dist.plan.recomputation import Choice, Cost, choose, recompute_name, recompute_options
 from moa_dist.plan.terms import total
 from moa_dist.plan.time import Assumptions, RowBytes, StepTime, row_bytes, step_time
 
@@ -40,6 +41,8 @@ class Planned:
     """Predicted memory of a rank."""
     time: StepTime
     """Predicted time of a step."""
+    recomputation: Choice | None = None
+    """Why it recomputes what it does; None if that was given."""
 
     @property
     def name(self) -> str:
@@ -47,7 +50,8 @@ class Planned:
         parallel, train = self.config.parallel, self.config.train
         exchange = parallel.expert_exchange
         exchanged = "" if parallel.expert_parallel == 1 else _exchange_name(self.config, exchange)
-        again = ", recompute" if train.recompute else ""
+        again = f", recompute {recompute_name(train.recompute)}" if train.recompute else ""
+        again = again.removesuffix(" true")
         host = ", optimizer in host memory" if self.config.optimizer.offload == "host" else ""
         return (
             f"ep {parallel.expert_parallel}, ZeRO {parallel.zero_stage}, "
@@ -62,7 +66,7 @@ class Planned:
             f"parallel.expert_parallel={parallel.expert_parallel}",
             f"parallel.zero_stage={parallel.zero_stage}",
             f"train.micro_batch={train.micro_batch}",
-            f"train.recompute={str(train.recompute).lower()}",
+            f"train.recompute={recompute_name(train.recompute)}",
         ]
         if self.config.optimizer.offload != "none":
             found.append(f"optimizer.offload={self.config.optimizer.offload}")
@@ -127,6 +131,21 @@ class Planner:
         )
         return Planned(config, memory, time)
 
+    def fit(self, config: Config) -> Planned:
+        """Predict a layout with the cheapest recomputation that fits, or the smallest if none does.
+
+        The configured recomputation is ignored.
+        """
+        planned: dict[Recompute, Planned] = {}
+
+        def cost_of(recompute: Recompute) -> Cost:
+            train = config.train.model_copy(update={"recompute": recompute})
+            found = planned[recompute] = self.plan(config.model_copy(update={"train": train}))
+            return Cost(found.memory.total, found.time.seconds)
+
+        choice = choose(recompute_options(config), cost_of, self.cluster.gpu.memory)
+        return replace(planned[choice.recompute], recomputation=choice)
+
     def _traffic(self, config: Config) -> dict[TrafficKey, TrafficVolume]:
         """Predict expert traffic, which does not depend on ZeRO."""
         parallel, train = config.parallel, config.train
@@ -137,7 +156,7 @@ class Planner:
         return self._flows[key]
 
     def candidates(self, base: Config) -> Iterator[Config]:
-        """Yield every layout of `base` that can run."""
+        """Yield every layout of `base` that can run, without recomputation."""
         world_size, train = self.cluster.num_gpus, base.train
         per_rank = train.global_batch // world_size
         routed = base.model.routed_parts()
@@ -145,8 +164,8 @@ class Planner:
             exchanges = product(EXCHANGES, repeat=len(routed) if ep > 1 else 0)
             for kinds in exchanges:
                 exchange = dict.fromkeys(PARTS, "tokens") | dict(zip(routed, kinds, strict=False))
-                for micro_batch, recompute in product(_divisors(per_rank), (False, True)):
-                    config = with_layout(base, ep, stage, micro_batch, recompute, exchange)
+                for micro_batch in _divisors(per_rank):
+                    config = with_layout(base, ep, stage, micro_batch, False, exchange)
                     if not check_fields(config) and not _accumulates_in_vain(config, per_rank):
                         yield config
 
@@ -167,7 +186,7 @@ class Planner:
         fitting: list[Planned] = []
         smallest: dict[tuple[int, int], Planned] = {}
         for config in self.candidates(base):
-            planned = self.plan(config)
+            planned = self.fit(config)
             if planned.memory.total <= self.cluster.gpu.memory:
                 fitting.append(planned)
             parallel = config.parallel
@@ -190,7 +209,7 @@ def with_layout(
     expert_parallel: int,
     zero_stage: int,
     micro_batch: int,
-    recompute: bool,
+    recompute: Recompute,
     exchange: dict[str, str],
 ) -> Config:
     """Return the run in another layout, without checking it."""
@@ -223,7 +242,8 @@ def why_too_much(memory: Budget, available: int) -> str:
     name, largest = max(parts.items(), key=lambda part: part[1])
     names = _STATES | {"kept": "activations", "working": "passing activations"}
     of_all = f"{_gib(memory.total)} of which {_gib(largest)} are {names.get(name, name)}"
-    return f"{of_all}, for a GPU of {_gib(available)}"
+    excess = _gib(memory.total - available)
+    return f"{of_all}, for a GPU of {_gib(available)}: {excess} too much"
 
 
 def _gib(num_bytes: float) -> str:

@@ -33,7 +33,8 @@ from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Routing
 from moa_dist.plan.even_dispatch import EvenDispatcher
 
-INPUT, SHARED, LOGITS, LOSS = "input", "shared by layers", "logits", "loss"
+INPUT, BETWEEN = "input", "between parts"
+SHARED, LOGITS, LOSS = "shared by layers", "logits", "loss"
 """Names of tensors that belong to no module of a layer."""
 
 
@@ -49,16 +50,23 @@ class Saved(NamedTuple):
 
 
 def measure_saved(
-    model: LanguageModel, sequences: int, length: int, hardware: Hardware, num_ranks: int = 1
+    model: LanguageModel,
+    sequences: int,
+    length: int,
+    hardware: Hardware,
+    num_ranks: int = 1,
+    *,
+    recompute_experts: bool = False,
 ) -> list[Saved]:
     """List what a forward on [sequences, length] tokens keeps besides parameters and buffers.
 
     `model` must be on the meta device; `hardware` is the planned one. Rows go to experts on
-    `num_ranks` ranks.
+    `num_ranks` ranks, which may keep nothing of the products in experts.
     """
     recorder = _Recorder(model)
 
     def kernel(experts: ExpertWeights, x: Tensor, row_map: RowMap) -> Tensor:
+        row_map = row_map._replace(recompute=recompute_experts)
         with recorder.inside("experts"):
             return kernel_for(experts, x, hardware).run(experts, x, row_map)
 
@@ -94,6 +102,15 @@ def _forward(model: LanguageModel, sequences: int, length: int) -> None:
     objective(model, batch.with_tasks(tokens[:, 0], model.config.num_tasks))
 
 
+def _first_of_parts(model: LanguageModel) -> Iterator[tuple[str, str]]:
+    """Yield a layer and the module that takes what comes from the part before it."""
+    for layer, block in model.named_modules():
+        if isinstance(block, Block):
+            yield layer, f"{layer}.ffn" if block.placement == "post" else f"{layer}.ffn_norm"
+            if block.cross is not None:
+                yield layer, f"{layer}.cross"
+
+
 class _Recorder:
     """Records saved tensors by the module that is running."""
 
@@ -103,6 +120,7 @@ class _Recorder:
         self._running = [LOSS]
         kept_anyway = (*model.parameters(), *model.buffers())
         self._kept_anyway = {tensor.untyped_storage() for tensor in kept_anyway}
+        self._first = {name: f"{layer}.{BETWEEN}" for layer, name in _first_of_parts(model)}
 
     def save(self, tensor: Tensor) -> Tensor:
         """Record a tensor, unless its storage has been recorded."""
@@ -146,6 +164,8 @@ class _Recorder:
                 for other in others:  # such as a decoder's source
                     if isinstance(other, Tensor):
                         self._note(other, SHARED)
+            elif name in self._first:
+                self._note(inputs[0], self._first[name])
 
         def leave(output: Any) -> None:
             if isinstance(output, Routing):

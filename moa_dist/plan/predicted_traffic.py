@@ -138,8 +138,8 @@ class Layout:
     """Micro-batches per rank and step."""
     num_repeats: int
     """Applications of each layer between prelude and coda in a forward."""
-    recompute: bool
-    """Whether forwards run twice."""
+    recompute: frozenset[str]
+    """What the backward pass computes again; `block` is a whole layer."""
     element_bytes: int
     """Bytes of an element of activations and weights: 4, 2 in bf16, 8 in fp64."""
     exchange: ExpertExchangeConfig
@@ -189,7 +189,7 @@ def _weights(
 def _tokens(
     layer: str, module: RoutedModule, times: int, layout: Layout, rows_of: RowsOfRouter
 ) -> dict[TrafficKey, TrafficVolume]:
-    forwards = 2 if layout.recompute else 1
+    forwards = 2 if layout.recompute & {"block", module.part} else 1
     calls = layout.world_size * layout.num_micro_batches * times
     traffic: dict[TrafficKey, TrafficVolume] = {}
 

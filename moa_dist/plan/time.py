@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moa_dist.config.model import PARTS, Part
 from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
@@ -100,11 +101,10 @@ def step_time(
     peak = cluster.gpu.flops(config.train.precision)
     assert peak is not None, "checked when the cluster was described"
     sequences = layout.num_micro_batches * config.train.micro_batch
-    forwards = 4 if layout.recompute else 3  # the backward pass costs two
-    blocks = 2 * forwards * counts.block_macs * sequences
-    head = 2 * 3 * counts.head_macs * sequences
-    products = _span("products", blocks + head, "FLOPs", assumed.matmul_efficiency, peak)
-    of_a_token = rows_moved.forward * (2 if layout.recompute else 1) + rows_moved.backward
+    macs_again, rows_again = _computed_again(layout, counts, rows_moved)
+    flops = 2 * (3 * counts.total_macs + macs_again) * sequences  # the backward pass costs two
+    products = _span("products", flops, "FLOPs", assumed.matmul_efficiency, peak)
+    of_a_token = sum(rows_moved.forward.values()) + rows_again + rows_moved.backward
     moved = of_a_token * sequences * counts.sequence_length
     reach = assumed.memory_efficiency
     rows = _span("rows of experts", moved, "B", reach, cluster.gpu.memory_bandwidth)
@@ -121,6 +121,20 @@ def step_time(
         peak_flops=peak,
         tokens=sequences * counts.sequence_length * layout.world_size,
     )
+
+
+def _computed_again(layout: Layout, counts: Counts, rows_moved: RowBytes) -> tuple[int, float]:
+    """Count multiply-accumulates of a sequence and bytes of a token's rows that occur again."""
+    macs, rows = 0, 0.0
+    if "block" in layout.recompute:
+        macs = counts.layer_macs["rest"].total()
+    for part in PARTS:
+        of_part = counts.layer_macs[part]
+        if layout.recompute & {"block", part}:
+            macs, rows = macs + of_part.total(), rows + rows_moved.forward[part]
+        elif "experts" in layout.recompute:
+            macs, rows = macs + of_part["experts"], rows + rows_moved.forward[part]
+    return macs, rows
 
 
 def _update_spans(
@@ -150,8 +164,8 @@ def _span(name: str, amount: float, unit: str, efficiency: float, rate: float) -
 class RowBytes(NamedTuple):
     """Bytes that routed rows of one token move through memory in all layers."""
 
-    forward: float
-    """Bytes in a forward."""
+    forward: dict[Part, float]
+    """Bytes in a forward, by part of a layer."""
     backward: float
     """Bytes in a backward pass."""
 
@@ -161,7 +175,8 @@ def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
 
     A gathered row counts as often as it is gathered, and a shared module once per application.
     """
-    forward, backward, times = 0.0, 0.0, applications(model)
+    forward: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+    backward, times = 0.0, applications(model)
     for _, module in routed_modules(model):
         layers, repeats = module.expert_layers(), times[module]
         for projection in module.routed_projections():
@@ -169,13 +184,16 @@ def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
             chosen = router.num_groups * router.config.chosen_in_training
             hidden = [layers[name].d_out for name in projection.experts[:-1]]
             moved = _numbers_moved(projection, hidden)
-            forward += chosen * element_bytes * moved.forward * repeats
-            backward += chosen * element_bytes * moved.backward * repeats
+            forward[module.part] += chosen * element_bytes * moved[0] * repeats
+            backward += chosen * element_bytes * moved[1] * repeats
     return RowBytes(forward, backward)
 
 
-def _numbers_moved(projection: RoutedProjection, hidden: list[int]) -> RowBytes:
-    """Count numbers per assignment; `hidden` has the widths of the products before `down`."""
+def _numbers_moved(projection: RoutedProjection, hidden: list[int]) -> tuple[float, float]:
+    """Count numbers per assignment, forward and backward.
+
+    `hidden` has the widths of the products before `down`.
+    """
     d_in, d_out, num_ups = projection.d_in, projection.d_out, len(hidden)
     inner = hidden[0] if hidden else d_in
     scales_results = projection.weighted and inner > d_out
@@ -191,7 +209,7 @@ def _numbers_moved(projection: RoutedProjection, hidden: list[int]) -> RowBytes:
         backward = 2 * d_out + 3 * d_in  # x, weighted for the matrix, once more for that
     else:
         backward = weighing + 2 * d_out + d_in
-    return RowBytes(forward, backward + grad_x)
+    return forward, backward + grad_x
 
 
 def _expert_spans(

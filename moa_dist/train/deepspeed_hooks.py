@@ -32,7 +32,9 @@ from torch import nn
 
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import Mesh, expert_data_parallel_ranks, expert_parallel_ranks
-from moa_dist.models.block import Block
+from moa_dist.models.attention import Attention
+from moa_dist.models.block import Block, CrossAttention
+from moa_dist.models.feed_forward import FeedForward
 from moa_dist.moe.routed_module import RoutedModule
 
 _MARKER = "_deepspeed_expert_marker"
@@ -119,11 +121,12 @@ def prepare_for_zero_3(model: nn.Module) -> None:
 
     They gather the parameters of a module when it is called, and nobody calls a `GroupedLinear`
     whose weights stay here: its `RoutedModule` uses them. And they replace tensors inside the
-    dictionaries that a module is called with, while gathered weights serve every repeat of a layer.
+    dictionaries that a module is called with, while gathered weights serve every repeat of a layer
+    and a part that is computed again.
     """
     gather_in_order()
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | Attention | CrossAttention | FeedForward):
             module.register_forward_pre_hook(_with_own_dictionaries)
         if isinstance(module, RoutedModule):
             for child in module.expert_layers().values():

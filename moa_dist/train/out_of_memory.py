@@ -127,7 +127,7 @@ def remedies(
     smaller = [m for m in range(1, micro) if total % (world_size * m) == 0]
     if smaller:
         of_activations.append(f"train.micro_batch={smaller[-1]} (now {micro})")
-    if not config.train.recompute:
+    if config.train.recompute is not True:
         of_activations.append("train.recompute=true")
     stage, ep = config.parallel.zero_stage, config.parallel.expert_parallel
     has_experts = bool(config.model.routed_parts())

@@ -138,14 +138,17 @@ def test_optimizer_in_host_memory(capsys):
     assert there["host_memory"]["moments"] == here["memory"]["moments"]
     assert there["bytes"] < here["bytes"]
     assert there["seconds"] > here["seconds"]
-    arguments = ["--gpus", "8", "data.readers=8", "--layouts", "1000"]
-    smallest = min(layout["bytes"] for layout in plan(capsys, *arguments)["layouts"])
-    result = plan(capsys, *arguments, "--memory-gib", str((smallest - 2**20) / 2**30))
+    arguments = ["--gpus", "2", "data.readers=8", "--layouts", "1000"]
+    reasons = plan(capsys, *arguments, "--memory-gib", "2.01")["do_not_fit"]
+    needed = [re.search(r": ([\d.]+) GiB of which", reason) for reason in reasons]
+    least = min(float(found[1]) for found in needed)
+    result = plan(capsys, *arguments, "--memory-gib", str(least - 0.06))
+    assert result["layouts"]
     assert result["do_not_fit"]
     assert all("optimizer.offload=host" in layout["overrides"] for layout in result["layouts"])
     assert main(["plan", CONFIG, *result["layouts"][0]["overrides"], *arguments[:3]]) == 0
     assert "host memory" in capsys.readouterr().out
-    muon = ["--memory-gib", "2.5", "optimizer.kind=muon"]
+    muon = ["--memory-gib", "2.01", "optimizer.kind=muon"]
     assert not plan(capsys, *arguments, *muon)["layouts"]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moa_dist.checkpoint.format import MASTER
+from moa_dist.config.model import Recompute
 from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.mesh import Mesh, make_mesh
@@ -60,7 +61,7 @@ class Case:
     momentum: float = 0.0
     exchange: str = "tokens"
     overlap: bool = False
-    recompute: bool = False
+    recompute: Recompute = False
     padded: bool = True
     skewed: bool = False
     """Few tokens are frequent, as in language: then some experts get none."""

@@ -233,6 +233,11 @@ LAYOUTS = {
     "data parallel only": Case(expert_parallel=1),
     "one micro-batch": Case(micro_batch=4),
     "recomputed": Case(recompute=True),
+    "attention recomputed, weights travel, ZeRO 3": Case(
+        exchange="weights", recompute=("attention", "experts"), **stage(3)
+    ),
+    "ffn recomputed, ZeRO 3": Case(recompute=("ffn", "experts"), **stage(3)),
+    "experts recomputed, weights travel": Case(exchange="weights", recompute=("experts",)),
     "no padding": Case(padded=False),
     "ep 2 x edp 2": Case(world_size=4),
     "ep 2 x edp 2, ZeRO 2": Case(world_size=4, **stage(2)),

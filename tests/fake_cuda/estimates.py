@@ -38,7 +38,7 @@ def part_bytes(model: LanguageModel, num_tokens: int) -> Counter[str]:
     # Logits: written, read by the loss, its gradient written, read by two products.
     parts["head and loss"] = NARROW * (6 * T * V + 3 * T * D + 3 * V * D)
     parts["norms"] = NARROW * 5 * T * D
-    parts["experts, forward"] = round(T * rows.forward)
+    parts["experts, forward"] = round(T * sum(rows.forward.values()))
     parts["experts, backward"] = round(T * rows.backward)
     for block in model.stack.blocks():
         for name, moved in _of_block(block, T, D, repeats).items():

@@ -11,7 +11,7 @@ from moa_dist.kernels import cpu_blocked
 from moa_dist.kernels.custom_op import custom_op_experts
 from moa_dist.kernels.grouped import grouped_experts
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.kernels.routed_experts import kernel_for, routed_experts
+from moa_dist.kernels.routed_experts import kernel_for, recomputed_experts, routed_experts
 from moa_dist.kernels.row_map import ExpertWeights, RowMap, Rows
 from tests.kernels.uses import USES, gradients, inputs, one_at_a_time
 
@@ -82,10 +82,14 @@ def test_an_expert_without_rows_has_a_zero_gradient_not_none(use, counts):
 def test_recomputation_changes_nothing(use):
     experts, x, row_map, sources = inputs(use, COUNTS["uneven"])
     plain = custom_op_experts(experts, x, row_map)
-    recomputed = checkpoint(custom_op_experts, experts, x, row_map, use_reentrant=False)
-    assert torch.equal(plain, recomputed)
-    for ours, theirs in zip(gradients(recomputed, sources), gradients(plain, sources), strict=True):
-        assert torch.equal(ours, theirs)
+    expected = gradients(plain, sources)
+    for recomputed in (
+        checkpoint(custom_op_experts, experts, x, row_map, use_reentrant=False),
+        recomputed_experts(experts, x, row_map),
+    ):
+        assert torch.equal(plain, recomputed)
+        both = zip(gradients(recomputed, sources), expected, strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in both)
 
 
 class ShapesOfProducts(TorchDispatchMode):

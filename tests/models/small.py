@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import ModelConfig
+from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.models.language_model import LanguageModel, build_model
 
 VOCABULARY, LENGTH = 19, 8
@@ -58,7 +58,7 @@ def small_config(
     return ModelConfig.model_validate(fields | more)
 
 
-def small_model(*, recompute: bool = False, **fields: Any) -> LanguageModel:
+def small_model(*, recompute: Recompute = False, **fields: Any) -> LanguageModel:
     """Of `small_config(**fields)`."""
     return build_model(small_config(**fields), recompute=recompute).double()
 

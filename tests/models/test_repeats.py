@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa_dist.config.model import Recompute
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch, objective
 from tests.models.small import small_config, tokens_of
@@ -16,7 +17,16 @@ KINDS = [
 ]
 
 
-def model_of(kinds: tuple[str, str, str], num_distinct: int, *, recompute: bool) -> LanguageModel:
+RECOMPUTED: dict[str, Recompute] = {
+    "recomputed": True,
+    "attention again": ("attention", "experts"),
+    "ffn again": ("ffn", "experts"),
+}
+
+
+def model_of(
+    kinds: tuple[str, str, str], num_distinct: int, *, recompute: Recompute
+) -> LanguageModel:
     """Build a model of equal layers in bf16, all in one or each by itself."""
     attention, ffn, placement = kinds
     config = small_config(
@@ -38,11 +48,11 @@ def gradients(model: LanguageModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "mode", ["plain", "recomputed", pytest.param("compiled", marks=pytest.mark.full)]
+    "mode", ["plain", *RECOMPUTED, pytest.param("compiled", marks=pytest.mark.full)]
 )
 @pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: kinds[0])
 def test_the_gradient_of_a_shared_layer_is_rounded_once(kinds, mode):
-    shared = model_of(kinds, 1, recompute=mode == "recomputed")
+    shared = model_of(kinds, 1, recompute=RECOMPUTED.get(mode, False))
     apart = model_of(kinds, REPEATS, recompute=False)
     apart.load_state_dict(
         {
