@@ -24,7 +24,7 @@ from moa_dist.models.recompute import recomputed
 from moa_dist.models.sharing import make_layers
 from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import BlockTrace
-from moa_dist.moe.borrowing import used_modules
+from moa_dist.moe.borrowing import named_used_modules, used_modules
 from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
@@ -242,7 +242,11 @@ class LayerStack(nn.Module):
             with repeats.summing():
                 return layer(x, mask, gathered.map(repeats.detached), *rest)
         compiled, alias = self._compiled[index], repeats.aliases()
-        weights = {name: alias.get(weight, weight) for name, weight in compiled.named_parameters()}
+        weights = {
+            f"{name}.{key}".lstrip("."): alias.get(weight, weight)
+            for name, module in named_used_modules(self.layers[index])
+            for key, weight in module.named_parameters(recurse=False)
+        }
         gathered = gathered.map(lambda weight: alias.get(weight, weight))
         return functional_call(compiled, weights, (x, mask, gathered, *rest))
 
