@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +11,27 @@ from torch import Tensor, nn
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.borrowing import named_used_modules
-from tests.models.small import small_config, tokens_of
+from tests.models.small import FFN, router, small_config, tokens_of
 
 REPEATS = 16
-KINDS = [
-    ("switchhead", "moe", "peri"),
-    ("moa", "moe gated", "pre"),
-    ("dense", "dense gated", "post"),
-]
+Section = str | dict[str, Any]
+Kinds = tuple[Section, Section, str]
+"""Attention, FFN and placement of norms."""
+KINDS: dict[str, Kinds] = {
+    "switchhead": ("switchhead", "moe", "peri"),
+    "moa": ("moa", "moe gated", "pre"),
+    "dense": ("dense", "dense gated", "post"),
+    "composed": (
+        {"kind": "composed", "num_heads": 2, "d_head": 4},
+        FFN["moe"] | {"bias": True, "router": router(4, 2, kind="mlp", d_hidden=6)},
+        "pre",
+    ),
+}
 
 
-def model_of(kinds: tuple[str, str, str], num_distinct: int, *, recompute: bool) -> LanguageModel:
+def model_of(
+    kinds: tuple[Section, Section, str], num_distinct: int, *, recompute: bool
+) -> LanguageModel:
     """Build a model of equal layers in bf16, all in one or each by itself."""
     attention, ffn, placement = kinds
     config = small_config(
@@ -59,7 +70,7 @@ def error(gradient: Tensor, terms: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: kinds[0])
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
 def test_the_gradient_of_a_shared_layer_is_rounded_once(kinds, mode):
     shared = model_of(kinds, 1, recompute=mode == "recomputed")
     apart = model_of(kinds, REPEATS, recompute=False)
