@@ -174,10 +174,13 @@ def order_reductions_on_the_device(optimizer: Any) -> None:
 
     After the last reduction of a backward pass, DeepSpeed synchronizes the device, as the stream
     that computes reads the reduced gradients next, and buffers are freed. It is enough that each
-    of the two streams waits for what the other has been given so far.
+    of the two streams waits for what the other has been given so far, unless the optimizer is in
+    host memory: then the host reads gradients itself.
     """
     accelerator = get_accelerator()
     if accelerator.resolves_data_dependency() or not hasattr(optimizer, "reduction_stream"):
+        return
+    if optimizer.cpu_offload:
         return
     end = optimizer.independent_gradient_partition_epilogue
 

@@ -7,6 +7,7 @@ holds every gradient.
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train import engine as engine_module
 from moa_dist.train.deepspeed_config import deepspeed_config
+from moa_dist.train.deepspeed_hooks import order_reductions_on_the_device
 from moa_dist.train.engine import Engine
 from tests.distributed.late_stream import late_accelerator, reduce_late
 from tests.distributed.layouts import AS_IF_LARGE, Case, distributed, micro_batches
@@ -117,3 +119,18 @@ def test_a_bucket_smaller_than_a_gradient_gives_another_step(pools, layout, opti
     difference, poisoned, _ = late_steps(pools, case, bucket=AS_IF_LARGE.bucket)
     assert poisoned > 0
     assert difference > 1e-3
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_host_waits_for_gradients_that_it_reads(offload):
+    """With the optimizer in host memory, and only then."""
+    with late_accelerator() as accelerator:
+        optimizer = SimpleNamespace(
+            cpu_offload=offload,
+            reduction_stream=accelerator.late,
+            independent_gradient_partition_epilogue=lambda: accelerator.synchronize(),
+        )
+        order_reductions_on_the_device(optimizer)
+        optimizer.independent_gradient_partition_epilogue()
+        accelerator.synchronize()
+    assert accelerator.waits == 1 + offload
