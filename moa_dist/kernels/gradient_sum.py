@@ -28,7 +28,7 @@ class Into(NamedTuple):
     """What is added to the gradient before it is rounded; may be `out` itself."""
 
 
-def _is_widened(x: Tensor) -> bool:
+def is_widened(x: Tensor) -> bool:
     """Whether a product of rows like x is unrounded only if these are widened: not on GPUs."""
     return x.device.type == "cpu" or x.dtype not in (torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def _is_widened(x: Tensor) -> bool:
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """Compute `left @ right` in fp32 or wider."""
     wide = torch.promote_types(left.dtype, torch.float32)
-    if _is_widened(left):
+    if is_widened(left):
         return torch.mm(left.to(wide), right.to(wide))
     return torch.mm(left, right, out_dtype=wide)
 
@@ -80,7 +80,7 @@ class GradientSum:
             self._total = wide_product(left, right)
             return
         total, wide = self._total, self._wide
-        if _is_widened(left):
+        if is_widened(left):
             total.addmm_(left.to(wide), right.to(wide))
         else:
             torch.addmm(total, left, right, out_dtype=wide, out=total)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.config.family import ComposedAttentionConfig
+from moa_dist.kernels.gradient_sum import alias
 from moa_dist.models.attention import Context, DenseAttention, Mixed
 from moa_dist.models.linear import Linear
 from moa_dist.models.mask import AttentionMask
@@ -77,7 +78,7 @@ class CompositionWeights(nn.Module):
         hidden = F.gelu(self.hidden(x)).unflatten(-1, (4, -1))
         gather, spread = (
             torch.einsum("btck,cko->cbto", hidden, weight).unflatten(-1, (_RANK, self.num_heads))
-            for weight in (self.gather, self.spread)
+            for weight in map(alias, (self.gather, self.spread))
         )  # [4, B, T, R, N]
         gather = F.rms_norm(gather, (self.num_heads,), eps=_NORM_EPS)
         diagonal = self.diagonal(x).tanh().unflatten(-1, (4, 1, self.num_heads))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig, Part
 from moa_dist.kernels.activations import ACTIVATIONS
+from moa_dist.kernels.gradient_sum import alias
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Constant, Initializer, LastRowZero, Normal
@@ -155,7 +156,7 @@ class OutputBiases(nn.Module):
         of_experts = weights.new_zeros(len(weights), len(self.value)).scatter_add(
             1, routing.topk_ids.flatten(1), weights.flatten(1)
         )
-        return of_experts.to(self.value.dtype) @ self.value
+        return of_experts.to(self.value.dtype) @ alias(self.value)
 
 
 class SharedExpert(nn.Module):

@@ -12,16 +12,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.config.positions import RopeConfig
 from moa_dist.config.routers import RouterConfig
+from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.documents import Documents, flash_fits
+from moa_dist.models.embedding import TokenEmbedding
 from moa_dist.models.linear import Linear
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.padding import Runs
@@ -31,7 +32,7 @@ from moa_dist.models.soft_cap import soft_capped
 from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput, macs_of
 from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
-from moa_dist.moe.initialize import Initializer, Normal, initialize
+from moa_dist.moe.initialize import Normal, initialize
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics, stacked
 
@@ -67,27 +68,6 @@ class _Alike(NamedTuple):
     """[N, G, E] of their statistics."""
     weighed: bool
     """Whether these count tokens by weights."""
-
-
-class TokenEmbedding(nn.Module):
-    """Unscaled token embedding that can also serve as the output head."""
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-
-    def initializers(self) -> dict[str, Initializer]:
-        """Initial distribution of each parameter."""
-        return {"weight": Normal(1 / math.sqrt(self.weight.shape[1]))}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Ids [B, S] -> vectors [B, S, D]; or vectors [B, S, D] -> logits [B, S, V].
-
-        Both uses are calls of this module: what shards parameters gathers them per call.
-        """
-        if x.is_floating_point():
-            return F.linear(x, self.weight)
-        return F.embedding(x, self.weight)
 
 
 SumOverRanks = Callable[[list[RoutingStatistics]], list[RoutingStatistics]]
@@ -194,10 +174,11 @@ class LanguageModel(nn.Module):
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
         _check_documents(documents, tokens, num_past, self.encoder)
         position = positions(tokens, key_mask, num_past, documents)
-        x, memory, encoded = self._embed(tokens, position), None, None
+        table = self._uses_of_table()
+        x, memory, encoded = self._embed(tokens, position, table), None, None
         if self.encoder is not None:
             if source is not None:
-                encoded = self._encode(source, source_mask, trace)
+                encoded = self._encode(source, source_mask, table, trace)
                 x_source = encoded.x
             elif cache is None or not cache.length:
                 raise ValueError("a model that translates needs a source")
@@ -224,7 +205,8 @@ class LanguageModel(nn.Module):
             means |= {f"encoder/{name}": mean for name, mean in of_source.items()}
             traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
-        logits = self.embedding(x) if self.head is None else self.head(x)
+        with table.summing():
+            logits = self.embedding(x) if self.head is None else self.head(x)
         if self.config.logit_soft_cap is not None:
             logits = soft_capped(logits, self.config.logit_soft_cap)
         if output.cache is None:
@@ -233,9 +215,15 @@ class LanguageModel(nn.Module):
         longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
         return LanguageModelOutput(logits, {}, statistics, longer, traces, means)
 
-    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def _uses_of_table(self) -> Repeats:
+        """Return what sums the gradients of the embedding over lookups and, if tied, the head."""
+        table, num_lookups = self.embedding.weight, 1 if self.encoder is None else 2
+        return GradientSums({table: num_lookups + (self.head is None)}).of({table: table})
+
+    def _embed(self, tokens: Tensor, position: Tensor, table: Repeats) -> Tensor:
         """[B, S] -> [B, S, D]."""
-        x = self.embedding(tokens)
+        with table.summing():
+            x = self.embedding(tokens)
         if self.config.scale_embeddings:
             x = x * math.sqrt(self.config.d_model)
         if self.config.position == "sinusoidal":
@@ -264,11 +252,13 @@ class LanguageModel(nn.Module):
             return None
         return Runs.of(key_mask, queries.shape[1], causal=causal)
 
-    def _encode(self, source: Tensor, token_mask: Tensor | None, trace: bool) -> StackOutput:
+    def _encode(
+        self, source: Tensor, token_mask: Tensor | None, table: Repeats, trace: bool
+    ) -> StackOutput:
         assert self.encoder is not None
         assert self.encoder_norm is not None
         position = positions(source, token_mask)
-        x = self._embed(source, position)
+        x = self._embed(source, position, table)
         runs = self._runs(x, token_mask, causal=False)
         mask = AttentionMask(False, token_mask, token_mask, runs=runs)
         output = self.encoder(x, self._layer_masks(mask, position, x.dtype), trace=trace)

@@ -7,7 +7,7 @@ from enum import Enum
 from torch import nn
 
 from moa_dist.models.block import Block
-from moa_dist.models.language_model import TokenEmbedding
+from moa_dist.models.embedding import TokenEmbedding
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.router import Router, RouterLogits

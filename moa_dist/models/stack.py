@@ -25,7 +25,7 @@ from moa_dist.models.recompute import Recomputation, recomputed
 from moa_dist.models.sharing import make_layers
 from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import BlockTrace
-from moa_dist.moe.borrowing import used_modules
+from moa_dist.moe.borrowing import named_used_modules, used_modules
 from moa_dist.moe.dispatch import LocalTokenDispatcher
 from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.routed_module import RoutedModule
@@ -244,7 +244,11 @@ class LayerStack(nn.Module):
             with repeats.summing():
                 return layer(x, mask, gathered.map(repeats.detached), *rest, parts)
         compiled, alias = self._compiled[index], repeats.aliases()
-        weights = {name: alias.get(weight, weight) for name, weight in compiled.named_parameters()}
+        weights = {
+            f"{name}.{key}".lstrip("."): alias.get(weight, weight)
+            for name, module in named_used_modules(self.layers[index])
+            for key, weight in module.named_parameters(recurse=False)
+        }
         gathered = gathered.map(lambda weight: alias.get(weight, weight))
         return functional_call(compiled, weights, (x, mask, gathered, *rest))
 

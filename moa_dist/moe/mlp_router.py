@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa_dist.config.family import MLPRouterConfig
+from moa_dist.kernels.gradient_sum import alias
 from moa_dist.moe.initialize import Constant, Initializer, Normal
 from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
 
@@ -39,7 +40,7 @@ class MLPLogits(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, outputs]."""
         hidden = self.hidden(x_TD)
-        logits: Tensor = self.out(self.activation(hidden + self.bias.to(hidden.dtype)))
+        logits: Tensor = self.out(self.activation(hidden + alias(self.bias).to(hidden.dtype)))
         return logits
 
 

@@ -298,7 +298,7 @@ def budget(
         gathered=[
             *_gathered(model, layout),
             *_whole_parameters(sizes, layout, stage),
-            *_waiting_gradients(sizes, layout, stage),
+            *_waiting_gradients(sizes, layout, stage, model),
         ],
         kept=activations.kept(
             sequences,
@@ -346,12 +346,14 @@ def _whole_parameters(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Ter
     return [term("parameters gathered by ZeRO 3", whole, ("B", layout.element_bytes))]
 
 
-def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Term]:
+def _waiting_gradients(
+    sizes: Sizes, layout: Layout, zero_stage: int, model: LanguageModel
+) -> list[Term]:
     """List gradients that exist before ZeRO reduces them.
 
     Gradients of a shared layer are summed over its repeats, in fp32 or wider, so none is complete
     before the backward pass nears its end; what is applied once is counted, too. Otherwise they
-    arrive layer by layer.
+    arrive layer by layer, except that of a tied embedding, which is summed from head to lookup.
     """
     element = ("B", _sum_bytes(layout))
     if layout.num_repeats > 1:
@@ -360,7 +362,12 @@ def _waiting_gradients(sizes: Sizes, layout: Layout, zero_stage: int) -> list[Te
             return []  # they become the gradients that are counted above
         return [term("gradients that wait for all repeats", ("elements", sizes.whole), element)]
     of_a_layer = sum(sorted((*sizes.dense, *sizes.experts))[-2:])
-    return [term("gradients of a layer", ("elements", of_a_layer), element)]
+    terms = [term("gradients of a layer", ("elements", of_a_layer), element)]
+    if model.head is None:
+        table = ("elements", model.embedding.weight.numel())
+        wide = ("B", max(layout.element_bytes, MASTER_BYTES))
+        terms.append(term("gradient of the tied embedding", table, wide))
+    return terms
 
 
 def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> list[Term]:

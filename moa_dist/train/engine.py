@@ -125,6 +125,7 @@ class Engine:
         self.optimizer = make_optimizer(config.optimizer, groups, fused=fused)
         with deepspeed_hooks.expert_marker(model, mesh, bool(experts)):
             self.deepspeed = _initialize(model, self.optimizer, config, mesh, zero_sizes)
+        deepspeed_hooks.order_reductions_on_the_device(self.deepspeed.optimizer)
         self.state = EngineState(self.deepspeed, self.optimizer, mesh, device, self.zero_stage)
         """The state that checkpoints save and restore."""
         if isinstance(self.optimizer, Muon):

@@ -147,6 +147,8 @@ class LateAccelerator(CPU_Accelerator):
     def __init__(self) -> None:
         super().__init__()
         self.late = LateStream()
+        self.waits = 0
+        """How often the host has waited for all streams."""
         self._current: list[Any] = [_PromptStream()]
 
     def is_synchronized_device(self) -> bool:
@@ -174,6 +176,7 @@ class LateAccelerator(CPU_Accelerator):
             self._current.pop()
 
     def synchronize(self, device_index: int | None = None) -> None:
+        self.waits += 1
         self.late.run()
 
 

@@ -23,7 +23,7 @@ NARROW = (torch.bfloat16, torch.float16)
 class NarrowSums(TorchDispatchMode):
     """Notes all operations that add rows of a narrow type to rows of that type.
 
-    The gradient of the embedding is torch's own; it accumulates in fp32.
+    The gradient of the embedding is torch's own operation, on rows that were widened on a CPU.
     """
 
     def __init__(self) -> None:
@@ -61,6 +61,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "moa": {
         "attention": MOA | {"router": router(6, 3, "softmax")},
         "ffn": {"kind": "moe", "d_expert": 8, "router": router(5, 2)},
+        "tie_embeddings": True,
     },
 }
 LAYOUTS = {
@@ -114,7 +115,7 @@ def narrow_terms(case: Case) -> list[str]:
     shard = partial(shard_experts, mesh=mesh, exchange=exchange, overlap=case.overlap)
     model = build_model(config.model, recompute=case.recompute, parallelize=shard)
     whole = build_model(config.model)
-    parameters = (*model.stack.parameters(), *whole.stack.parameters())
+    parameters = (*model.parameters(), *whole.parameters())
     shapes = {parameter.shape for parameter in parameters}
     engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
     with NarrowTerms(shapes) as terms:

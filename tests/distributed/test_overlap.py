@@ -7,6 +7,7 @@ holds every gradient.
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from moa_dist.models.language_model import build_model
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.train import engine as engine_module
 from moa_dist.train.deepspeed_config import deepspeed_config
+from moa_dist.train.deepspeed_hooks import order_reductions_on_the_device
 from moa_dist.train.engine import Engine
 from tests.distributed.late_stream import late_accelerator, reduce_late
 from tests.distributed.layouts import AS_IF_LARGE, Case, distributed, micro_batches
@@ -35,9 +37,9 @@ def configured_for_gpus(*args: Any, bucket: int | None) -> dict[str, Any]:
     return result
 
 
-def step_with_late_reductions(case: Case, bucket: int | None) -> tuple[list[Any], int]:
-    """Runs on every rank of a pool: the master weights that this rank owns after the steps, and
-    how often a reduction has read memory that had been freed."""
+def step_with_late_reductions(case: Case, bucket: int | None) -> tuple[list[Any], int, int]:
+    """Runs on every rank of a pool: the master weights that this rank owns after the steps, how
+    often a reduction has read memory that had been freed, and how often the host has waited."""
     config = case.config()
     mesh = make_mesh(case.expert_parallel)
     shard = partial(
@@ -54,6 +56,7 @@ def step_with_late_reductions(case: Case, bucket: int | None) -> tuple[list[Any]
     ):
         engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
         reduce_late(engine.deepspeed, accelerator)
+        accelerator.waits = 0
         for step in range(1, case.steps + 1):
             engine.step(micro_batches(case, mesh, step), config.optimizer.lr)
         owned = [
@@ -61,21 +64,23 @@ def step_with_late_reductions(case: Case, bucket: int | None) -> tuple[list[Any]
             for f in engine.state.fragments(owned_only=True)
             if f.state == MASTER
         ]
+        waits = accelerator.waits
         engine.close()
-    return owned, accelerator.late.poisoned
+    return owned, accelerator.late.poisoned, waits
 
 
-def late_steps(pools, case: Case, bucket: int | None = None) -> tuple[float, int]:
-    """Largest difference of any parameter to the same steps with prompt reductions, and how
-    often freed memory was read."""
+def late_steps(pools, case: Case, bucket: int | None = None) -> tuple[float, int, int]:
+    """Largest difference of any parameter to the same steps with prompt reductions, how often
+    freed memory was read, and how often hosts waited for their device."""
     results = pools(case.world_size).run(step_with_late_reductions, case, bucket)
     prompt = distributed(pools, case).parameters
     largest = 0.0
-    for owned, _ in results:
+    for owned, *_ in results:
         for name, start, values in owned:
             expected = prompt[name].flatten()[start : start + len(values)]
             largest = max(largest, (values - expected).abs().max().item())
-    return largest, sum(poisoned for _, poisoned in results)
+    poisoned, waits = (sum(counts) for counts in list(zip(*results, strict=True))[1:])
+    return largest, poisoned, waits
 
 
 LAYOUTS = {
@@ -98,8 +103,10 @@ def test_late_reductions_give_the_same_step(pools, zero_stage, layout, precision
     case = replace(
         LAYOUTS[layout], zero_stage=zero_stage, precision=precision, **OPTIMIZERS[optimizer]
     )
-    difference, poisoned = late_steps(pools, case)
+    difference, poisoned, waits = late_steps(pools, case)
     assert poisoned == 0
+    if zero_stage < 3:
+        assert waits == 0
     assert difference < 1e-6
 
 
@@ -109,6 +116,21 @@ def test_late_reductions_give_the_same_step(pools, zero_stage, layout, precision
 def test_a_bucket_smaller_than_a_gradient_gives_another_step(pools, layout, optimizer):
     """The fault that our bucket avoids; should DeepSpeed fix it, the bucket may be smaller."""
     case = replace(LAYOUTS[layout], zero_stage=2, precision="bf16", **OPTIMIZERS[optimizer])
-    difference, poisoned = late_steps(pools, case, bucket=AS_IF_LARGE.bucket)
+    difference, poisoned, _ = late_steps(pools, case, bucket=AS_IF_LARGE.bucket)
     assert poisoned > 0
     assert difference > 1e-3
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_host_waits_for_gradients_that_it_reads(offload):
+    """With the optimizer in host memory, and only then."""
+    with late_accelerator() as accelerator:
+        optimizer = SimpleNamespace(
+            cpu_offload=offload,
+            reduction_stream=accelerator.late,
+            independent_gradient_partition_epilogue=lambda: accelerator.synchronize(),
+        )
+        order_reductions_on_the_device(optimizer)
+        optimizer.independent_gradient_partition_epilogue()
+        accelerator.synchronize()
+    assert accelerator.waits == 1 + offload

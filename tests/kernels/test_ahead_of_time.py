@@ -22,7 +22,10 @@ MOST_REGISTERS = 192
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 ATOMICS = ("RED.", "ATOM.", "ATOMG.")
 SAMPLE = ["--config", "masked_lm/8k16e256d", "--kernel", "_choose_backward", "_product"]
-MODELS = ["--config", "moeut/244m", "moa/8k16e256d", "jetmoe/8b", "switchhead/big"]
+MODELS = [
+    "--config",
+    *("moeut/244m", "moa/8k16e256d", "jetmoe/8b", "switchhead/big", "family/ds_moe"),
+]
 """A quarter of what all shipped configurations launch, which the command compiles in half an hour
 per GPU."""
 PRODUCTS = {"_product", "_hidden_products", "_hidden_gradients", "_outer_products"}
