@@ -168,9 +168,7 @@ class LanguageModel(nn.Module):
                     "a cache does not hold; use dropless(model)"
                 )
             if self.training and any(router.sees_group_in_training for router in routers):
-                raise ValueError(
-                    "in training, experts are chosen by later tokens too; use model.eval()"
-                )
+                raise ValueError("training chooses experts by later tokens too: use model.eval()")
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
         _check_documents(documents, tokens, num_past, self.encoder)
         position = positions(tokens, key_mask, num_past, documents)

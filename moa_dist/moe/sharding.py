@@ -83,7 +83,7 @@ def pool_statistics(statistics: list[RoutingStatistics], *, mesh: Mesh) -> list[
             return total
         return total + mesh.world_size * (own - own.detach())
 
-    parts = [part for value in statistics for part in value if part is not None]
+    parts = [part for value in statistics for part in value.present()]
     totals = sum_over_ranks(parts, mesh.comm_timer, "statistics of the global batch")
     sums = map(pooled, totals, parts)
     return [value.each(lambda _: next(sums)) for value in statistics]

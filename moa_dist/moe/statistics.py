@@ -52,6 +52,10 @@ class RoutingStatistics(NamedTuple):
         """Apply a function to all parts."""
         return RoutingStatistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]  # None stays None
 
+    def present(self) -> tuple[Tensor, ...]:
+        """Return the parts that are not None."""
+        return tuple(part for part in self if part is not None)
+
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
         dims = (-1, -3, -3, -3, -2, -2, -1, -2)  # those of N; routers may be stacked before them

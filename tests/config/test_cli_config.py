@@ -81,9 +81,11 @@ def test_fields_explains_every_kind(capsys):
     (doc,) = (field.info.description for field in walk() if field.path == "optimizer.lr")
     first = doc.split(".")[0].split("\n")[0]
     assert f"optimizer.lr: a number above 0; default 0.00025\n    {first}" in printed
-    assert "model.ffn: a section, its kind one of dense, moe, residual_moe; required" in printed
+    kinds = "dense, moe, residual_moe, monet"
+    assert f"model.ffn: a section, its kind one of {kinds}; required" in printed
     for field in ("scope", "mutual_information", "bias_rate"):
-        assert f"model.ffn.router.balance.{field} (kind moe and residual_moe)" in printed
+        routed = "(kind moe and residual_moe and monet)"
+        assert f"model.ffn.router.balance.{field} {routed}" in printed
     kinds = "(kind moe and residual_moe)"
     assert f"model.ffn.d_expert {kinds}: an integer of at least 1; required" in printed
 

@@ -129,7 +129,7 @@ def test_a_router_per_task_asks_for_the_task(tmp_path, capsys):
     make_run(folder, built("mod_squad"))
     prepare_text(text, tokenizer=folder.parent / "tokenizer.json", length=12)
     evaluate = ["eval", str(folder), "--data", str(text), "--json"]
-    generate = ["generate", str(folder), "a", "--tokens", "3"]
+    generate = ["generate", str(folder), "--prompt", "a", "--tokens", "3"]
     with one_thread():
         for command in (evaluate, generate):
             assert main(command) == ExitCode.USER
