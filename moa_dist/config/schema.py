@@ -30,17 +30,12 @@ def section_types(info: FieldInfo) -> tuple[type[Section], ...]:
     chosen_by_kind = family(info)
     if chosen_by_kind is not None:
         return tuple(chosen_by_kind.choices().values())
-    return tuple(
-        t for t in _alternatives(info.annotation) if isinstance(t, type) and issubclass(t, Section)
-    )
+    return tuple(t for t in _types(info) if issubclass(t, Section))
 
 
 def family(info: FieldInfo) -> type[Kind] | None:
     """Return the family of kinds that the field may hold; None for a field without a choice."""
-    for t in _alternatives(info.annotation):
-        if isinstance(t, type) and issubclass(t, Kind):
-            return t
-    return None
+    return next((t for t in _types(info) if issubclass(t, Kind)), None)
 
 
 def item_section(info: FieldInfo) -> type[Section] | None:
@@ -133,6 +128,13 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(a for member in get_args(annotation) for a in _alternatives(member))
     return (annotation,)
+
+
+def _types(info: FieldInfo) -> tuple[type, ...]:
+    """Return the classes among what the field may hold, whatever annotates them."""
+    alternatives = _alternatives(info.annotation)
+    bare = (get_args(a)[0] if get_origin(a) is Annotated else a for a in alternatives)
+    return tuple(t for t in bare if isinstance(t, type))
 
 
 def _describe_value(annotation: Any, constraints: tuple[Any, ...]) -> str:
