@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from pathlib import Path
 
 from moa_dist.errors import ExitCode
@@ -17,6 +18,8 @@ from moa_dist.launch.record import RankRecord, read_records
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b.*)")
 _TRACKER = "resource_tracker"
 """Marks lines that Python's resource tracker prints after its parent was killed."""
+_PROBLEM = "  - "
+"""Begins each line of a list of problems."""
 _TAIL_BYTES = 100_000
 _EFFECT_S = 5.0
 """If a rank reports a lost peer at least this long before any other rank ends, the peer was
@@ -145,7 +148,7 @@ def _explain(record: RankRecord, folder: Path) -> tuple[CauseKind, str]:
     if status < 0:
         return _explain_signal(record, log)
     if status == ExitCode.USER:
-        return CauseKind.USER, f"found a configuration or data error: {_last_line(log)}"
+        return CauseKind.USER, f"found a configuration or data error: {_last_problems(log)}"
     if status in (ExitCode.NOT_FINITE, ExitCode.NOT_SAVED):
         return CauseKind.STOPPED, f"stopped: {_last_line(log)}"
     if status == ExitCode.LOST_PEER:
@@ -209,8 +212,18 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def _last_line(path: Path) -> str:
-    lines = (line for line in last_lines(path, 50) if line.strip() and _TRACKER not in line)
-    return next(reversed(list(lines)), "(no output)")
+    return next(reversed(_output(path)), "(no output)")
+
+
+def _last_problems(path: Path) -> str:
+    """Return all problems of the list that ends a log, or its last line if it ends with none."""
+    problems = takewhile(lambda line: line.startswith(_PROBLEM), reversed(_output(path)))
+    texts = [line.removeprefix(_PROBLEM) for line in problems]
+    return "; ".join(reversed(texts)) or _last_line(path)
+
+
+def _output(path: Path) -> list[str]:
+    return [line for line in last_lines(path, 50) if line.strip() and _TRACKER not in line]
 
 
 def _last_error(path: Path) -> str | None:

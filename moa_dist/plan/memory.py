@@ -26,6 +26,7 @@ from moa_dist.models.parameter_roles import Role, parameter_roles
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.plan.activations import Activations
+from moa_dist.plan.orthogonalization import Matrices
 from moa_dist.plan.predicted_traffic import ALIGNMENT, MASTER_BYTES, STAGE3_KEPT, Layout, round_up
 from moa_dist.plan.terms import Factor, Term, term, total
 
@@ -48,6 +49,10 @@ class Sizes(NamedTuple):
     """Shards of expert tensors, which are padded to the largest."""
     is_matrix: tuple[bool, ...]
     """Whether each of `dense` is a weight matrix of a layer, which Muon updates."""
+    dense_matrices: tuple[Matrices, ...]
+    """Those that are."""
+    expert_matrices: tuple[Matrices, ...]
+    """Matrices of `experts`."""
 
     @property
     def whole(self) -> int:
@@ -58,17 +63,20 @@ class Sizes(NamedTuple):
 def sizes_of(model: nn.Module, expert_parallel: int) -> Sizes:
     """Return the sizes of a whole `model`, on any device, once its experts are sharded."""
     experts = dict(expert_layers(model))
-    dense = {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if name.removesuffix(".weight") not in experts
-    }
+    named = model.named_parameters()
+    dense = {n: p.shape for n, p in named if n.removesuffix(".weight") not in experts}
     roles = parameter_roles(model)
-    shards = tuple(
-        -(-layer.num_experts // expert_parallel) * layer.macs_per_row()
+    matrices = [
+        Matrices(-(-layer.num_experts // expert_parallel), layer.d_in, layer.d_out)
         for layer in experts.values()
+    ]
+    return Sizes(
+        dense=tuple(shape.numel() for shape in dense.values()),
+        experts=tuple(tensor.numel for tensor in matrices),
+        is_matrix=tuple(roles[name] is Role.MATRIX for name in dense),
+        dense_matrices=tuple(Matrices.of(dense[n]) for n in dense if roles[n] is Role.MATRIX),
+        expert_matrices=tuple(matrices),
     )
-    return Sizes(tuple(dense.values()), shards, tuple(roles[n] is Role.MATRIX for n in dense))
 
 
 @dataclass(frozen=True)
@@ -203,9 +211,8 @@ def _groups(
     Groups that differ in their decay or learning rate alone count as one.
     """
     ranks, copies = layout.world_size, layout.world_size // layout.expert_parallel
-    pairs = list(zip(sizes.dense, sizes.is_matrix, strict=True))
-    vectors = [n for n, is_matrix in pairs if not is_matrix]
-    matrices = [n for n, is_matrix in pairs if is_matrix]
+    vectors = [n for n, matrix in zip(sizes.dense, sizes.is_matrix, strict=True) if not matrix]
+    matrices = [tensor.numel for tensor in sizes.dense_matrices]
     match optimizer.kind:
         case "muon":
             groups = [

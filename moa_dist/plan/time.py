@@ -1,9 +1,10 @@
 """Estimates how long a step takes, with every assumption stated.
 
-    step = products + rows + update + exposed communication
+    step = products + rows + orthogonalization + update + exposed communication
 
 Products run at a share of the GPU's peak. Rows are what routed experts move through memory around
 their products to gather, weight and sum up; with small experts that takes longer than the products.
+Orthogonalization, which Muon alone needs, and update are the optimizer's, in the type of masters.
 Communication is bytes over a link plus a latency per collective.
 
 Shapes: W ranks, P that share experts.
@@ -25,6 +26,7 @@ from moa_dist.models.stack import applications
 from moa_dist.moe.routed_module import RoutedProjection, routed_modules
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
+from moa_dist.plan.orthogonalization import orthogonalization
 from moa_dist.plan.predicted_traffic import MASTER_BYTES, Layout, state_traffic
 from moa_dist.units import short
 
@@ -109,10 +111,8 @@ def step_time(
     reach = assumed.memory_efficiency
     rows = _span("rows of experts", moved, "B", reach, cluster.gpu.memory_bandwidth)
     stage = config.parallel.zero_stage
-    copies = layout.world_size // layout.expert_parallel
-    share = (layout.world_size, copies) if stage else (1, 1)
-    masters = sum(sizes.dense) / share[0] + sum(sizes.experts) / share[1]
-    spans = [products, rows, *_update_spans(config, layout, masters, cluster, assumed)]
+    update_spans = _muon_spans if config.optimizer.kind == "muon" else _update_spans
+    spans = [products, rows, *update_spans(config, sizes, layout, cluster, assumed)]
     spans += _expert_spans(traffic, layout, cluster, assumed)
     spans += _state_spans(sizes, layout, stage, cluster, assumed, products.seconds + rows.seconds)
     return StepTime(
@@ -138,12 +138,15 @@ def _computed_again(layout: Layout, counts: Counts, rows_moved: RowBytes) -> tup
 
 
 def _update_spans(
-    config: Config, layout: Layout, masters: float, cluster: Cluster, assumed: Assumptions
+    config: Config, sizes: Sizes, layout: Layout, cluster: Cluster, assumed: Assumptions
 ) -> list[Span]:
     """Time the update of this rank's masters.
 
     In host memory, PCIe is assumed to be as fast as a GPU's share of that memory.
     """
+    copies = layout.world_size // layout.expert_parallel
+    share = (layout.world_size, copies) if config.parallel.zero_stage else (1, 1)
+    masters = sum(sizes.dense) / share[0] + sum(sizes.experts) / share[1]
     gpu, updated = cluster.gpu, _BYTES_PER_UPDATE * masters
     reach = assumed.memory_efficiency
     if config.optimizer.offload == "none":
@@ -153,6 +156,35 @@ def _update_spans(
         _span("gradients and parameters by PCIe", moved, "B", reach_pcie, gpu.host_bandwidth),
         _span("update in host memory", updated, "B", reach, gpu.host_bandwidth),
     ]
+
+
+def _muon_spans(
+    config: Config, sizes: Sizes, layout: Layout, cluster: Cluster, assumed: Assumptions
+) -> list[Span]:
+    """Time Muon on the busiest rank, and AdamW for what is not a matrix."""
+    stage, gpu, ranks = config.parallel.zero_stage, cluster.gpu, layout.world_size
+    copies = ranks // layout.expert_parallel
+    peak = gpu.flops("tf32" if config.train.precision == "tf32" else "fp32")
+    assert peak is not None, "checked when the cluster was described"
+    dense = orthogonalization(sizes.dense_matrices, stage, ranks)
+    experts = orthogonalization(sizes.expert_matrices, stage, copies)
+    others = sum(sizes.dense) - sum(tensor.numel for tensor in sizes.dense_matrices)
+    num_bytes = _BYTES_PER_UPDATE * others / (ranks if stage else 1)
+    num_bytes += dense.num_bytes + experts.num_bytes
+    flops = dense.flops + experts.flops
+    spans = [
+        _span("orthogonalization", flops, "FLOPs", assumed.matmul_efficiency, peak),
+        _span("update", num_bytes, "B", assumed.memory_efficiency, gpu.memory_bandwidth),
+    ]
+    for kind, work, num_ranks, link in (
+        ("dense", dense, ranks, cluster.ring(ranks, 1)),
+        ("expert", experts, copies, cluster.ring(copies, layout.expert_parallel)),
+    ):
+        if work.exchanges:  # two all-reduces of each
+            sent = 4 * (num_ranks - 1) / num_ranks * sum(work.exchanges) * MASTER_BYTES
+            messages, name = 2 * len(work.exchanges), f"{kind} matrices exchanged"
+            spans.append(_sent(name, sent, messages, link, assumed, hidden_by=0.0))
+    return spans
 
 
 def _span(name: str, amount: float, unit: str, efficiency: float, rate: float) -> Span:

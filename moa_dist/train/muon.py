@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moa_dist.plan.orthogonalization import ITERATIONS, exchanges
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: singular values from 0.01 to 1 come out between 0.7 and 1.2."""
-_ITERATIONS = 5
-_EXCHANGED_AT_ONCE = 1 << 26
-"""Most elements of shared matrices in one collective."""
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
@@ -180,17 +179,10 @@ def _lay_out(partition: Partition) -> _Layout:
     own = [piece for piece in pieces if not piece.is_whole]
     every: list[Any] = [None] * dist.get_world_size(partition.group)
     dist.all_gather_object(every, [_matrix(piece) for piece in own], group=partition.group)
-    exchanges: list[list[tuple[str, int, tuple[int, int]]]] = []
-    size = _EXCHANGED_AT_ONCE
-    for matrix in dict.fromkeys(matrix for of_rank in every for matrix in of_rank):
-        numel = math.prod(matrix[2])
-        if size + numel > _EXCHANGED_AT_ONCE:
-            exchanges.append([])
-            size = 0
-        exchanges[-1].append(matrix)
-        size += numel
-    parts = [_parts(own, exchange) for exchange in exchanges]
-    shapes = [[shape for _, _, shape in exchange] for exchange in exchanges]
+    cut = dict.fromkeys(matrix for of_rank in every for matrix in of_rank)
+    exchanged = exchanges(cut, lambda matrix: math.prod(matrix[2]))
+    parts = [_parts(own, exchange) for exchange in exchanged]
+    shapes = [[shape for _, _, shape in exchange] for exchange in exchanged]
     whole = [piece for piece in pieces if piece.is_whole]
     return _Layout(whole, shapes, parts, partition.group)
 

@@ -56,9 +56,10 @@ def refusals(config: Config, newest: Index) -> list[str]:
     if not problems:
         return []
     names = ",".join(change.path for change in problems)
+    # A branch has a name of its own already.
+    new_run = "start with `init.weights`" if config.init.branch else "choose another `name`"
     remedy = (
-        "set it back, choose another `name`, or change it on purpose with "
-        f"'checkpoint.allow_changes=[{names}]'"
+        f"set it back, {new_run}, or change it on purpose with 'checkpoint.allow_changes=[{names}]'"
     )
     *lines, last = [f"{change} makes {_what_it_makes(change)}" for change in problems]
     return [*lines, f"{last}; {remedy}"]

@@ -4,12 +4,12 @@
         --vocab-size 2048 --sequence-length 256
     moa-dist prepare --input OTHER_BOOKS --output data/comparison/valid --documents blank-line \
         --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
-    python -m tests.benchmarks.claims [MODEL ...] [--table]
+    python -m tests.benchmarks.claims [MODEL ...] [--steps N] [--table]
 
-Trains every model of configs/comparison/ in one process: four learning rates for a tenth of the
-budget (half of that is the full run's warm-up) with seed 0; then the best rate for the whole
-budget, with the number of seeds in `SEEDS`. Takes hours, and resumes after an interruption.
-`--table` only prints finished results.
+Trains every model of configs/comparison/ in one process, and MoEUT with Muon, too: three or four
+learning rates for a tenth of the budget (half of that is the full run's warm-up) with seed 0; then
+the best rate for the whole budget, with one or more seeds (`CONTENDERS`). Takes hours, and resumes
+after an interruption. `--steps` makes the budget smaller, `--table` only prints finished results.
 """
 
 from __future__ import annotations
@@ -29,15 +29,38 @@ from moa_dist.models.counts import count
 from moa_dist.report.read import read_run
 from tests.config.test_shipped_configs import CONFIGS
 
-SEEDS = {"moeut": 3, "dense": 3, "switchhead": 1, "moa": 1, "universal": 1}
 RATES = (4e-3, 8e-3, 16e-3, 32e-3)
 TUNING_STEPS = 128
 RUNS = Path("runs/comparison")
 
 
 @dataclass(frozen=True)
+class Contender:
+    """What is compared: a file of configs/comparison/, changed by overrides."""
+
+    file: str
+    seeds: int = 1
+    rates: tuple[float, ...] = RATES
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def config_file(self) -> Path:
+        return CONFIGS / "comparison" / f"{self.file}.yaml"
+
+
+CONTENDERS = {
+    "moeut": Contender("moeut", seeds=3),
+    "dense": Contender("dense", seeds=3),
+    "switchhead": Contender("switchhead"),
+    "moa": Contender("moa"),
+    "universal": Contender("universal"),
+    "moeut-muon": Contender("moeut", rates=RATES[1:], overrides=("optimizer.kind=muon",)),
+}
+
+
+@dataclass(frozen=True)
 class Training:
-    """One run: a model, a learning rate and a seed; `steps` None means the whole budget."""
+    """One run: a contender, a learning rate and a seed; `steps` None means the whole budget."""
 
     model: str
     rate: float
@@ -46,12 +69,13 @@ class Training:
 
     @property
     def name(self) -> str:
-        kind = "full" if self.steps is None else "tune"
+        kinds = {None: "full", TUNING_STEPS: "tune"}
+        kind = kinds.get(self.steps, f"{self.steps}-steps")
         return f"{self.model}-{kind}-lr{self.rate:g}-seed{self.seed}"
 
     @property
-    def config_file(self) -> Path:
-        return CONFIGS / "comparison" / f"{self.model}.yaml"
+    def contender(self) -> Contender:
+        return CONTENDERS[self.model]
 
     @property
     def diverged(self) -> Path:
@@ -62,7 +86,7 @@ class Training:
         """Return the last validation loss: infinite if diverged, None if unfinished."""
         if self.diverged.exists():
             return math.inf
-        total = self.steps or load_config(self.config_file).train.steps
+        total = self.steps or load_config(self.contender.config_file).train.steps
         if not (RUNS / self.name / "metrics.jsonl").exists():
             return None
         losses = read_run(RUNS / self.name).series.get("validation/loss")
@@ -70,14 +94,25 @@ class Training:
             return None
         return float(losses.values[-1])
 
+    def step_seconds(self) -> str:
+        """Return the median time of a step, without validation and checkpoints."""
+        times = read_run(RUNS / self.name).series["step_seconds"].values
+        return f"{statistics.median(times):.2f}"
+
     def run(self) -> None:
         """Train unless finished. Raises CalledProcessError for failures other than divergence."""
         if self.loss() is None:
             overrides = [f"name={self.name}", f"output={RUNS}", f"optimizer.lr={self.rate}"]
             overrides += [f"train.seed={self.seed}", f"data.seed={self.seed}"]
+            overrides += self.contender.overrides
             if self.steps is not None:
                 overrides.append(f"train.steps={self.steps}")
-            command = [sys.executable, "launcher/train.py", "--config", str(self.config_file)]
+            command = [
+                sys.executable,
+                "launcher/train.py",
+                "--config",
+                str(self.contender.config_file),
+            ]
             done = subprocess.run([*command, *overrides], env=os.environ | {"WORLD_SIZE": "1"})
             if done.returncode == ExitCode.NOT_FINITE:
                 self.diverged.touch()
@@ -86,7 +121,7 @@ class Training:
 
 
 def tuned(model: str) -> list[Training]:
-    return [Training(model, rate, steps=TUNING_STEPS) for rate in RATES]
+    return [Training(model, rate, steps=TUNING_STEPS) for rate in CONTENDERS[model].rates]
 
 
 def best_rate(model: str) -> float | None:
@@ -96,52 +131,57 @@ def best_rate(model: str) -> float | None:
     return min(found, key=found.__getitem__) if len(found) == len(losses) else None
 
 
-def train_all(models: list[str]) -> None:
+def train_all(models: list[str], steps: int | None) -> None:
     for model in models:
         for training in tuned(model):
             training.run()
-    for seed in range(max(SEEDS.values())):
+    for seed in range(max(contender.seeds for contender in CONTENDERS.values())):
         for model in models:
             rate = best_rate(model)
-            if rate is not None and seed < SEEDS[model]:
-                Training(model, rate, seed).run()
+            if rate is not None and seed < CONTENDERS[model].seeds:
+                Training(model, rate, seed, steps).run()
 
 
-def print_table(models: list[str]) -> None:
-    """Print finished results as Markdown."""
+def print_table(models: list[str], steps: int | None) -> None:
+    """Print finished results as Markdown; `s` are seconds per step in the run with seed 0."""
     rates = " | ".join(f"lr {rate:g}" for rate in RATES)
-    print(f"| model | parameters, M | MMAC per token | {rates} | seeds | perplexity | spread |")
-    print("|---" * (6 + len(RATES)) + "|")
+    print(f"| model | parameters, M | MMAC per token | {rates} | seeds | perplexity | spread | s |")
+    print("|---" * (7 + len(RATES)) + "|")
     for model in models:
-        config = load_config(CONFIGS / "comparison" / f"{model}.yaml")
+        contender = CONTENDERS[model]
+        config = load_config(contender.config_file)
         counts = count(config.model, config.data.sequence_length)
-        tuning = [training.loss() for training in tuned(model)]
-        cells = ["" if loss is None else f"{math.exp(loss):.1f}" for loss in tuning]
+        tuning = {training.rate: training.loss() for training in tuned(model)}
+        found = [tuning.get(rate) for rate in RATES]
+        cells = ["" if loss is None else f"{math.exp(loss):.1f}" for loss in found]
         rate = best_rate(model)
-        seeds = range(SEEDS[model] if rate is not None else 0)
-        losses = [Training(model, rate or 0, seed).loss() for seed in seeds]
+        seeds = range(contender.seeds if rate is not None else 0)
+        losses = [Training(model, rate or 0, seed, steps).loss() for seed in seeds]
         values = [math.exp(loss) for loss in losses if loss is not None]
         mean = f"{statistics.mean(values):.2f}" if values else ""
         spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
         numbers = (
             f"{counts.total / 1e6:.3f} | {counts.total_macs / counts.sequence_length / 1e6:.2f}"
         )
-        print(f"| {model} | {numbers} | {' | '.join(cells)} | {len(values)} | {mean} | {spread} |")
+        seconds = Training(model, rate or 0, steps=steps).step_seconds() if values else ""
+        results = f"{len(values)} | {mean} | {spread} | {seconds}"
+        print(f"| {model} | {numbers} | {' | '.join(cells)} | {results} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "models", nargs="*", metavar="MODEL", help=f"models to train: {', '.join(SEEDS)} (all)"
+        "models", nargs="*", metavar="MODEL", help=f"models to train: {', '.join(CONTENDERS)} (all)"
     )
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the best rate (all)")
     parser.add_argument("--table", action="store_true", help="only print finished results")
     args = parser.parse_args()
-    models = args.models or list(SEEDS)
-    if unknown := set(models) - SEEDS.keys():
+    models = args.models or list(CONTENDERS)
+    if unknown := set(models) - CONTENDERS.keys():
         parser.error(f"unknown models: {', '.join(sorted(unknown))}")
     if not args.table:
-        train_all(models)
-    print_table(models)
+        train_all(models, args.steps)
+    print_table(models, args.steps)
 
 
 if __name__ == "__main__":

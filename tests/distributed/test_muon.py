@@ -4,6 +4,7 @@ The ranks' partitions cut matrices of layers and experts anywhere; buckets are t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from moa_dist.distributed.mesh import make_mesh
-from moa_dist.models.language_model import build_model
+from moa_dist.models.language_model import build_model, meta_model
 from moa_dist.moe.sharding import shard_experts
+from moa_dist.plan.memory import sizes_of
+from moa_dist.plan.orthogonalization import Matrices, orthogonalization
 from moa_dist.train.engine import Engine
 from tests.distributed.layouts import AS_IF_LARGE, Case, assert_equal, distributed, one_process
 from tests.distributed.test_engine import FP32, FP64, stage
@@ -68,22 +71,51 @@ def test_bf16_takes_the_fp32_step_to_bf16_accuracy(pools, zero_stage):
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_few_matrices_are_exchanged(pools, zero_stage):
-    """At stages 1 and 2 only those at the borders between partitions, of which ranks have one."""
+    """At stages 1 and 2 only those at the borders between partitions, of which ranks have one.
+
+    `moa_dist.plan` predicts them, and the busiest rank's work.
+    """
     case = case_of((4, 2), zero_stage)
-    for num_shared, num_whole in pools(4).run(count_matrices, case):
-        assert num_whole > 0
+    sizes = sizes_of(meta_model(case.config().model), case.expert_parallel)
+    of_ranks = pools(4).run(lay_out_matrices, case)
+    for i, (tensors, num_ranks) in enumerate(
+        ((sizes.dense_matrices, 4), (sizes.expert_matrices, 2))
+    ):
+        predicted = orthogonalization(tensors, zero_stage, num_ranks)
+        whole, shared = zip(*(of_rank[i] for of_rank in of_ranks), strict=True)
+        assert [sum(map(math.prod, shapes)) for shapes in shared[0]] == predicted.exchanges
+        flops = max(map(flops_of, whole))
+        for shapes in shared[0]:
+            flops += max(flops_of(shapes[rank::num_ranks]) for rank in range(num_ranks))
+        assert flops == predicted.flops
         if zero_stage < 3:
-            assert num_shared <= 3 + 1  # dense matrices over 4 ranks, experts over 2
+            assert sum(map(len, shared[0])) < num_ranks
+            assert any(whole)
 
 
-def count_matrices(case: Case) -> tuple[int, int]:
-    """Runs on every rank: matrices that ranks share, and those whole on this one."""
+def flops_of(shapes: Sequence[tuple[int, int]]) -> int:
+    return sum(Matrices(1, *shape).flops for shape in shapes)
+
+
+Shapes = list[tuple[int, int]]
+
+
+def lay_out_matrices(case: Case) -> list[tuple[Shapes, list[Shapes]]]:
+    """Runs on every rank: dense matrices and experts, each whole ones and shared ones."""
     config = case.config()
     mesh = make_mesh(case.expert_parallel)
     model = build_model(config.model, parallelize=partial(shard_experts, mesh=mesh))
     engine = Engine(model, config, mesh, torch.device("cpu"), AS_IF_LARGE)
     layouts = engine.optimizer._layouts.values()
     engine.close()
-    shared = sum(len(shapes) for layout in layouts for shapes in layout.shared)
-    whole = [piece for layout in layouts for piece in layout.whole]
-    return shared, sum(piece.numel // math.prod(piece.shape) for piece in whole)
+    found = []
+    for of_experts in (False, True):
+        whole: Shapes = []
+        shared: list[Shapes] = []
+        for layout in layouts:
+            if (layout.group is not None) == of_experts:
+                shared += layout.shared
+                for piece in layout.whole:
+                    whole += [piece.shape] * (piece.numel // math.prod(piece.shape))
+        found.append((whole, shared))
+    return found

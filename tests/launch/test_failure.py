@@ -54,6 +54,10 @@ LOST = (ExitCode.LOST_PEER, "rank 0: rank 1 (host node-a) is gone; this rank end
             *(0, ExitCode.USER, 1, CauseKind.USER, "a.yaml: 1 problem"),
         ),
         (
+            [LOST, (2, "run: 2 problems\n  - key is 1\n  - value is 2")],
+            *(0, ExitCode.USER, 1, CauseKind.USER, "error: key is 1; value is 2"),
+        ),
+        (
             [(3, "the loss is not finite")],
             *(0, ExitCode.NOT_FINITE, 0, CauseKind.STOPPED, "the loss is not finite"),
         ),

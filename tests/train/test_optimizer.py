@@ -31,14 +31,17 @@ MODEL = ModelConfig.model_validate(
 )
 
 
-def steps_with(config: OptimizerConfig, gradient: float) -> dict[str, tuple]:
-    """Every parameter of a model before and after a step in which all gradients are equal."""
+def steps_with(config: OptimizerConfig, gradient: float | torch.Generator) -> dict[str, tuple]:
+    """Every parameter of a model before and after a step with equal or random gradients."""
     model = build_model(MODEL)
     optimizer = make_optimizer(config, parameter_groups(model, config))
     set_learning_rate(optimizer, config.lr)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, gradient)
+        if isinstance(gradient, torch.Generator):
+            parameter.grad = torch.randn(parameter.shape, generator=gradient)
+        else:
+            parameter.grad = torch.full_like(parameter, gradient)
     optimizer.step()
     return {name: (before[name], p.detach()) for name, p in model.named_parameters()}
 
@@ -90,6 +93,21 @@ def test_singular_values_come_near_one(shape):
         core = left.T @ result[i] @ right.T
         assert torch.allclose(core, core.diag().diag(), atol=1e-9)
     assert not result[2].any()
+
+
+def test_update_of_every_expert_is_orthogonal():
+    """Up to one scale per matrix, in a step of a model with random gradients."""
+    config = OptimizerConfig(kind="muon", lr=0.1, weight_decay=0.0)
+    num_matrices = 0
+    generator = torch.Generator().manual_seed(0)
+    for name, (before, after) in steps_with(config, generator).items():
+        if name.rpartition(".")[0].endswith((".v", ".o", ".up", ".down")):
+            experts = (before - after) / (0.1 * 0.2 * max(before.shape[1:]) ** 0.5)
+            num_matrices += len(experts)
+            for values in torch.linalg.svdvals(experts):
+                assert values.max() < 1.25, name
+                assert values.min() > 0.6, name
+    assert num_matrices == 2 * 2 * 3 + 2 * 4  # of 2 heads and the FFN
 
 
 def test_update_of_a_matrix_is_that_of_torch():

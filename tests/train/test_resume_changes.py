@@ -75,6 +75,14 @@ def test_every_refused_change_is_named_with_the_way_to_allow_all(config):
     assert refusals(allowed, index(config)) == []
 
 
+def test_a_branch_is_not_asked_for_another_name(config):
+    other = changed(config, "optimizer", kind="sgd")
+    branch = changed(other, "init", branch="runs/other")
+    for changed_run, advice in ((other, "`name`"), (branch, "`init.weights`")):
+        (problem,) = refusals(changed_run, index(config))
+        assert [word for word in ("`name`", "`init.weights`") if word in problem] == [advice]
+
+
 def test_weights_from_elsewhere_only_decide_the_model(config):
     other = changed(changed(config, "train", seed=5), "model", norm="rmsnorm")
     (problem,) = refusals(other, index(config, step=0))
