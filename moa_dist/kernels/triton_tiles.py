@@ -60,17 +60,16 @@ def shape_of(x: Tensor, rows: int, width_in: int, width_out: int, num_results: i
     For narrow types 128 x 128 results in 8 warps are 64 registers per thread: more would spill with
     the pointers of gathered rows. Two results share those registers, and where a width is no
     multiple of 8 bytes, so that a pointer serves few numbers, half as many must do. fp32 has no
-    tensor cores unless TF32 is allowed, and twice the bytes; a sum of one step is unrolled, which
-    takes as many registers per thread again.
+    tensor cores unless TF32 is allowed, and twice the bytes; its unrolled operands would spill in
+    fewer warps.
     """
     narrow = x.dtype.itemsize < 4
     aligned = all(width * x.dtype.itemsize % 8 == 0 for width in (width_in, width_out))
     widest = (128 if narrow and aligned else 64) // num_results
-    columns, depth = max(16, min(widest, triton.next_power_of_2(width_out))), 64 if narrow else 32
-    is_unrolled = not narrow and width_in <= depth
-    many = rows * columns * num_results > 64 * 128 or not aligned or is_unrolled
+    columns = max(16, min(widest, triton.next_power_of_2(width_out)))
+    many = rows * columns * num_results > 64 * 128 or not (aligned and narrow)
     num_stages = 2 if capability_of(x) in _SMALL_SHARED_MEMORY else 3
-    return Shape(rows, columns, depth, 8 if many else 4, num_stages)
+    return Shape(rows, columns, 64 if narrow else 32, 8 if many else 4, num_stages)
 
 
 def capability_of(x: Tensor) -> tuple[int, int]:

@@ -21,12 +21,12 @@ TINY = ("d_model=16", "attention.d_head=8", "ffn.d_expert=8", "vocab_size=64")
 ROUNDS = 9
 
 
-def plain(block, repeats, *args):
-    """Checkpoint a block without keeping what its routers chose."""
+def plain(module, repeats, call, *args):
+    """Checkpoint a call of a module without keeping what its routers chose."""
 
     def run(*args):
         with repeats.summing():
-            return block(*args)
+            return call(*args)
 
     return checkpoint(run, *args, use_reentrant=False)
 
