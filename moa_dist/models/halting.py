@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moa_dist.config.halting import HaltingConfig, StickBreakingHaltingConfig
 from moa_dist.moe.initialize import Constant, Normal
 from moa_dist.moe.mlp_router import MLPLogits
+from moa_dist.moe.token_state import sum_and_number
 
 
 class HaltingState(NamedTuple):
@@ -137,9 +138,7 @@ def expected_depth(state: HaltingState, num_applications: int) -> Tensor:
 
 def token_means(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
     """Sum up how many applications tokens took, without a gradient; see `LanguageModelOutput`."""
-    taken = state.applications
-    real = torch.ones_like(taken) if token_mask is None else token_mask
-    return {"halting/applications": torch.stack([taken.sum(), real.sum()])}
+    return {"halting/applications": sum_and_number(state.applications, token_mask)}
 
 
 def make_halting(config: HaltingConfig, d_model: int) -> StickBreakingHalting:

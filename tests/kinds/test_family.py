@@ -79,6 +79,9 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
     assert analysis["attention"]
     halts = config_of(relative).model.halting is not None
     assert bool(analysis["depths"]) == halts
+    routers = config_of(relative).model.routers().values()
+    has_norms = any(name.startswith("state_norm/") for name in analysis["token_means"])
+    assert has_norms == any(router.is_recurrent for router in routers)
     if halts:  # at depths of their own, each router counting those that run
         (tokens,) = analysis["depths"].values()
         assert sum(number > 0 for number in tokens) > 1
