@@ -174,7 +174,8 @@ class LayerStack(nn.Module):
         The first layer takes `state`.
         """
         statistics = {}
-        traces, means = {}, {}
+        traces = {}
+        means: dict[str, Tensor] = {}
         extended: list[KeyValues] = []
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
         # that they overlap with the computation of earlier layers.
