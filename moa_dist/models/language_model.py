@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -290,9 +289,9 @@ class LanguageModel(nn.Module):
         result = {}
         for kind, repeats in alike.items():
             every = stacked(value for values in repeats.values() for value in values)
-            of_routers = every.each(partial(_sum_repeats, num_routers=len(repeats)))
+            of_routers = every.summed_repeats(len(repeats))
             if kind.config.balance.pool_layers:
-                of_routers = of_routers.each(partial(torch.sum, dim=0, keepdim=True))
+                of_routers = of_routers.summed_repeats(1)
             is_pooled = kind.config.balance.scope != "sequences"
             result[kind] = of_routers.as_one_group() if is_pooled else of_routers
         pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
@@ -310,11 +309,6 @@ class LanguageModel(nn.Module):
         head = length * self.config.d_model * self.config.vocab_size
         of_layers = sum(macs_of(self, length).values(), Counter[str]())
         return {**of_layers, "head": head}
-
-
-def _sum_repeats(part: Tensor, num_routers: int) -> Tensor:
-    """[routers * repeats, ...] -> [routers, ...]."""
-    return part.unflatten(0, (num_routers, -1)).sum(1)
 
 
 def _final_norm(config: ModelConfig) -> nn.Module:
