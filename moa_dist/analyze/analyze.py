@@ -52,6 +52,8 @@ class Observations:
     depths: dict[Text, Tensor]
     """Tokens by the number of applications that they took of the layers that tokens leave, int64;
     empty without halting."""
+    token_means: dict[str, Tensor]
+    """What layers hand on, in numbers; see `LanguageModelOutput`."""
 
     def add(
         self,
@@ -110,7 +112,10 @@ def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device
         texts: dict[Text, Tokens] = {"text": _tokens(tokens, token_mask)}
         if batch.source is not None:
             texts["source"] = _tokens(batch.source, batch.source_mask)
-        result.add(texts, model(*inputs, trace=True).traces, batch.documents)
+        output = model(*inputs, trace=True)
+        result.add(texts, output.traces, batch.documents)
+        for name, mean in output.token_means.items():
+            result.token_means[name] = result.token_means.get(name, 0.0) + mean
     return result
 
 
@@ -156,6 +161,7 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             if name != "attention"
         ),
         depths={},
+        token_means={},
     )
 
 
@@ -219,6 +225,14 @@ def _top_tokens(
 def depth_results(seen: Observations) -> dict[str, list[int]]:
     """Return how many tokens took how many applications, by text."""
     return {text: counts.tolist() for text, counts in seen.depths.items()}
+
+
+def token_mean_results(seen: Observations) -> dict[str, float]:
+    """Return means over tokens of what layers hand on, by name."""
+    return {
+        name: (total / number.clamp(min=1)).item()
+        for name, (total, number) in seen.token_means.items()
+    }
 
 
 def attention_results(seen: Observations) -> list[LayerHeads]:

@@ -175,6 +175,9 @@ class Analysis(_Result):
     depths: dict[str, list[Count]] = {}
     """Tokens of the text, and of a source, by the number of applications that they took of the
     layers that tokens leave; empty without halting."""
+    token_means: dict[str, Number] = {}
+    """Means over tokens of what layers hand on, such as the norms of routers' recurrent states, by
+    name; empty for most models."""
 
     @model_validator(mode="after")
     def _layers_are_alike(self) -> Self:

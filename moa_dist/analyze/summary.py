@@ -22,6 +22,10 @@ def summary(analysis: Analysis) -> str:
         lines += [f"  {line}" for line in _specific_experts(router)]
     for text, tokens in analysis.depths.items():
         lines += ["", f"halting, {text}", f"  {_depth(tokens)}"]
+    for name, mean in analysis.token_means.items():
+        if "state_norm/" in name:
+            call = name.replace("state_norm/", "")
+            lines.append(f"{call}: hands on a state of norm {mean:.3f}, a mean over tokens")
     lines += ["", "heads", *(f"  {line}" for line in _heads(analysis.attention))]
     return "\n".join(lines)
 

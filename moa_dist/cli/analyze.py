@@ -11,6 +11,7 @@ from moa_dist.analyze.analyze import (
     depth_results,
     observe,
     router_results,
+    token_mean_results,
 )
 from moa_dist.analyze.plots import can_plot, write_plots
 from moa_dist.analyze.results import ANALYSIS_FILE, ANALYSIS_FOLDER, Analysis, save_analysis
@@ -88,6 +89,7 @@ def _analyze(args: argparse.Namespace, trained: Trained) -> Analysis:
         ),
         attention=attention_results(seen),
         depths=depth_results(seen),
+        token_means=token_mean_results(seen),
     )
 
 

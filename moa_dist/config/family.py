@@ -262,6 +262,24 @@ class MLPRouterConfig(RouterConfig):
         return super().shrink(at_least, expert_parallel).changed(d_hidden=shrunk(self.d_hidden, 8))
 
 
+class RecurrentRouterConfig(RouterConfig):
+    """The top K of logits of a state that routers hand on from layer to layer (RMoE)."""
+
+    kind: Literal["recurrent"] = "recurrent"
+    """Names this kind."""
+    d_state: PositiveInt
+    """Width of the state. One recurrent unit serves the routers of one name in all layers."""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it takes a state from the layer before."""
+        return True
+
+    def shrink(self, at_least: int, expert_parallel: int) -> Self:
+        """Narrow the state."""
+        return super().shrink(at_least, expert_parallel).changed(d_state=shrunk(self.d_state, 8))
+
+
 class ReLURouterConfig(RouterConfig):
     """Every expert with a positive logit, weighted by it: a varying number per token (ReMoE)."""
 

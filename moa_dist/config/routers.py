@@ -58,6 +58,9 @@ class BalanceConfig(Section):
     / ranks, since an accumulated step never holds all its tokens at once. In evaluation, where no
     loss is used, it counts like `micro_batch`. Capacity is always per `group_sequences`."""
 
+    pool_layers: bool = False
+    """Sum statistics over all layers whose routers have equal settings before the losses are taken
+    (RMoE), so that a layer need not use its experts evenly by itself."""
     switch: NonNegativeFloat = 0.0
     """Switch balance `E * sum_e f_e P_e` (f: share of assignments, P: mean probability)."""
     z_loss: NonNegativeFloat = 0.0
@@ -150,6 +153,11 @@ class RouterConfig(Kind):
     def num_slots(self) -> int:
         """Places for chosen experts per token, of which a kind may leave some empty."""
         return self.top_k
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it takes a state from the layer before."""
+        return False
 
     @property
     def chosen(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moa_dist.config.halting import HaltingConfig, StickBreakingHaltingConfig
 from moa_dist.moe.initialize import Constant, Normal
 from moa_dist.moe.mlp_router import MLPLogits
+from moa_dist.moe.token_state import sum_and_number
 
 
 class HaltingState(NamedTuple):
@@ -92,8 +93,7 @@ class StickBreakingHalting(nn.Module):
         )
 
     def _first(self, x: Tensor, token_mask: Tensor | None) -> HaltingState:
-        one = torch.ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
-        one = one.to(x.device)
+        one = x.new_ones(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32))
         running = torch.ones_like(one, dtype=torch.bool) if token_mask is None else token_mask
         return HaltingState(
             x, torch.zeros_like(x), one, torch.zeros_like(one), running, running.long()
@@ -108,10 +108,9 @@ class StickBreakingHalting(nn.Module):
         """
         if not self.config.loss:
             return {}
-        depth = expected_depth(state, num_applications)
-        if token_mask is None:
-            return {"depth": self.config.loss * depth.mean()}
-        means = (depth * token_mask).sum(1) / token_mask.sum(1).clamp(min=1)
+        means = depth = expected_depth(state, num_applications)
+        if token_mask is not None:
+            means = (depth * token_mask).sum(1) / token_mask.sum(1).clamp(min=1)
         return {"depth": self.config.loss * means.mean()}
 
 
@@ -137,17 +136,15 @@ def expected_depth(state: HaltingState, num_applications: int) -> Tensor:
 
 def token_means(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
     """Sum up how many applications tokens took, without a gradient; see `LanguageModelOutput`."""
-    taken = state.applications
-    real = torch.ones_like(taken) if token_mask is None else token_mask
-    return {"halting/applications": torch.stack([taken.sum(), real.sum()])}
-
-
-def make_halting(config: HaltingConfig, d_model: int) -> StickBreakingHalting:
-    """Build the module that `config` describes."""
-    return HALTING[type(config)](config, d_model)
+    return {"halting/applications": sum_and_number(state.applications, token_mask)}
 
 
 HALTING: dict[type[HaltingConfig], Callable[[Any, int], StickBreakingHalting]] = {
     StickBreakingHaltingConfig: StickBreakingHalting,
 }
 """Module by section."""
+
+
+def make_halting(config: HaltingConfig, d_model: int) -> StickBreakingHalting:
+    """Build the module that `config` describes."""
+    return HALTING[type(config)](config, d_model)

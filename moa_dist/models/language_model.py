@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,14 +192,13 @@ class LanguageModel(nn.Module):
         output = self.stack(x, masks, layers, memory, trace, LayerState(tasks=tasks))
         statistics, traces = output.statistics, output.traces
         losses = self.stack.losses(output, token_mask)
-        means = self.stack.token_means(output, token_mask)
+        means = output.token_means
         if encoded is not None:
             assert self.encoder is not None
             statistics = encoded.statistics | statistics
             of_encoder = self.encoder.losses(encoded, source_mask)
             losses = {name: loss + of_encoder[name] for name, loss in losses.items()}
-            of_source = self.encoder.token_means(encoded, source_mask)
-            means |= {f"encoder/{name}": mean for name, mean in of_source.items()}
+            means = means | {f"encoder/{name}": mean for name, mean in encoded.token_means.items()}
             traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
         with table.summing():
@@ -280,7 +278,7 @@ class LanguageModel(nn.Module):
         for kind, value in self._in_scope(alike).items():
             first = routers[next(iter(alike[kind]))]
             for name, loss in first.losses(value).items():
-                key, of_all = f"{kind.part}/{name}", loss * len(alike[kind])
+                key, of_all = f"{kind.part}/{name}", loss * len(value.load)
                 sums[key] = sums[key] + of_all if key in sums else of_all
         return sums
 
@@ -291,7 +289,9 @@ class LanguageModel(nn.Module):
         result = {}
         for kind, repeats in alike.items():
             every = stacked(value for values in repeats.values() for value in values)
-            of_routers = every.each(partial(_sum_repeats, num_routers=len(repeats)))
+            of_routers = every.summed_repeats(len(repeats))
+            if kind.config.balance.pool_layers:
+                of_routers = of_routers.summed_repeats(1)
             is_pooled = kind.config.balance.scope != "sequences"
             result[kind] = of_routers.as_one_group() if is_pooled else of_routers
         pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
@@ -309,11 +309,6 @@ class LanguageModel(nn.Module):
         head = length * self.config.d_model * self.config.vocab_size
         of_layers = sum(macs_of(self, length).values(), Counter[str]())
         return {**of_layers, "head": head}
-
-
-def _sum_repeats(part: Tensor, num_routers: int) -> Tensor:
-    """[routers * repeats, ...] -> [routers, ...]."""
-    return part.unflatten(0, (num_routers, -1)).sum(1)
 
 
 def _final_norm(config: ModelConfig) -> nn.Module:

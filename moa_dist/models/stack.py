@@ -31,6 +31,7 @@ from moa_dist.moe.gathering import ExpertGathering
 from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
+from moa_dist.moe.token_state import sum_and_number
 
 RouterKey = tuple[int, str]
 """Identifies a router: its distinct layer, and its name within the layer."""
@@ -81,6 +82,8 @@ class StackOutput(NamedTuple):
     """By application of a layer; None unless traces were requested."""
     state: LayerState = EMPTY_STATE
     """What the last layer handed on next to x."""
+    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    """What layers handed on, in numbers; see `LanguageModelOutput`."""
 
 
 class LayerStack(nn.Module):
@@ -137,11 +140,6 @@ class LayerStack(nn.Module):
             )
         }
 
-    def token_means(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
-        """Report on what layers hand on, of tokens [B, S]; see `LanguageModelOutput`."""
-        halting = output.state.halting
-        return {} if halting is None else token_means(halting, token_mask)
-
     def losses(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
         """Compute the losses on what layers hand on, of tokens [B, S], by name."""
         if output.state.halting is None:
@@ -177,6 +175,7 @@ class LayerStack(nn.Module):
         """
         statistics = {}
         traces = {}
+        means: dict[str, Tensor] = {}
         extended: list[KeyValues] = []
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
         # that they overlap with the computation of earlier layers.
@@ -207,12 +206,15 @@ class LayerStack(nn.Module):
             state = output.state if halts else output.state._replace(halting=state.halting)
             if output.cache is not None:
                 extended.append(output.cache)
+            means |= _state_norms(state, layer, masks.full.query_mask)
             for router, value in output.statistics.items():
                 statistics[layer.routers[router]] = value
             if output.trace is not None:
                 traces[layer.call] = output.trace
         longer = None if cache is None else tuple(extended)
-        return StackOutput(x, statistics, longer, traces if trace else None, state)
+        if state.halting is not None:
+            means |= token_means(state.halting, masks.full.query_mask)
+        return StackOutput(x, statistics, longer, traces if trace else None, state, means)
 
     def blocks(self) -> Iterable[Block]:
         """All blocks, in the order in which they are first applied."""
@@ -251,6 +253,19 @@ class LayerStack(nn.Module):
         }
         gathered = gathered.map(lambda weight: alias.get(weight, weight))
         return functional_call(compiled, weights, (x, mask, gathered, *rest))
+
+
+def _state_norms(
+    state: LayerState, layer: PlannedLayer, token_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """Sum up the norms of what the layer's recurrent routers hand on."""
+    means = {}
+    for name, past in (state.routers or {}).items():
+        if name in layer.routers:
+            layer_number, repeat, router = layer.routers[name]
+            key = f"state_norm/layer{layer_number}.repeat{repeat}.{router}"
+            means[key] = sum_and_number(past.detach().norm(dim=-1), token_mask)
+    return means
 
 
 def applications(model: nn.Module) -> Counter[nn.Module]:

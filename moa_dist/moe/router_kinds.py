@@ -6,6 +6,7 @@ from moa_dist.config.family import (
     DenseTrainingRouterConfig,
     GShardRouterConfig,
     MLPRouterConfig,
+    RecurrentRouterConfig,
     ReLURouterConfig,
     TaskRouterConfig,
     ThresholdRouterConfig,
@@ -15,6 +16,7 @@ from moa_dist.moe.dense_training_router import DenseTrainingRouter
 from moa_dist.moe.gshard_router import GShardRouter
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.mlp_router import MLPRouter
+from moa_dist.moe.recurrent_router import RecurrentRouter
 from moa_dist.moe.relu_router import ReLURouter
 from moa_dist.moe.router import Router
 from moa_dist.moe.task_router import TaskRouter
@@ -24,6 +26,7 @@ ROUTERS: dict[type[RouterConfig], type[Router]] = {
     DenseTrainingRouterConfig: DenseTrainingRouter,
     GShardRouterConfig: GShardRouter,
     MLPRouterConfig: MLPRouter,
+    RecurrentRouterConfig: RecurrentRouter,
     ReLURouterConfig: ReLURouter,
     RouterConfig: Router,
     TaskRouterConfig: TaskRouter,

@@ -56,6 +56,10 @@ class RoutingStatistics(NamedTuple):
         """Return the parts that are not None."""
         return tuple(part for part in self if part is not None)
 
+    def summed_repeats(self, num_routers: int) -> RoutingStatistics:
+        """Add up the applications of each router, which are stacked: [applications, ...]."""
+        return self.each(lambda part: part.unflatten(0, (num_routers, -1)).sum(1))
+
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
         dims = (-1, -3, -3, -3, -2, -2, -1, -2)  # those of N; routers may be stacked before them

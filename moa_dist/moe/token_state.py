@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,16 @@ class TokenState(NamedTuple):
         """Select what one router knows."""
         past = None if self.past is None else self.past.get(router)
         return RouterState(self.weight, past, self.tasks)
+
+
+def sum_and_number(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Return the sum of `values` [B, S] over tokens, and the number of these: [2].
+
+    `token_mask` bool is true for real ones; those of another text than its own are all counted.
+    """
+    if token_mask is None or token_mask.shape != values.shape:
+        token_mask = torch.ones_like(values, dtype=torch.bool)
+    return torch.stack([(values * token_mask).sum(), token_mask.sum()])
 
 
 NO_STATE = TokenState()

@@ -232,7 +232,8 @@ def _is_in(line: Term, *prefixes: tuple[str, ...]) -> bool:
 def _kinds_of_layers(config: ModelConfig) -> list[_Kind]:
     """Return each kind of layer: those that repeat, first and last ones.
 
-    Nothing halts before the first application of those that repeat, so it is a kind of its own.
+    The first of those that repeat takes no state from the one before, so that where layers hand on
+    any it is a kind of its own.
     """
     one = config.model_copy(
         update={
@@ -245,12 +246,14 @@ def _kinds_of_layers(config: ModelConfig) -> list[_Kind]:
     )
     once = one.model_copy(update={"sharing": SharingConfig(), "halting": None})
     first = once.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
-    if config.halting is None or config.num_core_layers == 1:
+    hands_on = config.halting is not None or any(r.is_recurrent for r in config.routers().values())
+    if not hands_on or config.num_core_layers == 1:
         kinds = [_Kind("", one, config.num_core_layers)]
     else:
-        two = one.model_copy(update={"num_layers": 2})
-        later = _Kind("", two, config.num_core_layers - 1, layer=1)
-        kinds = [later, _Kind("first: ", two, 1)]
+        # What the layer in the middle is handed counts as its own, what it hands on does not.
+        three = one.model_copy(update={"num_layers": 3})
+        later = _Kind("", three, config.num_core_layers - 1, layer=1)
+        kinds = [later, _Kind("first: ", three, 1)]
     for title, kind, number in (
         ("prelude: ", first, config.prelude),
         ("coda: ", once, config.coda),

@@ -9,6 +9,7 @@ Shapes: B sequences of S tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Routing
 from moa_dist.plan.even_dispatch import EvenDispatcher
 
+_LAYER = re.compile(r"\w+\.layers\.\d+\.")
 INPUT, BETWEEN = "input", "between parts"
 SHARED, LOGITS, LOSS = "shared by layers", "logits", "loss"
 """Names of tensors that belong to no module of a layer."""
@@ -142,6 +144,21 @@ class _Recorder:
         shape = tensor.shape if whole else torch.Size([storage.nbytes() // size])
         self.saved[storage] = Saved(where, shape, size)
 
+    def _name_here(self, name: str) -> str:
+        """Name a module that is called: one that a layer borrows from another by its borrower."""
+        caller = self._running[-1]
+        layer = _LAYER.match(caller)
+        if layer is None or name.startswith(layer[0]):
+            return name
+        return f"{caller}.{name.rpartition('.')[2]}"
+
+    def _hand_on(self, state: Iterable[Tensor | None], where: str) -> None:
+        """Attribute a state to the layer that takes it, though the one before may have saved it."""
+        for tensor in state:
+            if tensor is not None:
+                self.saved.pop(tensor.untyped_storage(), None)
+                self._note(tensor, where)
+
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
         """Attribute what runs meanwhile to a part of the running module."""
@@ -154,13 +171,13 @@ class _Recorder:
         """Track which module is running."""
 
         def enter(name: str, module: Any, inputs: tuple[Any, ...]) -> None:
-            self._running.append(name or LOSS)
+            self._running.append(self._name_here(name or LOSS))
             if isinstance(module, Block):
                 x, *others = tree_leaves(inputs)
-                handed_on = (i for i in inputs if isinstance(i, LayerState))
-                for own in (x, *tree_leaves(tuple(handed_on))):
-                    if isinstance(own, Tensor):
-                        self._note(own, f"{name}.{INPUT}")
+                self._note(x, f"{name}.{INPUT}")
+                for argument in inputs:
+                    if isinstance(argument, LayerState):
+                        self._hand_on(tree_leaves(argument), f"{name}.{INPUT}")
                 for other in others:  # such as a decoder's source
                     if isinstance(other, Tensor):
                         self._note(other, SHARED)

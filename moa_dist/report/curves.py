@@ -144,9 +144,7 @@ def own_curves(run: Run) -> Iterator[str]:
         ]
         about = "Their coefficients are applied"
         yield curves("Auxiliary losses", about, lines, Axes("nats", marks=run.starts, clock=clock))
-    for name, series in run.group("token_means/").items():
-        axes = Axes("mean over tokens", marks=run.starts, clock=clock)
-        yield curves(name.replace("_", " "), "In training", [Line(name, series, 0)], axes)
+    yield from _token_means(run)
     yield from _parts(run)
     by_purpose: dict[str, list[Series]] = defaultdict(list)
     by_layer: dict[str, dict[str, float]] = defaultdict(dict)
@@ -163,6 +161,19 @@ def own_curves(run: Run) -> Iterator[str]:
         yield curves("Traffic", about, lines, axes, is_wide=True)
     if by_layer:
         yield _layers(by_layer, colors)
+
+
+def _token_means(run: Run) -> Iterator[str]:
+    """Yield what layers hand on about tokens, a figure for each kind of it."""
+    kinds: dict[str, list[Line]] = defaultdict(list)
+    for name, series in run.group("token_means/").items():
+        kind, _, label = name.rpartition("/")
+        lines = kinds[kind]
+        lines.append(Line(label.replace("_", " "), series, len(lines) % NUM_COLORS))
+    for kind, lines in kinds.items():
+        title = kind.replace("/", ": ").replace("_", " ").capitalize()
+        axes = Axes("mean over tokens", marks=run.starts, clock=partial(clock_texts, run))
+        yield curves(title, "What layers hand on about tokens", lines, axes)
 
 
 def _parts(run: Run) -> Iterator[str]:

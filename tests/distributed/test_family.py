@@ -28,6 +28,14 @@ MLP = {
     "balance": {"mutual_information": 0.1},
 }
 TANH = MLP | {"activation": "tanh", "gate_eps": 1e-6}
+RECURRENT = {
+    "kind": "recurrent",
+    "d_state": 6,
+    "top_k": 2,
+    "score": "softmax",
+    "gate": "renormalized",
+    "balance": {"switch": 0.3, "pool_layers": True},
+}
 DENSE_TRAINING = {
     "kind": "dense_training",
     "top_k": 2,
@@ -82,6 +90,10 @@ FAMILY = {
             "bias": True,
             "router": TANH | {"num_experts": 7},
         },
+    },
+    "rmoe": {
+        "attention": MOA | {"router": RECURRENT | {"num_experts": 5}},
+        "ffn": {"kind": "moe", "d_expert": 8, "router": RECURRENT | {"num_experts": 7}},
     },
     "ds_moe": {
         "attention": MOA | {"router": DENSE_TRAINING | {"num_experts": 4}},

@@ -44,7 +44,7 @@ def inputs(model: LanguageModel, tokens: torch.Tensor) -> dict[str, torch.Tensor
     return {"tokens": tokens, **tasks}
 
 
-def built(relative: str, *, recompute: bool = False):
+def built(relative: str, *, recompute: bool | tuple[str, ...] = False):
     """A model whose tokens, where they halt, do so at depths of their own."""
     model = build_model(config_of(relative).model, seed=3, recompute=recompute)
     if model.config.halting is not None:
@@ -79,6 +79,9 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
     assert analysis["attention"]
     halts = config_of(relative).model.halting is not None
     assert bool(analysis["depths"]) == halts
+    routers = config_of(relative).model.routers().values()
+    has_norms = any(name.startswith("state_norm/") for name in analysis["token_means"])
+    assert has_norms == any(router.is_recurrent for router in routers)
     if halts:  # at depths of their own, each router counting those that run
         (tokens,) = analysis["depths"].values()
         assert sum(number > 0 for number in tokens) > 1
@@ -107,13 +110,14 @@ def test_with_a_cache_it_generates_the_same(relative):
 @relatives
 def test_recomputed_it_computes_the_same(relative):
     tokens, gradients = torch.arange(20).view(2, 10), []
-    for recompute in (False, True):
+    for recompute in (False, True, ("attention", "ffn")):
         model = built(relative, recompute=recompute).double()
         output = model(**inputs(model, tokens))
         (output.logits.square().mean() + sum(output.aux_losses.values())).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
+        for recomputed in gradients[1:]:
+            torch.testing.assert_close(recomputed[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

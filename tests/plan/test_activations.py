@@ -222,6 +222,21 @@ def test_layers_that_tokens_leave(objective, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+def test_layers_whose_routers_hand_on_a_state(recompute):
+    recurrent = {"kind": "recurrent", "d_state": 48}
+    config = case(
+        MOA | {"router": router(6, 3, "softmax", **recurrent)},
+        MOE | {"router": router(9, 4, **recurrent)},
+        "pre",
+        num_layers=6,
+    )
+    found = saved(build_model(config, recompute=recompute), at_once=True)
+    lines = predicted(config, torch.float32, at_once=True, recompute=recompute)
+    between = [line for line in lines if "recomputed" not in line.name]
+    assert total(between) == pytest.approx(found, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("attention", "norm"),
