@@ -51,7 +51,7 @@ class Observations:
     """Routers of a decoder's cross-attention that route the tokens of the source."""
     depths: dict[Text, Tensor]
     """Tokens by the number of applications that they took of the layers that tokens leave, int64;
-    empty without halting."""
+    empty where all take all."""
     token_means: dict[str, Tensor]
     """What layers hand on, in numbers; see `LanguageModelOutput`."""
 
@@ -133,6 +133,8 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
         for planned in stack.plan:
             for name, router_call in planned.routers.items():
                 calls[router_call.key].append((planned.call, name))
+        first = stack.plan[stack.core.start].call
+        calls[stack.depth_call.key].append((first, stack.depth_call.router))
     return Observations(
         {text: torch.zeros(vocab_size, dtype=torch.int64, device=device) for text in texts},
         {

@@ -22,6 +22,7 @@ from moa_dist.config.optimization_checks import (
     warmup,
 )
 from moa_dist.config.position_checks import rotations, window
+from moa_dist.config.recursion_checks import looking_ahead, recursion
 from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import Config
 from moa_dist.config.section import InvalidFieldError
@@ -329,6 +330,8 @@ CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     sharing_checks.repeats,
     sharing_checks.sharing,
     sharing_checks.halting,
+    recursion,
+    looking_ahead,
     rotations,
     window,
     *(

@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Serializ
 
 from moa_dist.config.halting import HaltingConfig
 from moa_dist.config.positions import RopeConfig, WindowConfig
+from moa_dist.config.recursion import RecursionConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.config.section import Kind, Section
 from moa_dist.config.sharing import SharingConfig
@@ -301,6 +302,9 @@ class ModelConfig(Section):
     """What layers that repeat share, if not everything."""
     halting: SerializeAsAny[HaltingConfig] | None = None
     """How tokens leave the layers between prelude and coda early; null if they take all."""
+    recursion: SerializeAsAny[RecursionConfig] | None = None
+    """How tokens choose how often layers that repeat are applied to them (Mixture-of-Recursions);
+    null if all repeats are applied to all."""
     prelude: Annotated[int, Field(ge=0)] = 0
     """First layers, applied once, with parameters of their own."""
     coda: Annotated[int, Field(ge=0)] = 0
@@ -365,8 +369,17 @@ class ModelConfig(Section):
 
     def routers(self) -> dict[str, RouterConfig]:
         """All routers of a layer by their path in the model, such as `attention.router`."""
-        return {
+        of_parts = {
             f"{part}.{name}": router
             for part, section in self.parts().items()
             for name, router in section.routers.items()
         }
+        of_depth = {} if self.recursion is None else self.recursion.routers(self.num_repeats)
+        return of_parts | of_depth
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """Why a causal model's tokens may depend on later ones; None if they do not."""
+        if self.recursion is None or self.objective == "masked":
+            return None
+        return self.recursion.looks_ahead

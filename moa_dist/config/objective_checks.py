@@ -68,7 +68,9 @@ def unequal_batches(config: Config, router: RouterConfig, path: str) -> Iterator
 
 
 def objective_notes(config: Config) -> Iterator[str]:
-    """Name routers for which training losses are not those of a causal model."""
+    """Say why losses are not those of a causal model, if they are not."""
+    if reason := config.model.looks_ahead:
+        yield f"losses and perplexities do not compare with other models': {reason}"
     for name, router in config.model.routers().items():
         if config.model.objective == "causal" and router.sees_group_in_training:
             yield (

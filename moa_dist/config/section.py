@@ -56,6 +56,13 @@ class Section(BaseModel):
         return type(self).model_validate(self.model_copy(update=fields).model_dump())
 
 
+def _with_tuples(value: Any) -> Any:
+    """Replace lists, which is what JSON has, by tuples, which is what fields are."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 class Kind(Section):
     """A section chosen by its `kind` among the kinds of one family.
 
@@ -93,7 +100,7 @@ class Kind(Section):
         if chosen is None:
             raise ValueError(f"kind {name!r} is not one of {', '.join(cls.choices())}")
         if chosen is cls:
-            return handler(value)
+            return handler(_with_tuples(value) if info.mode == "json" else value)
         if info.mode == "json":  # strict, as JSON has its own rules for what counts as a tuple
             return chosen.model_validate_json(json.dumps(value), strict=True)
         return chosen.model_validate(value)

@@ -44,11 +44,13 @@ def _shrink_model(model: ModelConfig, ep: int) -> ModelConfig:
     distinct = model.num_distinct_layers or model.num_core_layers
     layers = min(distinct, _LAYERS)
     prelude, coda = min(model.prelude, 1), min(model.coda, 1)
+    repeats, recursion = min(model.num_repeats, _REPEATS), model.recursion
     return model.changed(
         vocab_size=shrunk(model.vocab_size, _VOCABULARY),
         dropout=0.0,
         d_model=shrunk(model.d_model, _D_MODEL),
-        num_layers=prelude + layers * min(model.num_repeats, _REPEATS) + coda,
+        num_layers=prelude + layers * repeats + coda,
+        recursion=None if recursion is None else recursion.shrink(repeats),
         num_distinct_layers=None if model.num_distinct_layers is None else layers,
         prelude=prelude,
         coda=coda,

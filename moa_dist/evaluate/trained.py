@@ -92,7 +92,10 @@ def require_fit(tokenizer: Tokenizer, model: ModelConfig, file: Path) -> None:
 
 
 def require(trained: Trained, objective: Objective, what: str) -> None:
-    """Raise DataError unless the model was trained with `objective`, which `what` needs."""
+    """Raise DataError unless the model was trained with `objective`, which `what` needs.
+
+    Neither may its tokens depend on later ones against that objective.
+    """
     found = trained.config.model.objective
     if found != objective:
         raise DataError(
@@ -100,6 +103,12 @@ def require(trained: Trained, objective: Objective, what: str) -> None:
             f"trained with {objective}",
             path=trained.folder,
             key="model.objective",
+        )
+    if reason := trained.config.model.looks_ahead:
+        raise DataError(
+            f"{trained.folder}: {what} needs tokens that depend on earlier ones only, but {reason}",
+            path=trained.folder,
+            key="model.recursion.kind",
         )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 KeyValues = tuple[Tensor, ...]
 """Rotated keys, then values [B, h, P, d] of one application of an attention layer; empty before
 the first token. In a decoder that translates, those of self-attention come first, then those of
-attention to the source."""
+attention to the source. Of tokens that choose how often they recur, those that do are packed, in
+P places; then which places hold tokens, [B, P] bool, comes third."""
 
 
 def extended(past: KeyValues, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

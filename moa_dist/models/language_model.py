@@ -17,14 +17,13 @@ from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.config.positions import RopeConfig
 from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
-from moa_dist.kernels.hardware import Hardware
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
-from moa_dist.models.documents import Documents, flash_fits
+from moa_dist.models.documents import Documents
 from moa_dist.models.embedding import TokenEmbedding
 from moa_dist.models.linear import Linear
 from moa_dist.models.mask import AttentionMask, LayerMasks
-from moa_dist.models.padding import Runs
+from moa_dist.models.padding import Runs, runs_of
 from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
 from moa_dist.models.soft_cap import soft_capped
@@ -58,7 +57,7 @@ class _Alike(NamedTuple):
     """What the routers have in common whose losses are computed together."""
 
     part: str
-    """The part of a layer that they belong to, `attention` or `ffn`."""
+    """The part of a layer that they belong to, `attention` or `ffn`; or `depth`."""
     config: RouterConfig
     """Their configuration, which says what their losses are."""
     num_repeats: int
@@ -158,6 +157,8 @@ class LanguageModel(nn.Module):
         if source is not None and cache is not None and cache.length:
             raise ValueError("the cache holds a source already")
         if cache is not None:
+            if reason := self.config.looks_ahead:
+                raise ValueError(f"{reason}: it cannot use a cache")
             if self.config.objective == "masked":
                 raise ValueError("a masked language model sees both sides: it cannot use a cache")
             routers = self.config.routers().values()
@@ -169,6 +170,8 @@ class LanguageModel(nn.Module):
             if self.training and any(router.sees_group_in_training for router in routers):
                 raise ValueError("training chooses experts by later tokens too: use model.eval()")
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
+        if documents is not None and self.config.recursion is not None:
+            raise ValueError("tokens that choose their number of recursions cannot have documents")
         _check_documents(documents, tokens, num_past, self.encoder)
         position = positions(tokens, key_mask, num_past, documents)
         table = self._uses_of_table()
@@ -243,10 +246,7 @@ class LanguageModel(nn.Module):
 
     def _runs(self, queries: Tensor, key_mask: Tensor | None, *, causal: bool) -> Runs | None:
         """Find once for all layers what `queries` [B, T, D] attend to, if flash attention runs."""
-        hardware, width = Hardware.of(queries.device), self.config.attention.d_head
-        if key_mask is None or not flash_fits(hardware, queries.dtype, width):
-            return None
-        return Runs.of(key_mask, queries.shape[1], causal=causal)
+        return runs_of(queries, key_mask, self.config.attention.d_head, causal=causal)
 
     def _encode(
         self, source: Tensor, token_mask: Tensor | None, table: Repeats, trace: bool

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moa_dist.models.documents import flash
+from moa_dist.kernels.hardware import Hardware
+from moa_dist.models.documents import flash, flash_fits
 
 
 class Runs(NamedTuple):
@@ -48,6 +49,13 @@ class Runs(NamedTuple):
             return cls(keys, keys)
         nothing = torch.zeros_like(first)
         return cls(_starts(nothing, nothing + num_queries, num_queries), keys)
+
+
+def runs_of(x: Tensor, key_mask: Tensor | None, d_head: int, *, causal: bool) -> Runs | None:
+    """Find what queries x [B, T, D] attend to; None without padding, or without flash attention."""
+    if key_mask is None or not flash_fits(Hardware.of(x.device), x.dtype, d_head):
+        return None
+    return Runs.of(key_mask, x.shape[1], causal=causal)
 
 
 def _starts(begin: Tensor, end: Tensor, length: int) -> Tensor:

@@ -21,7 +21,9 @@ from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExp
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.halting import token_means
 from moa_dist.models.mask import AttentionMask, LayerMasks
+from moa_dist.models.packing import Places
 from moa_dist.models.recompute import Recomputation, recomputed
+from moa_dist.models.recursion import Recursion, RecursionOutput, make_recursion
 from moa_dist.models.sharing import make_layers
 from moa_dist.models.state import EMPTY_STATE, LayerState
 from moa_dist.models.trace import BlockTrace
@@ -84,6 +86,8 @@ class StackOutput(NamedTuple):
     """What the last layer handed on next to x."""
     token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """What layers handed on, in numbers; see `LanguageModelOutput`."""
+    recursion: RecursionOutput | None = None
+    """What tokens chose that choose how often they recur; None where they do not."""
 
 
 class LayerStack(nn.Module):
@@ -99,6 +103,11 @@ class LayerStack(nn.Module):
         self.first_layer = len(blocks) if cross else 0
         self.plan = tuple(self._planned(order))
         """All applications, in order."""
+        self.core = range(config.prelude, config.num_layers - config.coda)
+        """Those of layers that may repeat."""
+        self.d_head = config.attention.d_head
+        self.recursion = make_recursion(config)
+        """Chooses how often each token passes through them; None where all do equally often."""
         self._shared = tuple((module, n) for module, n in self.applications().items() if n > 1)
         self.recompute = recomputed_parts(recompute)
         if "experts" in self.recompute:
@@ -132,16 +141,40 @@ class LayerStack(nn.Module):
 
     def routers(self) -> dict[RouterKey, Router]:
         """All routers, each of which may be applied several times."""
-        return {
+        routers = {
             call.key: router
             for layer in self.plan
             for call, router in zip(
                 layer.routers.values(), self.block(layer).routers().values(), strict=True
             )
         }
+        if self.recursion is not None and self.recursion.router is not None:
+            routers[self.depth_call.key] = self.recursion.router
+        return routers
+
+    @property
+    def depth_call(self) -> RouterCall:
+        """Identifies the choice of how often each token recurs, by the first layer that does."""
+        return RouterCall(self.first_layer + self.core.start, 0, "depth")
+
+    def lengths(self, length: int) -> list[int]:
+        """Tokens of a sequence of `length` that each application computes, in the mean."""
+        lengths = [length] * len(self.plan)
+        if self.recursion is not None:
+            for part, num in zip(self.recursions(), self.recursion.lengths(length), strict=True):
+                lengths[part.start : part.stop] = [num] * len(part)
+        return lengths
+
+    def recursions(self) -> list[range]:
+        """Divide the applications of layers that repeat by repeats."""
+        assert self.recursion is not None
+        size = len(self.core) // self.recursion.num_recursions
+        return [self.core[i : i + size] for i in range(0, len(self.core), size)]
 
     def losses(self, output: StackOutput, token_mask: Tensor | None) -> dict[str, Tensor]:
         """Compute the losses on what layers hand on, of tokens [B, S], by name."""
+        if output.recursion is not None:
+            return output.recursion.losses
         if output.state.halting is None:
             return {}
         halting = [block.halting for block in map(self.block, self.plan) if block.halting]
@@ -152,7 +185,7 @@ class LayerStack(nn.Module):
         """Count the uses of every module in a forward, those of shared ones added up."""
         return Counter(module for layer in self.plan for module in used_modules(self.block(layer)))
 
-    def _num_uses(self) -> dict[Tensor, int]:
+    def num_uses(self) -> dict[Tensor, int]:
         """Count the uses in a forward of each parameter that has several."""
         return {
             parameter: num_uses
@@ -173,48 +206,47 @@ class LayerStack(nn.Module):
 
         The first layer takes `state`.
         """
-        statistics = {}
-        traces = {}
-        means: dict[str, Tensor] = {}
-        extended: list[KeyValues] = []
-        # Gathers of expert weights start for all layers at once and are awaited at first use, so
-        # that they overlap with the computation of earlier layers.
-        gathering = ExpertGathering()
-        for block in self.blocks():
-            block.start_gathering(gathering)
-        repeats: dict[int, Repeats] = {}
-        sums = GradientSums(self._num_uses())
-        for i, layer in enumerate(self.plan):
-            gathered = self.block(layer).gathered(gathering)
-            if layer.block not in repeats:
-                repeats[layer.block] = sums.of(self.block(layer).weights(gathered))
-            past = None if cache is None else cache[i]
-            halts = self.block(layer).halting is not None
-            output = self._apply_layer(
-                layer.block,
-                repeats[layer.block],
-                x,
-                masks.of(i),
-                gathered,
-                past,
-                memory,
-                trace,
-                state if halts else state._replace(halting=None),
-            )
-            x = output.x
-            # Layers that nothing halts in would keep the state of others until the backward pass.
-            state = output.state if halts else output.state._replace(halting=state.halting)
-            if output.cache is not None:
-                extended.append(output.cache)
-            means |= _state_norms(state, layer, masks.full.query_mask)
-            for router, value in output.statistics.items():
-                statistics[layer.routers[router]] = value
-            if output.trace is not None:
-                traces[layer.call] = output.trace
-        longer = None if cache is None else tuple(extended)
-        if state.halting is not None:
-            means |= token_means(state.halting, masks.full.query_mask)
-        return StackOutput(x, statistics, longer, traces if trace else None, state, means)
+        run = _Forward(self, masks, cache, memory, trace, state)
+        chosen = None
+        if self.recursion is None:
+            x = run.apply(range(len(self.plan)), x)
+        else:
+            x = run.apply(range(self.core.start), x)
+            chosen = self._recur(self.recursion, x, run)
+            x = run.apply(range(self.core.stop, len(self.plan)), chosen.x)
+        longer, traces = tuple(run.extended), run.traces
+        if run.state.halting is not None:
+            run.means |= token_means(run.state.halting, masks.full.query_mask)
+        if chosen is not None:
+            run.means |= chosen.token_means()
+        return StackOutput(
+            x,
+            run.statistics,
+            None if cache is None else longer,
+            traces if trace else None,
+            run.state,
+            run.means,
+            chosen,
+        )
+
+    def _recur(self, recursion: Recursion, x: Tensor, run: _Forward) -> RecursionOutput:
+        """Apply the layers that repeat to tokens that choose how often."""
+        parts, token_mask = self.recursions(), run.masks.full.query_mask
+        output: RecursionOutput = recursion(
+            x, token_mask, lambda r, h, places: run.apply(parts[r], h, places)
+        )
+        if output.depth is not None:
+            run.statistics[self.depth_call] = output.depth.statistics
+        if run.trace:
+            real = torch.ones_like(x[..., 0], dtype=torch.bool)
+            real = real if token_mask is None else token_mask
+            for call in (self.plan[i].call for i in self.core):
+                if run.traces[call].running is None:
+                    run.traces[call] = run.traces[call]._replace(running=real)
+            if output.depth is not None:
+                first = run.traces[self.plan[self.core.start].call]
+                first.routing[self.depth_call.router] = output.depth
+        return output
 
     def blocks(self) -> Iterable[Block]:
         """All blocks, in the order in which they are first applied."""
@@ -224,7 +256,7 @@ class LayerStack(nn.Module):
         """Return the block that is applied."""
         return cast(Block, self.layers[layer.block])
 
-    def _apply_layer(
+    def apply_layer(
         self,
         index: int,
         repeats: Repeats,
@@ -236,6 +268,7 @@ class LayerStack(nn.Module):
         trace: bool,
         state: LayerState,
     ) -> BlockOutput:
+        """Call a block, compiled or recomputed if its stack is."""
         layer, rest = self.layers[index], (cache, memory, trace, state)
         again = self.recompute if torch.is_grad_enabled() else frozenset[str]()
         if "block" in again:
@@ -268,6 +301,72 @@ def _state_norms(
     return means
 
 
+class _Forward:
+    """A forward of a stack: what its applications share, and what they return."""
+
+    def __init__(
+        self,
+        stack: LayerStack,
+        masks: LayerMasks,
+        cache: tuple[KeyValues, ...] | None,
+        memory: EncoderMemory | None,
+        trace: bool,
+        state: LayerState,
+    ) -> None:
+        self.stack, self.masks, self.cache = stack, masks, cache
+        self.memory, self.trace = memory, trace
+        self.statistics: dict[RouterCall, RoutingStatistics] = {}
+        self.traces: dict[LayerCall, BlockTrace] = {}
+        self.means: dict[str, Tensor] = {}
+        self.extended: list[KeyValues] = []
+        self.state = state
+        # Gathers of expert weights start for all layers at once and are awaited at first use, so
+        # that they overlap with the computation of earlier layers.
+        self._gathering = ExpertGathering()
+        for block in stack.blocks():
+            block.start_gathering(self._gathering)
+        self._repeats: dict[int, Repeats] = {}
+        self._sums = GradientSums(stack.num_uses())
+
+    def apply(self, part: range, x: Tensor, places: Places | None = None) -> Tensor:
+        """Apply some layers to x [B, S, D], or to tokens [B, n, D] packed into `places`."""
+        packed = None
+        if places is not None:  # what is packed has no windows, so layers see the same
+            past = None if self.cache is None else self.cache[part.start]
+            packed = places.mask(self.masks.full, past, x, self.stack.d_head)
+        for i in part:
+            layer, past = self.stack.plan[i], None if self.cache is None else self.cache[i]
+            block, mask = self.stack.block(layer), packed or self.masks.of(i)
+            gathered = block.gathered(self._gathering)
+            if layer.block not in self._repeats:
+                self._repeats[layer.block] = self._sums.of(block.weights(gathered))
+            halts = block.halting is not None
+            output = self.stack.apply_layer(
+                layer.block,
+                self._repeats[layer.block],
+                x,
+                mask,
+                gathered,
+                past,
+                self.memory,
+                self.trace,
+                self.state if halts else self.state._replace(halting=None),
+            )
+            x, state = output.x, output.state
+            # Layers that nothing halts in would keep the state of others until the backward pass.
+            self.state = state if halts else state._replace(halting=self.state.halting)
+            if output.cache is not None:
+                held = () if places is None else (mask.key_mask,)
+                self.extended.append((*output.cache, *held))
+            self.means |= _state_norms(self.state, layer, mask.query_mask)
+            for router, value in output.statistics.items():
+                self.statistics[layer.routers[router]] = value
+            if output.trace is not None:
+                trace = output.trace
+                self.traces[layer.call] = trace if places is None else places.spread(trace)
+        return x
+
+
 def applications(model: nn.Module) -> Counter[nn.Module]:
     """Count the uses of every module of a model's layers in a forward."""
     stacks = (module for module in model.modules() if isinstance(module, LayerStack))
@@ -275,11 +374,27 @@ def applications(model: nn.Module) -> Counter[nn.Module]:
 
 
 def macs_of(model: nn.Module, length: int) -> dict[str, Counter[str]]:
-    """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`."""
+    """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`.
+
+    The choice of how often tokens recur belongs to the rest.
+    """
     parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for stack in (module for module in model.modules() if isinstance(module, LayerStack)):
         first = next((i for i, layer in enumerate(stack.plan) if stack.block(layer).halting), None)
-        for i, layer in enumerate(stack.plan):
-            for part, macs in stack.block(layer).macs(length, i, is_first=i == first).items():
+        for i, (layer, num) in enumerate(zip(stack.plan, stack.lengths(length), strict=True)):
+            for part, macs in stack.block(layer).macs(num, i, is_first=i == first).items():
                 parts[part] += macs
+        if stack.recursion is not None:
+            parts["rest"]["routers"] += stack.recursion.macs(length)
     return parts
+
+
+def token_uses(model: nn.Module, length: int) -> dict[nn.Module, float]:
+    """Count the uses of every module per token, in the mean over a sequence of `length`."""
+    uses: dict[nn.Module, float] = defaultdict(float)
+    for stack in model.modules():
+        if isinstance(stack, LayerStack):
+            for layer, num in zip(stack.plan, stack.lengths(length), strict=True):
+                for module in used_modules(stack.block(layer)):
+                    uses[module] += num / length
+    return uses

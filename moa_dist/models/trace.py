@@ -58,7 +58,8 @@ class BlockTrace(NamedTuple):
     heads: dict[str, HeadTrace]
     """By attention: `attention`, and in a decoder that translates `attention.cross`."""
     running: Tensor | None = None
-    """[B, S] bool, false for tokens that have halted and for padding; None without halting."""
+    """[B, S] bool, false for tokens that have halted or do not recur, and for padding; None where
+    all tokens are computed."""
 
 
 LogShares = Callable[[Tensor, Tensor], Tensor]

@@ -46,8 +46,12 @@ class Activations:
         self.hardware, self.length = hardware, sequence_length
         self._element_bytes, self._vocabulary = dtype.itemsize, config.vocab_size
         self._layers = [
-            _MeasuredLayer(kind, self.length, dtype, hardware) for kind in _kinds_of_layers(config)
+            _MeasuredLayer(kind, dtype, hardware) for kind in _kinds_of_layers(config, self.length)
         ]
+        recursion, self._d_model = config.recursion, config.d_model
+        self._rows_between = 0  # of a sequence, which recursions keep outside of layers
+        if recursion is not None:
+            self._rows_between = recursion.rows_kept(config.num_repeats, self.length)
         self._weighted_rows = [rows for layer in self._layers for rows in layer.weighted_rows()]
         self._kept = cache(self._lines_kept)  # many layouts have lines in common
 
@@ -97,6 +101,10 @@ class Activations:
             again = max(again, recomputed, key=total)
             every.append(found)
         lines += [Term(f"recomputed: {line.name}", line.factors) for line in again]
+        if self._rows_between:
+            rows = ("rows", sequences * self._rows_between)
+            width, element = ("width", self._d_model), ("B", self._element_bytes)
+            lines.append(term("between recursions", rows, width, element))
         outside = [line for line in every[0] if not line.name.startswith(_STACKS)]
         return [*lines, *_without_small(outside)]
 
@@ -110,6 +118,8 @@ class _Kind(NamedTuple):
     """A model that is measured, which has such a layer."""
     number: int
     """Applications of such layers."""
+    length: int
+    """Tokens of a sequence that they compute."""
     layer: int = 0
     """Which layer of the model it is."""
 
@@ -120,12 +130,11 @@ class _MeasuredLayer:
     def __init__(
         self,
         kind: _Kind,
-        length: int,
         dtype: torch.dtype,
         hardware: Hardware,
     ) -> None:
         """Prepare to measure a kind of layer."""
-        self._number, self._length, self._hardware = kind.number, length, hardware
+        self._number, self._length, self._hardware = kind.number, kind.length, hardware
         self._model = _few_layers(kind.model).to(dtype)
         self._parts = {f"{name}.": module.part for name, module in routed_modules(self._model)}
         self._saved, self._choices = cache(self._measure_saved), cache(self._measure_choices)
@@ -164,7 +173,10 @@ class _MeasuredLayer:
         `found` is what a layer saves, and `lean` what it does if experts are recomputed. What is
         recomputed is the largest part, of the decoder for translation.
         """
-        lines, again = [], []
+        lines: list[Term] = []
+        again: list[Term] = []
+        if not self._number:
+            return lines, again
         for stack, title in self._stacks.items():
             of_layer = _cut(found, stack)
             choices = _cut(self._choices(sequences), stack) if recompute else []
@@ -229,11 +241,12 @@ def _is_in(line: Term, *prefixes: tuple[str, ...]) -> bool:
     return line.name.startswith(sum(prefixes, ()))
 
 
-def _kinds_of_layers(config: ModelConfig) -> list[_Kind]:
-    """Return each kind of layer: those that repeat, first and last ones.
+def _kinds_of_layers(config: ModelConfig, length: int) -> list[_Kind]:
+    """Return each kind of layer: those that repeat, of each recursion, first and last ones.
 
-    The first of those that repeat takes no state from the one before, so that where layers hand on
-    any it is a kind of its own.
+    The first kind computes whole sequences, though there may be no such layer. The first of those
+    that repeat takes no state from the one before, so that where layers hand on any it is a kind of
+    its own.
     """
     one = config.model_copy(
         update={
@@ -242,28 +255,34 @@ def _kinds_of_layers(config: ModelConfig) -> list[_Kind]:
             "prelude": 0,
             "prelude_ffn": None,
             "coda": 0,
+            "recursion": None,
         }
     )
     once = one.model_copy(update={"sharing": SharingConfig(), "halting": None})
     first = once.model_copy(update={"ffn": config.prelude_ffn or config.ffn})
     hands_on = config.halting is not None or any(r.is_recurrent for r in config.routers().values())
-    if not hands_on or config.num_core_layers == 1:
-        kinds = [_Kind("", one, config.num_core_layers)]
+    if config.recursion is not None:
+        kinds = [_Kind("", one, 0, length)]
+        number = config.num_core_layers // config.num_repeats
+        for r, num in enumerate(config.recursion.lengths(config.num_repeats, length)):
+            kinds.append(_Kind(f"recursion {r}: ", one, number, num))
+    elif not hands_on or config.num_core_layers == 1:
+        kinds = [_Kind("", one, config.num_core_layers, length)]
     else:
         # What the layer in the middle is handed counts as its own, what it hands on does not.
         three = one.model_copy(update={"num_layers": 3})
-        later = _Kind("", three, config.num_core_layers - 1, layer=1)
-        kinds = [later, _Kind("first: ", three, 1)]
-    for title, kind, number in (
+        later = _Kind("", three, config.num_core_layers - 1, length, layer=1)
+        kinds = [later, _Kind("first: ", three, 1, length)]
+    for title, model, number in (
         ("prelude: ", first, config.prelude),
         ("coda: ", once, config.coda),
     ):
-        known = [other.model for other in kinds]
-        if kind in known:
-            i = known.index(kind)
+        known = [(kind.model, kind.length) for kind in kinds]
+        if (model, length) in known:
+            i = known.index((model, length))
             kinds[i] = kinds[i]._replace(number=kinds[i].number + number)
         elif number:
-            kinds.append(_Kind(title, kind, number))
+            kinds.append(_Kind(title, model, number, length))
     return kinds
 
 

@@ -21,7 +21,7 @@ from moa_dist.config.run import (
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import ELEMENT_BYTES
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.models.stack import applications
+from moa_dist.models.stack import token_uses
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import EXCHANGES
@@ -88,13 +88,16 @@ def expected_traffic(
     """Predict the traffic of one step over all ranks, with even routing and no drops."""
     layout = layout_of(config, world_size, exchange)
     samples = layout.num_micro_batches * world_size * config.train.micro_batch
-    tokens, times = samples * tokens_per_sample(config), applications(model)
+    tokens, uses = (
+        samples * tokens_per_sample(config),
+        token_uses(model, config.data.sequence_length),
+    )
 
     def rows_of(layer: str, name: str) -> Rows:
         router = model.get_submodule(f"{layer}.{name}")
         assert isinstance(router, Router)
         return expected_rows(
-            tokens * times[model.get_submodule(layer)],
+            tokens * uses[model.get_submodule(layer)],
             num_groups=router.num_groups,
             num_experts=router.config.num_experts,
             top_k=router.config.chosen_in_training,

@@ -105,7 +105,8 @@ class Planner:
 
     @cached_property
     def _rows_moved(self) -> RowBytes:
-        return row_bytes(self.model, ELEMENT_BYTES[self.config.train.precision])
+        element, length = ELEMENT_BYTES[self.config.train.precision], self.counts.sequence_length
+        return row_bytes(self.model, element, length)
 
     @cached_property
     def _activations(self) -> Activations:

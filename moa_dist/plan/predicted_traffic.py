@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 def expected_rows(
-    num_tokens: int,
+    num_tokens: float,
     *,
     num_groups: int,
     num_experts: int,

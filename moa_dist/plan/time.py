@@ -22,7 +22,7 @@ from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.models.stack import applications
+from moa_dist.models.stack import token_uses
 from moa_dist.moe.routed_module import RoutedProjection, routed_modules
 from moa_dist.plan.cluster import Cluster, NetworkLink
 from moa_dist.plan.memory import Sizes
@@ -202,13 +202,14 @@ class RowBytes(NamedTuple):
     """Bytes in a backward pass."""
 
 
-def row_bytes(model: LanguageModel, element_bytes: int) -> RowBytes:
+def row_bytes(model: LanguageModel, element_bytes: int, length: int) -> RowBytes:
     """Count what the kernels of `moa_dist.kernels.triton_fused` read and write per row.
 
-    A gathered row counts as often as it is gathered, and a shared module once per application.
+    A gathered row counts as often as it is gathered, and a shared module once per application, in
+    the mean over the tokens of a sequence of `length`.
     """
     forward: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-    backward, times = 0.0, applications(model)
+    backward, times = 0.0, token_uses(model, length)
     for _, module in routed_modules(model):
         layers, repeats = module.expert_layers(), times[module]
         for projection in module.routed_projections():

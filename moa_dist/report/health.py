@@ -32,7 +32,23 @@ def warnings(run: Run, now: float) -> list[str]:
     """Return what needs attention, the worst first; `now` is in seconds since 1970."""
     text, is_bad = state(run, now)
     found = [f"The run is {text}"] if is_bad else []
-    return [*found, *_losses(run), *_routing(run), *_speed(run), *_interruptions(run)]
+    return [
+        *found,
+        *_meaning(run),
+        *_losses(run),
+        *_routing(run),
+        *_speed(run),
+        *_interruptions(run),
+    ]
+
+
+def _meaning(run: Run) -> Iterator[str]:
+    is_causal = run.setting("model.objective") == "causal"
+    if is_causal and run.setting("model.recursion.kind") == "expert_choice":
+        yield (
+            "Losses and perplexities do not compare with other models': expert choice lets tokens "
+            "depend on later ones (model.recursion.kind)"
+        )
 
 
 def _losses(run: Run) -> Iterator[str]:

@@ -24,6 +24,10 @@ COMPILE = "train.compile"
 ROPE, WINDOW = "model.attention.rope", "model.attention.window"
 SCALING, LIMIT = f"{ROPE}.scaling", f"{FFN}.group_limit"
 FULL = (f"{WINDOW}.full_every", "model.num_layers")
+RECURSION = "model.recursion"
+TOKEN_CHOICE = f"{RECURSION}={{kind: token_choice}}"
+EXPERT_CHOICE = f"{RECURSION}={{kind: expert_choice, capacity: [1, 0.5]}}"
+SHARES = f"{RECURSION}.capacity"
 
 
 @pytest.mark.parametrize(
@@ -40,6 +44,41 @@ FULL = (f"{WINDOW}.full_every", "model.num_layers")
             {},
         ),
         (["model.sharing.own=[routers, attention, ffn]"], ("model.sharing.own",), {}),
+        ([TOKEN_CHOICE, "model.num_distinct_layers=4"], (RECURSION, LAYERS[0]), {}),
+        ([EXPERT_CHOICE, f"{SHARES}=[1.0]"], (SHARES, LAYERS[1], LAYERS[0]), {}),
+        ([EXPERT_CHOICE, f"{SHARES}=[0.5, 0.7]"], (SHARES,), {}),
+        (
+            [TOKEN_CHOICE, "model.sharing.order=sequence"],
+            (RECURSION, "model.sharing.order"),
+            {},
+        ),
+        (
+            [TOKEN_CHOICE, "model.halting={kind: stick_breaking}"],
+            (RECURSION, "model.halting"),
+            {},
+        ),
+        ([TOKEN_CHOICE, *TRANSLATION], (RECURSION, "model.objective"), {}),
+        ([TOKEN_CHOICE, f"{WINDOW}={{size: 4}}"], (RECURSION, WINDOW), {}),
+        (
+            [TOKEN_CHOICE, "data.document_attention=true"],
+            (RECURSION, "data.document_attention"),
+            {},
+        ),
+        (
+            [TOKEN_CHOICE, "train.compile=true", f"{EP}=1"],
+            (RECURSION, COMPILE, f"{RECURSION}.kind"),
+            {},
+        ),
+        (
+            [EXPERT_CHOICE, "evaluation.samples.prompts=[one]"],
+            ("evaluation.samples.prompts", f"{RECURSION}.kind"),
+            {},
+        ),
+        (
+            [EXPERT_CHOICE, "data.valid=data/valid", "evaluation.tasks=[piqa=a]"],
+            ("evaluation.tasks", f"{RECURSION}.kind"),
+            {},
+        ),
         (["model.sharing.own=[norms, norms]"], ("model.sharing.own",), {}),
         (
             ["model.attention.rope.fraction=0.1"],

@@ -56,6 +56,7 @@ TASK = {
     "balance": {"scope": "global_batch"},
 }
 GSHARD = {"kind": "gshard", "top_k": 2, "first_choice": 0.1}
+MOE = {"kind": "moe", "d_expert": 8, "router": router(5, 2, capacity=CAPACITY)}
 FAMILY = {
     "remoe": {
         "attention": MOA | {"router": RELU | {"num_experts": 6, "max_experts": 4}},
@@ -149,6 +150,21 @@ FAMILY = {
             "activation": "gelu",
             "router": router(7, 2, "softmax", capacity=CAPACITY, balance={"switch": 0.1}),
         },
+    },
+    "mor_expert": {
+        "num_layers": 6,
+        "recursion": {"kind": "expert_choice", "capacity": [0.9, 0.6, 0.3], "z_loss": 0.01},
+        "ffn": MOE,
+    },
+    "mor_token": {
+        "num_layers": 8,
+        "prelude": 1,
+        "coda": 1,
+        "recursion": {
+            "kind": "token_choice",
+            "balance": {"switch": 0.1, "z_loss": 0.01, "bias_rate": 0.01},
+        },
+        "ffn": MOE,
     },
 }
 """What the model of a `Case` is made of, by the name of the relative."""

@@ -32,7 +32,7 @@ def part_bytes(model: LanguageModel, num_tokens: int) -> Counter[str]:
     """Estimate the bytes of each part for a micro-batch of `num_tokens`."""
     T, D, V = num_tokens, model.config.d_model, model.config.vocab_size
     repeats = model.config.num_repeats
-    rows = row_bytes(model, NARROW)
+    rows = row_bytes(model, NARROW, num_tokens)
     parts: Counter[str] = Counter()
     parts["embedding"] = NARROW * (3 * T * D + V * D)
     # Logits: written, read by the loss, its gradient written, read by two products.

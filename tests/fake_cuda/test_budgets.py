@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from moa_dist.config import load_config
 from moa_dist.kernels import triton_gradients
 from moa_dist.kernels.hardware import Hardware
-from moa_dist.models import language_model, rope_kernel, softmax
+from moa_dist.models import padding, rope_kernel, softmax
 from moa_dist.models.mask import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
 from tests.fake_cuda.estimates import of_experts, part_bytes
@@ -132,7 +132,7 @@ def test_padding_needs_neither_masks_nor_waits(path, per_layer, recompute):
 
 @pytest.mark.parametrize("path", ["configs/masked_lm/8k16e256d.yaml"])
 def test_padding_needs_a_mask_where_flash_attention_does_not_run(path, monkeypatch):
-    monkeypatch.setattr(language_model, "flash_fits", lambda *_: False)
+    monkeypatch.setattr(padding, "flash_fits", lambda *_: False)
     kernels = measure(path, 2, 64, padded=True).launches.kernels
     assert kernels["_scaled_dot_product_efficient_attention"]
     assert not kernels["_varlen_attn"]

@@ -77,8 +77,8 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
         assert main(["analyze", str(folder), *options]) == 0
     analysis = json.loads((out / "analysis.json").read_text())
     assert analysis["attention"]
-    halts = config_of(relative).model.halting is not None
-    assert bool(analysis["depths"]) == halts
+    halts, recurs = relative == "sut", relative.startswith("mor_")
+    assert bool(analysis["depths"]) == halts or recurs
     routers = config_of(relative).model.routers().values()
     has_norms = any(name.startswith("state_norm/") for name in analysis["token_means"])
     assert has_norms == any(router.is_recurrent for router in routers)
@@ -88,6 +88,12 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
         taken = sum(depth * number for depth, number in enumerate(tokens))
         for router in analysis["routers"]:
             assert sum(map(sum, router["load"])) == router["choices"] * taken
+    if recurs:
+        (tokens,) = analysis["depths"].values()
+        routers = {router["router"]: router for router in analysis["routers"]}
+        assert ("depth" in routers) == (relative == "mor_token")
+        if "depth" in routers:  # each recursion has two layers
+            assert [0, *routers["depth"]["load"][0]] == tokens[::2]
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     tokens = torch.arange(24).view(2, 12)
     loaded = [moa_dist.load_model(path) for path in (folder, tmp_path / "out")]
@@ -95,7 +101,7 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
     assert torch.equal(ours, theirs)
 
 
-@relatives
+@pytest.mark.parametrize("relative", [name for name in FAMILY if name != "mor_expert"])
 def test_with_a_cache_it_generates_the_same(relative):
     model = dropless(built(relative)).double().eval()
     tokens = torch.arange(20).view(2, 10)
@@ -105,6 +111,23 @@ def test_with_a_cache_it_generates_the_same(relative):
     third = model(**inputs(model, tokens[:, 9:]), cache=second.cache)
     parts = [output.logits for output in (first, second, third)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_what_looks_ahead_is_marked_and_continues_no_text(tmp_path, capsys):
+    folder, text = tmp_path / "runs" / "it", tmp_path / "valid"
+    model = build_model(config_of("mor_expert").model, seed=3)
+    make_run(folder, model)
+    prepare_text(text, tokenizer=folder.parent / "tokenizer.json", length=12)
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--data", str(text), "--json"]) == 0
+    reason = json.loads(capsys.readouterr().out)["looks_ahead"]
+    assert reason == model.config.looks_ahead
+    assert main(["eval", str(folder), "--data", str(text)]) == 0
+    assert reason in capsys.readouterr().out
+    assert main(["generate", str(folder), "--prompt", "a text"]) == 2
+    assert reason in capsys.readouterr().err
+    with pytest.raises(ValueError, match="later ones"):
+        model(torch.arange(4)[None], cache=model.empty_cache())
 
 
 @relatives

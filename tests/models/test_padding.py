@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa_dist.models import documents, language_model
+from moa_dist.models import documents, padding
 from moa_dist.models.objective import Batch, objective
 from moa_dist.models.padding import Runs, padded_attention
 from tests.models.small import ATTENTION, VOCABULARY, small_model
@@ -53,7 +53,7 @@ def calls(monkeypatch):
         return varlen(*args, **kwargs)
 
     monkeypatch.setattr(documents, "varlen_attn", called)
-    monkeypatch.setattr(language_model, "flash_fits", lambda *_: True)
+    monkeypatch.setattr(padding, "flash_fits", lambda *_: True)
     return calls
 
 

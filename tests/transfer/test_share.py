@@ -1,7 +1,8 @@
 """Sharing the layers of a trained model, equal to the authors' values of relaxed recursion.
 
-`tests/golden/rrt_*` were recorded from the code of Relaxed Recursive Transformers' first author in
-fp64, with a scale of one: the starting point of Llama layers, and a forward and backward pass.
+`tests/golden/relatives/rrt_*` were recorded from the code of Relaxed Recursive Transformers' first
+author in fp64, with a scale of one: the starting point of Llama layers, and a forward and backward
+pass.
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ from moa_dist.transfer.share import problems_of, share
 from tests.models.small import small_config, tokens_of
 from tests.transfer.runs import make_run
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden" / "relatives"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 NAMES = {
     "attention.q": "q_proj",
