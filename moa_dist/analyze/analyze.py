@@ -19,10 +19,10 @@ from moa_dist.analyze.heads import HeadSums
 from moa_dist.analyze.measures import Counts, entropy, mutual_information, pointwise_information
 from moa_dist.analyze.results import HeadResult, LayerHeads, RouterResult, TokenOfExpert
 from moa_dist.analyze.selections import Selections
+from moa_dist.models.calls import LayerCall, RouterKey
 from moa_dist.models.documents import Documents, first_of_document
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import LayerCall, RouterKey
 from moa_dist.models.trace import BlockTrace, HeadSummary
 
 Text = Literal["text", "source"]

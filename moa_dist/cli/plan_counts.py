@@ -23,7 +23,7 @@ from moa_dist.plan.exchange_choice import (
     expected_traffic,
     gathered_bytes,
 )
-from moa_dist.plan.memory import States
+from moa_dist.plan.states import States
 from moa_dist.plan.terms import total
 from moa_dist.units import short
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.language_model import LanguageModel, meta_model
-from moa_dist.models.stack import macs_of
+from moa_dist.models.stack_counts import macs_of
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.routed_module import routed_modules
 

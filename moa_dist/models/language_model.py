@@ -19,6 +19,7 @@ from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
+from moa_dist.models.calls import LayerCall, RouterCall, RouterKey
 from moa_dist.models.documents import Documents
 from moa_dist.models.embedding import TokenEmbedding
 from moa_dist.models.linear import Linear
@@ -27,7 +28,8 @@ from moa_dist.models.padding import Runs, runs_of
 from moa_dist.models.positions import positions, sinusoidal_positions
 from moa_dist.models.rope import Rotation
 from moa_dist.models.soft_cap import soft_capped
-from moa_dist.models.stack import LayerCall, LayerStack, RouterCall, RouterKey, StackOutput, macs_of
+from moa_dist.models.stack import LayerStack, StackOutput
+from moa_dist.models.stack_counts import macs_of
 from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Normal, initialize

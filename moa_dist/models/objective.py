@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.cross_entropy import NO_TARGET, cross_entropy, cross_entropy_and_z
 from moa_dist.models.documents import Documents
 from moa_dist.models.language_model import LanguageModelOutput
-from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.profiling import annotate
 

@@ -6,7 +6,7 @@ before and after these are applied once. See `moa_dist.models.sharing` for shari
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.kernels.routed_experts import recomputed_experts
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
+from moa_dist.models.calls import LayerCall, PlannedLayer, RouterCall, RouterKey
 from moa_dist.models.halting import token_means
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.packing import Places
@@ -34,41 +35,6 @@ from moa_dist.moe.routed_module import RoutedModule
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.moe.token_state import sum_and_number
-
-RouterKey = tuple[int, str]
-"""Identifies a router: its distinct layer, and its name within the layer."""
-
-
-LayerCall = tuple[int, int]
-"""Identifies one application of a layer: the number of its block, and the block's repeat."""
-
-
-class RouterCall(NamedTuple):
-    """Identifies one application of a router."""
-
-    layer: int
-    """Number of the first block that uses the router; in a model that translates, the decoder's
-    blocks are counted after the encoder's."""
-    repeat: int
-    """Earlier applications of that router, 0 ... R - 1."""
-    router: str
-    """Name of the router within the layer, such as `ffn`."""
-
-    @property
-    def key(self) -> RouterKey:
-        """The router, which is the same for all repeats of a layer."""
-        return self.layer, self.router
-
-
-class PlannedLayer(NamedTuple):
-    """One application of a layer, as planned when a stack is built."""
-
-    block: int
-    """Index of the block in its stack."""
-    call: LayerCall
-    """Identifies this application."""
-    routers: dict[str, RouterCall]
-    """Identifies the applications of its routers, by their names within the layer."""
 
 
 class StackOutput(NamedTuple):
@@ -365,36 +331,3 @@ class _Forward:
                 trace = output.trace
                 self.traces[layer.call] = trace if places is None else places.spread(trace)
         return x
-
-
-def applications(model: nn.Module) -> Counter[nn.Module]:
-    """Count the uses of every module of a model's layers in a forward."""
-    stacks = (module for module in model.modules() if isinstance(module, LayerStack))
-    return sum((stack.applications() for stack in stacks), Counter[nn.Module]())
-
-
-def macs_of(model: nn.Module, length: int) -> dict[str, Counter[str]]:
-    """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`.
-
-    The choice of how often tokens recur belongs to the rest.
-    """
-    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for stack in (module for module in model.modules() if isinstance(module, LayerStack)):
-        first = next((i for i, layer in enumerate(stack.plan) if stack.block(layer).halting), None)
-        for i, (layer, num) in enumerate(zip(stack.plan, stack.lengths(length), strict=True)):
-            for part, macs in stack.block(layer).macs(num, i, is_first=i == first).items():
-                parts[part] += macs
-        if stack.recursion is not None:
-            parts["rest"]["routers"] += stack.recursion.macs(length)
-    return parts
-
-
-def token_uses(model: nn.Module, length: int) -> dict[nn.Module, float]:
-    """Count the uses of every module per token, in the mean over a sequence of `length`."""
-    uses: dict[nn.Module, float] = defaultdict(float)
-    for stack in model.modules():
-        if isinstance(stack, LayerStack):
-            for layer, num in zip(stack.plan, stack.lengths(length), strict=True):
-                for module in used_modules(stack.block(layer)):
-                    uses[module] += num / length
-    return uses

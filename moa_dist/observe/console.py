@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
 from moa_dist.config.run import Config, tokens_per_sample
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.metrics import (
     RunStart,

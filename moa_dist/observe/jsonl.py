@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_dist.errors import DataError
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.metrics import RunStart, SampleMetrics, StepMetrics, ValidationMetrics
 from moa_dist.observe.routing import router_call_name, routing_summary

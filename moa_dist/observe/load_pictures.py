@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 
 _GRID_WIDTH, _NARROWEST, _WIDEST = 640, 3, 40

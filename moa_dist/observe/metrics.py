@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from moa_dist.config.run import Config
 from moa_dist.data.epochs import SourceRead
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.provenance import Provenance
 

@@ -9,7 +9,7 @@ import re
 
 from torch import Tensor
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 
 ENOUGH_LOAD = 64

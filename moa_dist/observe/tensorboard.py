@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch.utils.tensorboard import SummaryWriter
 
 from moa_dist.config import to_yaml
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.layout import layout
 from moa_dist.observe.load_pictures import load_pictures

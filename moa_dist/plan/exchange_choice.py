@@ -21,11 +21,10 @@ from moa_dist.config.run import (
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import ELEMENT_BYTES
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.models.stack import token_uses
+from moa_dist.models.stack_counts import token_uses
 from moa_dist.moe.routed_module import routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import EXCHANGES
-from moa_dist.plan.memory import States, sizes_of, states
 from moa_dist.plan.predicted_traffic import (
     Layout,
     Rows,
@@ -34,6 +33,7 @@ from moa_dist.plan.predicted_traffic import (
     expert_traffic,
     state_traffic,
 )
+from moa_dist.plan.states import States, sizes_of, states
 
 MEMORY_SHARE = 0.25
 """Largest share of a rank's memory, states subtracted, that gathered weights may take; the rest is

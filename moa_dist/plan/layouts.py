@@ -23,8 +23,9 @@ from moa_dist.moe.sharding import EXCHANGES
 from moa_dist.plan.activations import Activations, activations_of
 from moa_dist.plan.cluster import Cluster
 from moa_dist.plan.exchange_choice import expected_traffic, layout_of
-from moa_dist.plan.memory import Budget, Sizes, budget, sizes_of
+from moa_dist.plan.memory import Budget, budget
 from moa_dist.plan.recomputation import Choice, Cost, choose, recompute_name, recompute_options
+from moa_dist.plan.states import Sizes, sizes_of
 from moa_dist.plan.terms import total
 from moa_dist.plan.time import Assumptions, RowBytes, StepTime, row_bytes, step_time
 

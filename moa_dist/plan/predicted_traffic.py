@@ -25,7 +25,7 @@ from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.stack import applications
+from moa_dist.models.stack_counts import applications
 from moa_dist.moe.dispatch import Level
 from moa_dist.moe.experts import shard_starts
 from moa_dist.moe.routed_module import RoutedModule, routed_modules

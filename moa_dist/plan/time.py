@@ -22,12 +22,12 @@ from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.models.counts import Counts
 from moa_dist.models.language_model import LanguageModel
-from moa_dist.models.stack import token_uses
+from moa_dist.models.stack_counts import token_uses
 from moa_dist.moe.routed_module import RoutedProjection, routed_modules
 from moa_dist.plan.cluster import Cluster, NetworkLink
-from moa_dist.plan.memory import Sizes
 from moa_dist.plan.orthogonalization import orthogonalization
 from moa_dist.plan.predicted_traffic import MASTER_BYTES, Layout, state_traffic
+from moa_dist.plan.states import Sizes
 from moa_dist.units import short
 
 _BYTES_PER_UPDATE = 32

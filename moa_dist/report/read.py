@@ -20,7 +20,7 @@ from moa_dist.checkpoint.format import Index, Reader, checkpoints
 from moa_dist.distributed import watchdog
 from moa_dist.errors import DataError
 from moa_dist.launch.supervisor import ATTEMPTS_FILE
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.observe.jsonl import FILE_NAME, read_metrics
 from moa_dist.observe.metrics import RouterSize
 from moa_dist.observe.routing import router_call_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.observe.metrics import RouterSize
 from moa_dist.report.heatmap import MOST_CELLS, Grid, Shades, heatmap_figure, merge_factor
 from moa_dist.report.html import empty_figure, table

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.comm_timer import CommTimer
-from moa_dist.models.stack import RouterCall, RouterKey
+from moa_dist.models.calls import RouterCall, RouterKey
 from moa_dist.moe.adapt import StepLoad, adapt, adaptive
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import RoutingReport

@@ -26,10 +26,10 @@ from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES, ZeroSizes
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.errors import BadStepError, BadStepReason
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch, Objective, objective
 from moa_dist.models.parameter_parts import parameter_parts
-from moa_dist.models.stack import RouterCall
 from moa_dist.moe.experts import expert_layers
 from moa_dist.moe.sharding import pool_statistics
 from moa_dist.moe.statistics import RoutingReport, report_each, reports

@@ -17,8 +17,8 @@ from moa_dist.distributed.collectives import sum_over_ranks
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import Mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.step_timer import StepInterval
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.verify.reference import Outcome
 
 BOUNDS = {"fp64": 1e-9, "fp32": 1e-5}

@@ -33,7 +33,8 @@ from moa_dist.models.language_model import meta_model
 from moa_dist.models.objective import Batch
 from moa_dist.plan.activations import activations_of
 from moa_dist.plan.exchange_choice import layout_of
-from moa_dist.plan.memory import Budget, Device, budget, sizes_of
+from moa_dist.plan.memory import Budget, Device, budget
+from moa_dist.plan.states import sizes_of
 from moa_dist.train.build import build_as_configured
 from moa_dist.train.engine import Engine
 from moa_dist.train.schedule import learning_rate

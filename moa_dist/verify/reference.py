@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moa_dist.config.run import Config, OptimizerConfig
+from moa_dist.models.calls import RouterCall, RouterKey
 from moa_dist.models.cross_entropy import NO_TARGET
 from moa_dist.models.language_model import LanguageModel, LanguageModelOutput, build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import RouterCall, RouterKey
 from moa_dist.moe.adapt import StepLoad, adapt, adaptive
 from moa_dist.moe.statistics import RoutingStatistics, own_sums
 from moa_dist.verify.plain_optimizer import plain_optimizers

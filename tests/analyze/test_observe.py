@@ -9,9 +9,9 @@ import torch
 from moa_dist.analyze.analyze import attention_results, observe, router_results
 from moa_dist.analyze.headline import headline
 from moa_dist.analyze.selections import Selections
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import RouterCall
 from moa_dist.moe.router import Routing
 from moa_dist.moe.statistics import RoutingStatistics
 from tests.models.small import (

@@ -14,7 +14,7 @@ from moa_dist.cli.main import main
 from moa_dist.data.manifest import load_manifest
 from moa_dist.data.validation import validation_batches
 from moa_dist.evaluate.trained import load_trained
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = (

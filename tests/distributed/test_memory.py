@@ -17,7 +17,7 @@ from moa_dist.models.language_model import build_model, meta_model
 from moa_dist.models.objective import objective
 from moa_dist.moe.sharding import shard_experts
 from moa_dist.plan.exchange_choice import layout_of
-from moa_dist.plan.memory import States, sizes_of, states
+from moa_dist.plan.states import States, sizes_of, states
 from moa_dist.plan.terms import total
 from moa_dist.train.engine import Engine
 from tests.distributed.layouts import (

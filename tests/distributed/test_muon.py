@@ -15,8 +15,8 @@ import torch
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.models.language_model import build_model, meta_model
 from moa_dist.moe.sharding import shard_experts
-from moa_dist.plan.memory import sizes_of
 from moa_dist.plan.orthogonalization import Matrices, orthogonalization
+from moa_dist.plan.states import sizes_of
 from moa_dist.train.engine import Engine
 from tests.distributed.layouts import AS_IF_LARGE, Case, assert_equal, distributed, one_process
 from tests.distributed.test_engine import FP32, FP64, stage

@@ -6,8 +6,8 @@ import torch
 from moa_dist.distributed.comm_timer import CommTimer
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.train.step_sync import Interval, gather_interval, sync_step
 from moa_dist.train.step_timer import StepInterval

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.language_model import dropless
-from moa_dist.models.stack import RouterCall
 from tests.models.small import (
     ATTENTION,
     FFN,

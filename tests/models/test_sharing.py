@@ -12,10 +12,11 @@ from moa_dist.analyze.panels import plates
 from moa_dist.analyze.results import Analysis
 from moa_dist.config.model import ModelConfig
 from moa_dist.config.sharing import SharingConfig
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch
-from moa_dist.models.stack import RouterCall, applications
+from moa_dist.models.stack_counts import applications
 from moa_dist.moe.losses import BALANCE_LOSSES
 from moa_dist.moe.router import Router
 from moa_dist.moe.statistics import total

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_dist.models.stack import LayerStack, RouterCall
+from moa_dist.models.calls import RouterCall
+from moa_dist.models.stack import LayerStack
 from moa_dist.moe.losses import BALANCE_LOSSES
 from moa_dist.moe.statistics import total
 from tests.models.small import ATTENTION, FFN, small_config, small_model, tokens_of

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moa_dist.models.calls import RouterCall
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import dropless
 from moa_dist.models.objective import Batch, objective
-from moa_dist.models.stack import RouterCall
 from tests.models.small import (
     ATTENTION,
     LENGTH,

@@ -6,7 +6,7 @@ import torch
 
 from moa_dist.config import Config
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.metrics import Sample, SampleMetrics, StepMetrics, Timing, ValidationMetrics
 from moa_dist.provenance import Provenance

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.console import Console
 from moa_dist.observe.metrics import Timing

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.load_pictures import load_colors, load_pictures
 from moa_dist.observe.routing import (

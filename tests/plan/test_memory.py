@@ -12,8 +12,8 @@ from moa_dist.config import Config
 from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.moe.experts import expert_layers
 from moa_dist.plan.exchange_choice import expected_states, layout_of
-from moa_dist.plan.memory import sizes_of, states
 from moa_dist.plan.predicted_traffic import ALIGNMENT
+from moa_dist.plan.states import sizes_of, states
 from moa_dist.plan.terms import total
 from tests.distributed.layouts import AS_IF_LARGE
 from tests.models.test_counts import small

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from moa_dist.models.stack import RouterCall
+from moa_dist.models.calls import RouterCall
 from moa_dist.observe.jsonl import FILE_NAME
 from moa_dist.report.heatmap import MOST_CELLS, Grid, Shades, heatmap, merge_factor
 from moa_dist.report.page import page
