@@ -50,6 +50,8 @@ class MoHAttention(RoutedModule, Attention):
         self.router = make_router(config.router, d_model, init=init)
         self.stage_gate = RouterLogits(d_model, 2, init) if S else None
         self.shared_gate = RouterLogits(d_model, S, init) if S > 1 else None
+        if S:
+            self.router.mean_names += ("weight_of_shared_heads",)
         out = Normal(init_scale / math.sqrt(width))
         self.shared_o = Linear(S * d, d_model, out) if S else None
         self.o = GroupedLinear(E, of_expert, d_model, out)
@@ -94,6 +96,9 @@ class MoHAttention(RoutedModule, Attention):
         shared, routed = results.tensor_split([self.config.num_shared_heads], dim=1)
         of_shared, of_routed = self._stages(query.reshape(B * T, D))
         weights = routing.topk_weights * of_routed[:, :, None]
+        if self.stage_gate is not None:
+            share = 1 - of_routed / (2 * self.config.router.top_k)
+            routing = routing.reporting(share, context.mask.query_mask)
         plan = self.dispatcher.plan(routing._replace(topk_weights=weights), self.router.num_experts)
         routed = routed.flatten(1).unflatten(1, (-1, self.o.d_in))  # [B * T, E, h d]
         chosen = routing.topk_ids.flatten(1)[:, :, None].expand(-1, -1, self.o.d_in)
