@@ -62,7 +62,8 @@ COMPARISON = {
 FAMILY = {
     path.stem: Contender(path.stem, folder="family")
     for path in sorted((CONFIGS / "family").glob("*.yaml"))
-    if path.stem != "bam_seed"  # BAM starts from random weights, like the others
+    # BAM starts from random weights, like the others; Mod-Squad needs data of several tasks.
+    if path.stem not in ("bam_seed", "mod_squad")
 }
 CONTENDERS = COMPARISON | FAMILY
 
