@@ -1,4 +1,4 @@
-"""`moa-dist upcycle`: starts a run with experts from a dense run; see `transfer.upcycle`."""
+"""`moa-dist upcycle`: starts a run with experts from dense runs; see `transfer.upcycle`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from moa_dist.checkpoint.format import read_model, tokenizer_of
 from moa_dist.cli.arguments import add_overrides
 from moa_dist.config import load_config
 from moa_dist.config.run import run_folder
-from moa_dist.errors import ConfigError
+from moa_dist.errors import ConfigError, DataError
 from moa_dist.evaluate.trained import find_checkpoint
 from moa_dist.transfer.new_run import write_new_model
-from moa_dist.transfer.upcycle import problems_of, upcycle
+from moa_dist.transfer.upcycle import upcycle
+from moa_dist.transfer.upcycle_checks import problems_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,21 +31,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML configuration of the run to create; training with the same configuration "
         "continues from it",
     )
+    parser.add_argument(
+        "--with",
+        dest="others",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        action="append",
+        default=[],
+        help="another dense run, which every second expert comes from; repeat it for more runs. "
+        "What has no experts is the mean of all",
+    )
     add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Create the run and print where each part came from; returns the exit status."""
     config = load_config(args.config, args.overrides)
-    checkpoint = find_checkpoint(args.dense)
-    require_valid(checkpoint)
-    dense, index = read_model(checkpoint)
-    if problems := list(problems_of(index.config.model, config.model)):
-        raise ConfigError(problems, f"{args.config} from {checkpoint}")
-    model, parts = upcycle(dense, config.model, seed=config.train.seed)
+    checkpoints = [find_checkpoint(run) for run in (args.dense, *args.others)]
+    for checkpoint in checkpoints:
+        require_valid(checkpoint)
+    if len({_tokenizer(checkpoint) for checkpoint in checkpoints}) > 1:
+        raise DataError("the dense runs have different tokenizers; train them with one")
+    dense, *others = (read_model(checkpoint) for checkpoint in checkpoints)
+    configs = [index.config.model for _, index in (dense, *others)]
+    if problems := list(problems_of(configs[0], config.model, configs[1:])):
+        raise ConfigError(problems, f"{args.config} from {checkpoints[0]}")
+    others_models = [model for model, _ in others]
+    model, parts = upcycle(dense[0], config.model, others=others_models, seed=config.train.seed)
     target = run_folder(config)
-    write_new_model(target, config, model, tokenizer_of(checkpoint))
+    write_new_model(target, config, model, tokenizer_of(checkpoints[0]))
     for part in parts:
         print(f"{part.name}: {part.how}")
-    print(f"{target}: created at step 0 from {checkpoint}; train it with the same configuration")
+    sources = ", ".join(map(str, checkpoints))
+    print(f"{target}: created at step 0 from {sources}; train it with the same configuration")
     return 0
+
+
+def _tokenizer(checkpoint: Path) -> bytes | None:
+    path = tokenizer_of(checkpoint)
+    return path.read_bytes() if path.exists() else None

@@ -28,7 +28,7 @@ from moa_dist.errors import Problem
 
 
 class MoHConfig(AttentionConfig):
-    """Mixture-of-head attention: all heads attend, and a token takes the results of some."""
+    """Mixture-of-head attention: all heads attend, and a token takes the results of some or all."""
 
     kind: Literal["moh"] = "moh"
     """Names this kind."""
@@ -38,13 +38,10 @@ class MoHConfig(AttentionConfig):
     bias: bool = False
     """Add biases to queries, keys, values and the output."""
     router: SerializeAsAny[RouterConfig]
-    """Chooses from the other heads; there are as many as experts."""
-
-    def problems(self, path: str) -> Iterable[Problem]:
-        """A token that takes all heads needs no router."""
-        if self.router.top_k == self.router.num_experts:
-            keys = (f"{path}.router.top_k", f"{path}.router.num_experts")
-            yield Problem(f"`{path}` takes all heads; use dense attention", keys)
+    """Chooses from the other heads: an expert is the output projection of `heads_per_expert`."""
+    heads_per_expert: PositiveInt = 1
+    """Routed heads that a token takes together (1 in the paper). An expert with as many heads as a
+    dense model is all of its attention, keys and values included, as in BAM."""
 
 
 class ComposedAttentionConfig(DenseAttentionConfig):

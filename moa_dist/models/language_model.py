@@ -275,7 +275,7 @@ class LanguageModel(nn.Module):
             config = routers[call.key].config
             weighed = value.weight is not None
             kind = _Alike(part, config, repeats[call.key], value.load.shape, weighed)
-            alike.setdefault(kind, {}).setdefault(call.key, []).append(value)
+            alike.setdefault(kind, {}).setdefault(call.key, []).append(value._replace(means=None))
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():
             first = routers[next(iter(alike[kind]))]

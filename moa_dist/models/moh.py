@@ -1,10 +1,16 @@
 """MoH: mixture-of-head attention (Jin et al. 2024, arXiv 2410.11842, section 3.2).
 
 All heads attend. A token takes the results of the shared heads and of K of the others, whose
-output projections are experts. A second gate shares the token's weight between both sorts. Factors
-follow the released code: with even choices every head has weight 1.
+output projections are experts, of one head each or of several. A second gate shares the token's
+weight between both sorts. Factors follow the released code: with even choices every head has
+weight 1.
 
-Shapes: B sequences, T queries, S shared heads, E routed heads, K chosen ones, d head width.
+If a token takes all experts, each with as many heads as a dense model, this is the soft mixture of
+dense attention, with keys and values of its own for each, of BAM (Zhang et al. 2024, arXiv
+2408.08274).
+
+Shapes: B sequences, T queries, S shared heads, E experts of h routed heads, K chosen ones, d head
+width.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from moa_dist.moe.router_kinds import make_router
 
 
 class MoHAttention(RoutedModule, Attention):
-    """`y = sum over shared and chosen heads h of g_h W_o^h attention_h`."""
+    """`y = sum over shared heads and chosen experts h of g_h W_o^h attention_h`."""
 
     config: MoHConfig
 
@@ -34,7 +40,8 @@ class MoHAttention(RoutedModule, Attention):
         super().__init__()
         self.config = config
         S, E, d = config.num_shared_heads, config.router.num_experts, config.d_head
-        width = (S + E) * d
+        of_expert = config.heads_per_expert * d
+        width = S * d + E * of_expert
         init = Normal(init_scale / math.sqrt(d_model))
         self.q = Linear(d_model, width, init, bias=config.bias)
         self.k = Linear(d_model, width, init, bias=config.bias)
@@ -43,18 +50,21 @@ class MoHAttention(RoutedModule, Attention):
         self.router = make_router(config.router, d_model, init=init)
         self.stage_gate = RouterLogits(d_model, 2, init) if S else None
         self.shared_gate = RouterLogits(d_model, S, init) if S > 1 else None
+        if S:
+            self.router.mean_names += ("weight_of_shared_heads",)
         out = Normal(init_scale / math.sqrt(width))
         self.shared_o = Linear(S * d, d_model, out) if S else None
-        self.o = GroupedLinear(E, d, d_model, out)
+        self.o = GroupedLinear(E, of_expert, d_model, out)
         self.bias = Bias(d_model) if config.bias else None
 
     @property
     def num_heads(self) -> int:
         """Heads of both sorts, shared ones first."""
-        return self.config.num_shared_heads + self.config.router.num_experts
+        config = self.config
+        return config.num_shared_heads + config.router.num_experts * config.heads_per_expert
 
     def routers(self) -> dict[str, Router]:
-        """The only router, which chooses heads for queries."""
+        """The only router, which chooses experts for queries."""
         return {"query": self.router}
 
     def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
@@ -72,8 +82,8 @@ class MoHAttention(RoutedModule, Attention):
 
     def routed_projections(self) -> list[RoutedProjection]:
         """Implement `RoutedModule.routed_projections`."""
-        d, D = self.o.d_in, self.o.d_out
-        return [RoutedProjection("router", ("o",), "slot", d, "token", D, weighted=True)]
+        width, D = self.o.d_in, self.o.d_out
+        return [RoutedProjection("router", ("o",), "slot", width, "token", D, weighted=True)]
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, context: Context) -> Mixed:
         """Implement `Attention.mix`."""
@@ -86,8 +96,12 @@ class MoHAttention(RoutedModule, Attention):
         shared, routed = results.tensor_split([self.config.num_shared_heads], dim=1)
         of_shared, of_routed = self._stages(query.reshape(B * T, D))
         weights = routing.topk_weights * of_routed[:, :, None]
+        if self.stage_gate is not None:
+            share = 1 - of_routed / (2 * self.config.router.top_k)
+            routing = routing.reporting(share, context.mask.query_mask)
         plan = self.dispatcher.plan(routing._replace(topk_weights=weights), self.router.num_experts)
-        chosen = routing.topk_ids.flatten(1)[:, :, None].expand(-1, -1, self.config.d_head)
+        routed = routed.flatten(1).unflatten(1, (-1, self.o.d_in))  # [B * T, E, h d]
+        chosen = routing.topk_ids.flatten(1)[:, :, None].expand(-1, -1, self.o.d_in)
         sent = plan.dispatch(routed.gather(1, chosen).flatten(0, 1), "slot")
         experts = self.expert_weights("o", gathered=context.gathered)
         returning = plan.run_and_combine(experts, sent, "slot", "token", weighted=True)

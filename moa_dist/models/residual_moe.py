@@ -33,6 +33,7 @@ class ResidualMoE(MoEFeedForward):
         )
         self.dense = DenseFeedForward(dense, d_model, init_scale)
         self.mix = Linear(d_model, 2, Normal(init_scale / math.sqrt(d_model)), bias=True)
+        self.router.mean_names += ("weight_of_experts",)
 
     def macs(self, length: int) -> dict[str, int]:
         """Add the dense part and the mix."""
@@ -51,4 +52,6 @@ class ResidualMoE(MoEFeedForward):
         experts, routing = super().transform(x, router_input, token_mask, gathered, state)
         dense = self.dense(x, router_input, token_mask).y
         of_experts, of_dense = self.mix(router_input).softmax(-1).to(x.dtype).split(1, dim=-1)
-        return of_experts * experts + of_dense * dense, routing
+        y = of_experts * experts + of_dense * dense
+        decided = routing[""].reporting(of_experts.flatten(0, 1), token_mask)
+        return y, routing | {"": decided}

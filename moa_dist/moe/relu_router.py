@@ -8,6 +8,7 @@ Shapes: T tokens, G router groups, E experts per group, K places for experts, N 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moa_dist.config.family import ReLURouterConfig
@@ -16,6 +17,9 @@ from moa_dist.moe.router import Choice, Router, Routing
 from moa_dist.moe.sparsity import SparsityCoefficient
 from moa_dist.moe.statistics import RoutingStatistics, routing_statistics
 from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+
+_TAKEN = ("took_none", "took_fewer", "took_top_k", "took_up_to_twice", "took_more")
+"""Shares of tokens by the number of experts they take, compared with `top_k`."""
 
 
 class ReLURouter(Router):
@@ -33,6 +37,7 @@ class ReLURouter(Router):
     ) -> None:
         super().__init__(config, d_model, num_groups=num_groups, init=init)
         self.sparsity = SparsityCoefficient(config.sparsity, config.sparsity_multiplier)
+        self.mean_names = (*_TAKEN, "empty_places", "sparsity_coefficient")
 
     def forward(
         self,
@@ -74,6 +79,7 @@ class ReLURouter(Router):
         statistics = routing_statistics(
             logits, chosen_ids, keep_mask, token_mask, num_sequence_groups, assigned
         )
+        statistics = statistics.with_means(self._means(assigned), token_mask)
         weights = scores if token_mask is None else scores * token_mask[:, None, None]
         of_groups = weights.unflatten(0, (num_sequence_groups, -1)).sum(1)
         return Routing(
@@ -83,6 +89,21 @@ class ReLURouter(Router):
             statistics=statistics._replace(probability=of_groups),
             assigned=assigned,
         )
+
+    def _means(self, assigned: Tensor) -> Tensor:
+        """Return what `mean_names` says of each token: [T, G, K] bool -> [T, P]."""
+        taken, top_k, places = assigned.sum(-1), self.config.top_k, assigned.shape[-1]
+        classes = (
+            taken == 0,
+            (taken > 0) & (taken < top_k),
+            taken == top_k,
+            (taken > top_k) & (taken <= 2 * top_k),
+            taken > 2 * top_k,
+        )
+        assert self.sparsity is not None
+        coefficient = self.sparsity.value.detach().float().expand(len(taken))
+        of_tokens = [x.float().mean(1) for x in (*classes, 1 - taken / places)]
+        return torch.stack([*of_tokens, coefficient], dim=1)
 
     def losses(self, statistics: RoutingStatistics) -> dict[str, Tensor]:
         """Add the loss of sparsity to those of `Router.losses`.

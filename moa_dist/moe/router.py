@@ -54,6 +54,10 @@ class Routing(NamedTuple):
         by_head = None if self.head_weights is None else self.head_weights > 0
         return Choice(self.topk_ids, self.keep_mask, self.assigned, by_head)
 
+    def reporting(self, values: Tensor, token_mask: Tensor | None) -> Routing:
+        """Add means over tokens to its statistics, see `RoutingStatistics.with_means`."""
+        return self._replace(statistics=self.statistics.with_means(values, token_mask))
+
 
 class Choice(NamedTuple):
     """What a router chose, which a second pass over the same tokens must not choose again."""
@@ -178,6 +182,8 @@ class Router(nn.Module):
         self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
         self.sparsity: SparsityCoefficient | None = None
         self.running: RunningMoments | None = None
+        self.mean_names: tuple[str, ...] = ()
+        """Names of `RoutingStatistics.means`."""
 
     @property
     def num_experts(self) -> int:

@@ -42,6 +42,9 @@ class RoutingStatistics(NamedTuple):
     gradient. None where every token counts once."""
     own: Tensor | None = None
     """[N, M], sums for what a kind of router does of its own; None for most."""
+    means: Tensor | None = None
+    """[N, P], sums over tokens of what is particular to a kind, in the order of
+    `Router.mean_names`: reported as means, used nowhere. None for most."""
 
     @property
     def divisor(self) -> Tensor:
@@ -62,9 +65,30 @@ class RoutingStatistics(NamedTuple):
 
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
-        dims = (-1, -3, -3, -3, -2, -2, -1, -2)  # those of N; routers may be stacked before them
+        dims = (
+            -1,
+            -3,
+            -3,
+            -3,
+            -2,
+            -2,
+            -1,
+            -2,
+            -2,
+        )  # those of N; routers may be stacked before them
         present = iter([dim for dim, part in zip(dims, self, strict=True) if part is not None])
         return self.each(lambda part: part.sum(next(present), keepdim=True))
+
+    def with_means(self, values: Tensor, token_mask: Tensor | None) -> RoutingStatistics:
+        """Report means of `values` [T, P] over tokens, after those that are reported already.
+
+        `token_mask`, of T elements, is true for real tokens; None if all are.
+        """
+        values = values.detach()
+        if token_mask is not None:
+            values = values * token_mask.reshape(-1, 1)
+        sums = values.unflatten(0, (len(self.num_tokens), -1)).sum(1)
+        return self._replace(means=sums if self.means is None else torch.cat([self.means, sums], 1))
 
     def weighed(self, logits: Tensor, weight: Tensor) -> RoutingStatistics:
         """Count tokens, whose logits are [T, G, E], by `weight` [T] in sums that carry gradients.
@@ -165,6 +189,8 @@ class RoutingReport(NamedTuple):
     """[2]: sum of entropies, and the number of (token, router group) pairs it runs over."""
     own: Tensor = torch.zeros(0)
     """[M], see `RoutingStatistics`."""
+    means: Tensor = torch.zeros(0)
+    """[P] fp64, likewise: sums over tokens."""
 
     def plus(self, other: RoutingReport) -> RoutingReport:
         """Add the sums of both."""
@@ -184,14 +210,19 @@ def report(statistics: RoutingStatistics) -> RoutingReport:
         dropped=statistics.dropped.sum(-3),
         entropy=torch.stack([entropy.double(), pairs.double()], dim=-1),
         own=own_sums(statistics),
+        means=_summed(statistics.means, statistics),
     )
 
 
 def own_sums(statistics: RoutingStatistics) -> Tensor:
     """Sum `RoutingStatistics.own` over groups of sequences, detached: [M] fp64, or stacks of it."""
-    if statistics.own is None:
+    return _summed(statistics.own, statistics)
+
+
+def _summed(sums: Tensor | None, statistics: RoutingStatistics) -> Tensor:
+    if sums is None:
         return statistics.z.new_empty(*statistics.load.shape[:-3], 0, dtype=torch.float64)
-    return statistics.own.detach().double().sum(-2)
+    return sums.detach().double().sum(-2)
 
 
 Key = TypeVar("Key", bound=Hashable)

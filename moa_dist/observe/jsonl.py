@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from io import SEEK_END, FileIO
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_dist.errors import DataError
-from moa_dist.models.calls import RouterCall
+from moa_dist.models.calls import RouterCall, RouterKey
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.observe.metrics import RunStart, SampleMetrics, StepMetrics, ValidationMetrics
 from moa_dist.observe.routing import router_call_name, routing_summary
@@ -39,6 +39,7 @@ class MetricsFile:
         self._file: FileIO | None = None
         self._step = 0
         self._routing: dict[RouterCall, RoutingReport] = {}
+        self._mean_names: Mapping[RouterKey, Sequence[str]] = {}
 
     def start(self, run: RunStart) -> None:
         """Open the file, truncate it, and write configuration, sizes and provenance."""
@@ -47,6 +48,7 @@ class MetricsFile:
         _cut(path, run.first_step)
         self._file = path.open("ab", buffering=0)
         values = _shallow(run)
+        self._mean_names = values.pop("mean_names")
         values["config"] = run.config.model_dump(mode="json")
         values["provenance"] = asdict(run.provenance)
         values["hosts"] = Counter(run.hosts)
@@ -58,7 +60,7 @@ class MetricsFile:
         self._routing = metrics.routing
         values = _shallow(metrics)
         values["routing"] = {
-            router_call_name(call): routing_summary(report)
+            router_call_name(call): routing_summary(report, self._mean_names.get(call.key, ()))
             for call, report in metrics.routing.items()
         }
         values["traffic"] = {

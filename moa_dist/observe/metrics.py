@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from moa_dist.config.run import Config
 from moa_dist.data.epochs import SourceRead
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.calls import RouterCall
+from moa_dist.models.calls import RouterCall, RouterKey
 from moa_dist.moe.statistics import RoutingReport
 from moa_dist.provenance import Provenance
 
@@ -68,6 +68,8 @@ class RunStart:
     """Name of the machine of every rank, in rank order."""
     routers: Mapping[str, RouterSize] = field(default_factory=dict)
     """Sizes of the routers by their name within a layer, such as `ffn`."""
+    mean_names: Mapping[RouterKey, Sequence[str]] = field(default_factory=dict)
+    """Names of the means that routers report, see `RoutingReport`."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Shapes: G router groups (heads in SwitchHead, else 1), E experts per router grou
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -40,10 +41,12 @@ def overall_drop_share(routing: dict[RouterCall, RoutingReport]) -> float:
     return dropped / max(sum(report.load.sum().item() for report in routing.values()), 1)
 
 
-def routing_summary(report: RoutingReport) -> dict[str, float]:
-    """Summarize one router call in numbers."""
+def routing_summary(report: RoutingReport, mean_names: Sequence[str] = ()) -> dict[str, float]:
+    """Summarize one router call in numbers; `mean_names` are those of the router."""
     load = report.load.double()
     entropy, pairs = report.entropy.tolist()
+    num_tokens = max(pairs, 1) / len(load)
+    means = (report.means / num_tokens).tolist() if mean_names else ()
     return {
         "drop_share": drop_share(report),
         "experts_per_token": report.load.sum().item() / max(pairs, 1),
@@ -52,6 +55,7 @@ def routing_summary(report: RoutingReport) -> dict[str, float]:
         # Every router group makes the same number of choices, so one mean serves all of them.
         "load_imbalance": load.max().item() / (load.mean().item() or 1.0),
         "dead_experts": float((load == 0).sum().item()),
+        **dict(zip(mean_names, means, strict=True)),
     }
 
 

@@ -35,7 +35,7 @@ def step_values(run: RunStart, metrics: StepMetrics) -> dict[str, float]:
     values |= {f"tokens/{name}": value for name, value in metrics.token_means.items()}
     values |= _speed(run, metrics.tokens_per_second)
     for call, report in metrics.routing.items():
-        for name, value in routing_summary(report).items():
+        for name, value in routing_summary(report, run.mean_names.get(call.key, ())).items():
             values[f"routing_layer{call.layer}/{call.router}/{name}/repeat{call.repeat}"] = value
     if metrics.traffic:
         summary = traffic_summary(metrics.traffic)

@@ -8,18 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moa_dist.models.calls import RouterCall
 from moa_dist.observe.metrics import RouterSize
-from moa_dist.report.heatmap import MOST_CELLS, Grid, Shades, heatmap_figure, merge_factor
+from moa_dist.report.heatmap import (
+    MOST_CELLS,
+    NUM_SHADES,
+    Grid,
+    Shades,
+    heatmap_figure,
+    merge_factor,
+)
 from moa_dist.report.html import empty_figure, table
 from moa_dist.report.read import Load, Run
 from moa_dist.report.series import Series
 
 _MOST_COLUMNS = 90
+_VARIES = 1e-9
+"""Relative range of values from which they are shown."""
 
 
 _SHARE = Shades(0.0, 1.0, inner=(0.0, 0.001, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5), is_share=True)
@@ -109,7 +119,7 @@ def routing_figures(run: Run) -> dict[str, list[str]]:
 
 def _measures(run: Run, router: str) -> Iterator[str]:
     size = run.router_size(router)
-    for measure in _MEASURES:
+    for measure in (*_MEASURES, *_particular(run, router)):
         calls = {
             call: series
             for call, series in run.routing.get(measure.name, {}).items()
@@ -119,6 +129,38 @@ def _measures(run: Run, router: str) -> Iterator[str]:
             yield empty_figure(measure.title, "", "The run did not record the router's size.")
         elif calls and size is not None:
             yield _over_time(measure, calls, size, measure.shades(_most_of_all(run)))
+
+
+def _spread(low: float, high: float) -> Shades:
+    """Return even shades, or in equal ratios if values span orders of magnitude."""
+    is_wide = 0 < low < high / 100
+    inner = np.geomspace(low, high, NUM_SHADES + 1)[1:-1].tolist() if is_wide else None
+    return Shades(low, high, inner=None if inner is None else tuple(inner))
+
+
+def _same(shades: Shades, most: float) -> Shades:
+    return shades
+
+
+def _particular(run: Run, router: str) -> Iterator[_Measure]:
+    """Yield what this kind of router reports besides, if it varies: one `top_k` never does."""
+    for name in sorted(run.routing.keys() - {measure.name for measure in _MEASURES}):
+        of_router = [s.finite() for call, s in run.routing[name].items() if call.router == router]
+        values = np.concatenate([np.zeros(0), *(series.values for series in of_router)])
+        if values.size and np.ptp(values) > _VARIES * np.abs(values).max():
+            shades = _spread(float(values.min()), float(values.max()))
+            title = name.replace("_", " ").capitalize()
+            yield _Measure(
+                name,
+                title,
+                lambda size: (
+                    f"Mean over tokens; each takes {size.choices} experts, or as many in the mean"
+                ),
+                partial(_same, shades),
+                np.mean,
+                -math.inf,
+                None,
+            )
 
 
 def _loads(run: Run, router: str) -> Iterator[str]:

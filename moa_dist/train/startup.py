@@ -156,4 +156,5 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
             name: RouterSize(router.num_groups, router.config.num_experts, router.config.chosen)
             for (_, name), router in run.engine.model.routers().items()
         },
+        mean_names={key: router.mean_names for key, router in run.engine.model.routers().items()},
     )

@@ -5,9 +5,11 @@
     moa-dist prepare --input OTHER_BOOKS --output data/comparison/valid --documents blank-line \
         --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
     python -m tests.benchmarks.claims [MODEL ...] [--steps N] [--table]
+    python -m tests.benchmarks.claims dense family
 
-Trains every model of configs/comparison/ in one process, and MoEUT with Muon, too: three or four
-learning rates for a tenth of the budget (half of that is the full run's warm-up) with seed 0; then
+Trains every model of configs/comparison/ in one process, and MoEUT with Muon, too; `family` names
+those of configs/family/, which have as many parameters, with one seed each. Three or four learning
+rates for a tenth of the budget (half of that is the full run's warm-up) with seed 0; then
 the best rate for the whole budget, with one or more seeds (`CONTENDERS`). Takes hours, and resumes
 after an interruption. `--steps` makes the budget smaller, `--table` only prints finished results.
 """
@@ -36,19 +38,20 @@ RUNS = Path("runs/comparison")
 
 @dataclass(frozen=True)
 class Contender:
-    """What is compared: a file of configs/comparison/, changed by overrides."""
+    """What is compared: a file of a folder of configs/, changed by overrides."""
 
     file: str
     seeds: int = 1
     rates: tuple[float, ...] = RATES
     overrides: tuple[str, ...] = ()
+    folder: str = "comparison"
 
     @property
     def config_file(self) -> Path:
-        return CONFIGS / "comparison" / f"{self.file}.yaml"
+        return CONFIGS / self.folder / f"{self.file}.yaml"
 
 
-CONTENDERS = {
+COMPARISON = {
     "moeut": Contender("moeut", seeds=3),
     "dense": Contender("dense", seeds=3),
     "switchhead": Contender("switchhead"),
@@ -56,6 +59,13 @@ CONTENDERS = {
     "universal": Contender("universal"),
     "moeut-muon": Contender("moeut", rates=RATES[1:], overrides=("optimizer.kind=muon",)),
 }
+FAMILY = {
+    path.stem: Contender(path.stem, folder="family")
+    for path in sorted((CONFIGS / "family").glob("*.yaml"))
+    # BAM starts from random weights, like the others; Mod-Squad needs data of several tasks.
+    if path.stem not in ("bam_seed", "mod_squad")
+}
+CONTENDERS = COMPARISON | FAMILY
 
 
 @dataclass(frozen=True)
@@ -171,12 +181,20 @@ def print_table(models: list[str], steps: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "models", nargs="*", metavar="MODEL", help=f"models to train: {', '.join(CONTENDERS)} (all)"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help=f"models to train: {', '.join(COMPARISON)} (these), {', '.join(FAMILY)}; `family` for "
+        "all of the latter",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the best rate (all)")
     parser.add_argument("--table", action="store_true", help="only print finished results")
     args = parser.parse_args()
-    models = args.models or list(CONTENDERS)
+    models = [
+        model
+        for name in args.models or COMPARISON
+        for model in (FAMILY if name == "family" else [name])
+    ]
     if unknown := set(models) - CONTENDERS.keys():
         parser.error(f"unknown models: {', '.join(sorted(unknown))}")
     if not args.table:

@@ -140,6 +140,15 @@ FAMILY = {
         "attention": MOA | {"kv_bias": True, "router": TASK | {"num_experts": 5}},
         "ffn": {"kind": "moe", "d_expert": 8, "router": TASK | {"num_experts": 7}},
     },
+    "bam": {
+        "attention": {
+            "kind": "moh",
+            "heads_per_expert": 2,
+            "d_head": 8,
+            "router": router(3, 3, "softmax"),
+        },
+        "ffn": {"kind": "moe", "d_expert": 8, "router": router(3, 2, "softmax")},
+    },
     "dcmha": {"attention": {"kind": "composed", "num_heads": 3, "d_head": 8, "d_compose": 5}},
     "residual": {
         "ffn": {

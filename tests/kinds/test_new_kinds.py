@@ -17,7 +17,7 @@ from moa_dist.config.checks import check_fields
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import build_model
-from moa_dist.transfer.upcycle import problems_of
+from moa_dist.transfer.upcycle_checks import problems_of
 from tests.evaluate.runs import one_thread, prepare_text
 from tests.evaluate.without_package import read_elsewhere, tokens_for
 from tests.kinds.case import (

@@ -159,3 +159,30 @@ def test_scales_hold_their_values():
         0: "0", 2: ".1", 3: "1", 4: "2", 5: "5", 6: "10", 7: "25", 8: "50", 9: "100%",
     }  # fmt: skip
     assert Shades(0.0, 9.0).labels == {0: "0", 9: "9"}
+
+
+def test_what_is_particular_to_a_router_is_drawn_if_it_varies(write_run):
+    folder = write_run(steps=range(1, 5))
+    records = [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "start":
+            size = {"groups": 1, "experts": 8, "choices": 2}
+            record["routers"] = {"ffn": size, "attention": size}
+        if record["kind"] == "step":
+            usual = {"drop_share": 0.03, "load_imbalance": 1.7, "dead_experts": 1.0, "entropy": 1.0}
+            of_ffn = {
+                "experts_per_token": 3.0 - record["step"] / 8,
+                "sparsity_coefficient": 10.0 ** (record["step"] - 9),
+            }
+            record["routing"] = {
+                "layer0.repeat0.ffn": usual | of_ffn,
+                "layer0.repeat0.attention": usual | {"experts_per_token": 2.0},
+            }
+    (folder / FILE_NAME).write_text("".join(json.dumps(r) + "\n" for r in records))
+    figures = routing_figures(read_run(folder))
+    assert len(figures["ffn"]) == len(figures["attention"]) + 2
+    experts, coefficient = figures["ffn"][4:6]
+    assert "2.5" in experts
+    assert "2.88" in experts
+    shades = re.findall(r'<path class="(q\d)"', coefficient)
+    assert len(set(shades)) == 4  # each step a color of its own, though they differ tenfold

@@ -19,9 +19,9 @@ def save_tokenizer(folder: Path) -> None:
 
 
 @torch.no_grad()
-def randomize(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module, seed: int = 1) -> None:
     """Draw every parameter at random, so that no bias is zero and no norm is one."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
 

@@ -10,7 +10,9 @@ from moa_dist.config import load_config, to_yaml
 from moa_dist.config.model import ModelConfig
 from moa_dist.evaluate.trained import load_trained
 from moa_dist.models.language_model import LanguageModel, build_model
-from moa_dist.transfer.upcycle import problems_of, upcycle
+from moa_dist.models.mask import AttentionMask
+from moa_dist.transfer.upcycle import upcycle
+from moa_dist.transfer.upcycle_checks import problems_of
 from tests.config.test_shipped_configs import CONFIGS
 from tests.transfer.runs import LENGTH, VOCABULARY, make_run, randomize
 
@@ -39,6 +41,10 @@ def switchhead(*arguments: object) -> dict:
     return {"kind": "switchhead", "num_heads": 3, "d_head": 8, "router": router(*arguments)}
 
 
+def moh(*arguments: object, **more: object) -> dict:
+    return moa(*arguments) | {"kind": "moh"} | more
+
+
 def moe(d_expert: int, *arguments: object, **more: object) -> dict:
     return {"kind": "moe", "d_expert": d_expert, "router": router(*arguments)} | more
 
@@ -53,6 +59,8 @@ EXACT = {
     "moa": {"attention": moa(5, 2, "softmax")},
     "moa, all chosen": {"attention": moa(2, 2, "softmax", "raw")},
     "switchhead": {"attention": switchhead(4, 2, "sigmoid")},
+    "moh": {"attention": moh(4, 2, "sigmoid")},
+    "moh, all chosen": {"attention": moh(4, 4, "softmax", "raw")},
     "both": {"attention": moa(5, 2, "sigmoid"), "ffn": moe(4, 12, 6, "softmax")},
 }
 APPROXIMATE = {
@@ -65,9 +73,9 @@ APPROXIMATE = {
 """Changes, and the relative deviation of logits that is acceptable."""
 
 
-def make_dense(**more) -> LanguageModel:
+def make_dense(seed: int = 1, **more) -> LanguageModel:
     model = build_model(ModelConfig.model_validate(DENSE | more)).double().eval()
-    randomize(model)
+    randomize(model, seed)
     return model
 
 
@@ -95,6 +103,80 @@ def test_the_function_is_preserved(changes, placement, objective):
     assert all(part.exact for part in parts)
     expected = logits(dense)
     assert (logits(model) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+SOFT = {"attention": moh(4, 4, "softmax", "raw"), "ffn": moe(24, 4, 4, "softmax", "raw")}
+"""What BAM starts from dense models: every token takes all, weighted by a softmax."""
+OF_SEVERAL = {
+    "soft": SOFT,
+    "soft, keys and values shared": SOFT | {"attention": moa(4, 4, "softmax", "raw")},
+    "chosen": {"attention": switchhead(4, 2, "sigmoid"), "ffn": moe(8, 12, 6, "softmax")},
+}
+
+
+@pytest.mark.parametrize("objective", ["causal", "translation"])
+@pytest.mark.parametrize("changes", OF_SEVERAL.values(), ids=OF_SEVERAL)
+def test_of_equal_models_the_function_is_preserved(changes, objective):
+    dense, other = (make_dense(objective=objective) for _ in range(2))
+    config = ModelConfig.model_validate(DENSE | {"objective": objective} | changes)
+    assert list(problems_of(dense.config, config, [other.config])) == []
+    model, parts = upcycle(dense, config, others=[other])
+    assert all(part.exact for part in parts)
+    expected = logits(dense)
+    assert (logits(model) - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_of_several_models_experts_are_theirs_and_the_rest_is_their_mean():
+    """BAM by its definition: each layer sums its models' attention and FFNs, weighted softly."""
+    dense = [make_dense(seed) for seed in (1, 2)]
+    config = ModelConfig.model_validate(DENSE | SOFT)
+    model, _ = upcycle(dense[0], config, others=dense[1:])
+    x = torch.randn(2, LENGTH, 16, dtype=torch.float64)
+    for layer, *theirs in zip(model.stack.layers, *(d.stack.layers for d in dense), strict=True):
+        p = (x @ layer.attention.router.logits.weight.T).softmax(-1).unbind(-1)
+        ys = [each.attention(x, x, x, AttentionMask(causal=True)).y for each in theirs]
+        expected = sum(p[e][..., None] * ys[e % 2] for e in range(4))
+        found = layer.attention(x, x, x, AttentionMask(causal=True)).y
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        p = (x @ layer.ffn.router.logits.weight.T).softmax(-1).unbind(-1)
+        ys = [each.ffn(x, x, None).y for each in theirs]
+        expected = sum(p[e][..., None] * ys[e % 2] for e in range(4))
+        torch.testing.assert_close(layer.ffn(x, x, None).y, expected, rtol=1e-10, atol=1e-10)
+    mean = (dense[0].embedding.weight + dense[1].embedding.weight) / 2
+    assert torch.equal(model.embedding.weight, mean)
+
+
+def test_slices_of_several_models_stay_together():
+    """A token that takes one group takes the FFN of one model, whole."""
+    dense = [make_dense(seed) for seed in (1, 2)]
+    config = ModelConfig.model_validate(DENSE | {"ffn": moe(8, 6, 3, "softmax")})
+    model, _ = upcycle(dense[0], config, others=dense[1:])
+    x = torch.randn(2, LENGTH, 16, dtype=torch.float64)
+    for layer, *theirs in zip(model.stack.layers, *(d.stack.layers for d in dense), strict=True):
+        group = (x @ layer.ffn.router.logits.weight[::3].T).argmax(-1)
+        first, second = (each.ffn(x, x, None).y for each in theirs)
+        expected = first.where(group[..., None] == 0, second)
+        torch.testing.assert_close(layer.ffn(x, x, None).y, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"attention": moh(3, 3, "softmax")}, ("model.attention.router.num_experts",)),
+        ({"ffn": moe(24, 3, 2, "softmax")}, ("model.ffn.d_expert", "model.ffn.router.num_experts")),
+    ],
+)
+def test_every_model_gives_as_many_experts(changes, keys):
+    config = ModelConfig.model_validate(DENSE | changes)
+    (problem,) = problems_of(SOURCE, config, [SOURCE])
+    assert problem.keys == keys
+
+
+def test_models_of_several_architectures_are_refused():
+    config = ModelConfig.model_validate(DENSE | SOFT)
+    other = ModelConfig.model_validate(DENSE | {"ffn": {"kind": "dense", "d_ff": 48}})
+    (problem,) = problems_of(SOURCE, config, [other])
+    assert problem.keys == ("model.ffn",)
 
 
 def test_windows_and_caps_stay():
@@ -256,3 +338,20 @@ def test_command(tmp_path, capsys):
     assert str(tmp_path / "sparse") in capsys.readouterr().err
     assert main([*command, "name=other", "model.d_model=32"]) == 2
     assert "`model.d_model`" in capsys.readouterr().err
+
+
+def test_command_with_several_runs(tmp_path, capsys):
+    dense = [make_dense(seed).float() for seed in (1, 2)]
+    names = ("first", "second")
+    configs = [make_run(tmp_path / n, m) for n, m in zip(names, dense, strict=True)]
+    changes = {"name": "bam", "model": ModelConfig.model_validate(DENSE | SOFT)}
+    file = tmp_path / "bam.yaml"
+    file.write_text(to_yaml(configs[0].model_copy(update=changes)))
+    first, second = (str(tmp_path / name) for name in names)
+    assert main(["upcycle", first, str(file), "--with", second, "train.seed=5"]) == 0
+    expected = upcycle(dense[0], changes["model"], others=dense[1:], seed=5)[0].state_dict()
+    trained = load_trained(tmp_path / "bam").model.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in expected.items())
+    (tmp_path / "second" / "tokenizer.json").write_text("{}")
+    assert main(["upcycle", first, str(file), "--with", second, "name=other"]) != 0
+    assert not (tmp_path / "other").exists()
