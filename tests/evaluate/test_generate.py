@@ -54,7 +54,7 @@ class Fixed(nn.Module):
     def empty_cache(self):
         return Cache(())
 
-    def forward(self, tokens, token_mask, cache, documents=None):
+    def forward(self, tokens, token_mask, cache, documents=None, tasks=None):
         self.seen.append(tokens.tolist())
         return SimpleNamespace(logits=self.logits.expand(*tokens.shape, -1), cache=cache)
 
