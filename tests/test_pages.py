@@ -22,7 +22,8 @@ from moa_dist.cli.main import COMMANDS
 from moa_dist.config import find_layout_problems, load_config
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("", ".github", "configs", "docker", "launcher", "moa_dist", "moa_dist/*", "tests")
+FOLDERS = ("", ".github", "configs", "configs/*", "docker", "launcher", "tests")
+FOLDERS += ("moa_dist", "moa_dist/*")
 PAGES = sorted(
     page
     for folder in FOLDERS

@@ -152,8 +152,8 @@ class TrainConfig(Section):
     fp32 whose products run on the tensor cores of GPUs, with factors rounded to 10 bits; `fp32`
     never rounds them."""
     deterministic: Annotated[bool, MAY_CHANGE] = False
-    """Make two runs of one layout on the same GPUs equal to the bit. Rows are then summed in sorted
-    order instead of by atomic additions, which is slower; on CPUs this is always the case."""
+    """Make two runs of one layout on the same GPUs equal to the bit, by torch's deterministic
+    operations, which may be slower; on CPUs runs are always equal."""
     recompute: Annotated[Recompute, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: true for those of
     whole layers, or a list of `attention` and `ffn`, with the norms around them, and `experts`, the
@@ -161,7 +161,8 @@ class TrainConfig(Section):
     memory, and the result is the same. `moa-dist plan --gpus` lists what a layout needs to fit."""
     compile: Annotated[bool, MAY_CHANGE] = False
     """Compile each block by `torch.compile`, as one graph, for training; the first step takes
-    minutes. Not with `recompute`, at ZeRO 3, or where ranks exchange tokens."""
+    minutes. Not with `recompute`, `data.document_attention` or recursion of kind `token_choice`,
+    at ZeRO 3, or where ranks exchange tokens."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of expert dropout."""
     step_limit: Annotated[PositiveFloat | None, MAY_CHANGE] = 300.0
