@@ -95,7 +95,7 @@ def plates(analysis: Analysis) -> list[Plate]:
         ),
         Plate(
             "halting",
-            "Where tokens halt",
+            "Applications per token",
             "Share of tokens by the number of applications that they take of the layers that "
             "tokens leave",
             list(_depths(analysis.depths)),

@@ -174,7 +174,7 @@ class Analysis(_Result):
     """Results in order of execution."""
     depths: dict[str, list[Count]] = {}
     """Tokens of the text, and of a source, by the number of applications that they took of the
-    layers that tokens leave; empty without halting."""
+    layers that tokens leave; empty where all tokens take all."""
     token_means: dict[str, Number] = {}
     """Means over tokens of what layers hand on, such as the norms of routers' recurrent states, by
     name; empty for most models."""

@@ -21,7 +21,7 @@ def summary(analysis: Analysis) -> str:
         lines += ["", router_title(router), *(f"  {line}" for line in router_lines(router))]
         lines += [f"  {line}" for line in _specific_experts(router)]
     for text, tokens in analysis.depths.items():
-        lines += ["", f"halting, {text}", f"  {_depth(tokens)}"]
+        lines += ["", f"depth, {text}", f"  {_depth(tokens)}"]
     for name, mean in analysis.token_means.items():
         if "state_norm/" in name:
             call = name.replace("state_norm/", "")

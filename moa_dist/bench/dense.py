@@ -72,6 +72,7 @@ def equal_parameters(model: ModelConfig, length: int) -> ModelConfig:
                 "sharing": SharingConfig(),
                 "prelude_ffn": None,
                 "halting": None,
+                "recursion": None,
                 "norm_placement": "pre",
                 "attention": attention,
                 "ffn": DenseFFNConfig(d_ff=d_ff),

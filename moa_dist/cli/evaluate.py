@@ -83,6 +83,13 @@ def _evaluate(args: argparse.Namespace, rank: int, world_size: int) -> None:
     trained = load_trained(args.path)
     if args.tasks:
         require(trained, "causal", "--tasks")
+        if trained.config.model.num_tasks:
+            raise DataError(
+                f"{trained.folder}: the model has a router per task of its training data, to none "
+                "of which the texts of --tasks belong",
+                path=trained.folder,
+                key="tasks",
+            )
     if args.bleu:
         require(trained, "translation", "--bleu")
         require_sacrebleu()

@@ -56,6 +56,12 @@ def held_out_folders(chosen: Path | None, trained: Trained, task: int | None) ->
     if chosen is not None:
         require_task(trained, task)
         return [DataFolder(str(chosen), chosen, _manifest(chosen, trained), task)]
+    if task is not None:
+        raise DataError(
+            "--task is the task of a folder given by --data; the run's own folders have their "
+            "`task` in `data.valid`; leave out --task, or name a folder",
+            key="task",
+        )
     if not data.held_out:
         raise DataError(
             f"{trained.folder}: the run has no validation data (data.valid); pass a folder of "

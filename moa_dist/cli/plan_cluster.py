@@ -166,7 +166,7 @@ def _memory_lines(detailed: dict[str, Any], cluster: dict[str, Any]) -> list[str
     if detailed["host_memory"]:
         num_bytes, ranks = detailed["host_bytes"], cluster["gpus_per_node"]
         ends = [
-            ("  total, of which torch rounds to powers of two what it pins", num_bytes),
+            ("  total (pinned buffers rounded up to powers of two)", num_bytes),
             (f"  a node with {ranks} GPUs", ranks * num_bytes),
         ]
         lines += ["", "MiB of host memory per GPU", *_table(detailed["host_memory"], ends)]

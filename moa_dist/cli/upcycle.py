@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_CHECKPOINT",
         action="append",
         default=[],
-        help="another dense run, which every second expert comes from; repeat it for more runs. "
-        "What has no experts is the mean of all",
+        help="another dense run; experts come from all runs in turn, and everything else is their "
+        "mean. Repeatable",
     )
     add_overrides(parser)
 
@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     configs = [index.config.model for _, index in (dense, *others)]
     if problems := list(problems_of(configs[0], config.model, configs[1:])):
         raise ConfigError(problems, f"{args.config} from {checkpoints[0]}")
-    others_models = [model for model, _ in others]
-    model, parts = upcycle(dense[0], config.model, others=others_models, seed=config.train.seed)
+    other_models = [model for model, _ in others]
+    model, parts = upcycle(dense[0], config.model, others=other_models, seed=config.train.seed)
     target = run_folder(config)
     write_new_model(target, config, model, tokenizer_of(checkpoints[0]))
     for part in parts:

@@ -91,6 +91,8 @@ class GShardRouterConfig(RouterConfig):
     """Function that turns logits into scores."""
     gate: Literal["renormalized"] = "renormalized"
     """Weight of a chosen expert."""
+    top_k: Annotated[int, Field(ge=2)]
+    """Experts chosen per token. A weight is renormalized, so of one it would always be 1."""
     first_choice: NonNegativeFloat = 0.0
     """Coefficient of `E * sum_e f_e P_e`, where f_e is the share of tokens whose first choice is e,
     and P_e the mean score of e."""
@@ -252,6 +254,12 @@ class MLPRouterConfig(RouterConfig):
                 f"`{path}.gate_eps` divides weights by their sum; leave `{path}.gate` raw and "
                 f"`{path}.route_scale` 1",
                 (f"{path}.gate_eps", f"{path}.gate", f"{path}.route_scale"),
+            )
+        if self.gate_eps is not None and self.top_k == 1 < self.num_experts:
+            yield Problem(
+                f"`{path}.gate_eps` with `{path}.top_k` 1 makes every weight 1, so the task loss "
+                "would never train the router; remove it",
+                (f"{path}.gate_eps", f"{path}.top_k"),
             )
 
     def shrink(self, at_least: int, expert_parallel: int) -> Self:

@@ -105,6 +105,10 @@ class AttentionConfig(PartConfig):
         """Whether a query can see the keys before it only, as such a kind is defined."""
         return False
 
+    def without_positions(self) -> Self:
+        """Return a copy that does not know where tokens are, to attend to another text."""
+        return self.model_copy(update={"rope": None})
+
     def shrink(self, expert_parallel: int) -> Self:
         """Narrow heads and window, but leave at least one pair of dimensions to rotate."""
         window = None if self.window is None else self.window.shrink()
@@ -175,8 +179,12 @@ class MoAConfig(AttentionConfig):
         """Whether a query can see the keys before it only."""
         return self.attend == "stick_breaking"
 
+    def without_positions(self) -> Self:
+        """Return a copy without relative positions either."""
+        return super().without_positions().model_copy(update={"relative_positions": None})
+
     def problems(self, path: str) -> Iterable[Problem]:
-        """Sticks know the order of keys by themselves."""
+        """Stick-breaking attention knows the order of keys by itself."""
         if self.is_causal and self.relative_positions is not None:
             key = f"{path}.relative_positions"
             yield Problem(
@@ -374,7 +382,8 @@ class ModelConfig(Section):
             for part, section in self.parts().items()
             for name, router in section.routers.items()
         }
-        of_depth = {} if self.recursion is None else self.recursion.routers(self.num_repeats)
+        num_repeats = max(self.num_repeats, 1)  # it may be invalid, which is reported as such
+        of_depth = {} if self.recursion is None else self.recursion.routers(num_repeats)
         return of_parts | of_depth
 
     @property

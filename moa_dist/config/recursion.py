@@ -93,6 +93,11 @@ class ExpertChoiceConfig(RecursionConfig):
                 f"`{path}.capacity` grows, but a recursion takes its tokens from the one before it",
                 (f"{path}.capacity",),
             )
+        if self.separate_sampler and not self.sampling:
+            yield Problem(
+                f"`{path}.separate_sampler` has no effect with `{path}.sampling` 0; remove it",
+                (f"{path}.separate_sampler", f"{path}.sampling"),
+            )
 
     def shrink(self, num_recursions: int) -> Self:
         """Drop the last shares."""

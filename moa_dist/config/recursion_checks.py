@@ -14,13 +14,13 @@ def recursion(config: Config) -> Iterator[Problem]:
     model, data = config.model, config.data
     if (section := model.recursion) is None:
         return
-    if model.num_repeats < 2:
+    if model.num_repeats == 1:  # 0 is reported with the number of layers
         yield Problem(
             "`model.recursion` has no effect, as no layer is applied twice; set "
             "`model.num_distinct_layers` to fewer than the layers between prelude and coda",
             ("model.recursion", "model.num_distinct_layers"),
         )
-    else:
+    elif model.num_repeats > 1:
         yield from section.problems("model.recursion", model.num_repeats)
     # What it does not work with: the keys that rule it out, what is so about them, and why.
     reasons = {
@@ -43,6 +43,10 @@ def recursion(config: Config) -> Iterator[Problem]:
         ("model.attention.window",): (
             model.attention.window is not None,
             "a window counts tokens, some of which are missing; set it to null",
+        ),
+        ("model.attention.relative_positions",): (
+            getattr(model.attention, "relative_positions", None) is not None,
+            "a distance counts tokens, some of which are missing; set it to null",
         ),
         ("data.document_attention",): (
             data.document_attention,

@@ -166,7 +166,7 @@ class RouterConfig(Kind):
 
     @property
     def chosen_in_training(self) -> int:
-        """The same in training."""
+        """Experts that a token takes in training, in the mean."""
         return self.chosen
 
     @property

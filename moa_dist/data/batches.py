@@ -202,7 +202,7 @@ def _masked(
 
 
 def of_tasks(batch: Batch, tasks: Sequence[int | None]) -> Batch:
-    """Say which task each sequence belongs to, if all are known."""
+    """Set the task of each sequence, if all are known."""
     known = [task for task in tasks if task is not None]
     return batch._replace(tasks=torch.tensor(known)) if len(known) == len(tasks) else batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def _host_memory(config: Config, world_size: int) -> Iterator[Finding]:
     from moa_dist.plan.exchange_choice import expected_states
 
     num_gpus = torch.cuda.device_count()
-    ranks = min(world_size, num_gpus or world_size)
+    ranks = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", num_gpus or world_size)))
     held = expected_states(config, world_size, meta_model(config.model))
     needed = ranks * held.host_total(is_pinned=num_gpus > 0)
     size = psutil.virtual_memory().total

@@ -43,8 +43,8 @@ class MoaDistForCausalLM(modeling.MoaDistForCausalLM):
     def from_export(cls, folder: str | Path) -> MoaDistForCausalLM:
         """Load an export of `moa-dist export` in fp32 and evaluation mode.
 
-        Raises DataError if the model is not causal or was trained with `data.document_attention`,
-        and what `load_export` raises.
+        Raises DataError if the model is one that transformers cannot run, and what `load_export`
+        raises.
         """
         if not is_export(Path(folder)):
             raise DataError(

@@ -116,9 +116,9 @@ def require_task(trained: Trained, task: int | None) -> None:
     """Raise DataError if the model has no such task, of those that it has a router for each."""
     num_tasks = trained.config.model.num_tasks
     if task is not None and task >= num_tasks:
+        has = f"routers for {num_tasks} tasks, from 0" if num_tasks else "no router per task"
         raise DataError(
-            f"{trained.folder}: the model has routers for {num_tasks} tasks, from 0, but the task "
-            f"is {task}",
+            f"{trained.folder}: the model has {has}, but the task is {task}",
             path=trained.folder,
             key="task",
         )

@@ -49,6 +49,11 @@ def unsupported(config: Config) -> tuple[str, str] | None:
             "tokens choose how often they recur, but a cache of transformers does not hold which "
             "did; use `moa-dist generate`"
         )
+    if of_tasks := [name for name, r in config.model.routers().items() if r.num_tasks]:
+        return f"model.{of_tasks[0]}.kind", (
+            "routers need the task of a text, which transformers does not pass; use "
+            "`moa-dist generate`"
+        )
     return None
 
 

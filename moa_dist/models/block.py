@@ -113,8 +113,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.placement = config.norm_placement
         self.norm = make_norm(config, config.norm_eps)
-        without_rope = config.attention.model_copy(update={"rope": None})
-        self.attention = make_attention(without_rope, config.d_model, init_scale)
+        without_positions = config.attention.without_positions()
+        self.attention = make_attention(without_positions, config.d_model, init_scale)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(

@@ -223,7 +223,7 @@ class MoEFeedForward(RoutedModule, FeedForward):
         per_row = sum(p.macs_per_row() for p in (self.up, self.gate, self.down) if p)
         biases = self.down_bias.macs(length) if self.down_bias else 0
         parts = {
-            "experts": length * self.config.router.top_k * per_row + biases,
+            "experts": length * self.config.router.chosen * per_row + biases,
             "routers": self.router.macs(length),
         }
         if self.shared is None:

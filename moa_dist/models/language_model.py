@@ -218,7 +218,8 @@ class LanguageModel(nn.Module):
 
     def _uses_of_table(self) -> Repeats:
         """Return what sums the gradients of the embedding over lookups and, if tied, the head."""
-        table, num_lookups = self.embedding.weight, 1 if self.encoder is None else 2
+        (table,) = self.embedding.parameters()  # ZeRO 3 would gather what is read as an attribute
+        num_lookups = 1 if self.encoder is None else 2
         return GradientSums({table: num_lookups + (self.head is None)}).of({table: table})
 
     def _embed(self, tokens: Tensor, position: Tensor, table: Repeats) -> Tensor:

@@ -97,7 +97,7 @@ class MoAAttention(RoutedModule, Attention):
 
     def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
-        K, shared = self.config.router.top_k, self.config.shared_experts
+        K, shared = self.config.router.chosen, self.config.shared_experts
         width = self.config.heads_per_expert * self.config.d_head
         dense = [self.k, self.v, *(() if self.shared is None else (self.shared,))]
         softmax = softmax_macs(length, num_keys or length, (K + shared) * width)

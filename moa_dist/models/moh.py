@@ -73,7 +73,7 @@ class MoHAttention(RoutedModule, Attention):
         gates = sum(g.weight.numel() for g in (self.stage_gate, self.shared_gate) if g)
         return {
             "projections": sum(p.macs(length) for p in dense if p),
-            "experts": length * self.config.router.top_k * self.o.macs_per_row(),
+            "experts": length * self.config.router.chosen * self.o.macs_per_row(),
             "routers": self.router.macs(length) + length * gates,
             "softmax": softmax_macs(
                 length, num_keys or length, self.num_heads * self.config.d_head

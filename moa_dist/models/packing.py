@@ -97,6 +97,9 @@ class Places(NamedTuple):
             topk_weights=self._spread(routing.topk_weights),
             keep_mask=None if routing.keep_mask is None else self._spread(routing.keep_mask),
             assigned=self._spread(assigned),
+            head_weights=None,
+            by_head=None,
+            state=None,
         )
 
     def _spread(self, rows: Tensor) -> Tensor:

@@ -45,7 +45,10 @@ class RecursionOutput(NamedTuple):
     """Scalars by name, coefficients applied, besides those of a router's statistics."""
 
     def token_means(self) -> dict[str, Tensor]:
-        """Sum up how often tokens recur; see `LanguageModelOutput`. Expert choice knows before."""
+        """Sum up how often tokens recur; see `LanguageModelOutput`.
+
+        Empty for expert choice, whose shares are set.
+        """
         if self.depth is None:
             return {}
         load = self.depth.statistics.load.sum((0, 1))
@@ -54,7 +57,7 @@ class RecursionOutput(NamedTuple):
 
 
 class Recursion(nn.Module, ABC):
-    """Chooses how often each token recurs, lets it, and weighs what comes of it."""
+    """Chooses how often each token recurs, applies the layers, and weighs their results."""
 
     def __init__(self, config: RecursionConfig, num_recursions: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention that tells by learned vectors how far a key is from the query (Shaw et al. 2018).
+"""Attention with learned vectors for relative positions (Shaw et al. 2018).
 
 Shapes: B sequences, T queries, S keys, H heads of queries, h heads of keys, d head width, C largest
 distance.
@@ -62,9 +62,11 @@ def relative_attention(
     parts = zip(q.split(_BLOCK, dim=2), by_distance.split(_BLOCK, dim=2), strict=True)
     for block, of_block in parts:
         stop = start + block.shape[2]
-        queries, keys = slice(start, stop), slice(0, k.shape[2])
-        visible = mask.visible(queries, keys, q.device)
-        operands = block, k, v, of_block, mask.num_past + start, visible, soft_cap
+        # What lies behind the last query is seen by none.
+        num_keys = mask.num_past + stop if mask.causal else k.shape[2]
+        seen, weighed = k[:, :, :num_keys], v[:, :, :num_keys]
+        visible = mask.visible(slice(start, stop), slice(0, num_keys), q.device)
+        operands = block, seen, weighed, of_block, mask.num_past + start, visible, soft_cap
         heads.append(checkpoint(_attend, *operands, use_reentrant=False))
         start = stop
     return torch.cat(heads, dim=2)

@@ -61,7 +61,7 @@ class SwitchHeadAttention(RoutedModule, Attention):
 
     def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
         """Implement `Attention.macs`."""
-        H, K = self.config.num_heads, self.config.router.top_k
+        H, K = self.config.num_heads, self.config.router.chosen
         dense = (self.q, self.k, self.shared_v, self.shared_o)
         return {
             "projections": sum(p.macs(length) for p in dense if p is not None),

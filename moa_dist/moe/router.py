@@ -48,11 +48,12 @@ class Routing(NamedTuple):
     """[B, S, R] what the router of the next layer starts from; None unless it is recurrent."""
     head_weights: Tensor | None = None
     """[T, G, H, K] where each of H heads weighs the same experts; `topk_weights` sums over them."""
+    by_head: Tensor | None = None
+    """[T, G, H, K] bool, which of them each head chose; None where heads do not choose."""
 
     def choice(self) -> Choice:
         """Return the choice that this routing is based on."""
-        by_head = None if self.head_weights is None else self.head_weights > 0
-        return Choice(self.topk_ids, self.keep_mask, self.assigned, by_head)
+        return Choice(self.topk_ids, self.keep_mask, self.assigned, self.by_head)
 
     def reporting(self, values: Tensor, token_mask: Tensor | None) -> Routing:
         """Add means over tokens to its statistics, see `RoutingStatistics.with_means`."""

@@ -100,6 +100,7 @@ class ThresholdRouter(Router):
             statistics=statistics,
             assigned=chosen,
             head_weights=self._scaled(weights),
+            by_head=by_head,
         )
 
     def _kept(self, logits: Tensor, moments: Tensor, num_tokens: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ class RouterState(NamedTuple):
     """What one router knows."""
 
     weight: Tensor | None = None
-    """[B, S] by which tokens count in the sums of `RoutingStatistics` that carry gradients, which
-    it has one of; None if all count alike."""
+    """[B, S], weight of each token in the sums of `RoutingStatistics` that carry gradients; None if
+    all count once."""
     past: Tensor | None = None
     """[B, S, R] what the router of the layer before returned; None in the first one."""
     tasks: Tensor | None = None
@@ -43,7 +43,8 @@ class TokenState(NamedTuple):
 def sum_and_number(values: Tensor, token_mask: Tensor | None) -> Tensor:
     """Return the sum of `values` [B, S] over tokens, and the number of these: [2].
 
-    `token_mask` bool is true for real ones; those of another text than its own are all counted.
+    `token_mask` bool is true for real ones. A mask of another shape is that of another text; all
+    tokens count then.
     """
     if token_mask is None or token_mask.shape != values.shape:
         token_mask = torch.ones_like(values, dtype=torch.bool)

@@ -28,7 +28,7 @@ class Gpu:
     network_bandwidth: float
     """Bytes per second that a GPU sends to other nodes, with one adapter per GPU."""
     host_bandwidth: float
-    """Bytes per second to or from its node's memory by PCIe."""
+    """Bytes per second to or from its node's memory over PCIe."""
 
     def flops(self, precision: str) -> float | None:
         """Return peak FLOPs per second, None for a type that it does not train in."""

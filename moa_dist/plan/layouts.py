@@ -51,8 +51,9 @@ class Planned:
         parallel, train = self.config.parallel, self.config.train
         exchange = parallel.expert_exchange
         exchanged = "" if parallel.expert_parallel == 1 else _exchange_name(self.config, exchange)
-        again = f", recompute {recompute_name(train.recompute)}" if train.recompute else ""
-        again = again.removesuffix(" true")
+        again = ", recompute" if train.recompute else ""
+        if train.recompute and train.recompute is not True:
+            again += f" {recompute_name(train.recompute)}"
         host = ", optimizer in host memory" if self.config.optimizer.offload == "host" else ""
         return (
             f"ep {parallel.expert_parallel}, ZeRO {parallel.zero_stage}, "

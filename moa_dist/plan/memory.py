@@ -111,7 +111,7 @@ def budget(
             exchanged=[part for part in PARTS if _exchanged(layout, part) == "tokens"],
         ),
         working=activations.working(sequences),
-        buffers=_buffers(sizes, layout, stage, device),
+        buffers=_buffers(sizes, layout, stage, device, offloaded=held.offloaded),
         updating=[] if held.offloaded else [term("optimizer's temporaries", *updated)],
         context=[CONTEXT] if device == "cuda" else [],
         is_pinned=device == "cuda",
@@ -174,7 +174,9 @@ def _waiting_gradients(
     return terms
 
 
-def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> list[Term]:
+def _buffers(
+    sizes: Sizes, layout: Layout, zero_stage: int, device: Device, *, offloaded: bool
+) -> list[Term]:
     bucket = ("elements", DEFAULT_ZERO_SIZES.bucket)
     master = ("B", MASTER_BYTES)
     match zero_stage, layout.element_bytes:
@@ -185,7 +187,7 @@ def _buffers(sizes: Sizes, layout: Layout, zero_stage: int, device: Device) -> l
                 term("flat gradients", ("elements", sizes.whole), ("B", layout.element_bytes)),
                 term("their squares in fp64", ("elements", largest), ("B", 16)),
             ]
-        case 1, 2:
+        case 1, 2 if not offloaded:
             copied = ("elements", min(sizes.whole, _REDUCED_AT_ONCE))
             return [term("gradients on their way", copied, master)]
         case 3, _:

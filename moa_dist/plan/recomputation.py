@@ -90,7 +90,7 @@ def _parts(config: Config) -> Iterator[Recompute]:
 
 
 def recompute_name(recompute: Recompute) -> str:
-    """Write it as an override does."""
+    """Format a value of `train.recompute` as in an override."""
     if isinstance(recompute, bool):
         return str(recompute).lower()
     return f"[{','.join(recompute)}]"

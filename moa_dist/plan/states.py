@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
     is_matrix: tuple[bool, ...]
     """Whether each of `dense` is a weight matrix of a layer, which Muon updates."""
     dense_matrices: tuple[Matrices, ...]
-    """Those that are."""
+    """Those of `dense` that are."""
     expert_matrices: tuple[Matrices, ...]
     """Matrices of `experts`."""
 
@@ -80,6 +80,8 @@ class States:
     """Gradients and parameters in host memory, if the optimizer's state is there."""
     offloaded: bool
     """Whether masters, moments and what is staged are in host memory."""
+    pinned: tuple[str, ...]
+    """Parts that DeepSpeed pins in the memory of a host with GPUs."""
 
     def parts(self) -> dict[str, list[Term]]:
         """Lines of what the device holds, by name."""
@@ -99,11 +101,16 @@ class States:
         return sum(map(total, self.parts().values()))
 
     def host_total(self, *, is_pinned: bool) -> int:
-        """Return bytes in host memory, where torch rounds what it pins to powers of two."""
-        held = self.in_host_memory()
-        staged = [line.value for name, lines in held.items() for line in lines if name != "moments"]
-        rounded = [1 << (n - 1).bit_length() for n in staged if n] if is_pinned else staged
-        return sum(rounded) + total(held.get("moments", []))
+        """Return bytes in host memory, where torch rounds what it pins to powers of two.
+
+        An estimate if `is_pinned`: it rounds lines, but buffers are pinned one by one.
+        """
+        rounded = self.pinned if is_pinned else ()
+        return sum(
+            1 << (line.value - 1).bit_length() if name in rounded and line.value else line.value
+            for name, lines in self.in_host_memory().items()
+            for line in lines
+        )
 
 
 def states(
@@ -115,7 +122,8 @@ def states(
 ) -> States:
     """Return the exact bytes of the fullest rank, as deepspeed 0.19 keeps them."""
     offloaded = optimizer.offload == "host"
-    result = States([], [], [], [], [], offloaded)
+    pinned = ("staged",) if zero_stage == 3 else ("masters", "staged")
+    result = States([], [], [], [], [], offloaded, pinned)
     element, master = ("B", layout.element_bytes), ("B", MASTER_BYTES)
     for name, numels, num_ranks, num_moments in _groups(sizes, layout, optimizer):
         moments = ("moments", num_moments)

@@ -144,18 +144,32 @@ def _update_spans(
 
     In host memory, PCIe is assumed to be as fast as a GPU's share of that memory.
     """
-    copies = layout.world_size // layout.expert_parallel
-    share = (layout.world_size, copies) if config.parallel.zero_stage else (1, 1)
+    stage, copies = config.parallel.zero_stage, layout.world_size // layout.expert_parallel
+    share = (layout.world_size, copies) if stage else (1, 1)
     masters = sum(sizes.dense) / share[0] + sum(sizes.experts) / share[1]
     gpu, updated = cluster.gpu, _BYTES_PER_UPDATE * masters
     reach = assumed.memory_efficiency
     if config.optimizer.offload == "none":
         return [_span("update", updated, "B", reach, gpu.memory_bandwidth)]
-    moved, reach_pcie = (MASTER_BYTES + layout.element_bytes) * masters, assumed.network_efficiency
+    of_master = MASTER_BYTES * _gradient_copies(stage, layout) + layout.element_bytes
+    moved, reach_pcie = of_master * masters, assumed.network_efficiency
     return [
-        _span("gradients and parameters by PCIe", moved, "B", reach_pcie, gpu.host_bandwidth),
+        _span("gradients and parameters over PCIe", moved, "B", reach_pcie, gpu.host_bandwidth),
         _span("update in host memory", updated, "B", reach, gpu.host_bandwidth),
     ]
+
+
+def _gradient_copies(zero_stage: int, layout: Layout) -> int:
+    """Count how often a gradient crosses PCIe in a step, as deepspeed 0.19 offloads optimizers.
+
+    Where sums over micro-batches are in host memory, each micro-batch fetches and returns them.
+    """
+    match zero_stage, layout.element_bytes:
+        case 3, _:
+            return 2 * layout.num_micro_batches + 1
+        case 2, 4 if layout.num_micro_batches > 1:
+            return 2 * layout.num_micro_batches
+    return 1
 
 
 def _muon_spans(
@@ -280,8 +294,8 @@ def _state_spans(
     at stage 3 with computation; half of the computing time is assumed to hide each.
     """
     copies = layout.world_size // layout.expert_parallel
-    gradients_beside = computing / 2 if zero_stage >= 2 else 0.0
-    parameters_beside = computing / 2 if zero_stage == 3 else 0.0
+    gradients_hidden_by = computing / 2 if zero_stage >= 2 else 0.0
+    parameters_hidden_by = computing / 2 if zero_stage == 3 else 0.0
     spans = []
     for kind, dense, experts, link in (
         ("dense", sizes.dense, (), cluster.ring(layout.world_size, 1)),
@@ -289,8 +303,8 @@ def _state_spans(
     ):
         moved = state_traffic(dense, experts, layout, zero_stage)
         for what, num_bytes, hidden_by in (
-            ("gradients", moved.gradients, gradients_beside),
-            ("parameters", moved.parameters, parameters_beside),
+            ("gradients", moved.gradients, gradients_hidden_by),
+            ("parameters", moved.parameters, parameters_hidden_by),
         ):
             if not num_bytes:
                 continue
@@ -299,9 +313,9 @@ def _state_spans(
             span = _sent(f"{kind} {what}", of_rank, messages, link, assumed, hidden_by)
             spans.append(span)
             if what == "gradients":
-                gradients_beside = max(0.0, gradients_beside - span.seconds)
+                gradients_hidden_by = max(0.0, gradients_hidden_by - span.seconds)
             else:
-                parameters_beside = max(0.0, parameters_beside - span.seconds)
+                parameters_hidden_by = max(0.0, parameters_hidden_by - span.seconds)
     return spans
 
 

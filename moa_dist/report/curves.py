@@ -164,7 +164,7 @@ def own_curves(run: Run) -> Iterator[str]:
 
 
 def _token_means(run: Run) -> Iterator[str]:
-    """Yield what layers hand on about tokens, a figure for each kind of it."""
+    """Yield a figure for each group of means over tokens, such as `halting`."""
     kinds: dict[str, list[Line]] = defaultdict(list)
     for name, series in run.group("token_means/").items():
         kind, _, label = name.rpartition("/")
@@ -173,7 +173,7 @@ def _token_means(run: Run) -> Iterator[str]:
     for kind, lines in kinds.items():
         title = kind.replace("/", ": ").replace("_", " ").capitalize()
         axes = Axes("mean over tokens", marks=run.starts, clock=partial(clock_texts, run))
-        yield curves(title, "What layers hand on about tokens", lines, axes)
+        yield curves(title, "Means over the tokens of a step", lines, axes)
 
 
 def _parts(run: Run) -> Iterator[str]:

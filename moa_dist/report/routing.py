@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +110,7 @@ def _most_load(size: RouterSize) -> float:
 
 
 def routing_figures(run: Run) -> dict[str, list[str]]:
-    """Return the figures of each router: four measures over time, and the load of each expert."""
+    """Return the figures of each router: its measures over time, and the load of each expert."""
     routers = {call.router for calls in run.routing.values() for call in calls}
     routers |= {call.router for _, load in run.loads for call in load}
     return {router: [*_measures(run, router), *_loads(run, router)] for router in sorted(routers)}
@@ -134,16 +133,16 @@ def _measures(run: Run, router: str) -> Iterator[str]:
 def _spread(low: float, high: float) -> Shades:
     """Return even shades, or in equal ratios if values span orders of magnitude."""
     is_wide = 0 < low < high / 100
-    inner = np.geomspace(low, high, NUM_SHADES + 1)[1:-1].tolist() if is_wide else None
-    return Shades(low, high, inner=None if inner is None else tuple(inner))
+    inner = tuple(np.geomspace(low, high, NUM_SHADES + 1)[1:-1].tolist()) if is_wide else None
+    return Shades(low, high, inner=inner)
 
 
-def _same(shades: Shades, most: float) -> Shades:
-    return shades
+def _always(shades: Shades) -> Callable[[float], Shades]:
+    return lambda most: shades
 
 
 def _particular(run: Run, router: str) -> Iterator[_Measure]:
-    """Yield what this kind of router reports besides, if it varies: one `top_k` never does."""
+    """Yield means that only this kind of router reports, and `experts_per_token`, if they vary."""
     for name in sorted(run.routing.keys() - {measure.name for measure in _MEASURES}):
         of_router = [s.finite() for call, s in run.routing[name].items() if call.router == router]
         values = np.concatenate([np.zeros(0), *(series.values for series in of_router)])
@@ -153,10 +152,8 @@ def _particular(run: Run, router: str) -> Iterator[_Measure]:
             yield _Measure(
                 name,
                 title,
-                lambda size: (
-                    f"Mean over tokens; each takes {size.choices} experts, or as many in the mean"
-                ),
-                partial(_same, shades),
+                lambda size: "Mean over tokens",
+                _always(shades),
                 np.mean,
                 -math.inf,
                 None,

@@ -11,10 +11,11 @@ stage with one process, and fails should a later version read something else.
 It also measures how long DeepSpeed waits in the collectives that it enters by itself, keeps the
 host from waiting in every micro-batch, and lets ZeRO 3 run models that were written without it.
 
-The host still waits once per update, for its norm and, at ZeRO 2 in bf16, for whether gradients are
-finite: it decides whether the update is taken, and has read the losses just before. ZeRO 3 also
-waits for its reductions in every micro-batch, and in layers for earlier gathers and reductions,
-which keeps gathered parameters and gradients from piling up.
+The host still waits in every update for the norm and, at ZeRO 2 in bf16, for whether gradients are
+finite: it decides whether the update is taken, and has read the losses just before. With the
+optimizer in host memory it waits for gradients in every micro-batch, since it reads them. ZeRO 3
+also waits for its reductions in every micro-batch, and in layers for earlier gathers and
+reductions, which keeps gathered parameters and gradients from piling up.
 """
 
 from __future__ import annotations
@@ -304,7 +305,7 @@ def is_worth_showing(record: logging.LogRecord) -> bool:
 
 
 def take_step(engine: Any) -> None:
-    """Call `engine.step()`, and drop the gradients even if it leaves out the update.
+    """Call `engine.step()`, and drop the gradients even if it skips the update.
 
     With its state in host memory, the optimizer of stages 1 and 2 would keep sums in fp32 of bf16
     gradients then, and add the next step's to them.
@@ -312,7 +313,7 @@ def take_step(engine: Any) -> None:
     engine.step()
     optimizer = engine.optimizer
     if hasattr(optimizer, "norm_for_param_grads"):
-        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
 
 def discard_step(engine: Any) -> None:

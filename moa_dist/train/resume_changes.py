@@ -26,10 +26,11 @@ def find_changes(before: Config, state: Mapping[str, JsonValue], config: Config)
     """List what `config` changes in a run whose checkpoint has this configuration and state.
 
     The same data may be elsewhere; other data at the same place are a change of `DATA`, and so are
-    other sources or weights.
+    other sources, weights or tasks.
     """
     found = changes(before, config)
-    if not replaced(state, config) and _mixture(before) == _mixture(config):
+    is_same = (_mixture(before), _tasks(before)) == (_mixture(config), _tasks(config))
+    if not replaced(state, config) and is_same:
         return found
     names = [c.model_dump(mode="json")["data"]["train"] for c in (before, config)]
     return Changes(
@@ -45,6 +46,10 @@ def replaced(state: Mapping[str, JsonValue], config: Config) -> set[str]:
 
 def _mixture(config: Config) -> dict[str, tuple[float, tuple[tuple[int, float], ...]]]:
     return {source.label: (source.weight, source.later_weights) for source in config.data.sources}
+
+
+def _tasks(config: Config) -> dict[str, int | None]:
+    return {source.label: source.task for source in config.data.sources}
 
 
 def refusals(config: Config, newest: Index) -> list[str]:
@@ -69,7 +74,7 @@ def _what_it_makes(change: Change) -> str:
     if covers("model", change.path):
         return "another model of the checkpoint's parameters"
     if change.path == DATA:
-        return "a run on other data, or in other shares, than the checkpoint was trained on"
+        return "a run on other data, in other shares or for other tasks, than the checkpoint's"
     if covers("data", change.path):
         return "another order of samples, which repeats some and skips others"
     return "another run than the checkpoint's"

@@ -129,6 +129,7 @@ def problems_of_model(config: ModelConfig) -> Iterator[str]:
         "prelude": 0,
         "coda": 0,
         "halting": None,
+        "recursion": None,
     }
     if not config.tie_embeddings:
         wanted["head_bias"] = False

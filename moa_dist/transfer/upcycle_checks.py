@@ -110,6 +110,7 @@ def _attention_problems(
         "soft_cap": dense.soft_cap,
         "qk_norm": False,
         "shared_experts": 0,
+        "attend": "softmax",
         "relative_positions": None,
         "num_shared_heads": 0,
         "bias": False,
@@ -152,6 +153,13 @@ def _ffn_problems(dense: DenseFFNConfig, ffn: MoEFFNConfig, num_models: int) -> 
             ("model.ffn.shared_expert",),
             {"model.ffn.shared_expert": [None]},
         )
+    for whose, has_bias in (("the dense model", dense.bias), ("the new model", ffn.bias)):
+        if has_bias:
+            yield Problem(
+                f"`model.ffn.bias` is true in {whose}, but FFNs with biases cannot be upcycled",
+                ("model.ffn.bias",),
+                {"model.ffn.bias": [False]},
+            )
     for name in ("activation", "gated"):
         if getattr(ffn, name) != getattr(dense, name):
             yield Problem(

@@ -23,7 +23,9 @@ def test_equal_work_leaves_out_routers_alone(name):
     )
 
 
-@pytest.mark.parametrize("name", ["moeut/44m", "small/moeut", "small/moa"])
+@pytest.mark.parametrize(
+    "name", ["moeut/44m", "small/moeut", "small/moa", "family/mor_token", "family/mor_expert"]
+)
 def test_equal_parameters(name):
     config = load_config(CONFIGS / f"{name}.yaml", [])
     length = config.data.sequence_length

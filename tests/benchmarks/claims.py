@@ -25,6 +25,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from moa_dist.cli.arguments import between
 from moa_dist.config import load_config
 from moa_dist.errors import ExitCode
 from moa_dist.models.counts import count
@@ -157,6 +158,7 @@ def print_table(models: list[str], steps: int | None) -> None:
     rates = " | ".join(f"lr {rate:g}" for rate in RATES)
     print(f"| model | parameters, M | MMAC per token | {rates} | seeds | perplexity | spread | s |")
     print("|---" * (7 + len(RATES)) + "|")
+    notes = []
     for model in models:
         contender = CONTENDERS[model]
         config = load_config(contender.config_file)
@@ -176,6 +178,9 @@ def print_table(models: list[str], steps: int | None) -> None:
         seconds = Training(model, rate or 0, steps=steps).step_seconds() if values else ""
         results = f"{len(values)} | {mean} | {spread} | {seconds}"
         print(f"| {model} | {numbers} | {' | '.join(cells)} | {results} |")
+        if config.model.looks_ahead:
+            notes.append(f"{model}: does not compare; {config.model.looks_ahead}")
+    print("", *notes, sep="\n")
 
 
 def main() -> None:
@@ -187,7 +192,9 @@ def main() -> None:
         help=f"models to train: {', '.join(COMPARISON)} (these), {', '.join(FAMILY)}; `family` for "
         "all of the latter",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of the best rate (all)")
+    parser.add_argument(
+        "--steps", type=between(int, 1), metavar="N", help="steps of the best rate (all)"
+    )
     parser.add_argument("--table", action="store_true", help="only print finished results")
     args = parser.parse_args()
     models = [

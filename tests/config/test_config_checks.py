@@ -43,7 +43,16 @@ SHARES = f"{RECURSION}.capacity"
         ),
         (["model.sharing.own=[routers, attention, ffn]"], ("model.sharing.own",), {}),
         ([TOKEN_CHOICE, "model.num_distinct_layers=4"], (RECURSION, LAYERS[0]), {}),
+        ([TOKEN_CHOICE, "model.num_distinct_layers=20"], LAYERS, {LAYERS[0]: [1, 2, 4]}),
         ([EXPERT_CHOICE, f"{SHARES}=[1.0]"], (SHARES, LAYERS[1], LAYERS[0]), {}),
+        (
+            [
+                f"{RECURSION}={{kind: expert_choice, capacity: [1, 0.5], sampling: 0, "
+                "separate_sampler: true}"
+            ],
+            (f"{RECURSION}.separate_sampler", f"{RECURSION}.sampling"),
+            {},
+        ),
         ([EXPERT_CHOICE, f"{SHARES}=[0.5, 0.7]"], (SHARES,), {}),
         (
             [TOKEN_CHOICE, "model.sharing.order=sequence"],

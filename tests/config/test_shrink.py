@@ -18,12 +18,13 @@ SIZES = {
     "model.prelude",
     "model.coda",
     "model.prelude_ffn.d_ff",
+    "model.recursion.capacity",
     *(
         f"model.{part}.{size}"
         for part in ("attention", "ffn")
         for size in (
             *("num_heads", "heads_per_expert", "d_head", "d_ff", "d_expert"),
-            *("router.num_experts", "router.top_k", "router.d_hidden"),
+            *("router.num_experts", "router.top_k", "router.d_hidden", "router.d_state"),
             *("window.size", "window.full_every", "shared_experts", "shared_expert.d_expert"),
         )
     ),

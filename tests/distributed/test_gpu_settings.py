@@ -129,23 +129,15 @@ def synchronizations(case: Case, throughput: bool) -> Counter[str]:
     return found
 
 
-STEPS, MICRO_BATCHES = 4, 2
-EPILOGUE = "stage_1_and_2.py independent_gradient_partition_epilogue"
-ALLOWED = {0: {}, 1: {EPILOGUE: STEPS}, 2: {EPILOGUE: STEPS * MICRO_BATCHES}, 3: {}}
-"""How often DeepSpeed itself waits: where overlapped reductions must end, once per update at ZeRO 1
-and once per micro-batch at ZeRO 2. No setting turns this off."""
-
-
-@pytest.mark.parametrize("zero_stage", ALLOWED)
-def test_steps_wait_for_the_device_at_the_end_of_reductions_alone(pools, zero_stage):
-    precision = "fp32" if zero_stage else "fp64"
-    case = replace(ADAM, zero_stage=zero_stage, steps=STEPS, precision=precision)
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_steps_never_wait_for_all_that_the_device_does(pools, zero_stage):
+    case = replace(ADAM, zero_stage=zero_stage, precision="fp32" if zero_stage else "fp64")
     for waits in pools(case.world_size).run(synchronizations, case, False):
-        assert waits == ALLOWED[zero_stage]
+        assert waits == {}
 
 
 def test_waiting_as_deepspeed_does_by_itself_is_noticed(pools):
-    case = replace(ADAM, zero_stage=1, steps=STEPS)
+    case = replace(ADAM, zero_stage=1, steps=4)  # its timer starts in the third
     for waits in pools(case.world_size).run(synchronizations, case, True):
         assert waits["timer.py start"]
         assert waits["timer.py stop"]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moa_dist.config.model import recomputed_parts
 from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
@@ -165,7 +166,7 @@ def layout_of(case: Case) -> Layout:
         expert_parallel=case.expert_parallel,
         num_micro_batches=case.sequences // (case.world_size * case.micro_batch),
         num_repeats=model.num_layers // (model.num_distinct_layers or model.num_layers),
-        recompute=case.recompute,
+        recompute=recomputed_parts(case.recompute),
         element_bytes=8 if case.precision == "fp64" else 4,
         exchange=case.config().parallel.expert_exchange,
     )

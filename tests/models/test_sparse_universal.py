@@ -1,6 +1,7 @@
 """Sparse Universal Transformer: what its authors' code computes, in fp64, over all repeats."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_it_computes_what_its_authors_do(name, threshold, causal, recompute):
     close(x.grad, golden["grad_mi_corrected.x"])
 
 
-def halting_model(attention: str, objective: str = "causal", **more: object):
+def halting_model(attention: str | dict[str, Any], objective: str = "causal", **more: object):
     """Tokens of a prelude and a coda take these; between them they halt where they like."""
     halting = {"kind": "stick_breaking", "threshold": 0.9, "loss": 0.1}
     sizes = {"num_layers": 6, "num_distinct_layers": 1, "prelude": 1, "coda": 1}
@@ -181,7 +182,11 @@ def test_with_a_cache_and_padding_tokens_halt_where_they_did(attention, placemen
     torch.testing.assert_close(padded.aux_losses["halting/depth"], sum(losses) / 2)
 
 
-@pytest.mark.parametrize("attention", ["moa", "switchhead"])
+@pytest.mark.parametrize(
+    "attention",
+    ["moa", "switchhead", ATTENTION["moa"] | {"relative_positions": 3}],
+    ids=["moa", "switchhead", "relative positions"],
+)
 def test_tokens_of_both_texts_halt_in_translation(attention):
     model = halting_model(attention, "translation", prelude=0, coda=0)
     target, source = tokens_of(), tokens_of(2, 6, seed=1)

@@ -106,13 +106,15 @@ def test_data_may_move_but_other_data_need_permission(config, tmp_path):
     assert [c.path for c in find_changes(config, state, config).deciding] == ["data.train"]
 
 
-def mixed(config: Config, tmp_path, *folders: str, **weights: float) -> Config:
-    """Mix sources by weight, in folders of their names or of these."""
+def mixed(config: Config, tmp_path, *folders: str, tasks=None, **weights: float) -> Config:
+    """Mix sources by weight, in folders of their names or of these; `tasks` are by name."""
     for folder in (*folders, *weights):
         write_folder(tmp_path / folder)
     paths = zip(folders or weights, weights.items(), strict=True)
     train = tuple(
-        SourceConfig(path=str(tmp_path / folder), name=name, weight=weight)
+        SourceConfig(
+            path=str(tmp_path / folder), name=name, weight=weight, task=(tasks or {}).get(name)
+        )
         for folder, (name, weight) in paths
     )
     return changed(config, "data", train=train)
@@ -130,6 +132,7 @@ def test_sources_may_move_but_other_weights_and_sources_need_permission(config, 
         mixed(config, tmp_path, books=0.6, debian=0.4),
         mixed(config, tmp_path, books=0.7, debian=0.3, web=0.1),
         mixed(config, tmp_path, books=0.7),
+        mixed(config, tmp_path, books=0.7, debian=0.3, tasks={"books": 1, "debian": 0}),
         config,
     ):
         (problem,) = refusals(other, index(before, **state))

@@ -253,6 +253,7 @@ LIMIT = {"num_groups": 2, "top_groups": 1}
             [],
         ),
         ({"logit_soft_cap": 30.0}, "logit_soft_cap", ["30"]),
+        ({"recursion": {"kind": "token_choice"}}, "recursion", []),
         ({"attention": OURS["attention"] | {"soft_cap": 50.0}}, "attention.soft_cap", []),
         ({"attention": OURS["attention"] | {"window": {"size": 8}}}, "attention.window", []),
         ({"attention": OURS["attention"] | {"shared_experts": 1}}, "attention.shared_experts", []),

@@ -172,6 +172,19 @@ def test_every_model_gives_as_many_experts(changes, keys):
     assert problem.keys == keys
 
 
+@pytest.mark.parametrize(
+    ("source", "changes", "key"),
+    [
+        ({}, {"attention": moa(5, 2, "softmax", attend="stick_breaking")}, "attention.attend"),
+        ({"ffn": DENSE["ffn"] | {"bias": True}}, {"ffn": moe(24, 4, 2, "softmax")}, "ffn.bias"),
+    ],
+)
+def test_what_a_copy_does_not_compute_is_refused(source, changes, key):
+    dense = ModelConfig.model_validate(DENSE | source)
+    problems = problems_of(dense, ModelConfig.model_validate(DENSE | changes))
+    assert (f"model.{key}",) in [problem.keys for problem in problems]
+
+
 def test_models_of_several_architectures_are_refused():
     config = ModelConfig.model_validate(DENSE | SOFT)
     other = ModelConfig.model_validate(DENSE | {"ffn": {"kind": "dense", "d_ff": 48}})
