@@ -17,6 +17,7 @@ from moa_dist.models.attention import Attention
 from moa_dist.models.block import Block
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.linear import Linear
+from moa_dist.models.stack_counts import macs_of
 from moa_dist.moe.routed_module import RoutedModule, routed_modules
 from moa_dist.moe.router import Router
 from moa_dist.plan.cluster import GPUS
@@ -146,7 +147,7 @@ class Floor(NamedTuple):
 def floor_of(model: LanguageModel, num_tokens: int) -> Floor:
     """Estimate the average routed part of a layer, both passes, on one H100."""
     moved = of_experts(part_bytes(model, num_tokens))
-    macs = 3 * num_tokens * model.stack.macs(1)["experts"]
+    macs = 3 * num_tokens * sum(part["experts"] for part in macs_of(model, 1).values())
     peak = GPU.flops("bf16")
     assert peak is not None
     num_layers = model.config.num_repeats * len(list(routed_modules(model)))

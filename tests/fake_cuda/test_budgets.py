@@ -12,7 +12,7 @@ from moa_dist.kernels.hardware import Hardware
 from moa_dist.models import padding, rope_kernel, softmax
 from moa_dist.models.mask import AttentionMask
 from tests.fake_cuda.budgets import BUDGETS
-from tests.fake_cuda.estimates import of_experts, part_bytes
+from tests.fake_cuda.estimates import floor_of, of_experts, part_bytes
 from tests.fake_cuda.launches import fake_cuda
 from tests.fake_cuda.training_step import bf16_model, measure
 
@@ -36,10 +36,12 @@ def test_a_micro_batch_stays_within_its_budget(path):
     assert not launches.waits
     assert not launches.fp64
     assert not launches.narrow_sums
-    parts = part_bytes(bf16_model(path), 8 * 1024)
+    model = bf16_model(path)
+    parts = part_bytes(model, 8 * 1024)
     assert 1 <= launches.bytes_full / sum(parts.values()) <= 1.3
     if of_experts(parts):
         assert 1 <= of_experts(launches.bytes_by_place) / of_experts(parts) <= 1.3
+        assert min(floor_of(model, 8 * 1024)) > 0
     # A budget that much is left of would not notice a regression.
     loose = {name: value for name, value in measured.items() if value < 0.9 * getattr(budget, name)}
     assert not loose, budget
