@@ -136,10 +136,9 @@ def _perplexity(
             "loss": together.loss,
             "perplexity": together.perplexity,
             "bits_per_byte": bits_per_byte(results[which], trained.config.model, manifests),
-            "looks_ahead": trained.config.model.looks_ahead,
         }
 
-    whole = report(slice(None))
+    whole = report(slice(None)) | {"looks_ahead": trained.config.model.looks_ahead}
     if len(folders) > 1:
         each = {folder.name: report(slice(i, i + 1)) for i, folder in enumerate(folders)}
         whole["folders"] = each
@@ -217,7 +216,7 @@ def _loss_lines(title: str, found: dict[str, Any]) -> list[str]:
     ]
     if found["bits_per_byte"] is not None:
         lines.append(f"  bits per byte  {found['bits_per_byte']:.4f}")
-    if found["looks_ahead"] is not None:
+    if found.get("looks_ahead") is not None:
         lines.append(f"  not comparable: {found['looks_ahead']}")
     return lines
 
