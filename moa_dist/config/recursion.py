@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -26,9 +27,9 @@ class RecursionConfig(Kind):
         """Routers whose experts are depths, by their path in this section."""
         return {}
 
+    @abstractmethod
     def lengths(self, num_recursions: int, length: int) -> list[int]:
         """Tokens of a sequence of `length` in each recursion, in the mean for an even choice."""
-        raise NotImplementedError
 
     def rows_kept(self, num_recursions: int, length: int) -> int:
         """Rows [D] of a sequence kept for the backward pass by choosing and weighing alone."""
