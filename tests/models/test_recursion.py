@@ -4,7 +4,6 @@ tests/golden/relatives/mor_* were recorded from the code of Mixture-of-Recursion
 Llama layers per recursion, and with a small block of the recorder's own.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,20 +21,8 @@ from moa_dist.models.rope import Rotation
 from moa_dist.moe.adapt import StepLoad, adapt
 from moa_dist.moe.statistics import RoutingStatistics, own_sums
 from tests.models.small import small_config
+from tests.transfer.test_share import CLOSE, GOLDEN, NAMES
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "relatives"
-CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-NAMES = {
-    "attention.q": "q_proj",
-    "attention.k": "k_proj",
-    "attention.v": "v_proj",
-    "attention.o": "o_proj",
-    "ffn.up": "gate_proj",  # what is activated
-    "ffn.gate": "up_proj",
-    "ffn.down": "down_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 EXPERT = {"kind": "expert_choice", "capacity": [1.0, 0.667, 0.333]}
 TOKEN = {"kind": "token_choice", "balance": {"switch": 0.1, "z_loss": 0.001}}
 EXPERT_TOY = {
