@@ -1,14 +1,18 @@
 """The comparison on equal data is one: equal budgets and sizes, runs that resume, a table."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from moa_dist.config import load_config
 from moa_dist.models.counts import count
 from moa_dist.report.read import read_run
-from tests.benchmarks import claims
-from tests.benchmarks.claims import CONTENDERS, FAMILY, Training, print_table, train_all
+from tests.benchmarks.claims import training
+from tests.benchmarks.claims.contenders import CHANGES, CONTENDERS, FAMILY, MASKED
+from tests.benchmarks.claims.curves import Curve, draw
+from tests.benchmarks.claims.table import print_table
+from tests.benchmarks.claims.training import Training, train_all
 from tests.small_shards import write_folder
 
 LENGTH = 16
@@ -16,11 +20,33 @@ LENGTH = 16
 
 @pytest.mark.parametrize("model", FAMILY)
 def test_relatives_are_as_large_as_the_dense_model_and_train_like_it(model):
-    dense, relative = (load_config(CONTENDERS[name].config_file) for name in ("dense", model))
+    dense, relative = (CONTENDERS[name].config() for name in ("dense", model))
     sizes = [count(config.model, 256).total for config in (dense, relative)]
     assert abs(sizes[1] / sizes[0] - 1) <= 0.02
     for part in ("data", "optimizer", "schedule", "train", "evaluation"):
         assert getattr(relative, part) == getattr(dense, part), part
+
+
+@pytest.mark.parametrize("model", CHANGES)
+def test_changes_of_moeut_cost_no_more(model):
+    base, changed = (count(CONTENDERS[name].config().model, 256) for name in ("moeut", model))
+    assert abs(changed.total / base.total - 1) <= 0.02
+    assert changed.total_macs <= 1.01 * base.total_macs
+
+
+@pytest.mark.parametrize("model", MASKED)
+def test_masked_models_differ_in_experts_and_gates_alone(model):
+    configs = [CONTENDERS[name].config().model for name in ("masked-8e", model)]
+    gates = [config.attention.router.gate for config in configs]
+    assert gates == ["renormalized_detached", "raw" if model.endswith("-raw") else gates[0]]
+    same = {"num_experts": 8, "gate": "raw"}
+    alike = [
+        config.changed(
+            attention=config.attention.changed(router=config.attention.router.changed(**same))
+        )
+        for config in configs
+    ]
+    assert alike[0] == alike[1]
 
 
 @pytest.mark.full
@@ -28,7 +54,7 @@ def test_a_model_trains_resumes_and_gets_its_line(tmp_path, monkeypatch, capsys)
     """MoEUT with Muon: it has overrides of its own. Every family trains in tests of its own."""
     model = "moeut-muon"
     data = tmp_path / "data"
-    vocab_size = load_config(CONTENDERS[model].config_file).model.vocab_size
+    vocab_size = CONTENDERS[model].config().model.vocab_size
     write_folder(data, 8, vocab_size // 8, LENGTH)
     small = (
         f"data.train={data}",
@@ -39,11 +65,11 @@ def test_a_model_trains_resumes_and_gets_its_line(tmp_path, monkeypatch, capsys)
         "evaluation.sequences=4",
         "schedule.warmup_steps=1",
     )
-    contender = replace(CONTENDERS[model], rates=(8e-3,), seeds=2)
+    contender = CONTENDERS[model]
     contender = replace(contender, overrides=(*contender.overrides, *small))
+    contender = replace(contender, rates=(8e-3,), tuning_steps=1, seeds=2)
     monkeypatch.setitem(CONTENDERS, model, contender)
-    monkeypatch.setattr(claims, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(claims, "TUNING_STEPS", 1)
+    monkeypatch.setattr(training, "RUNS", tmp_path / "runs")
     whole = Training(model, 8e-3, steps=5)
 
     class Interrupted(Training):
@@ -67,7 +93,7 @@ def test_a_model_trains_resumes_and_gets_its_line(tmp_path, monkeypatch, capsys)
 def test_the_table_marks_models_that_look_ahead_and_leaves_out_what_is_not_trained(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(claims, "RUNS", tmp_path)
+    monkeypatch.setattr(training, "RUNS", tmp_path)
     print_table(["dense", "mor_expert"], None)
     printed = capsys.readouterr().out
     assert [row_of(model, printed)["perplexity"] for model in ("dense", "mor_expert")] == ["", ""]
@@ -76,12 +102,19 @@ def test_the_table_marks_models_that_look_ahead_and_leaves_out_what_is_not_train
     assert note.startswith("mor_expert:")
 
 
+def test_hours_to_a_loss_are_interpolated(tmp_path):
+    losses = np.array([[4.0, 3.0, 2.0], [4.0, 2.0, 1.0]])  # their mean: 4, 2.5, 1.5
+    curve = Curve("dense", np.array([10, 20, 30]), losses, step_hours=0.5, tokens_per_step=100)
+    assert curve.hours_to(2.0) == pytest.approx(12.5)
+    assert curve.hours_to(4.5) == 5
+    assert math.isnan(curve.hours_to(1.0))
+    draw([curve, replace(curve, model="moeut")], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def row_of(model: str, table: str) -> dict[str, str]:
     """Return a model's cells by column."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in table.splitlines()
-        if line.startswith("|")
-    ]
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     (row,) = [row for row in rows if row[0] == model]
     return dict(zip(rows[0], row, strict=True))

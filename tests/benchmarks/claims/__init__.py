@@ -1,0 +1,15 @@
+"""Asks the papers' claims again on a CPU: equal data, equal tokens, tuned alike.
+
+    moa-dist prepare --input BOOKS --output data/comparison/train --documents blank-line \
+        --vocab-size 2048 --sequence-length 256
+    moa-dist prepare --input OTHER_BOOKS --output data/comparison/valid --documents blank-line \
+        --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
+    python -m tests.benchmarks.claims [QUESTION | MODEL ...] [--steps N] [--table]
+
+Every model tries its learning rates on a small part of the budget with seed 0, half of which is
+the warm-up of the whole; then it trains with the best rate for the whole budget, with one or more
+seeds (`contenders.py` lists models by question). That takes hours, and resumes after an
+interruption.
+`--steps` makes the budget smaller, `--table` only prints results. `tests/benchmarks/README.md` has
+them.
+"""

@@ -1,0 +1,100 @@
+"""What is compared, by question: configurations, changed by overrides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_dist.config import Config, load_config
+from tests.config.test_shipped_configs import CONFIGS
+
+RATES = (4e-3, 8e-3, 16e-3, 32e-3)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model of a comparison and how it is trained."""
+
+    file: str
+    """Configuration in configs/, without its suffix."""
+    overrides: tuple[str, ...] = ()
+    rates: tuple[float, ...] = RATES
+    tuning_steps: int = 128
+    """Steps in which rates are compared."""
+    seeds: int = 1
+
+    @property
+    def config_file(self) -> Path:
+        return CONFIGS / f"{self.file}.yaml"
+
+    def config(self) -> Config:
+        return load_config(self.config_file, list(self.overrides))
+
+
+def changed(*overrides: str, rates: tuple[float, ...] = RATES[1:]) -> Contender:
+    return Contender("comparison/moeut", overrides, rates)
+
+
+COMPARISON = {
+    "moeut": Contender("comparison/moeut", seeds=3),
+    "dense": Contender("comparison/dense", seeds=3),
+    "switchhead": Contender("comparison/switchhead"),
+    "moa": Contender("comparison/moa"),
+    "universal": Contender("comparison/universal"),
+}
+"""MoEUT against others of equal size."""
+
+CHANGES = {
+    "moeut-muon": changed("optimizer.kind=muon"),
+    "moeut-wsd": changed("schedule.kind=wsd", "schedule.decay_steps=256"),
+    "moeut-qk-norm": changed("model.attention.qk_norm=true"),
+    "moeut-shared-expert": changed(
+        "model.ffn.shared_expert={d_expert: 64}",
+        "model.ffn.router.num_experts=22",
+        "model.ffn.router.top_k=5",
+    ),
+    "moeut-repeats-apart": changed("model.sharing={own: [norms], vectors: true}"),
+    "moeut-prelude-coda": changed(
+        "model.prelude=1",
+        "model.coda=1",
+        "model.attention.router.num_experts=4",
+        "model.ffn.router.num_experts=11",
+    ),
+    "moeut-more-repeats": changed("model.num_layers=8", "model.ffn.router.top_k=3"),
+    "moeut-bias": changed(
+        "model.attention.router.balance={bias_rate: 1e-3}",
+        "model.ffn.router.balance={bias_rate: 1e-3}",
+    ),
+    "moeut-documents": changed("data.document_attention=true"),
+}
+"""MoEUT with one change at a time, at equal parameters and no more MACs."""
+
+MASKED = {
+    f"masked-{experts}e{suffix}": Contender(
+        f"masked_lm/small_{experts}e",
+        tuple(f"model.attention.router.gate={gate}" for gate in [gate] if gate != "raw"),
+        rates=RATES[:3],
+        tuning_steps=600,
+        seeds=3 if experts in (8, 32) else 1,
+    )
+    for gate, suffix in (("renormalized_detached", ""), ("raw", "-raw"))
+    for experts in (8, 16, 32, 64)
+}
+"""MoA with more and more experts of which a token takes four, with the gate of the paper's text
+and with that of its code."""
+
+FAMILY = {
+    path.stem: Contender(f"family/{path.stem}")
+    for path in sorted((CONFIGS / "family").glob("*.yaml"))
+    # BAM starts from random weights, like the others; Mod-Squad needs data of several tasks.
+    if path.stem not in ("bam_seed", "mod_squad")
+}
+"""Relatives of MoA and MoEUT, as large as the dense model of the comparison."""
+
+QUESTIONS = {
+    "comparison": tuple(COMPARISON),
+    "changes": ("moeut", *CHANGES),
+    "masked": tuple(MASKED),
+    "family": ("dense", *FAMILY),
+}
+CONTENDERS = COMPARISON | CHANGES | MASKED | FAMILY

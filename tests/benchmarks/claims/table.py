@@ -1,0 +1,45 @@
+"""Prints finished results as Markdown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from moa_dist.models.counts import count
+from tests.benchmarks.claims.contenders import CONTENDERS
+from tests.benchmarks.claims.training import Training, best_rate, tuned
+
+COLUMNS = ("model", "parameters, M", "MMAC per token", "lr", "seeds", "perplexity", "spread", "s")
+"""`lr` is the best rate, with the perplexities of all in short runs; `s` are seconds per step."""
+
+
+def print_table(models: list[str], steps: int | None) -> None:
+    """Print a row per model, and what keeps a model from being compared below."""
+    print(f"| {' | '.join(COLUMNS)} |")
+    print("|---" * len(COLUMNS) + "|")
+    for model in models:
+        print(f"| {' | '.join(row(model, steps))} |")
+    looks_ahead = {model: CONTENDERS[model].config().model.looks_ahead for model in models}
+    print("", *(f"{model}: {why}" for model, why in looks_ahead.items() if why), sep="\n")
+
+
+def row(model: str, steps: int | None) -> list[str]:
+    contender = CONTENDERS[model]
+    config = contender.config()
+    counts = count(config.model, config.data.sequence_length)
+    macs = counts.total_macs / counts.sequence_length
+    cells = [model, f"{counts.total / 1e6:.3f}", f"{macs / 1e6:.2f}"]
+    rate = best_rate(model)
+    if rate is None:
+        return [*cells, "", "0", "", "", ""]
+    tried = ", ".join(f"{math.exp(run.loss() or 0):.1f} at {run.rate:g}" for run in tuned(model))
+    runs = [Training(model, rate, seed, steps) for seed in range(contender.seeds)]
+    values = [math.exp(loss) for run in runs if (loss := run.loss()) is not None]
+    return [
+        *cells,
+        f"{rate:g} ({tried})",
+        str(len(values)),
+        f"{statistics.mean(values):.2f}" if values else "",
+        f"{statistics.stdev(values):.2f}" if len(values) > 1 else "",
+        runs[0].step_seconds() if values else "",
+    ]
