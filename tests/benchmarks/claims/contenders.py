@@ -84,7 +84,7 @@ MASKED = {
 and with that of its code."""
 
 FAMILY = {
-    path.stem: Contender(f"family/{path.stem}")
+    path.stem: Contender(f"family/{path.stem}", rates=RATES[1:])
     for path in sorted((CONFIGS / "family").glob("*.yaml"))
     # BAM starts from random weights, like the others; Mod-Squad needs data of several tasks.
     if path.stem not in ("bam_seed", "mod_squad")
