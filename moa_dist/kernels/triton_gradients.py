@@ -131,6 +131,10 @@ def outer_products(
     num_experts, width_in, width_out = into.out.shape
     rows = shape_of(left, tiles.rows, width_out, width_in).columns
     shape = shape_of(left, rows, width_in, width_out)
+    if any(width * left.dtype.itemsize % 16 for width in (width_in, width_out)):
+        # Both operands are gathered, and a pointer serves half as many numbers: with all of a
+        # step's pointers, registers of sm_80 would spill.
+        shape = shape._replace(depth=32)
     grid = (
         num_experts * triton.cdiv(width_in, shape.rows) * triton.cdiv(width_out, shape.columns),
     )

@@ -28,6 +28,8 @@ MODELS = [
 ]
 """A quarter of what all shipped configurations launch, which the command compiles in half an hour
 per GPU."""
+UNALIGNED = ["--config", "moeut/44m", "--kernel", "_outer_products"]
+"""Rows of 412 numbers, of which a load takes four."""
 PRODUCTS = {"_product", "_hidden_products", "_hidden_gradients", "_outer_products"}
 
 
@@ -42,12 +44,17 @@ def compiled(gpu, *arguments):
 
 @pytest.fixture(
     scope="module",
-    params=["sample", *(pytest.param(gpu, marks=pytest.mark.full) for gpu in LIMITS)],
+    params=[
+        "sample",
+        *(pytest.param(gpu, marks=pytest.mark.full) for gpu in ("unaligned", *LIMITS)),
+    ],
 )
 def kernels(request):
-    """Some kernels of one configuration for sm_90; with --full, all of four models."""
+    """Some kernels of one configuration for sm_90; with --full, more, and all of five models."""
     if request.param == "sample":
         return 90, compiled(90, *SAMPLE)
+    if request.param == "unaligned":
+        return 80, compiled(80, *UNALIGNED)
     return request.param, compiled(request.param, *MODELS)
 
 
