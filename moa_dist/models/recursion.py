@@ -183,7 +183,7 @@ class TokenChoice(Recursion):
         if token_mask is not None:
             depth = depth.masked_fill(~token_mask, -1)
         later = torch.arange(1, self.num_recursions, device=x.device)
-        most = (depth >= later[:, None, None]).sum(2).amax(1).tolist()
+        most = longest(depth >= later[:, None, None])
         h, places = run(0, x, None), None
         y = x + (weight * (depth == 0))[..., None].mul(h).to(x.dtype)
         for r, num in enumerate(most, start=1):
@@ -194,6 +194,15 @@ class TokenChoice(Recursion):
             h = run(r, h, places)
             y = places.add(y, (weight * (depth == r))[..., None].mul(h).to(x.dtype))
         return RecursionOutput(y, routing, {})
+
+
+def longest(kept: Tensor) -> list[int]:
+    """Return the most tokens of any sequence in each recursion, of those `kept` [R, B, S].
+
+    The host waits for them.
+    """
+    most: list[int] = kept.sum(2).amax(1).tolist()
+    return most
 
 
 RECURSIONS: dict[type[RecursionConfig], Callable[[Any, int, int], Recursion]] = {

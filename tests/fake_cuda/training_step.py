@@ -44,15 +44,15 @@ def micro_batch(
     """
     tokens = torch.empty(sequences, length + 1, dtype=torch.int64, device="meta")
     mask = torch.empty_like(tokens, dtype=torch.bool) if padded else None
+    batch = Batch(tokens, mask).with_tasks(tokens[:, 0], model.config.num_tasks)
     if num_documents:
         ids = (torch.arange(length) * num_documents // length).expand(sequences, -1)
         documents = Documents.from_ids(ids).moved(lambda part: part.to("meta"))
-        return Batch(tokens, mask, documents=documents)
+        return batch._replace(documents=documents)
     if model.encoder is None:
-        return Batch(tokens, mask)
-    return Batch(
-        tokens, mask, source=tokens[:, 1:], source_mask=None if mask is None else mask[:, 1:]
-    )
+        return batch
+    source_mask = None if mask is None else mask[:, 1:]
+    return batch._replace(source=tokens[:, 1:], source_mask=source_mask)
 
 
 def measure(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import moa_dist
+from tests.config.test_shipped_configs import NAMES
 
 PACKAGE = Path(moa_dist.__file__).parent
 LIMITS = {80: (192, 163), 90: (128, 227), 100: (128, 227)}
@@ -124,3 +125,10 @@ def test_every_kernel_of_the_package_is_in_the_table():
     }
     arguments = ("--config", "examples/moeut_44m", "jetmoe/8b")
     assert names == {kernel["kernel"] for kernel in compiled(90, *arguments)}
+
+
+@pytest.mark.full
+def test_every_relative_runs_on_the_fake_gpu():
+    """Also those whose batches have tasks, or whose host waits for a number of tokens."""
+    relatives = [name for name in NAMES if name.startswith("family/")]
+    assert compiled(90, "--kernel", "_map_tiles", "--config", *relatives)
