@@ -37,6 +37,11 @@ class MoaDistConfig(PretrainedConfig):
         """Return how many layers have keys and values to cache, repeats included."""
         return int(self.model["num_layers"])
 
+    @property
+    def vocab_size(self) -> int:
+        """Return how many tokens the model knows; assisted decoding reads it."""
+        return int(self.model["vocab_size"])
+
 
 class MoaDistForCausalLM(PreTrainedModel, GenerationMixin):
     """Wraps a `LanguageModel` in the interface of transformers."""

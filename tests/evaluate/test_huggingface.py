@@ -163,3 +163,12 @@ def test_documents_are_refused(exported):
     with pytest.raises(DataError) as caught:
         MoaDistForCausalLM.from_export(folder)
     assert caught.value.key == "data.document_attention"
+
+
+@pytest.mark.parametrize("exported", ["moa"], indirect=True)
+def test_guesses_from_the_prompt_change_nothing(exported):
+    _, folder = exported
+    wrapped, tokens = MoaDistForCausalLM.from_export(folder), tokens_of(1).repeat(1, 2)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assisted = wrapped.generate(tokens, prompt_lookup_num_tokens=2, **options)
+    assert torch.equal(assisted, wrapped.generate(tokens, **options))
