@@ -44,16 +44,6 @@ def unsupported(config: Config) -> tuple[str, str] | None:
             "trained with data.document_attention, but a cache of transformers does not hold the "
             "documents of tokens; use `moa-dist generate`"
         )
-    if config.model.recursion is not None:
-        return "model.recursion", config.model.looks_ahead or (
-            "tokens choose how often they recur, but a cache of transformers does not hold which "
-            "did; use `moa-dist generate`"
-        )
-    if of_tasks := [name for name, r in config.model.routers().items() if r.num_tasks]:
-        return f"model.{of_tasks[0]}.kind", (
-            "routers need the task of a text, which transformers does not pass; use "
-            "`moa-dist generate`"
-        )
     return None
 
 

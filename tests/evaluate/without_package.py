@@ -3,8 +3,8 @@
     python -I tests/evaluate/without_package.py FOLDER...
 
 For each folder it writes FOLDER.read.safetensors: logits of tokens, greedy continuations with and
-without a cache, and those of the model that is saved again. Then it computes the loss's gradient,
-and prints as JSON what the tokenizer makes of a text.
+without a cache, unless the model looks ahead, and those of the model that is saved again. Then it
+computes the loss's gradient, and prints as JSON what the tokenizer makes of a text.
 """
 
 import json
@@ -12,11 +12,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 
 PACKAGE = "moa_dist"
 TEXT = "the cat <|endoftext|> sat"
 NEW_TOKENS = 6
+TASKS = [1, 0]
+"""Of the sequences; ignored by models without a router per task."""
 
 
 class Absent(MetaPathFinder):
@@ -34,6 +37,7 @@ def tokens_for(vocab_size):
 
 
 def read(folder):
+    import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,19 +45,22 @@ def read(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert not model.training
     tokens = tokens_for(model.config.model["vocab_size"])
-    found = {"logits": model(tokens).logits}
-    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    of_tasks = {"tasks": torch.tensor(TASKS)}
+    found = {"logits": model(tokens, **of_tasks).logits}
+    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | of_tasks
+    refusal = [ValueError] if model.model.config.looks_ahead else []
     for name, use_cache in (("cached", True), ("uncached", False)):
-        found[name] = model.generate(tokens, use_cache=use_cache, **greedy)
+        with suppress(*refusal):
+            found[name] = model.generate(tokens, use_cache=use_cache, **greedy)
     with tempfile.TemporaryDirectory() as again:
         model.save_pretrained(again)
         tokenizer.save_pretrained(again)
         reloaded = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
         assert type(reloaded).__module__ != type(model).__module__, "the saved code runs"
-        found["saved again"] = reloaded(tokens).logits
+        found["saved again"] = reloaded(tokens, **of_tasks).logits
         ids = AutoTokenizer.from_pretrained(again, trust_remote_code=True)(TEXT).input_ids
     assert ids == tokenizer(TEXT).input_ids
-    loss = model(tokens, labels=tokens).loss
+    loss = model(tokens, labels=tokens, **of_tasks).loss
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     save_file({k: v.detach().contiguous() for k, v in found.items()}, f"{folder}.read.safetensors")
