@@ -24,6 +24,7 @@ from moa_dist.models.documents import Documents, first_of_document
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.objective import Batch
 from moa_dist.models.trace import BlockTrace, HeadSummary
+from moa_dist.moe.router import Router
 
 Text = Literal["text", "source"]
 """The text that a model reads or writes, or the source that it translates."""
@@ -141,7 +142,7 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             key: Selections(
                 vocab_size,
                 router.num_experts,
-                router.num_groups * router.config.num_slots,
+                router.num_groups * router.config.experts_per_token(training=False).most,
                 len(calls[key]),
                 device,
             )
@@ -175,13 +176,14 @@ def router_results(
     for (layer, name), chosen in sorted(seen.routers.items()):
         occurrences_V = seen.occurrences_V[seen.text_of_router((layer, name))].cpu().numpy()
         frequent = np.flatnonzero(occurrences_V >= min_count)
+        choices = _choices(model.routers()[layer, name], chosen, int(occurrences_V.sum()))
         tokens_VE = chosen.tokens_VE.cpu().numpy()
         results.append(
             RouterResult(
                 layer=layer,
                 router=name,
                 num_groups=model.routers()[layer, name].num_groups,
-                choices=chosen.choices,
+                choices=choices,
                 num_tokens=int(occurrences_V.sum()),
                 load=chosen.load_RE.tolist(),
                 dropped=chosen.dropped_RE.tolist(),
@@ -190,13 +192,21 @@ def router_results(
                 distinct=chosen.distinct.tolist(),
                 num_frequent=len(frequent),
                 information=mutual_information(tokens_VE[frequent]),
-                most_information=float(entropy(tokens_VE[frequent].sum(0)) - log(chosen.choices)),
+                most_information=float(entropy(tokens_VE[frequent].sum(0)) - log(choices)),
                 top_tokens=_top_tokens(
                     tokens_VE, occurrences_V * len(chosen.load_RE), frequent, text_of
                 ),
             )
         )
     return results
+
+
+def _choices(router: Router, chosen: Selections, num_tokens: int) -> int:
+    """Return how many choices a token makes per repeat; where that varies, the rounded mean."""
+    mean, most = router.config.experts_per_token(training=False)
+    if mean == most:
+        return router.num_groups * most
+    return max(1, round(chosen.load_RE.sum().item() / max(num_tokens * len(chosen.load_RE), 1)))
 
 
 def _top_tokens(

@@ -27,7 +27,7 @@ class Selections:
         num_repeats: int,
         device: torch.device,
     ) -> None:
-        """Start at zero; a token makes `choices` choices per repeat, over all groups."""
+        """Start at zero; a token makes up to `choices` choices per repeat, over all groups."""
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)

@@ -34,7 +34,7 @@ def deepspeed_moe(ffn: MoEFFNConfig, d_model: int, expert_parallel: int = 1) -> 
             _Expert(d_model, ffn.d_expert),
             num_experts=num_experts,
             ep_size=expert_parallel,
-            k=ffn.router.top_k,
+            k=ffn.router.experts_per_token(training=True).mean,
             capacity_factor=CAPACITY,
         )
         layer.set_deepspeed_parallelism()

@@ -32,7 +32,7 @@ def equal_work(model: ModelConfig, length: int) -> ModelConfig:
 def _attention_of_equal_work(model: ModelConfig, length: int) -> AttentionConfig:
     if not model.attention.routers:
         return model.attention
-    macs = make_attention(model.attention, model.d_model, 1.0).macs(length)
+    macs = make_attention(model.attention, model.d_model, 1.0).macs(length, training=True)
     work = sum(macs.values()) - macs["routers"]
     width = work / (4 * length * model.d_model + 2 * length**2)
     num_heads = max(1, round(width / _D_HEAD))
@@ -45,7 +45,7 @@ def _ffn_of_equal_work(model: ModelConfig) -> FFNConfig:
     ffn = model.ffn
     if not ffn.routers:
         return ffn
-    macs = make_feed_forward(ffn, model.d_model, 1.0).macs(1)
+    macs = make_feed_forward(ffn, model.d_model, 1.0).macs(1, training=True)
     num_matrices = 3 if ffn.gated else 2
     return DenseFFNConfig(
         d_ff=(sum(macs.values()) - macs["routers"]) // (num_matrices * model.d_model),

@@ -27,15 +27,17 @@ def peers(setting: Setting) -> list[Table]:
     if not isinstance(model.ffn, MoEFFNConfig):
         return []
     make = partial(make_feed_forward, d_model=model.d_model, init_scale=1.0)
-    dense = DenseFFNConfig(d_ff=model.ffn.router.top_k * model.ffn.d_expert)
+    chosen = model.ffn.router.experts_per_token(training=True).mean
+    dense = DenseFFNConfig(d_ff=chosen * model.ffn.d_expert)
     ours: dict[str, nn.Module] = {
         "dense, equal work": setting.ready(make(dense)),
         "ours": setting.ready(make(model.ffn)),
     }
-    others: dict[str, nn.Module] = {"torch grouped_mm": _GroupedMM(model.ffn, model.d_model)}
+    grouped = _GroupedMM(model.ffn, model.d_model, chosen)
+    others: dict[str, nn.Module] = {"torch grouped_mm": grouped}
     notes = {"torch grouped_mm": "sort, gather, grouped_mm twice, index_add"}
     if find_spec("transformers"):
-        others["transformers Mixtral"] = _mixtral(model.ffn, model.d_model)
+        others["transformers Mixtral"] = _mixtral(model.ffn, model.d_model, chosen)
         notes["transformers Mixtral"] = "gated: 1.5 times the work"
     with init_distributed(), deepspeed_moe(model.ffn, model.d_model) as theirs:
         others["DeepSpeed MoE"] = theirs
@@ -55,9 +57,9 @@ def peers(setting: Setting) -> list[Table]:
 class _GroupedMM(nn.Module):
     """A straightforward MoE layer on torch's grouped matrix product."""
 
-    def __init__(self, ffn: MoEFFNConfig, d_model: int) -> None:
+    def __init__(self, ffn: MoEFFNConfig, d_model: int, chosen: int) -> None:
         super().__init__()
-        E, self.top_k = ffn.router.num_experts, ffn.router.top_k
+        E, self.top_k = ffn.router.num_experts, chosen
         self.router = nn.Linear(d_model, E, bias=False)
         # grouped_mm needs rows of a multiple of 16 bytes.
         self.width = -(-d_model // 8) * 8
@@ -77,7 +79,7 @@ class _GroupedMM(nn.Module):
         return torch.zeros_like(rows).index_add(0, token, out)[:, : x.shape[-1]].view_as(x)
 
 
-def _mixtral(ffn: MoEFFNConfig, d_model: int) -> nn.Module:
+def _mixtral(ffn: MoEFFNConfig, d_model: int, chosen: int) -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -85,7 +87,7 @@ def _mixtral(ffn: MoEFFNConfig, d_model: int) -> nn.Module:
         hidden_size=d_model,
         intermediate_size=ffn.d_expert,
         num_local_experts=ffn.router.num_experts,
-        num_experts_per_tok=ffn.router.top_k,
+        num_experts_per_tok=chosen,
     )
     block: nn.Module = MixtralSparseMoeBlock(config)
     for parameter in block.parameters():

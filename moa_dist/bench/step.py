@@ -40,7 +40,7 @@ def _note(row: Row, counts: Counts | None, setting: Setting) -> str:
     """Describe sizes, and the share of peak FLOPs if the device's peak is known."""
     if counts is None:
         return ""
-    macs = counts.total_macs / counts.sequence_length
+    macs = counts.training.total_macs / counts.sequence_length
     note = f"{short(counts.total)} parameters, {short(macs)} MACs/token"
     rate = counts.flops_per_token * setting.tokens / median(row.seconds)
     peak = peak_flops(setting.device_name, setting.config.train.precision)

@@ -44,7 +44,7 @@ def cluster_as_json(
         detailed = {"title": "the best layout"} | _in_detail(fitting[0], gpu.memory)
     return {
         "name": config.name,
-        "parameters": {"total": counts.total, "active": counts.active},
+        "parameters": {"total": counts.total, "active": counts.training.active},
         "cluster": {
             "gpus": cluster.num_gpus,
             "gpus_per_node": cluster.gpus_per_node,

@@ -12,7 +12,7 @@ from moa_dist.data.manifest import load_manifest
 from moa_dist.data.mixture import Mixture, configured_stages
 from moa_dist.data.places import local_path
 from moa_dist.errors import DataError
-from moa_dist.models.counts import ELEMENT_BYTES, Counts, count_model
+from moa_dist.models.counts import ELEMENT_BYTES, Counts, Work, count_model
 from moa_dist.models.language_model import LanguageModel, meta_model
 from moa_dist.observe.traffic_names import traffic_name
 from moa_dist.plan.exchange_choice import (
@@ -64,19 +64,18 @@ def _as_json(
         "name": config.name,
         "parameters": {
             "total": counts.total,
-            "active": counts.active,
+            "active": counts.training.active,
             "experts": counts.experts,
             "dense": counts.dense,
             "per_rank": total(held.parameters) // ELEMENT_BYTES[config.train.precision],
         },
         "sequence_length": counts.sequence_length,
-        "macs": {
-            "by_part": counts.macs,
-            "blocks": counts.block_macs,
-            "head": counts.head_macs,
-            "total": counts.total_macs,
-        },
+        "macs": _macs(counts.training),
         "flops_per_token": counts.flops_per_token,
+        "evaluation": {
+            "active_parameters": counts.evaluation.active,
+            "macs": _macs(counts.evaluation),
+        },
         "layout": {
             "world_size": world_size,
             "expert_parallel": ep,
@@ -93,6 +92,15 @@ def _as_json(
             "total": held.total,
             **(in_host_memory if held.offloaded else {}),
         },
+    }
+
+
+def _macs(work: Work) -> dict[str, Any]:
+    return {
+        "by_part": work.macs,
+        "blocks": work.block_macs,
+        "head": work.head_macs,
+        "total": work.total_macs,
     }
 
 
@@ -143,6 +151,17 @@ def _traffic_lines(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _evaluation_lines(plan: dict[str, Any]) -> list[str]:
+    """Say what evaluation computes, if that is not what training does."""
+    macs, active = (plan["evaluation"][name] for name in ("macs", "active_parameters"))
+    if macs == plan["macs"]:
+        return []
+    return [
+        f"  in evaluation {short(macs['blocks'])} in blocks, {short(macs['total'])} in total, with "
+        f"{short(active)} active parameters"
+    ]
+
+
 def counts_as_text(plan: dict[str, Any]) -> str:
     """Format the result of `counts_as_json` for people."""
     parameters, macs, layout = plan["parameters"], plan["macs"], plan["layout"]
@@ -153,7 +172,8 @@ def counts_as_text(plan: dict[str, Any]) -> str:
         "parameters",
         *(f"  {name.replace('_', ' '):<12}{n:>16,}" for name, n in parameters.items()),
         "",
-        f"multiply-accumulates, forward pass over one sequence of {plan['sequence_length']} tokens",
+        "multiply-accumulates in training, forward pass over one sequence of "
+        f"{plan['sequence_length']} tokens",
         *(
             f"  {name:<12}{short(n):>16}"
             for name, n in (
@@ -161,6 +181,7 @@ def counts_as_text(plan: dict[str, Any]) -> str:
             ).items()
         ),
         f"  {short(plan['flops_per_token'])} FLOPs per token, forward and backward",
+        *_evaluation_lines(plan),
         "",
         "MiB of states on the fullest rank, without activations and buffers",
         *(

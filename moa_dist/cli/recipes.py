@@ -18,7 +18,7 @@ from moa_dist.config.recipe import Recipe, read_recipe, shipped_recipes
 from moa_dist.config.run import tokens_per_sample
 from moa_dist.config.schema import closest
 from moa_dist.errors import ConfigError
-from moa_dist.models.counts import count
+from moa_dist.models.counts import Work, count
 from moa_dist.units import short
 
 GPUS_PER_NODE = 8
@@ -59,12 +59,19 @@ def _describe(name: str, path: Path) -> dict[str, Any]:
         "name": name,
         **recipe.model_dump(),
         "parameters": counts.total,
-        "active_parameters": counts.active,
-        # For a forward pass over a whole sequence, without the output head, as papers count.
-        "macs_per_token": counts.block_macs / counts.sequence_length,
+        **_work(counts.training, counts.sequence_length),
+        "evaluation": _work(counts.evaluation, counts.sequence_length),
         "tokens": config.train.steps * config.train.global_batch * tokens_per_sample(config),
         "file": str(_near(path)),
         "command": _command(config, path, recipe.ranks),
+    }
+
+
+def _work(work: Work, length: int) -> dict[str, float]:
+    return {
+        "active_parameters": work.active,
+        # For a forward pass over a whole sequence, without the output head, as papers count.
+        "macs_per_token": work.block_macs / length,
     }
 
 
@@ -92,8 +99,8 @@ def _table(described: list[dict[str, Any]]) -> str:
         [
             each["name"],
             short(each["parameters"]),
-            short(each["active_parameters"]),
-            short(each["macs_per_token"]),
+            _both(each, "active_parameters"),
+            _both(each, "macs_per_token"),
             f"{each['paper'].split(',')[0]}: {each['row'].split(';')[0]}",
         ]
         for each in described
@@ -104,15 +111,29 @@ def _table(described: list[dict[str, Any]]) -> str:
         f"{macs:>{widths[3]}}  {row}"
         for name, total, active, macs, row in [head, *rows]
     ]
-    about = "MACs: forward pass without the output head. Details: moa-dist recipes NAME"
-    return "\n".join([*lines, "", about])
+    about = [
+        "MACs: forward pass without the output head. Where two numbers are given, the first is of",
+        "training, the second of evaluation. Details: moa-dist recipes NAME",
+    ]
+    return "\n".join([*lines, "", *about])
+
+
+def _of_two(each: dict[str, Any]) -> str:
+    differs = any(each[name] != number for name, number in each["evaluation"].items())
+    return " (training/evaluation)" if differs else ""
+
+
+def _both(each: dict[str, Any], name: str) -> str:
+    """Format a number of training and, if that is another, of evaluation."""
+    training, evaluation = short(each[name]), short(each["evaluation"][name])
+    return training if training == evaluation else f"{training}/{evaluation}"
 
 
 def _in_full(each: dict[str, Any]) -> str:
     numbers = (
-        f"{short(each['parameters'])} parameters, {short(each['active_parameters'])} active per "
-        f"token; {short(each['macs_per_token'])} multiply-accumulates per token in the forward "
-        f"pass without the output head; trained on {short(each['tokens'])} tokens"
+        f"{short(each['parameters'])} parameters, {_both(each, 'active_parameters')} active per "
+        f"token; {_both(each, 'macs_per_token')} multiply-accumulates per token in the forward "
+        f"pass without the output head{_of_two(each)}; trained on {short(each['tokens'])} tokens"
     )
     fields = {
         "paper": each["paper"],

@@ -23,7 +23,7 @@ from moa_dist.config.model import (
     FFNConfig,
     MoEFFNConfig,
 )
-from moa_dist.config.routers import RouterConfig, shrunk
+from moa_dist.config.routers import ExpertsPerToken, RouterConfig, shrunk
 from moa_dist.errors import Problem
 
 
@@ -151,21 +151,15 @@ class ThresholdRouterConfig(RouterConfig):
     score: Literal["softmax"] = "softmax"
     """Function that turns the logits of chosen experts into scores."""
 
-    @property
-    def num_slots(self) -> int:
-        """Places for chosen experts per token."""
-        return self.num_experts
+    def experts_per_token(self, training: bool) -> ExpertsPerToken:
+        """The mean counts experts that at least one head takes, if heads choose at random."""
+        missed = (1 - self.top_k / self.num_experts) ** self.num_heads
+        return ExpertsPerToken(max(1, round(self.num_experts * (1 - missed))), self.num_experts)
 
     @property
     def sees_group_in_training(self) -> bool:
         """Whether a token's experts in training depend on all tokens of its group of sequences."""
         return True
-
-    @property
-    def chosen(self) -> int:
-        """Experts that at least one head takes, if heads choose at random."""
-        missed = (1 - self.top_k / self.num_experts) ** self.num_heads
-        return max(1, round(self.num_experts * (1 - missed)))
 
     def problems(self, path: str) -> Iterable[Problem]:
         """Refuse what belongs to a fixed number of experts, or a threshold that all reach."""
@@ -219,15 +213,10 @@ class DenseTrainingRouterConfig(RouterConfig):
     kind: Literal["dense_training"] = "dense_training"
     """Names this kind."""
 
-    @property
-    def num_slots(self) -> int:
-        """Places for chosen experts per token in training."""
-        return self.num_experts
-
-    @property
-    def chosen_in_training(self) -> int:
-        """All of them."""
-        return self.num_experts
+    def experts_per_token(self, training: bool) -> ExpertsPerToken:
+        """In training, all."""
+        number = self.num_experts if training else self.top_k
+        return ExpertsPerToken(number, number)
 
     def problems(self, path: str) -> Iterable[Problem]:
         """Refuse what belongs to a choice in training."""
@@ -303,10 +292,9 @@ class ReLURouterConfig(RouterConfig):
     """After each step the coefficient is multiplied by this if tokens took more experts than
     `top_k` in the mean over all layers, and divided by it if not."""
 
-    @property
-    def num_slots(self) -> int:
-        """Places for chosen experts per token."""
-        return self.max_experts or self.num_experts
+    def experts_per_token(self, training: bool) -> ExpertsPerToken:
+        """The mean is what the loss of sparsity aims at; a model that learns begins above it."""
+        return ExpertsPerToken(self.top_k, self.max_experts or self.num_experts)
 
     def problems(self, path: str) -> Iterable[Problem]:
         """Refuse what belongs to a fixed number of experts."""

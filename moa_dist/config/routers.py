@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import lcm
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -114,6 +114,15 @@ class GroupLimitConfig(Section):
             )
 
 
+class ExpertsPerToken(NamedTuple):
+    """How many experts of each router group a token takes."""
+
+    mean: int
+    """Mean over tokens, by which work and traffic are predicted."""
+    most: int
+    """Places for experts, of which a kind may leave some empty."""
+
+
 class RouterConfig(Kind):
     """Which experts a token takes, and with which weights. A family with one kind: `topk`."""
 
@@ -149,25 +158,17 @@ class RouterConfig(Kind):
     balance: BalanceConfig = BalanceConfig()
     """Auxiliary losses and bias of this router."""
 
-    @property
-    def num_slots(self) -> int:
-        """Places for chosen experts per token, of which a kind may leave some empty."""
-        return self.top_k
+    def experts_per_token(self, training: bool) -> ExpertsPerToken:
+        """Return how many experts a token takes in training or, if not, in evaluation.
+
+        Every prediction asks this, so that none takes one number for the other.
+        """
+        return ExpertsPerToken(self.top_k, self.top_k)
 
     @property
     def is_recurrent(self) -> bool:
         """Whether it takes a state from the layer before."""
         return False
-
-    @property
-    def chosen(self) -> int:
-        """Experts that a token takes in evaluation, in the mean."""
-        return self.top_k
-
-    @property
-    def chosen_in_training(self) -> int:
-        """Experts that a token takes in training, in the mean."""
-        return self.chosen
 
     @property
     def num_tasks(self) -> int:

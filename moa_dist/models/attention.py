@@ -121,11 +121,12 @@ class Attention(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         """Multiply-accumulates for one sequence of `length` tokens, by part.
 
         Parts are `projections`, `experts`, `routers` and `softmax`. A query counts as seeing
-        `num_keys` keys, all by default.
+        `num_keys` keys, all by default. Counted is a forward in training or, if not, in
+        evaluation, where tokens may take fewer experts.
         """
 
     @abstractmethod
@@ -236,7 +237,7 @@ class DenseAttention(Attention):
         """Number of heads; every token uses all of them."""
         return self.config.num_heads
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         """Implement `Attention.macs`."""
         width = self.config.num_heads * self.config.d_head
         projections = sum(p.macs(length) for p in (self.q, self.k, self.v, self.o))

@@ -176,7 +176,7 @@ class Block(nn.Module):
         return own if self.cross is None else own | {"attention.cross": self.cross.attention}
 
     def macs(
-        self, length: int, application: int, *, is_first: bool = False
+        self, length: int, application: int, *, training: bool, is_first: bool = False
     ) -> dict[str, Counter[str]]:
         """Count multiply-accumulates of an application to a sequence of `length`.
 
@@ -188,13 +188,14 @@ class Block(nn.Module):
         if window is not None and not self.is_causal:
             window = 2 * window - 1
         num_keys = length if window is None else min(window, length)
-        attention = Counter(self.attention.macs(length, num_keys))
+        attention = Counter(self.attention.macs(length, num_keys, training=training))
         if self.cross is not None:
-            attention += Counter(self.cross.attention.macs(length))
+            attention += Counter(self.cross.attention.macs(length, training=training))
         rest = Counter[str]()
         if self.halting is not None and not is_first:
             rest["halting"] = self.halting.macs(length)
-        return {"attention": attention, "ffn": Counter(self.ffn.macs(length)), "rest": rest}
+        ffn = Counter(self.ffn.macs(length, training=training))
+        return {"attention": attention, "ffn": ffn, "rest": rest}
 
     def start_gathering(self, gathering: ExpertGathering) -> None:
         """Start to gather expert weights: once per forward, for all that use them."""

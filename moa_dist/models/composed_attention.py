@@ -147,9 +147,9 @@ class ComposedAttention(DenseAttention):
         d_hidden = config.d_compose or 4 * config.num_heads
         self.compose = CompositionWeights(d_model, d_hidden, config.num_heads)
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         """Add the compositions to those of dense attention."""
-        parts = super().macs(length, num_keys)
+        parts = super().macs(length, num_keys, training=training)
         # Both sides gather and spread at R ranks, and scale, twice for each pair of tokens.
         pairs = length * (num_keys or length) * self.num_heads * 2 * (2 * 2 * _RANK + 1)
         return parts | {

@@ -1,4 +1,8 @@
-"""Counts of a model that need not exist yet: parameters and multiply-accumulates."""
+"""Counts of a model that need not exist yet: parameters and multiply-accumulates.
+
+A forward may take other experts in training than in evaluation, so both are counted, and a caller
+has to name the one that it means.
+"""
 
 from __future__ import annotations
 
@@ -26,33 +30,17 @@ class ExpertTensor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Parameters of a model, and the work of one forward over one sequence."""
+class Work:
+    """What one forward over one sequence uses and computes, in training or in evaluation."""
 
-    sequence_length: int
-    """Number of tokens in that sequence."""
-    total: int
-    """Parameters; a shared layer counts once."""
     active: int
-    """Parameters that one token uses: `top_k` of the experts, and everything else whole. A
+    """Parameters that one token uses: the experts that it takes, and everything else whole. A
     shared layer counts once, though its repeats may choose different experts."""
-    expert_tensors: tuple[ExpertTensor, ...]
-    """All weights that expert parallelism shards."""
     macs: dict[str, int]
     """Multiply-accumulates by part. Attention counts all pairs of tokens, which is how the
     papers count; norms, activations and gates are left out."""
     layer_macs: dict[str, Counter[str]]
     """Those of attention, of the FFN and of the rest of all layers, each by what does them."""
-
-    @property
-    def experts(self) -> int:
-        """Parameters of attention and FFN experts."""
-        return sum(tensor.num_experts * tensor.size for tensor in self.expert_tensors)
-
-    @property
-    def dense(self) -> int:
-        """All other parameters, routers included."""
-        return self.total - self.experts
 
     @property
     def head_macs(self) -> int:
@@ -69,10 +57,36 @@ class Counts:
         """Multiply-accumulates without the output head's, as in the papers' tables."""
         return self.total_macs - self.head_macs
 
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model, and its work for one sequence."""
+
+    sequence_length: int
+    """Number of tokens in that sequence."""
+    total: int
+    """Parameters; a shared layer counts once."""
+    expert_tensors: tuple[ExpertTensor, ...]
+    """All weights that expert parallelism shards."""
+    training: Work
+    """A forward in training."""
+    evaluation: Work
+    """A forward in evaluation, in which experts of some kinds are fewer."""
+
+    @property
+    def experts(self) -> int:
+        """Parameters of attention and FFN experts."""
+        return sum(tensor.num_experts * tensor.size for tensor in self.expert_tensors)
+
+    @property
+    def dense(self) -> int:
+        """All other parameters, routers included."""
+        return self.total - self.experts
+
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward: 2 per multiply-accumulate, and twice the forward for gradients."""
-        return 3 * 2 * self.total_macs / self.sequence_length
+        """Of training: 2 per multiply-accumulate, and twice the forward for gradients."""
+        return 3 * 2 * self.training.total_macs / self.sequence_length
 
 
 def count(config: ModelConfig, sequence_length: int) -> Counts:
@@ -82,10 +96,20 @@ def count(config: ModelConfig, sequence_length: int) -> Counts:
 
 def count_model(model: LanguageModel, sequence_length: int) -> Counts:
     """Count a whole model, which may be on the meta device."""
-    total = sum(parameter.numel() for parameter in model.parameters())
     experts = [
         ExpertTensor(layer.num_experts, layer.macs_per_row()) for _, layer in expert_layers(model)
     ]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Counts(
+        sequence_length=sequence_length,
+        total=total,
+        expert_tensors=tuple(experts),
+        training=_work(model, sequence_length, total, training=True),
+        evaluation=_work(model, sequence_length, total, training=False),
+    )
+
+
+def _work(model: LanguageModel, length: int, total: int, *, training: bool) -> Work:
     idle = 0
     for _, module in routed_modules(model):
         layers = module.held_expert_layers()
@@ -93,12 +117,10 @@ def count_model(model: LanguageModel, sequence_length: int) -> Counts:
             router = module.router_of(projection).config
             for name in layers.keys() & set(projection.experts):
                 numel = layers[name].weight.numel()
-                idle += numel - numel * router.chosen // router.num_experts
-    return Counts(
-        sequence_length=sequence_length,
-        total=total,
+                taken = router.experts_per_token(training).mean
+                idle += numel - numel * taken // router.num_experts
+    return Work(
         active=total - idle,
-        expert_tensors=tuple(experts),
-        macs=model.macs(sequence_length),
-        layer_macs=macs_of(model, sequence_length),
+        macs=model.macs(length, training=training),
+        layer_macs=macs_of(model, length, training=training),
     )

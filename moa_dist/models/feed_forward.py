@@ -63,10 +63,11 @@ class FeedForward(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Multiply-accumulates for one sequence of `length` tokens, by part.
 
-        Parts are `projections`, `experts` and `routers`.
+        Parts are `projections`, `experts` and `routers`. Counted is a forward in training or, if
+        not, in evaluation, where tokens may take fewer experts.
         """
 
     @abstractmethod
@@ -114,7 +115,7 @@ class DenseFeedForward(FeedForward):
         self.down = Linear(config.d_ff, d_model, down, bias=bias)
         self.activation = ACTIVATIONS[config.activation].value
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Implement `FeedForward.macs`."""
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
@@ -176,10 +177,10 @@ class SharedExpert(nn.Module):
         gated = config.shared_expert.sigmoid_gate
         self.gate = RouterLogits(d_model, 1, init) if gated else None
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Implement `FeedForward.macs`."""
         gate = 0 if self.gate is None else length * self.gate.weight.numel()
-        return {**self.ffn.macs(length), "routers": gate}
+        return {**self.ffn.macs(length, training=training), "routers": gate}
 
     def forward(self, x: Tensor, router_input: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -218,17 +219,18 @@ class MoEFeedForward(RoutedModule, FeedForward):
         """The only router."""
         return {"": self.router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Implement `FeedForward.macs`."""
         per_row = sum(p.macs_per_row() for p in (self.up, self.gate, self.down) if p)
         biases = self.down_bias.macs(length) if self.down_bias else 0
+        chosen = self.config.router.experts_per_token(training).mean
         parts = {
-            "experts": length * self.config.router.chosen * per_row + biases,
+            "experts": length * chosen * per_row + biases,
             "routers": self.router.macs(length),
         }
         if self.shared is None:
             return parts
-        return dict(Counter(parts) + Counter(self.shared.macs(length)))
+        return dict(Counter(parts) + Counter(self.shared.macs(length, training=training)))
 
     def routed_projections(self) -> list[RoutedProjection]:
         """Implement `RoutedModule.routed_projections`."""

@@ -304,13 +304,13 @@ class LanguageModel(nn.Module):
             result |= zip(pooled, of_all_ranks, strict=True)
         return result
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Count multiply-accumulates of one forward over a sequence of `length`, by part.
 
-        For translation, source and target both have that length.
+        For translation, source and target both have that length. See `Attention.macs`.
         """
         head = length * self.config.d_model * self.config.vocab_size
-        of_layers = sum(macs_of(self, length).values(), Counter[str]())
+        of_layers = sum(macs_of(self, length, training=training).values(), Counter[str]())
         return {**of_layers, "head": head}
 
 

@@ -95,17 +95,18 @@ class MoAAttention(RoutedModule, Attention):
         """The only router, which routes queries."""
         return {"query": self.router}
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
-        """Implement `Attention.macs`."""
-        K, shared = self.config.router.chosen, self.config.shared_experts
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
+        """Implement `Attention.macs`; places that hold no expert attend like others."""
+        chosen, places = self.config.router.experts_per_token(training)
+        attending = places + self.config.shared_experts
         width = self.config.heads_per_expert * self.config.d_head
         dense = [self.k, self.v, *(() if self.shared is None else (self.shared,))]
-        softmax = softmax_macs(length, num_keys or length, (K + shared) * width)
+        softmax = softmax_macs(length, num_keys or length, attending * width)
         if self.positions is not None:
-            softmax += self.positions.macs(length * (K + shared))
+            softmax += self.positions.macs(length * attending)
         return {
             "projections": sum(projection.macs(length) for projection in dense),
-            "experts": length * K * (self.q.macs_per_row() + self.o.macs_per_row()),
+            "experts": length * chosen * (self.q.macs_per_row() + self.o.macs_per_row()),
             "routers": self.router.macs(length),
             "softmax": softmax,
         }

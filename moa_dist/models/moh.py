@@ -67,13 +67,14 @@ class MoHAttention(RoutedModule, Attention):
         """The only router, which chooses experts for queries."""
         return {"query": self.router}
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         """Implement `Attention.macs`."""
         dense = (self.q, self.k, self.v, self.shared_o)
+        chosen = self.config.router.experts_per_token(training).mean
         gates = sum(g.weight.numel() for g in (self.stage_gate, self.shared_gate) if g)
         return {
             "projections": sum(p.macs(length) for p in dense if p),
-            "experts": length * self.config.router.chosen * self.o.macs_per_row(),
+            "experts": length * chosen * self.o.macs_per_row(),
             "routers": self.router.macs(length) + length * gates,
             "softmax": softmax_macs(
                 length, num_keys or length, self.num_heads * self.config.d_head

@@ -62,11 +62,12 @@ class Monet(RoutedModule, FeedForward):
         """One router for each sort of halves."""
         return {"first": self.first_router, "second": self.second_router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Implement `FeedForward.macs`; sums over halves of all heads are left out."""
         per_row = sum(layer.macs_per_row() for layer in self.expert_layers().values())
+        chosen = self.config.router.experts_per_token(training).mean
         return {
-            "experts": length * self.config.router.chosen * per_row,
+            "experts": length * chosen * per_row,
             "routers": sum(router.macs(length) for router in self.routers().values()),
         }
 

@@ -35,10 +35,11 @@ class ResidualMoE(MoEFeedForward):
         self.mix = Linear(d_model, 2, Normal(init_scale / math.sqrt(d_model)), bias=True)
         self.router.mean_names += ("weight_of_experts",)
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Add the dense part and the mix."""
-        mix = Counter({"projections": self.mix.macs(length)})
-        return dict(Counter(super().macs(length)) + Counter(self.dense.macs(length)) + mix)
+        parts = Counter(super().macs(length, training=training))
+        parts += Counter(self.dense.macs(length, training=training))
+        return dict(parts + Counter({"projections": self.mix.macs(length)}))
 
     def transform(
         self,

@@ -16,7 +16,7 @@ def applications(model: nn.Module) -> Counter[nn.Module]:
     return sum((stack.applications() for stack in stacks), Counter[nn.Module]())
 
 
-def macs_of(model: nn.Module, length: int) -> dict[str, Counter[str]]:
+def macs_of(model: nn.Module, length: int, *, training: bool) -> dict[str, Counter[str]]:
     """Count multiply-accumulates of all layers over a sequence of `length`, as `Block.macs`.
 
     The choice of how often tokens recur belongs to the rest.
@@ -25,7 +25,8 @@ def macs_of(model: nn.Module, length: int) -> dict[str, Counter[str]]:
     for stack in (module for module in model.modules() if isinstance(module, LayerStack)):
         first = next((i for i, layer in enumerate(stack.plan) if stack.block(layer).halting), None)
         for i, (layer, num) in enumerate(zip(stack.plan, stack.lengths(length), strict=True)):
-            for part, macs in stack.block(layer).macs(num, i, is_first=i == first).items():
+            of_block = stack.block(layer).macs(num, i, training=training, is_first=i == first)
+            for part, macs in of_block.items():
                 parts[part] += macs
         if stack.recursion is not None:
             parts["rest"]["routers"] += stack.recursion.macs(length)

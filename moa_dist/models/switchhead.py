@@ -59,9 +59,9 @@ class SwitchHeadAttention(RoutedModule, Attention):
         """One router for the values of source tokens, one for the outputs of destination tokens."""
         return {"value": self.value_router, "output": self.output_router}
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         """Implement `Attention.macs`."""
-        H, K = self.config.num_heads, self.config.router.chosen
+        H, K = self.config.num_heads, self.config.router.experts_per_token(training).mean
         dense = (self.q, self.k, self.shared_v, self.shared_o)
         return {
             "projections": sum(p.macs(length) for p in dense if p is not None),

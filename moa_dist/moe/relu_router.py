@@ -63,7 +63,8 @@ class ReLURouter(Router):
         if token_mask is not None:
             positive = positive & token_mask[:, None, None]
         if choice is None:
-            chosen_ids = scores.detach().topk(self.config.num_slots, dim=-1).indices
+            places = self.config.experts_per_token(self.training).most
+            chosen_ids = scores.detach().topk(places, dim=-1).indices
         else:
             chosen_ids = choice.topk_ids - self._group_offset(logits.device)
         chosen = scores.gather(-1, chosen_ids)

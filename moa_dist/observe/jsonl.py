@@ -50,6 +50,7 @@ class MetricsFile:
         values = _shallow(run)
         self._mean_names = values.pop("mean_names")
         values["config"] = run.config.model_dump(mode="json")
+        values["looks_ahead"] = run.config.model.looks_ahead
         values["provenance"] = asdict(run.provenance)
         values["hosts"] = Counter(run.hosts)
         values["routers"] = {name: size._asdict() for name, size in run.routers.items()}

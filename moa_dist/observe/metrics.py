@@ -20,14 +20,14 @@ from moa_dist.provenance import Provenance
 
 
 class RouterSize(NamedTuple):
-    """How many experts a router chooses among, and how many it chooses."""
+    """How many experts a router chooses among, and how many it chooses in training."""
 
     groups: int
     """Router groups (G): heads in SwitchHead, else 1."""
     experts: int
     """Experts per router group (E)."""
     choices: int
-    """Experts chosen per token and router group (K)."""
+    """Experts chosen per token and router group (K), in the mean."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class RunStart:
     num_parameters: int
     """Parameters of the whole model."""
     num_active_parameters: int
-    """Parameters that one token uses."""
+    """Parameters that one token uses in training."""
     flops_per_token: float
-    """Model FLOPs of one token, forward and backward, without recomputation."""
+    """Model FLOPs of one token in training, forward and backward, without recomputation."""
     first_step: int
     """0, or the step that training resumes after."""
     provenance: Provenance

@@ -345,6 +345,6 @@ def _weighted_rows(model: LanguageModel) -> Iterator[tuple[str, int, int]]:
         for projection in module.routed_projections():
             router = module.router_of(projection)
             if projection.weighted:
-                chosen = router.num_groups * router.config.num_slots
+                chosen = router.num_groups * router.config.experts_per_token(training=True).most
                 of_layer = name.partition(".layers.")[2].partition(".")[2]
                 yield of_layer, chosen, projection.d_out

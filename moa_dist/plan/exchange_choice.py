@@ -100,7 +100,7 @@ def expected_traffic(
             tokens * uses[model.get_submodule(layer)],
             num_groups=router.num_groups,
             num_experts=router.config.num_experts,
-            top_k=router.config.chosen_in_training,
+            top_k=router.config.experts_per_token(training=True).mean,
             num_ranks=layout.expert_parallel,
             group_limit=router.config.group_limit,
         )

@@ -20,7 +20,7 @@ from moa_dist.config.model import PARTS, Part
 from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
-from moa_dist.models.counts import Counts
+from moa_dist.models.counts import Counts, Work
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.stack_counts import token_uses
 from moa_dist.moe.routed_module import RoutedProjection, routed_modules
@@ -103,8 +103,9 @@ def step_time(
     peak = cluster.gpu.flops(config.train.precision)
     assert peak is not None, "checked when the cluster was described"
     sequences = layout.num_micro_batches * config.train.micro_batch
-    macs_again, rows_again = _computed_again(layout, counts, rows_moved)
-    flops = 2 * (3 * counts.total_macs + macs_again) * sequences  # the backward pass costs two
+    work = counts.training
+    macs_again, rows_again = _computed_again(layout, work, rows_moved)
+    flops = 2 * (3 * work.total_macs + macs_again) * sequences  # the backward pass costs two
     products = _span("products", flops, "FLOPs", assumed.matmul_efficiency, peak)
     of_a_token = sum(rows_moved.forward.values()) + rows_again + rows_moved.backward
     moved = of_a_token * sequences * counts.sequence_length
@@ -117,19 +118,19 @@ def step_time(
     spans += _state_spans(sizes, layout, stage, cluster, assumed, products.seconds + rows.seconds)
     return StepTime(
         spans=tuple(spans),
-        model_flops=2 * 3 * counts.total_macs * sequences,
+        model_flops=2 * 3 * work.total_macs * sequences,
         peak_flops=peak,
         tokens=sequences * counts.sequence_length * layout.world_size,
     )
 
 
-def _computed_again(layout: Layout, counts: Counts, rows_moved: RowBytes) -> tuple[int, float]:
+def _computed_again(layout: Layout, work: Work, rows_moved: RowBytes) -> tuple[int, float]:
     """Count multiply-accumulates of a sequence and bytes of a token's rows that occur again."""
     macs, rows = 0, 0.0
     if "block" in layout.recompute:
-        macs = counts.layer_macs["rest"].total()
+        macs = work.layer_macs["rest"].total()
     for part in PARTS:
-        of_part = counts.layer_macs[part]
+        of_part = work.layer_macs[part]
         if layout.recompute & {"block", part}:
             macs, rows = macs + of_part.total(), rows + rows_moved.forward[part]
         elif "experts" in layout.recompute:
@@ -228,7 +229,7 @@ def row_bytes(model: LanguageModel, element_bytes: int, length: int) -> RowBytes
         layers, repeats = module.expert_layers(), times[module]
         for projection in module.routed_projections():
             router = module.router_of(projection)
-            chosen = router.num_groups * router.config.chosen_in_training
+            chosen = router.num_groups * router.config.experts_per_token(training=True).mean
             hidden = [layers[name].d_out for name in projection.experts[:-1]]
             moved = _numbers_moved(projection, hidden)
             forward[module.part] += chosen * element_bytes * moved[0] * repeats

@@ -43,12 +43,8 @@ def warnings(run: Run, now: float) -> list[str]:
 
 
 def _meaning(run: Run) -> Iterator[str]:
-    is_causal = run.setting("model.objective") == "causal"
-    if is_causal and run.setting("model.recursion.kind") == "expert_choice":
-        yield (
-            "Losses and perplexities do not compare with other models': expert choice lets tokens "
-            "depend on later ones (model.recursion.kind)"
-        )
+    if reason := run.facts.get("looks_ahead"):
+        yield f"Losses and perplexities do not compare with other models': {reason}"
 
 
 def _losses(run: Run) -> Iterator[str]:

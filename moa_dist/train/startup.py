@@ -142,7 +142,7 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         device=device,
         backend=context.backend,
         num_parameters=built.counts.total,
-        num_active_parameters=built.counts.active,
+        num_active_parameters=built.counts.training.active,
         flops_per_token=built.counts.flops_per_token,
         first_step=run.progress.step,
         first_sample=run.progress.samples,
@@ -153,7 +153,11 @@ def _run_start(run: Run, context: DistContext, built: Built) -> RunStart:
         overlap=built.overlap,
         hosts=run.hosts,
         routers={
-            name: RouterSize(router.num_groups, router.config.num_experts, router.config.chosen)
+            name: RouterSize(
+                router.num_groups,
+                router.config.num_experts,
+                router.config.experts_per_token(training=True).mean,
+            )
             for (_, name), router in run.engine.model.routers().items()
         },
         mean_names={key: router.mean_names for key, router in run.engine.model.routers().items()},

@@ -11,12 +11,14 @@ from moa_dist.models.counts import count
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", ["moeut/44m", "small/moa_moe", "switchhead/small", "small/dense"])
+@pytest.mark.parametrize(
+    "name", ["moeut/44m", "small/moa_moe", "switchhead/small", "small/dense", "family/ds_moe"]
+)
 def test_equal_work_leaves_out_routers_alone(name):
     config = load_config(CONFIGS / f"{name}.yaml", [])
     length = config.data.sequence_length
-    ours = count(config.model, length)
-    dense = count(equal_work(config.model, length), length)
+    ours = count(config.model, length).training
+    dense = count(equal_work(config.model, length), length).training
     assert "routers" not in dense.macs
     assert dense.total_macs == pytest.approx(
         ours.total_macs - ours.macs.get("routers", 0), rel=0.01

@@ -27,6 +27,7 @@ def test_json_keys_are_stable(capsys):
         "sequence_length",
         "macs",
         "flops_per_token",
+        "evaluation",
         "layout",
         "bytes_per_rank",
         "expert_exchange",
@@ -38,6 +39,8 @@ def test_json_keys_are_stable(capsys):
     assert result["data"] is None  # it is not here
     assert set(result["parameters"]) == {"total", "active", "experts", "dense", "per_rank"}
     assert set(result["macs"]) == {"by_part", "blocks", "head", "total"}
+    active, macs = result["parameters"]["active"], result["macs"]
+    assert result["evaluation"] == {"active_parameters": active, "macs": macs}
     assert set(result["bytes_per_rank"]) == {
         "parameters",
         "gradients",

@@ -15,6 +15,7 @@ from moa_dist.config.recipe import read_recipe, shipped_folder, shipped_recipes
 from moa_dist.config.source import parse_yaml
 from moa_dist.errors import ConfigError
 from moa_dist.models.language_model import LanguageModel
+from moa_dist.units import short
 
 RECIPES = shipped_recipes()
 FILES = sorted(shipped_folder().resolve().rglob("*.yaml"))
@@ -46,6 +47,28 @@ def test_numbers_are_those_of_the_model(capsys):
     assert round(listed["moeut/44m"]["parameters"] / 1e6, 2) == 44.35
     assert round(listed["dense/44m"]["macs_per_token"] * 1024 / 1e9, 1) == 52.5
     assert listed["moeut/44m"]["tokens"] == 100_000 * 64 * 1024
+
+
+def test_a_model_that_trains_more_experts_than_it_evaluates_has_both_numbers(capsys):
+    name, path = "family/ds_moe", str(RECIPES["family/ds_moe"])
+    assert main(["recipes", "--json"]) == 0
+    (listed,) = (each for each in json.loads(capsys.readouterr().out) if each["name"] == name)
+    assert listed["active_parameters"] == listed["parameters"]
+    assert main(["plan", path, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["parameters"]["active"] == listed["active_parameters"]
+    length, evaluation = planned["sequence_length"], listed["evaluation"]
+    assert planned["macs"]["blocks"] == listed["macs_per_token"] * length
+    assert planned["flops_per_token"] == 6 * planned["macs"]["total"] / length
+    assert planned["evaluation"]["macs"]["blocks"] == evaluation["macs_per_token"] * length
+    assert planned["evaluation"]["active_parameters"] == evaluation["active_parameters"]
+    assert evaluation["macs_per_token"] < listed["macs_per_token"]
+    both = "/".join(short(each["macs_per_token"]) for each in (listed, evaluation))
+    for command in (["recipes"], ["recipes", name]):
+        assert main(command) == 0
+        assert both in capsys.readouterr().out
+    assert main(["plan", path]) == 0
+    assert short(planned["evaluation"]["macs"]["total"]) in capsys.readouterr().out
 
 
 def test_the_table_has_a_line_for_each(capsys):

@@ -57,5 +57,5 @@ def test_one_model_is_built_to_count_to_decide_and_to_train(pools, tmp_path):
     assert silent is None
     counts = count(config.model, config.data.sequence_length)
     assert run_start.num_parameters == counts.total
-    assert run_start.num_active_parameters == counts.active
+    assert run_start.num_active_parameters == counts.training.active
     assert run_start.exchange.keys() == {"attention", "ffn"}

@@ -24,6 +24,7 @@ from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.moe.experts import expert_layers, shard_starts
 from moa_dist.moe.router import Router
 from moa_dist.moe.sharding import shard_experts
+from moa_dist.plan.exchange_choice import expected_traffic
 from moa_dist.plan.predicted_traffic import (
     Layout,
     Rows,
@@ -34,12 +35,12 @@ from moa_dist.plan.predicted_traffic import (
 from moa_dist.train.engine import Engine
 from tests.distributed.layouts import (
     AS_IF_LARGE,
-    LENGTH,
     MOA,
     Case,
     micro_batches,
     router,
 )
+from tests.distributed.test_family import FAMILY
 
 KINDS = {
     "moeut": {},
@@ -243,24 +244,17 @@ def check(pools, case: Case) -> None:
         assert sum(reduced) == states.gradients
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_prediction_needs_no_router_where_every_expert_is_taken(pools, world_size):
-    case = Case(world_size=world_size, expert_parallel=world_size, padded=False, model=ALL_EXPERTS)
+@pytest.mark.parametrize(
+    ("world_size", "model"),
+    [(2, ALL_EXPERTS), (4, ALL_EXPERTS), (2, FAMILY["ds_moe"])],
+    ids=["W 2", "W 4", "W 2, in training alone"],
+)
+def test_prediction_needs_no_router_where_every_expert_is_taken(pools, world_size, model):
+    case = Case(world_size=world_size, expert_parallel=world_size, padded=False, model=model)
     counted = add_up(pools(world_size).run(on_rank, case))
-    model = model_of(case)
-    repeats = layout_of(case).num_repeats
-
-    def rows_of(layer: str, router_name: str) -> Rows:
-        router = model.get_submodule(f"{layer}.{router_name}")
-        return expected_rows(
-            case.sequences * LENGTH * repeats,
-            num_groups=router.num_groups,
-            num_experts=router.config.num_experts,
-            top_k=router.config.top_k,
-            num_ranks=world_size,
-        )
-
-    predicted = expert_traffic(model, layout_of(case), rows_of)
+    config = case.config()
+    exchange = config.parallel.expert_exchange
+    predicted = expected_traffic(config, world_size, exchange, model_of(case))
     assert {f: v for f, v in counted.traffic_counter.items() if f.purpose != "reduce"} == predicted
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import moa_dist
 from moa_dist.cli.main import main
@@ -14,8 +16,12 @@ from moa_dist.config.data import SourceConfig
 from moa_dist.config.objective_checks import objective_notes
 from moa_dist.config.shrink import shrink
 from moa_dist.errors import ExitCode
+from moa_dist.kernels.grouped import grouped_experts
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import LanguageModel, build_model, dropless
+from moa_dist.moe.dispatch import LocalTokenDispatcher
+from moa_dist.moe.routed_module import routed_modules
+from moa_dist.moe.router import Router, Routing
 from tests.distributed.layouts import Case
 from tests.distributed.test_family import FAMILY, POSITIONS
 from tests.distributed.test_halting import sharpened
@@ -64,6 +70,47 @@ def test_it_is_planned(relative, tmp_path, capsys):
 
 
 @relatives
+def test_tokens_take_as_many_experts_as_the_section_says(relative):
+    model, tokens = built(relative), torch.arange(20).view(2, 10)
+
+    def check(router: Router, _inputs: object, routing: Routing) -> None:
+        mean, most = router.config.experts_per_token(model.training)
+        assert routing.topk_ids.shape[-1] == most
+        assert routing.assigned is not None or mean == most
+
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(check)
+    for training in (True, False):
+        model.train(training)(**inputs(model, tokens))
+
+
+def flops() -> FlopCounterMode:
+    """Counts the products of torch's operators, sums in place included."""
+
+    def of_sum(total: torch.Size, left: torch.Size, right: torch.Size, **_: object) -> int:
+        return 2 * left.numel() * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: of_sum})
+
+
+@pytest.mark.parametrize("relative", ["ds_moe", "bam"])
+def test_work_is_what_torch_counts(relative):
+    """A forward and a backward pass in training, and a forward in evaluation."""
+    model, tokens = built(relative).double(), torch.arange(20).view(2, 10)
+    for _, module in routed_modules(model):  # by torch's operators, which it can count
+        module.dispatcher = LocalTokenDispatcher(grouped_experts)
+    counts = count(model.config, 10)
+    with sdpa_kernel(SDPBackend.MATH), flops() as training:
+        model(tokens).logits.square().mean().backward()
+    assert training.get_total_flops() == counts.flops_per_token * tokens.numel()
+    with sdpa_kernel(SDPBackend.MATH), flops() as evaluation, torch.no_grad():
+        model.eval()(tokens)
+    assert evaluation.get_total_flops() == 2 * len(tokens) * counts.evaluation.total_macs
+    assert (counts.training == counts.evaluation) == (relative != "ds_moe")
+
+
+@relatives
 def test_it_is_analyzed_and_exported(relative, tmp_path):
     folder = tmp_path / "runs" / "it"
     make_run(folder, built(relative))
@@ -88,6 +135,10 @@ def test_it_is_analyzed_and_exported(relative, tmp_path):
         taken = sum(depth * number for depth, number in enumerate(tokens))
         for router in analysis["routers"]:
             assert sum(map(sum, router["load"])) == router["choices"] * taken
+    if not halts and not recurs:
+        for router in analysis["routers"]:
+            decisions = router["num_tokens"] * len(router["load"])
+            assert abs(sum(map(sum, router["load"])) / decisions - router["choices"]) <= 0.5
     if recurs:
         (tokens,) = analysis["depths"].values()
         routers = {router["router"]: router for router in analysis["routers"]}

@@ -48,9 +48,9 @@ def test_it_is_counted():
     dense = LAYERS * (routers + attention + dense_ffn + norms) + around
     assert counts.experts == LAYERS * (HEADS * experts["heads"] + EXPERTS * experts["ffn"])
     assert counts.total == dense + counts.experts
-    assert counts.active == dense + LAYERS * TOP_K * sum(experts.values())
-    assert counts.macs["routers"] == LAYERS * 10 * routers
-    assert counts.macs["experts"] == LAYERS * 10 * TOP_K * sum(experts.values())
+    assert counts.training.active == dense + LAYERS * TOP_K * sum(experts.values())
+    assert counts.training.macs["routers"] == LAYERS * 10 * routers
+    assert counts.training.macs["experts"] == LAYERS * 10 * TOP_K * sum(experts.values())
 
 
 def write_config(tmp_path: Path, **changes: int | str) -> str:

@@ -94,7 +94,7 @@ class RoutedHeads(RoutedModule, Attention):
     def routers(self) -> dict[str, Router]:
         return {"query": self.router}
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         width = self.num_heads * self.config.d_head
         return {
             "projections": self.qkv.macs(length),
@@ -157,7 +157,7 @@ class LinearExperts(RoutedModule, FeedForward):
     def routers(self) -> dict[str, Router]:
         return {"": self.router}
 
-    def macs(self, length: int) -> dict[str, int]:
+    def macs(self, length: int, *, training: bool) -> dict[str, int]:
         return {
             "projections": self.up.macs(length) + self.down.macs(length),
             "experts": length * self.top_k * self.experts.macs_per_row(),

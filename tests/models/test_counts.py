@@ -32,7 +32,7 @@ def test_published_moeut_sizes(size):
     counts = count(config, LENGTH)
     assert counts.total / 1e6 == pytest.approx(parameters, rel=0.005)
     # Ours are a little higher (next test), never lower.
-    assert giga_macs <= counts.block_macs / 1e9 <= 1.01 * giga_macs
+    assert giga_macs <= counts.training.block_macs / 1e9 <= 1.01 * giga_macs
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -45,17 +45,17 @@ def test_published_moeut_macs_count_the_attention_routers_for_one_head(size):
     selector = 2 * config.d_model * attention.router.num_experts
     gating = ffn.router.top_k * ffn.d_expert
     per_layer = selector + gating - attention.num_heads * selector
-    theirs = count(config, LENGTH).block_macs + LENGTH * config.num_layers * per_layer
+    theirs = count(config, LENGTH).training.block_macs + LENGTH * config.num_layers * per_layer
     assert round(theirs / 1e9, 1) == PUBLISHED[size][1]
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_dense_baselines(size):
     counts = count(load_config(CONFIGS / "dense" / f"{size}.yaml").model, LENGTH)
-    assert round(counts.block_macs / 1e9, 1) == PUBLISHED[size][2]
+    assert round(counts.training.block_macs / 1e9, 1) == PUBLISHED[size][2]
     # The baselines are as large as the MoEUT of the same name, and all of it is active.
     assert counts.total / 1e6 == pytest.approx(PUBLISHED[size][0], rel=0.01)
-    assert counts.active == counts.total == counts.dense
+    assert counts.training.active == counts.total == counts.dense
 
 
 def small(attention: str = "switchhead", ffn: str = "moe", **other) -> Config:
@@ -107,19 +107,21 @@ def test_active_parameters_by_hand():
     counts = count(small().model, 32)
     idle_heads = 3 * (3 - 2) * (16 * 8 + 8 * 16)
     idle_ffn = (7 - 2) * 3 * 16 * 12
-    assert counts.active == counts.total - 2 * (idle_heads + idle_ffn)
+    assert counts.training.active == counts.total - 2 * (idle_heads + idle_ffn)
 
 
 def test_work_by_hand():
     config = small("moa", "dense").model
     counts = count(config, 32)
     tokens, layers = 32, 4
-    assert counts.macs == {
+    assert counts.training == counts.evaluation
+    assert counts.training.macs == {
         "projections": layers * tokens * (2 * 16 * 8 + 2 * 16 * 32),
         "experts": layers * tokens * 2 * (16 * 8 + 8 * 16),
         "routers": layers * tokens * 16 * 5,
         "softmax": layers * 2 * tokens * tokens * 2 * 8,
         "head": tokens * 16 * 50,
     }
-    assert counts.block_macs + counts.head_macs == counts.total_macs == sum(counts.macs.values())
-    assert counts.flops_per_token == 6 * counts.total_macs / tokens
+    work = counts.training
+    assert work.block_macs + work.head_macs == work.total_macs == sum(work.macs.values())
+    assert counts.flops_per_token == 6 * work.total_macs / tokens

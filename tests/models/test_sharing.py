@@ -201,12 +201,14 @@ def test_losses_are_taken_over_the_repeats_of_each_router():
 def test_work_and_applications():
     model = model_of("tied experts")
     single = build_model(unshared(model.config))
-    assert model.macs(8) == single.macs(8)
+    assert model.macs(8, training=True) == single.macs(8, training=True)
     times, blocks = applications(model), list(model.stack.blocks())
     assert times[blocks[0].ffn] == times[blocks[4].attention] == times[blocks[4].ffn] == 1
     assert times[blocks[1].ffn.up] == 2
-    adapted = model_of("adapters", attention="dense", ffn="dense").macs(8)["projections"]
-    plain = build_model(config_of("sequence", attention="dense", ffn="dense")).macs(8)
+    adapters = model_of("adapters", attention="dense", ffn="dense")
+    adapted = adapters.macs(8, training=True)["projections"]
+    dense = build_model(config_of("sequence", attention="dense", ffn="dense"))
+    plain = dense.macs(8, training=True)
     added = 4 * 8 * 2 * (4 * (8 + 8) + 2 * (8 + 12))  # 4 applications, 8 tokens, rank 2
     assert adapted == plain["projections"] * 5 // 4 + added
 

@@ -216,6 +216,7 @@ def test_who_never_halts_is_computed_to_the_end_and_counted():
         attention="moa", num_layers=4, num_distinct_layers=1, halting={"kind": "stick_breaking"}
     )
     without = config.model_copy(update={"halting": None})
-    gate = count(config, 8).macs["halting"]
+    gate = count(config, 8).training.macs["halting"]
     assert gate == 8 * 3 * (config.d_model + 2) * config.d_model
-    assert count(config, 8).total_macs - count(without, 8).total_macs == gate
+    total, others = (count(each, 8).training.total_macs for each in (config, without))
+    assert total - others == gate

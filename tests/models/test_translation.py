@@ -142,8 +142,8 @@ def test_counts_are_those_of_three_attentions(attention):
     cross = sum(p.numel() for p in layer.attention.parameters()) + norm
     stack = sum(p.numel() for p in model.stack.parameters())
     assert both.total == alone.total + stack + 2 * cross + norm  # and the encoder's last norm
-    attention_macs = 2 * sum(layer.attention.macs(LENGTH).values())
-    assert both.block_macs == 2 * alone.block_macs + attention_macs
+    attention_macs = 2 * sum(layer.attention.macs(LENGTH, training=True).values())
+    assert both.training.block_macs == 2 * alone.training.block_macs + attention_macs
     assert both.experts - 2 * alone.experts == 2 * sum(
         p.numel() for name, p in layer.attention.named_parameters() if p.ndim == 3
     )

@@ -300,10 +300,11 @@ def test_work_within_windows(attention, objective):
     section = ATTENTION[attention]
     local = section | {"window": {"size": 3, "full_every": 4}}
     plain, limited = (
-        count(small_config(attention=a, num_layers=4, objective=objective), 12).macs
+        count(small_config(attention=a, num_layers=4, objective=objective), 12).training.macs
         for a in (section, local)
     )
-    per_key = small_model(attention=section).stack.layers[0].attention.macs(12)["softmax"] // 12
+    alone = small_model(attention=section).stack.layers[0].attention
+    per_key = alone.macs(12, training=True)["softmax"] // 12
     seen = {"causal": [3, 3, 3, 12], "masked": [5, 5, 5, 12]}
     # Encoder, decoder, and the decoder's attention to the source.
     seen["translation"] = seen["causal"] + seen["masked"] + [12] * 4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moa_dist.config.recursion import ExpertChoiceConfig
 from moa_dist.errors import DataError
 from moa_dist.observe.jsonl import FILE_NAME, MetricsFile, read_metrics
 from moa_dist.observe.metrics import PartNorms
@@ -92,6 +93,16 @@ def test_round_trip_keeps_every_bit(run_start):
     }
     assert note.pop("time") >= validation["time"] >= step["time"] >= start["time"] > 1.7e9
     assert note == {"kind": "note", "step": 7, "message": "saved step 7"}
+
+
+def test_a_start_says_whether_tokens_see_later_ones(run_start):
+    config = run_start().config
+    recursion = ExpertChoiceConfig(capacity=(1.0, 0.5))
+    ahead = config.changed(model=config.model.changed(recursion=recursion))
+    assert ahead.model.looks_ahead
+    for each in (config, ahead):
+        start, _ = read_metrics(write(run_start(config=each), 7))
+        assert start["looks_ahead"] == each.model.looks_ahead
 
 
 def test_resume_drops_later_steps(run_start):

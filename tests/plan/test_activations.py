@@ -300,7 +300,7 @@ class RunningMixtures(RoutedModule, Attention):
     def routers(self) -> dict[str, Router]:
         return {}
 
-    def macs(self, length: int, num_keys: int | None = None) -> dict[str, int]:
+    def macs(self, length: int, num_keys: int | None = None, *, training: bool) -> dict[str, int]:
         return {"experts": length * 3 * 2 * self.widen.macs_per_row()}
 
     def routed_projections(self) -> list[RoutedProjection]:

@@ -50,7 +50,7 @@ def test_time_by_hand():
     exchange = dict.fromkeys(PARTS, "weights")
     result = planned.plan(with_layout(planned.config, 2, 1, 1, False, exchange))
     spans = {span.name: span for span in result.time.spans}
-    macs = planned.counts.total_macs
+    macs = planned.counts.training.total_macs
     assert spans["products"].seconds == pytest.approx(6 * macs / (0.5 * 989e12))
     # 4 layers, one gather forward and one scatter back, of half of all experts.
     sent = planned.counts.experts / 2 * 2 * 2
