@@ -134,7 +134,7 @@ def outer_products(
     if any(width * left.dtype.itemsize % 16 for width in (width_in, width_out)):
         # Both operands are gathered, and a pointer serves half as many numbers: with all of a
         # step's pointers, registers of sm_80 would spill.
-        shape = shape._replace(depth=32)
+        shape = shape._replace(depth=min(shape.depth, 32))
     grid = (
         num_experts * triton.cdiv(width_in, shape.rows) * triton.cdiv(width_out, shape.columns),
     )

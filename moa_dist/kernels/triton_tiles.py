@@ -61,7 +61,7 @@ def shape_of(x: Tensor, rows: int, width_in: int, width_out: int, num_results: i
     the pointers of gathered rows. Two results share those registers, and where a width is no
     multiple of 8 bytes, so that a pointer serves few numbers, half as many must do. fp32 has no
     tensor cores unless TF32 is allowed, and twice the bytes; its unrolled operands would spill in
-    fewer warps.
+    fewer warps or longer steps.
     """
     narrow = x.dtype.itemsize < 4
     aligned = all(width * x.dtype.itemsize % 8 == 0 for width in (width_in, width_out))
@@ -69,7 +69,7 @@ def shape_of(x: Tensor, rows: int, width_in: int, width_out: int, num_results: i
     columns = max(16, min(widest, triton.next_power_of_2(width_out)))
     many = rows * columns * num_results > 64 * 128 or not (aligned and narrow)
     num_stages = 2 if capability_of(x) in _SMALL_SHARED_MEMORY else 3
-    return Shape(rows, columns, 64 if narrow else 32, 8 if many else 4, num_stages)
+    return Shape(rows, columns, 64 if narrow else 16, 8 if many else 4, num_stages)
 
 
 def capability_of(x: Tensor) -> tuple[int, int]:
