@@ -22,7 +22,7 @@ from moa_dist.cli.main import COMMANDS
 from moa_dist.config import find_layout_problems, load_config
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("", ".github", "configs", "configs/*", "docker", "launcher", "tests")
+FOLDERS = ("", ".github", "configs", "configs/*", "docker", "launcher", "tests", "tests/*")
 FOLDERS += ("moa_dist", "moa_dist/*")
 PAGES = sorted(
     page
