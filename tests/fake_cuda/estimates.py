@@ -147,7 +147,8 @@ class Floor(NamedTuple):
 def floor_of(model: LanguageModel, num_tokens: int) -> Floor:
     """Estimate the average routed part of a layer, both passes, on one H100."""
     moved = of_experts(part_bytes(model, num_tokens))
-    macs = 3 * num_tokens * sum(part["experts"] for part in macs_of(model, 1).values())
+    work = macs_of(model, 1, training=True).values()
+    macs = 3 * num_tokens * sum(part["experts"] for part in work)
     peak = GPU.flops("bf16")
     assert peak is not None
     num_layers = model.config.num_repeats * len(list(routed_modules(model)))
