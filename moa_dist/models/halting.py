@@ -134,7 +134,7 @@ def expected_depth(state: HaltingState, num_applications: int) -> Tensor:
     return state.expected - 1 - (R - 2) * last + (R - 1) * state.weight
 
 
-def token_means(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
+def token_sums(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
     """Sum up how many applications tokens took, without a gradient; see `LanguageModelOutput`."""
     return {"halting/applications": sum_and_number(state.applications, token_mask)}
 

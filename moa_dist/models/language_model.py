@@ -51,7 +51,7 @@ class LanguageModelOutput(NamedTuple):
     """The cache extended by the tokens of this forward; None if it was given none."""
     traces: dict[LayerCall, BlockTrace] | None = None
     """What every application of a layer decided; None unless traces were requested."""
-    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """[2] by name, such as `halting/applications`: a sum over real tokens, and their number."""
 
 
@@ -197,13 +197,13 @@ class LanguageModel(nn.Module):
         output = self.stack(x, masks, layers, memory, trace, LayerState(tasks=tasks))
         statistics, traces = output.statistics, output.traces
         losses = self.stack.losses(output, token_mask)
-        means = output.token_means
+        sums = output.token_sums
         if encoded is not None:
             assert self.encoder is not None
             statistics = encoded.statistics | statistics
             of_encoder = self.encoder.losses(encoded, source_mask)
             losses = {name: loss + of_encoder[name] for name, loss in losses.items()}
-            means = means | {f"encoder/{name}": mean for name, mean in encoded.token_means.items()}
+            sums = sums | {f"encoder/{name}": both for name, both in encoded.token_sums.items()}
             traces = None if traces is None else (encoded.traces or {}) | traces
         x = self.final_norm(output.x)
         with table.summing():
@@ -212,9 +212,9 @@ class LanguageModel(nn.Module):
             logits = soft_capped(logits, self.config.logit_soft_cap)
         if output.cache is None:
             aux_losses = self._aux_losses(statistics) | losses
-            return LanguageModelOutput(logits, aux_losses, statistics, None, traces, means)
+            return LanguageModelOutput(logits, aux_losses, statistics, None, traces, sums)
         longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
-        return LanguageModelOutput(logits, {}, statistics, longer, traces, means)
+        return LanguageModelOutput(logits, {}, statistics, longer, traces, sums)
 
     def _uses_of_table(self) -> Repeats:
         """Return what sums the gradients of the embedding over lookups and, if tied, the head."""
@@ -276,7 +276,8 @@ class LanguageModel(nn.Module):
             config = routers[call.key].config
             weighed = value.weight is not None
             kind = _Alike(part, config, repeats[call.key], value.load.shape, weighed)
-            alike.setdefault(kind, {}).setdefault(call.key, []).append(value._replace(means=None))
+            of_losses = value._replace(reported=None)
+            alike.setdefault(kind, {}).setdefault(call.key, []).append(of_losses)
         sums: dict[str, Tensor] = {}
         for kind, value in self._in_scope(alike).items():
             first = routers[next(iter(alike[kind]))]

@@ -120,7 +120,7 @@ class Objective(NamedTuple):
     """What the routers did, likewise."""
     z: Tensor | None = None
     """Scalar, the z-loss summed over targets, coefficient applied; None without one."""
-    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """What layers report of tokens, see `LanguageModelOutput`."""
 
     def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
@@ -147,7 +147,7 @@ def objective(
         if not z_loss:
             loss = cross_entropy(logits, targets, label_smoothing)
             return Objective(
-                loss, output.aux_losses, output.statistics, token_means=output.token_means
+                loss, output.aux_losses, output.statistics, token_sums=output.token_sums
             )
         loss, z = cross_entropy_and_z(logits, targets, label_smoothing)
-        return Objective(loss, output.aux_losses, output.statistics, z_loss * z, output.token_means)
+        return Objective(loss, output.aux_losses, output.statistics, z_loss * z, output.token_sums)

@@ -44,7 +44,7 @@ class RecursionOutput(NamedTuple):
     losses: dict[str, Tensor]
     """Scalars by name, coefficients applied, besides those of a router's statistics."""
 
-    def token_means(self) -> dict[str, Tensor]:
+    def token_sums(self) -> dict[str, Tensor]:
         """Sum up how often tokens recur; see `LanguageModelOutput`.
 
         Empty for expert choice, whose shares are set.

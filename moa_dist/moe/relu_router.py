@@ -15,7 +15,7 @@ from moa_dist.config.family import ReLURouterConfig
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.router import Choice, Router, Routing
 from moa_dist.moe.sparsity import SparsityCoefficient
-from moa_dist.moe.statistics import RoutingStatistics, routing_statistics
+from moa_dist.moe.statistics import RoutingStatistics, routing_statistics, sum_by_group
 from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 
 _TAKEN = ("took_none", "took_fewer", "took_top_k", "took_up_to_twice", "took_more")
@@ -80,18 +80,17 @@ class ReLURouter(Router):
         statistics = routing_statistics(
             logits, chosen_ids, keep_mask, token_mask, num_sequence_groups, assigned
         )
-        statistics = statistics.with_means(self._means(assigned), token_mask)
+        statistics = statistics.reporting(self._reported(assigned), token_mask)
         weights = scores if token_mask is None else scores * token_mask[:, None, None]
-        of_groups = weights.unflatten(0, (num_sequence_groups, -1)).sum(1)
         return Routing(
             topk_ids=chosen_ids + self._group_offset(logits.device),
             topk_weights=self._scaled(chosen),
             keep_mask=keep_mask,
-            statistics=statistics._replace(probability=of_groups),
+            statistics=statistics._replace(probability=sum_by_group(weights, num_sequence_groups)),
             assigned=assigned,
         )
 
-    def _means(self, assigned: Tensor) -> Tensor:
+    def _reported(self, assigned: Tensor) -> Tensor:
         """Return what `mean_names` says of each token: [T, G, K] bool -> [T, P]."""
         taken, top_k, places = assigned.sum(-1), self.config.top_k, assigned.shape[-1]
         classes = (

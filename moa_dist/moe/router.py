@@ -56,8 +56,8 @@ class Routing(NamedTuple):
         return Choice(self.topk_ids, self.keep_mask, self.assigned, self.by_head)
 
     def reporting(self, values: Tensor, token_mask: Tensor | None) -> Routing:
-        """Add means over tokens to its statistics, see `RoutingStatistics.with_means`."""
-        return self._replace(statistics=self.statistics.with_means(values, token_mask))
+        """Report `values` [T, P] of tokens, see `RoutingStatistics.reporting`."""
+        return self._replace(statistics=self.statistics.reporting(values, token_mask))
 
 
 class Choice(NamedTuple):
@@ -184,7 +184,7 @@ class Router(nn.Module):
         self.sparsity: SparsityCoefficient | None = None
         self.running: RunningMoments | None = None
         self.mean_names: tuple[str, ...] = ()
-        """Names of `RoutingStatistics.means`."""
+        """What is reported of `RoutingStatistics.reported`, as means over tokens."""
 
     @property
     def num_experts(self) -> int:

@@ -20,7 +20,7 @@ from moa_dist.config.family import ThresholdRouterConfig
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.moments import RunningMoments, mean_and_variance
 from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
-from moa_dist.moe.statistics import routing_statistics
+from moa_dist.moe.statistics import routing_statistics, sum_by_group
 from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 
 _EPS = 1e-5
@@ -83,7 +83,7 @@ class ThresholdRouter(Router):
         chosen = by_head.any(2)
         if token_mask is not None:
             chosen = chosen & token_mask[:, None, None]
-        load = chosen.long().unflatten(0, (N, -1)).sum(1)
+        load = sum_by_group(chosen.long(), N)
         statistics = of_heads._replace(
             load=load,
             dropped=torch.zeros_like(load),
@@ -122,4 +122,4 @@ def _moments(logits: Tensor, token_mask: Tensor | None, num_sequence_groups: int
     if token_mask is not None:
         logits = logits * token_mask[:, None, None]
     sums = torch.cat([logits.sum(-1), logits.square().sum(-1)], dim=1)
-    return sums.unflatten(0, (num_sequence_groups, -1)).sum(1)
+    return sum_by_group(sums, num_sequence_groups)

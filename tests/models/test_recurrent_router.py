@@ -107,7 +107,7 @@ def test_it_computes_what_its_authors_do(recompute):
             routing = trace.routing["ffn"]
             close(routing.state, golden[f"state.{i}"])
             close(routing.topk_weights.flatten(), golden[f"gate.{i}"].flatten())
-        total, number = output.token_means["state_norm/layer2.repeat0.ffn"]
+        total, number = output.token_sums["state_norm/layer2.repeat0.ffn"]
         close(total / number, golden["state.2"].norm(dim=-1).mean())
     ((y * golden["grad_y"]).sum() + aux).backward()
     close(x.grad, golden["grad.x"])

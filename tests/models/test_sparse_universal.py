@@ -175,7 +175,7 @@ def test_with_a_cache_and_padding_tokens_halt_where_they_did(attention, placemen
     padded = model(tokens, real)
     alone = model(tokens[1:, :5])
     torch.testing.assert_close(padded.logits[1, :5], alone.logits[0], rtol=1e-9, atol=1e-9)
-    taken, number = padded.token_means["halting/applications"].tolist()
+    taken, number = padded.token_sums["halting/applications"].tolist()
     assert number == LENGTH + 5
     assert taken == depths(model, tokens, real).sum()
     losses = [output.aux_losses["halting/depth"] for output in (model(tokens[:1]), alone)]
@@ -191,7 +191,7 @@ def test_tokens_of_both_texts_halt_in_translation(attention):
     model = halting_model(attention, "translation", prelude=0, coda=0)
     target, source = tokens_of(), tokens_of(2, 6, seed=1)
     whole = model(target, source=source)
-    assert {"halting/applications", "encoder/halting/applications"} == whole.token_means.keys()
+    assert {"halting/applications", "encoder/halting/applications"} == whole.token_sums.keys()
     first = model(target[:, :5], cache=model.empty_cache(), source=source)
     second = model(target[:, 5:], cache=first.cache)
     parts = torch.cat([first.logits, second.logits], dim=1)
