@@ -16,7 +16,6 @@ from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.router import Choice, Router, Routing
 from moa_dist.moe.sparsity import SparsityCoefficient
 from moa_dist.moe.statistics import RoutingStatistics, routing_statistics, sum_by_group
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 
 _TAKEN = ("took_none", "took_fewer", "took_top_k", "took_up_to_twice", "took_more")
 """Shares of tokens by the number of experts they take, compared with `top_k`."""
@@ -26,6 +25,7 @@ class ReLURouter(Router):
     """Weights are `relu(logits)`, neither normalized nor limited in number."""
 
     config: ReLURouterConfig
+    weighs_tokens = False  # sparsity is a mean over tokens that count alike
 
     def __init__(
         self,
@@ -38,16 +38,6 @@ class ReLURouter(Router):
         super().__init__(config, d_model, num_groups=num_groups, init=init)
         self.sparsity = SparsityCoefficient(config.sparsity, config.sparsity_multiplier)
         self.mean_names = (*_TAKEN, "empty_places", "sparsity_coefficient")
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
-    ) -> Routing:
-        """Implement `Router.forward`; sparsity is a mean over tokens that count alike."""
-        return super().forward(x_BSD, token_mask, choice, state._replace(weight=None))
 
     def _route(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,9 @@ def _without_autocast(device_type: str) -> AbstractContextManager[None]:
 class Router(nn.Module):
     """Scores all experts of each group, chooses K, weights them, drops what exceeds capacity."""
 
+    weighs_tokens: ClassVar[bool] = True
+    """Whether statistics count tokens by `RouterState.weight`; else all count alike."""
+
     def __init__(
         self,
         config: RouterConfig,
@@ -227,7 +230,7 @@ class Router(nn.Module):
         logits = logits_BSO.flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         routing = self._route(logits, token_mask, N, choice)
-        if state.weight is None:
+        if state.weight is None or not self.weighs_tokens:
             return routing
         by_group, weight = logits.unflatten(-1, (self.num_groups, -1)), state.weight.flatten()
         return routing._replace(statistics=routing.statistics.weighed(by_group, weight))

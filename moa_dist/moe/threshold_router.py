@@ -21,7 +21,6 @@ from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.moments import RunningMoments, mean_and_variance
 from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
 from moa_dist.moe.statistics import routing_statistics, sum_by_group
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
 
 _EPS = 1e-5
 """Added to the variance, as in batch normalization."""
@@ -34,6 +33,7 @@ class ThresholdRouter(Router):
     """
 
     config: ThresholdRouterConfig
+    weighs_tokens = False  # as in the running statistics
 
     def __init__(
         self,
@@ -49,16 +49,6 @@ class ThresholdRouter(Router):
         self.logits = RouterLogits(d_model, num_groups * H * E, init)
         self.running = RunningMoments(num_groups, H, E)
         self.threshold = NormalDist().inv_cdf(1 - config.top_k / E)
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
-    ) -> Routing:
-        """Implement `Router.forward`; tokens count alike, as in the statistics that it keeps."""
-        return super().forward(x_BSD, token_mask, choice, state._replace(weight=None))
 
     def _route(
         self,
