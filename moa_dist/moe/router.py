@@ -210,6 +210,12 @@ class Router(nn.Module):
 
         `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
+        return self._decide(x_BSD, token_mask, choice, state)
+
+    def _decide(
+        self, x_BSD: Tensor, token_mask: Tensor | None, choice: Choice | None, state: RouterState
+    ) -> Routing:
+        """Do the work of `forward`. Kinds whose logits depend on more than `x_BSD` override it."""
         return self._by_logits(self.logits(x_BSD), token_mask, choice, state)
 
     def _by_logits(

@@ -19,7 +19,7 @@ from moa_dist.errors import DataError
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
 from moa_dist.moe.statistics import RoutingStatistics
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+from moa_dist.moe.token_state import RouterState
 
 
 class TaskRouter(Router):
@@ -39,14 +39,10 @@ class TaskRouter(Router):
         outputs = config.tasks * num_groups * config.num_experts
         self.logits = RouterLogits(d_model, outputs, init or Normal(1 / math.sqrt(d_model)))
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
+    def _decide(
+        self, x_BSD: Tensor, token_mask: Tensor | None, choice: Choice | None, state: RouterState
     ) -> Routing:
-        """Implement `Router.forward`. Raises DataError if the state does not hold tasks."""
+        """Implement `Router._decide`. Raises DataError if the state does not hold tasks."""
         tasks = state.tasks
         if tasks is None:
             raise DataError(
