@@ -49,22 +49,10 @@ class MLPRouter(Router):
 
     config: MLPRouterConfig
 
-    def __init__(
-        self,
-        config: MLPRouterConfig,
-        d_model: int,
-        *,
-        num_groups: int = 1,
-        init: Initializer | None = None,
-    ) -> None:
-        super().__init__(config, d_model, num_groups=num_groups, init=init)
-        self.logits = MLPLogits(
-            d_model,
-            config.d_hidden,
-            self.num_experts,
-            config.activation,
-            init or Normal(1 / math.sqrt(d_model)),
-        )
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Implement `Router._make_logits`."""
+        config = self.config
+        return MLPLogits(d_model, config.d_hidden, self.num_experts, config.activation, init)
 
     def _route(
         self,

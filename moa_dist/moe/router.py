@@ -179,9 +179,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_groups = num_groups
-        self.logits: nn.Module = RouterLogits(
-            d_model, num_groups * config.num_experts, init or Normal(1 / math.sqrt(d_model))
-        )
+        self.logits = self._make_logits(d_model, init or Normal(1 / math.sqrt(d_model)))
         rate = config.balance.bias_rate
         self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
         self.sparsity: SparsityCoefficient | None = None
@@ -193,6 +191,10 @@ class Router(nn.Module):
     def num_experts(self) -> int:
         """Number of flat experts: groups times experts per group."""
         return self.num_groups * self.config.num_experts
+
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Build the map of rows [..., D] to logits [..., outputs]; kinds may have another."""
+        return RouterLogits(d_model, self.num_experts, init)
 
     def macs(self, num_tokens: int) -> int:
         """Count multiply-accumulates of one application."""

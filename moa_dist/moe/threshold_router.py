@@ -14,10 +14,10 @@ import math
 from statistics import NormalDist
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.config.family import ThresholdRouterConfig
-from moa_dist.moe.initialize import Initializer, Normal
+from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.moments import RunningMoments, mean_and_variance
 from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
 from moa_dist.moe.statistics import routing_statistics, sum_by_group
@@ -44,11 +44,12 @@ class ThresholdRouter(Router):
         init: Initializer | None = None,
     ) -> None:
         super().__init__(config, d_model, num_groups=num_groups, init=init)
-        H, E = config.num_heads, config.num_experts
-        init = init or Normal(1 / math.sqrt(d_model))
-        self.logits = RouterLogits(d_model, num_groups * H * E, init)
-        self.running = RunningMoments(num_groups, H, E)
-        self.threshold = NormalDist().inv_cdf(1 - config.top_k / E)
+        self.running = RunningMoments(num_groups, config.num_heads, config.num_experts)
+        self.threshold = NormalDist().inv_cdf(1 - config.top_k / config.num_experts)
+
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Implement `Router._make_logits`: those of all heads."""
+        return RouterLogits(d_model, self.config.num_heads * self.num_experts, init)
 
     def _route(
         self,

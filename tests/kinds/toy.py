@@ -52,10 +52,10 @@ class TanhLogits(nn.Module):
 class TanhRouter(Router):
     """The top K of logits that have a hidden layer."""
 
-    def __init__(self, config: TanhRouterConfig, d_model: int, *, num_groups=1, init=None) -> None:
-        super().__init__(config, d_model, num_groups=num_groups, init=init)
-        init = init or Normal(1 / math.sqrt(d_model))
-        self.logits = TanhLogits(d_model, config.d_hidden, self.num_experts, init)
+    config: TanhRouterConfig
+
+    def _make_logits(self, d_model: int, init: Initializer) -> TanhLogits:
+        return TanhLogits(d_model, self.config.d_hidden, self.num_experts, init)
 
     def macs(self, num_tokens: int) -> int:
         return num_tokens * sum(weight.numel() for weight in self.logits.parameters())
