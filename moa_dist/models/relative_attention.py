@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.models.mask import AttentionMask
+from moa_dist.models.soft_cap import capped_scores
 from moa_dist.moe.initialize import Initializer, Normal
 
 _BLOCK = 128
@@ -97,7 +98,5 @@ def _attend(
     k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(dtype) + distance_bias(by_distance, first, k.shape[2])
-    scores = scores / math.sqrt(q.shape[-1])
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = capped_scores(scores / math.sqrt(q.shape[-1]), soft_cap)
     return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v

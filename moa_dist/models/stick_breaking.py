@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.models.mask import AttentionMask
+from moa_dist.models.soft_cap import capped_scores
 
 _BLOCK = 128
 """Queries whose shares are in memory at a time."""
@@ -62,6 +63,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: float | 
     """q [B, h, H / h, T, d], k and v [B, h, 1, S, d] -> [B, h, H / h, T, d]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(q.shape[-1])
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    return log_stick_shares(scores, visible).exp().to(v.dtype) @ v
+    return log_stick_shares(capped_scores(scores, soft_cap), visible).exp().to(v.dtype) @ v
