@@ -9,6 +9,7 @@ from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.fused_choice import Chosen, Options, StatisticsGradients
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router_gradient_kernel import choose_backward
 
 CASES = {
     "SwitchHead": {"num_experts": 5, "top_k": 2, "score": "sigmoid", "groups": 3},
@@ -72,7 +73,7 @@ def test_choice_statistics_and_gradients(case, padded):
     for used in ((True, True), (True, False), (False, True)):
         grads = of_weights if used[0] else None
         sums = of_statistics if used[1] else StatisticsGradients(None, None, None)
-        ours = router_kernels.choose_backward(grads, sums, *saved)
+        ours = choose_backward(grads, sums, *saved)
         values = [plain.topk_weights] if used[0] else []
         slopes = [of_weights] if used[0] else []
         if used[1]:
