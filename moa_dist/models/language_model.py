@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig, Recompute
 from moa_dist.config.positions import RopeConfig
-from moa_dist.config.routers import RouterConfig
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
+from moa_dist.models.aux_losses import SumOverRanks, aux_losses, on_one_process
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.calls import LayerCall, RouterCall, RouterKey
@@ -34,7 +34,7 @@ from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Normal, initialize
 from moa_dist.moe.router import Router
-from moa_dist.moe.statistics import RoutingStatistics, stacked
+from moa_dist.moe.statistics import RoutingStatistics
 
 
 class LanguageModelOutput(NamedTuple):
@@ -53,30 +53,6 @@ class LanguageModelOutput(NamedTuple):
     """What every application of a layer decided; None unless traces were requested."""
     token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """[2] by name, such as `halting/applications`: a sum over real tokens, and their number."""
-
-
-class _Alike(NamedTuple):
-    """What the routers have in common whose losses are computed together."""
-
-    part: str
-    """The part of a layer that they belong to, `attention` or `ffn`; or `depth`."""
-    config: RouterConfig
-    """Their configuration, which says what their losses are."""
-    num_repeats: int
-    """Applications of each."""
-    shape: torch.Size
-    """[N, G, E] of their statistics."""
-    weighed: bool
-    """Whether these count tokens by weights."""
-
-
-SumOverRanks = Callable[[list[RoutingStatistics]], list[RoutingStatistics]]
-"""Sums statistics over all ranks; parallelism sets it on a model from outside."""
-
-
-def on_one_process(statistics: list[RoutingStatistics]) -> list[RoutingStatistics]:
-    """Return the statistics unchanged, as there are no other ranks."""
-    return statistics
 
 
 class LanguageModel(nn.Module):
@@ -211,8 +187,10 @@ class LanguageModel(nn.Module):
         if self.config.logit_soft_cap is not None:
             logits = soft_capped(logits, self.config.logit_soft_cap)
         if output.cache is None:
-            aux_losses = self._aux_losses(statistics) | losses
-            return LanguageModelOutput(logits, aux_losses, statistics, None, traces, sums)
+            # Ranks may validate unequal numbers of batches, and use no loss then.
+            sum_over_ranks = self.sum_over_ranks if self.training else on_one_process
+            losses = aux_losses(statistics, self.routers(), sum_over_ranks) | losses
+            return LanguageModelOutput(logits, losses, statistics, None, traces, sums)
         longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
         return LanguageModelOutput(logits, {}, statistics, longer, traces, sums)
 
@@ -262,48 +240,6 @@ class LanguageModel(nn.Module):
         mask = AttentionMask(False, token_mask, token_mask, runs=runs)
         output = self.encoder(x, self._layer_masks(mask, position, x.dtype), trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
-
-    def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:
-        """Sum losses over distinct layers, each over all of its repeats (MoEUT section 2.2).
-
-        Routers that differ in their layer only are stacked, as one loss over all of them costs
-        little more than one of a single router.
-        """
-        alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]] = {}
-        routers, repeats = self.routers(), Counter(call.key for call in statistics)
-        for call, value in statistics.items():
-            part = call.router.partition(".")[0]
-            config = routers[call.key].config
-            weighed = value.weight is not None
-            kind = _Alike(part, config, repeats[call.key], value.load.shape, weighed)
-            of_losses = value._replace(reported=None)
-            alike.setdefault(kind, {}).setdefault(call.key, []).append(of_losses)
-        sums: dict[str, Tensor] = {}
-        for kind, value in self._in_scope(alike).items():
-            first = routers[next(iter(alike[kind]))]
-            for name, loss in first.losses(value).items():
-                key, of_all = f"{kind.part}/{name}", loss * len(value.load)
-                sums[key] = sums[key] + of_all if key in sums else of_all
-        return sums
-
-    def _in_scope(
-        self, alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]]
-    ) -> dict[_Alike, RoutingStatistics]:
-        """Add up repeats, stack routers, and pool the groups that `BalanceConfig.scope` names."""
-        result = {}
-        for kind, repeats in alike.items():
-            every = stacked(value for values in repeats.values() for value in values)
-            of_routers = every.summed_repeats(len(repeats))
-            if kind.config.balance.pool_layers:
-                of_routers = of_routers.summed_repeats(1)
-            is_pooled = kind.config.balance.scope != "sequences"
-            result[kind] = of_routers.as_one_group() if is_pooled else of_routers
-        pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
-        # Ranks may validate unequal numbers of batches, and use no loss then.
-        if pooled and self.training:
-            of_all_ranks = self.sum_over_ranks([result[kind] for kind in pooled])
-            result |= zip(pooled, of_all_ranks, strict=True)
-        return result
 
     def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Count multiply-accumulates of one forward over a sequence of `length`, by part.

@@ -3,8 +3,8 @@
 Each maps statistics to a mean over groups of sequences and router groups. A group without
 real tokens contributes zero, and the mean always runs over all groups, so averaging over equal
 micro-batches and ranks gives the value of the whole batch. `BalanceConfig.scope` defines a group;
-`LanguageModel` applies it. Routers may be stacked in front of all dimensions: the mean runs over
-them too.
+`moa_dist.models.aux_losses` applies it. Routers may be stacked in front of all dimensions: the
+mean runs over them too.
 """
 
 from __future__ import annotations
