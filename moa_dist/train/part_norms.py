@@ -3,7 +3,7 @@
 They are measured around the step of torch's optimizer, where gradients, weights and updates lie in
 the same tensors at every ZeRO stage. Every rank adds up squares of what it alone owns, on the
 device; the sum over ranks is part of the collective that makes a report, so measuring adds neither
-a collective nor a wait of the host. P is the number of parts.
+a collective nor a host-device synchronization. P is the number of parts.
 """
 
 from __future__ import annotations
