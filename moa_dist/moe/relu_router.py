@@ -55,14 +55,13 @@ class ReLURouter(Router):
         if choice is None:
             places = self.config.experts_per_token(self.training).most
             chosen_ids = scores.detach().topk(places, dim=-1).indices
+            assigned = keep_mask = positive.gather(-1, chosen_ids)
         else:
-            chosen_ids = choice.topk_ids - self._group_offset(logits.device)
-        chosen = scores.gather(-1, chosen_ids)
-        assigned = positive.gather(-1, chosen_ids)
-        if choice is not None:
             assert choice.assigned is not None
-            assigned = choice.assigned
-        keep_mask = assigned if choice is None else choice.keep_mask
+            assert choice.keep_mask is not None
+            chosen_ids = choice.topk_ids - self._group_offset(logits.device)
+            assigned, keep_mask = choice.assigned, choice.keep_mask
+        chosen = scores.gather(-1, chosen_ids)
         if choice is None and self.config.capacity is not None:
             keep_mask = self._within_capacity(
                 chosen_ids, chosen, token_mask, num_sequence_groups, assigned
