@@ -1,9 +1,10 @@
 """Halting: tokens leave layers that repeat at different depths (Sparse Universal Transformer).
 
 Tan et al. 2023 (arXiv 2310.07096, section 3.3; code shawntan/SUT). Before every application but the
-first, a gate halts a token with some probability. Others see of a token its states' mean, weighted
-by the probability to have halted at each, or not to have halted yet for the last one. That mean is
-what flows from layer to layer; the state that is computed on is handed on next to it.
+first, a gate halts a token with some probability. What other tokens see of it is the mean of its
+states, each weighted by the probability that the token halted there, the last one by the
+probability that it still runs. That mean flows from layer to layer; the state that is computed on
+is handed on next to it.
 
 Shapes: B sequences of S tokens, D model width, R applications.
 """
@@ -52,6 +53,9 @@ class HaltingState(NamedTuple):
 
 class Halting(nn.Module, ABC):
     """Decides before each application of a layer which tokens run, built from its section."""
+
+    gate: nn.Module
+    """Has the parameters, which all applications of a layer share."""
 
     @abstractmethod
     def macs(self, num_tokens: int) -> int:
@@ -160,7 +164,7 @@ def expected_depth(state: HaltingState, num_applications: int) -> Tensor:
 
 
 def token_sums(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
-    """Sum up how many applications tokens took, without a gradient; see `LanguageModelOutput`."""
+    """Sum up how many applications tokens took, as `LanguageModelOutput.token_sums` has it."""
     return {"halting/applications": sum_and_number(state.applications, token_mask)}
 
 

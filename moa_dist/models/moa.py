@@ -43,14 +43,14 @@ class Attend(NamedTuple):
     product: Product
     """Sums values."""
     log_shares: LogShares
-    """The same as attention, for traces."""
+    """Computes the shares of keys that `product` sums values by, as logarithms, for traces."""
 
 
 ATTEND: dict[str, Attend] = {
     "softmax": Attend(softmax_attention, log_softmax_shares),
     "stick_breaking": Attend(stick_breaking_attention, log_stick_shares),
 }
-"""By the name that a configuration uses."""
+"""Ways by `MoAConfig.attend`."""
 
 
 class MoAAttention(RoutedModule, Attention):

@@ -55,9 +55,10 @@ def relative_attention(
     *,
     by_distance: Tensor,
 ) -> Tensor:
-    """Compute what `softmax_attention` does, with the products of `RelativePositions` in scores.
+    """Compute what `softmax_attention` does, with `by_distance` added to q k^T.
 
-    A block of queries is in memory at a time, as the backward pass computes attention again.
+    `by_distance` [B, H, T, 2 C + 1] are the products that `RelativePositions` returns for q. The
+    attention of one block of queries is in memory at a time; the backward pass computes it again.
     """
     heads, start = [], 0
     parts = zip(q.split(_BLOCK, dim=2), by_distance.split(_BLOCK, dim=2), strict=True)
@@ -74,9 +75,10 @@ def relative_attention(
 
 
 def distance_bias(by_distance: Tensor, first: int, num_keys: int) -> Tensor:
-    """Select what is added to each score: [..., T, 2 C + 1] -> [..., T, S].
+    """Select what is added to each score: [..., T, 2 C + 1] -> [..., T, S = num_keys].
 
-    Query t is token `first + t`. A key behind its query has a column after the middle.
+    Query t is token `first + t`. The middle column is that of the query's own token; keys that
+    follow it have those after.
     """
     largest, device = by_distance.shape[-1] // 2, by_distance.device
     query = first + torch.arange(by_distance.shape[-2], device=device)

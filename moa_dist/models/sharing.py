@@ -129,7 +129,7 @@ def _adapt(lender: Block, sharing: SharingConfig) -> None:
 
 
 def _share(block: Block, lender: Block, sharing: SharingConfig) -> None:
-    """Let `block` borrow what it has not of its own from `lender`, which has its adapters."""
+    """Let `block` borrow from `lender`, which has its adapters already, all that they share."""
     pairs = zip(_shared_children(block, sharing), _shared_children(lender, sharing), strict=True)
     for (holder, name), (lending_holder, _) in pairs:
         ours, lent = getattr(holder, name), getattr(lending_holder, name)

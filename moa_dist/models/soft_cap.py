@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def capped_scores(scores: Tensor, cap: float | None) -> Tensor:
-    """Bound scores of attention, of any shape; None leaves them as they are."""
+    """Return scores of attention, of any shape, bounded by `cap`; None leaves them as they are."""
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 

@@ -53,7 +53,7 @@ class StackOutput(NamedTuple):
     token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """What layers handed on, in numbers; see `LanguageModelOutput`."""
     recursion: RecursionOutput | None = None
-    """What tokens chose that choose how often they recur; None where they do not."""
+    """What tokens chose that choose how often they recur; None where none do."""
 
 
 class LayerStack(nn.Module):
@@ -70,10 +70,10 @@ class LayerStack(nn.Module):
         self.plan = tuple(self._planned(order))
         """All applications, in order."""
         self.core = range(config.prelude, config.num_layers - config.coda)
-        """Those of layers that may repeat."""
+        """Applications of layers between prelude and coda, which may repeat."""
         self.d_head = config.attention.d_head
         self.recursion = make_recursion(config)
-        """Chooses how often each token passes through them; None where all do equally often."""
+        """Chooses how often each token passes through these; None where all do equally often."""
         self._shared = tuple((module, n) for module, n in self.applications().items() if n > 1)
         self.recompute = recomputed_parts(recompute)
         if "experts" in self.recompute:
@@ -124,7 +124,7 @@ class LayerStack(nn.Module):
         return RouterCall(self.first_layer + self.core.start, 0, "depth")
 
     def lengths(self, length: int) -> list[int]:
-        """Tokens of a sequence of `length` that each application computes, in the mean."""
+        """Return how many of a sequence's `length` tokens each application computes, on average."""
         lengths = [length] * len(self.plan)
         if self.recursion is not None:
             for part, num in zip(self.recursions(), self.recursion.lengths(length), strict=True):

@@ -23,14 +23,15 @@ _BLOCK = 128
 
 
 def log_stick_shares(scores: Tensor, visible: Tensor) -> Tensor:
-    """Logarithms of `s_j * prod over j < m <= i of (1 - s_m)`, where s = sigmoid(scores).
+    """Return the logarithms of `s_j * prod over j < m <= i of (1 - s_m)`, s = sigmoid(scores).
 
     `scores` [..., T, S] and `visible`, a bool mask that broadcasts to it: a key that is not visible
     takes nothing, and leaves everything to those before it. Shares of a query sum to less than 1.
     """
     taken = F.logsigmoid(scores).masked_fill(~visible, -math.inf)
     left = F.logsigmoid(-scores).masked_fill(~visible, 0.0)
-    # What the keys behind each one leave, summed from the nearest: differences would cancel.
+    # What the keys between each one and the query leave, summed from the nearest: as differences
+    # of one running sum, small values would cancel.
     behind = F.pad(left.flip(-1)[..., :-1].cumsum(-1), (1, 0)).flip(-1)
     return taken + behind
 

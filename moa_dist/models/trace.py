@@ -68,7 +68,7 @@ LogShares = Callable[[Tensor, Tensor], Tensor]
 
 
 def log_softmax_shares(scores: Tensor, visible: Tensor) -> Tensor:
-    """Logarithms of a softmax over the visible keys."""
+    """Return the logarithms of a softmax over the visible keys; see `LogShares`."""
     return scores.masked_fill(~visible, -math.inf).log_softmax(-1)
 
 

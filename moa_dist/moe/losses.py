@@ -1,6 +1,6 @@
 """Balance losses of routers: a function each, and a line in `BALANCE_LOSSES`.
 
-Each maps statistics to a mean over groups of sequences and router groups. A group without
+Each maps statistics to a scalar, a mean over groups of sequences and router groups. A group without
 real tokens contributes zero, and the mean always runs over all groups, so averaging over equal
 micro-batches and ranks gives the value of the whole batch. `BalanceConfig.scope` defines a group;
 `moa_dist.models.aux_losses` applies it. Routers may be stacked in front of all dimensions: the
@@ -33,12 +33,12 @@ def switch_loss(statistics: RoutingStatistics) -> Tensor:
 
 
 def z_loss(statistics: RoutingStatistics) -> Tensor:
-    """Mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
+    """Return the mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
     return (statistics.z / statistics.divisor[..., None]).mean()
 
 
 def entropy_loss(statistics: RoutingStatistics) -> Tensor:
-    """Negative entropy of the mean probability (Csordas et al. 2024, equation 7), nats."""
+    """Return minus the entropy of the mean probability, nats (Csordas et al. 2024, equation 7)."""
     probability = _mean_probability(statistics)
     # Clamped, since the slope of p log p at 0 is infinite: an expert that a sequence never
     # considers, or a sequence that is all padding, would make every gradient NaN.

@@ -182,8 +182,11 @@ class Router(nn.Module):
         self.logits = self._make_logits(d_model, init or Normal(1 / math.sqrt(d_model)))
         rate = config.balance.bias_rate
         self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
+        """Added to the scores that choose; None without `balance.bias_rate`."""
         self.sparsity: SparsityCoefficient | None = None
+        """Coefficient that follows the number of experts taken, if this kind has one."""
         self.running: RunningMoments | None = None
+        """Statistics of logits that stand in for those of a batch, if this kind has them."""
         self.mean_names: tuple[str, ...] = ()
         """What is reported of `RoutingStatistics.reported`, as means over tokens."""
 
@@ -244,7 +247,7 @@ class Router(nn.Module):
         return routing._replace(statistics=routing.statistics.weighed(by_group, weight))
 
     def losses(self, statistics: RoutingStatistics) -> dict[str, Tensor]:
-        """Compute the auxiliary losses of `statistics`, each multiplied by its coefficient.
+        """Compute scalar losses of `statistics` by name, each multiplied by its coefficient.
 
         Statistics of other routers with an equal configuration may be stacked in front.
         """
@@ -286,7 +289,7 @@ class Router(nn.Module):
         num_sequence_groups: int,
         choice: Choice | None,
     ) -> Routing:
-        """Choose by logits [T, G * E] as `forward` does step by step, in few kernels."""
+        """Do the work of `_route` in few kernels; logits [T, G * E]."""
         config, G = self.config, self.num_groups
         given = None if choice is None else choice.topk_ids
         if config.group_limit is not None and given is None:

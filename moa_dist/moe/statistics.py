@@ -41,7 +41,8 @@ class RoutingStatistics(NamedTuple):
     """[N], sum of the weights of tokens by which the three sums above count them; carries a
     gradient. None where every token counts once."""
     own: Tensor | None = None
-    """[N, M], sums for what a kind of router does of its own; None for most."""
+    """[N, M], sums that this kind of router alone needs, for its losses or its state; None for
+    most."""
     reported: Tensor | None = None
     """[N, P], sums over tokens of what is particular to a kind, in the order of
     `Router.mean_names`: used for reports alone, which divide by the number of tokens. None for

@@ -1,9 +1,9 @@
 """Monet's router: each head keeps the experts whose logits stand out, at least one.
 
-Park et al. 2024 (arXiv 2412.04139, section 3; code dmis-lab/Monet). A logit is kept from the
-quantile of a normal distribution on that K of E experts reach, after normalization over all experts
-and all tokens of its group of sequences: of whole sequences in training, future tokens included.
-In evaluation running statistics stand in for these, so a token's experts depend on it alone.
+Park et al. 2024 (arXiv 2412.04139, section 3; code dmis-lab/Monet). A logit is kept if, normalized,
+it reaches the value that K of E draws from a normal distribution exceed. Training normalizes by the
+mean and variance over all experts and all tokens of the group of sequences, future tokens included.
+Evaluation uses running statistics instead, so a token's experts depend on it alone.
 
 Shapes: T tokens, G router groups, H heads, E experts per group, N groups of sequences.
 """
