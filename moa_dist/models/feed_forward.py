@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import DenseFFNConfig, FFNConfig, MoEFFNConfig, Part
+from moa_dist.config.feed_forward import DenseFFNConfig, FFNConfig, MoEFFNConfig
+from moa_dist.config.parts import Part
 from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.models.linear import Bias, Linear

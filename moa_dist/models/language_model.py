@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_dist.config.model import ModelConfig, Recompute
+from moa_dist.config.model import ModelConfig
 from moa_dist.config.positions import RopeConfig
+from moa_dist.config.recompute import Recompute
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.models.aux_losses import SumOverRanks, aux_losses, on_one_process
 from moa_dist.models.block import EncoderMemory, make_norm

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig
+from moa_dist.config.attention import MoAConfig
 from moa_dist.models.attention import Attention, Context, Mixed, Product, head_norm, traced
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.models.mask import AttentionMask

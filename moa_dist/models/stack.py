@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moa_dist.config.model import ModelConfig, Recompute, recomputed_parts
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.recompute import Recompute, recomputed_parts
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.kernels.routed_experts import recomputed_experts
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts

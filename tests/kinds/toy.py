@@ -12,7 +12,8 @@ import torch
 from pydantic import PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
-from moa_dist.config.model import AttentionConfig, FFNConfig
+from moa_dist.config.attention import AttentionConfig
+from moa_dist.config.feed_forward import FFNConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.errors import Problem
 from moa_dist.models.attention import Attention, Context, Mixed
