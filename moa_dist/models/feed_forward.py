@@ -28,8 +28,9 @@ from moa_dist.moe.routed_module import (
     RoutedProjection,
     recurrent_states,
 )
-from moa_dist.moe.router import Router, RouterLogits, Routing
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import make_router
+from moa_dist.moe.router_logits import RouterLogits
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.moe.token_state import NO_STATE, TokenState
 from moa_dist.profiling import annotated

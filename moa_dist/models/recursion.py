@@ -21,7 +21,8 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.config.recursion import ExpertChoiceConfig, RecursionConfig, TokenChoiceConfig
 from moa_dist.models.packing import Places
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.router import Router, RouterLogits, Routing
+from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 
 Run = Callable[[int, Tensor, Places | None], Tensor]
 """Applies a recursion, counted from 0, to packed tokens [B, n, D]; without places, to all."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from moa_dist.config.family import MLPRouterConfig
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.moe.initialize import Constant, Initializer, Normal
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moa_dist.config.family import TaskRouterConfig
 from moa_dist.errors import DataError
 from moa_dist.moe.initialize import Initializer
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.moe.token_state import RouterState
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from moa_dist.config.family import ThresholdRouterConfig
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.moments import RunningMoments, mean_and_variance
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 from moa_dist.moe.statistics import routing_statistics, sum_by_group
 
 _EPS = 1e-5

@@ -24,8 +24,9 @@ from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router, RouterLogits, Routing
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import ROUTERS, make_router
+from moa_dist.moe.router_logits import RouterLogits
 
 
 class TanhRouterConfig(RouterConfig):
