@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import count
-from moa_dist.models.halting import expected_depth
+from moa_dist.models.halting import Halting, HaltingState, expected_depth
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.stack import LayerStack
+from moa_dist.moe.initialize import initialize
 from moa_dist.moe.statistics import total
 from tests.models.small import ATTENTION, LENGTH, PLACEMENTS, small_config, small_model, tokens_of
 
@@ -140,6 +141,40 @@ def test_it_computes_what_its_authors_do(name, threshold, causal, recompute):
         if gradient.norm() > 0:
             close(found, gradient)
     close(x.grad, golden["grad_mi_corrected.x"])
+
+
+class Alternating(Halting):
+    """Halts other tokens in every call, unless it is given a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.calls = nn.Identity(), 0
+
+    def macs(self, num_tokens: int) -> int:
+        return 0
+
+    def forward(self, x, token_mask, past, choice=None) -> HaltingState:
+        self.calls += 1
+        one = x.new_ones(x.shape[:2])
+        running = one.cumsum(1) % 3 != self.calls % 3 if choice is None else choice
+        inner = x if past is None else past.inner
+        return HaltingState(inner, torch.zeros_like(x), one, one, running, running.long())
+
+    def losses(self, state, token_mask, num_applications) -> dict[str, Tensor]:
+        return {}
+
+
+def test_any_way_to_halt_keeps_its_choices_when_recomputed():
+    gradients = []
+    for recompute in (False, True):
+        stack = LayerStack(model(0.999, 2), recompute=recompute)
+        initialize(stack, seed=0)
+        stack.double().layers[0].halting = Alternating()
+        x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0)).double()
+        mask = AttentionMask(True)
+        stack(x.requires_grad_(), LayerMasks(mask, mask)).x.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 def halting_model(attention: str | dict[str, Any], objective: str = "causal", **more: object):
