@@ -18,16 +18,11 @@ from moa_dist.config.routers import BalanceConfig
 from moa_dist.moe.statistics import RoutingStatistics
 
 
-def _mean_probability(statistics: RoutingStatistics) -> Tensor:
-    """Return mean probabilities [N, G, E], zero where a group has no tokens."""
-    return statistics.probability / statistics.divisor[..., None, None]
-
-
 def switch_loss(statistics: RoutingStatistics) -> Tensor:
     """`E * sum_e f_e P_e` (Fedus et al. 2021, equation 4): 1 when even, E when collapsed."""
     num_experts = statistics.load.shape[-1]
     assignments = statistics.load.sum(-1, keepdim=True).clamp(min=1)
-    probability = _mean_probability(statistics)
+    probability = statistics.mean_probability
     share = statistics.load.to(probability.dtype) / assignments
     return num_experts * (share * probability).sum(-1).mean()
 
@@ -39,7 +34,7 @@ def z_loss(statistics: RoutingStatistics) -> Tensor:
 
 def entropy_loss(statistics: RoutingStatistics) -> Tensor:
     """Return minus the entropy of the mean probability, nats (Csordas et al. 2024, equation 7)."""
-    probability = _mean_probability(statistics)
+    probability = statistics.mean_probability
     # Clamped, since the slope of p log p at 0 is infinite: an expert that a sequence never
     # considers, or a sequence that is all padding, would make every gradient NaN.
     log = probability.clamp(min=torch.finfo(probability.dtype).tiny).log()

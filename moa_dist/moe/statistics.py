@@ -53,6 +53,11 @@ class RoutingStatistics(NamedTuple):
         """[N], what turns the sums that carry gradients into means over tokens; 1 without any."""
         return self.num_tokens.clamp(min=1) if self.weight is None else _or_one(self.weight)
 
+    @property
+    def mean_probability(self) -> Tensor:
+        """[N, G, E], `probability` as a mean over tokens; 0 where a group of sequences has none."""
+        return self.probability / self.divisor[..., None, None]
+
     def each(self, function: Callable[[Tensor], Tensor]) -> RoutingStatistics:
         """Apply a function to all parts."""
         return RoutingStatistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]  # None stays None
