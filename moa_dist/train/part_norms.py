@@ -99,7 +99,7 @@ def _has_room(flats: list[Tensor]) -> bool:
 def part_norms(squares: Tensor | None, grad_norm: float) -> dict[str, PartNorms]:
     """Return the norms of each part of the model from sums over ranks; empty if there are none.
 
-    Clipping multiplies all gradients by one factor. It is taken back by making the parts add up to
+    Clipping multiplies all gradients by one factor, which is undone here: the parts add up to
     `grad_norm`, the global norm before clipping.
     """
     if squares is None:
