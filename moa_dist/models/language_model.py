@@ -129,29 +129,15 @@ class LanguageModel(nn.Module):
             ValueError: a cache is used and experts have a capacity (see `dropless`), or are chosen
                 by later tokens, or a cache, a source or documents do not fit the objective or the
                 tokens.
+            DataError: a router needs `tasks`, which are not given.
         """
+        self._check_source(source, cache)
         num_past, key_mask = 0, token_mask
-        if source is not None and self.encoder is None:
-            raise ValueError("only a model that translates has a source")
-        if source is not None and cache is not None and cache.length:
-            raise ValueError("the cache holds a source already")
         if cache is not None:
-            if reason := self.config.looks_ahead:
-                raise ValueError(f"{reason}: it cannot use a cache")
-            if self.config.objective == "masked":
-                raise ValueError("a masked language model sees both sides: it cannot use a cache")
-            routers = self.config.routers().values()
-            if any(router.capacity for router in routers):
-                raise ValueError(
-                    "with a capacity, what an expert drops depends on the whole sequence, which "
-                    "a cache does not hold; use dropless(model)"
-                )
-            if self.training and any(router.sees_group_in_training for router in routers):
-                raise ValueError("training chooses experts by later tokens too: use model.eval()")
+            self._check_cache()
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
-        if documents is not None and self.config.recursion is not None:
-            raise ValueError("tokens that choose their number of recursions cannot have documents")
-        _check_documents(documents, tokens, num_past, self.encoder)
+        if documents is not None:
+            self._check_documents(documents, tokens, num_past)
         position = positions(tokens, key_mask, num_past, documents)
         table = self._uses_of_table()
         x, memory, encoded = self._embed(tokens, position, table), None, None
@@ -182,11 +168,7 @@ class LanguageModel(nn.Module):
             losses = {name: loss + of_encoder[name] for name, loss in losses.items()}
             sums = sums | {f"encoder/{name}": both for name, both in encoded.token_sums.items()}
             traces = None if traces is None else (encoded.traces or {}) | traces
-        x = self.final_norm(output.x)
-        with table.summing():
-            logits = self.embedding(x) if self.head is None else self.head(x)
-        if self.config.logit_soft_cap is not None:
-            logits = soft_capped(logits, self.config.logit_soft_cap)
+        logits = self._logits(output.x, table)
         if output.cache is None:
             # Ranks may validate unequal numbers of batches, and use no loss then.
             sum_over_ranks = self.sum_over_ranks if self.training else on_one_process
@@ -194,6 +176,40 @@ class LanguageModel(nn.Module):
             return LanguageModelOutput(logits, losses, statistics, None, traces, sums)
         longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
         return LanguageModelOutput(logits, {}, statistics, longer, traces, sums)
+
+    def _check_source(self, source: Tensor | None, cache: Cache | None) -> None:
+        if source is not None and self.encoder is None:
+            raise ValueError("only a model that translates has a source")
+        if source is not None and cache is not None and cache.length:
+            raise ValueError("the cache holds a source already")
+
+    def _check_cache(self) -> None:
+        if reason := self.config.looks_ahead:
+            raise ValueError(f"{reason}: it cannot use a cache")
+        if self.config.objective == "masked":
+            raise ValueError("a masked language model sees both sides: it cannot use a cache")
+        routers = self.config.routers().values()
+        if any(router.capacity for router in routers):
+            raise ValueError(
+                "with a capacity, what an expert drops depends on the whole sequence, which a "
+                "cache does not hold; use dropless(model)"
+            )
+        if self.training and any(router.sees_group_in_training for router in routers):
+            raise ValueError("training chooses experts by later tokens too: use model.eval()")
+
+    def _check_documents(self, documents: Documents, tokens: Tensor, num_past: int) -> None:
+        if self.config.recursion is not None:
+            raise ValueError("tokens that choose their number of recursions cannot have documents")
+        if self.encoder is not None:
+            raise ValueError(
+                "a model that translates reads each text by itself: it has no documents"
+            )
+        expected = len(tokens), num_past + tokens.shape[1]
+        if documents.ids.shape != expected:
+            raise ValueError(
+                f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has "
+                f"read {expected}, cache included"
+            )
 
     def _uses_of_table(self) -> Repeats:
         """Return what sums the gradients of the embedding over lookups and, if tied, the head."""
@@ -210,6 +226,14 @@ class LanguageModel(nn.Module):
         if self.config.position == "sinusoidal":
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
+
+    def _logits(self, x: Tensor, table: Repeats) -> Tensor:
+        """[B, S, D] -> [B, S, V]."""
+        x = self.final_norm(x)
+        with table.summing():
+            logits: Tensor = self.embedding(x) if self.head is None else self.head(x)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else soft_capped(logits, cap)
 
     def _layer_masks(self, mask: AttentionMask, position: Tensor, dtype: torch.dtype) -> LayerMasks:
         """Compute once what all layers see, and by what they rotate at `position` [B or 1, S]."""
@@ -257,21 +281,6 @@ def _final_norm(config: ModelConfig) -> nn.Module:
     if config.norm_placement == "post":
         return nn.Identity()
     return make_norm(config, config.final_norm_eps or config.norm_eps)
-
-
-def _check_documents(
-    documents: Documents | None, tokens: Tensor, num_past: int, encoder: nn.Module | None
-) -> None:
-    if documents is None:
-        return
-    if encoder is not None:
-        raise ValueError("a model that translates reads each text by itself: it has no documents")
-    expected = len(tokens), num_past + tokens.shape[1]
-    if documents.ids.shape != expected:
-        raise ValueError(
-            f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has read "
-            f"{expected}, cache included"
-        )
 
 
 def build_model(
