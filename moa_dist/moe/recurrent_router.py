@@ -58,6 +58,7 @@ class RecurrentRouter(Router):
     """The top K of logits of a state that the router of the layer before began."""
 
     config: RecurrentRouterConfig
+    of_all_layers = ("cell",)
 
     def __init__(
         self,

@@ -97,6 +97,8 @@ class Router(nn.Module):
 
     weighs_tokens: ClassVar[bool] = True
     """Whether statistics count tokens by `RouterState.weight`; else all count alike."""
+    of_all_layers: ClassVar[tuple[str, ...]] = ()
+    """Names of children that the routers of all layers of a stack have in common."""
 
     def __init__(
         self,
