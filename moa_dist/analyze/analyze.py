@@ -53,7 +53,7 @@ class Observations:
     depths: dict[Text, Tensor]
     """Tokens by the number of applications that they took of the layers that tokens leave, int64;
     empty where all take all."""
-    token_means: dict[str, Tensor]
+    token_sums: dict[str, Tensor]
     """What layers hand on, in numbers; see `LanguageModelOutput`."""
 
     def add(
@@ -115,8 +115,8 @@ def observe(model: LanguageModel, batches: Iterable[Batch], device: torch.device
             texts["source"] = _tokens(batch.source, batch.source_mask)
         output = model(*inputs, trace=True)
         result.add(texts, output.traces, batch.documents)
-        for name, mean in output.token_means.items():
-            result.token_means[name] = result.token_means.get(name, 0.0) + mean
+        for name, both in output.token_sums.items():
+            result.token_sums[name] = result.token_sums.get(name, 0.0) + both
     return result
 
 
@@ -164,7 +164,7 @@ def _nothing_seen(model: LanguageModel, device: torch.device) -> Observations:
             if name != "attention"
         ),
         depths={},
-        token_means={},
+        token_sums={},
     )
 
 
@@ -243,7 +243,7 @@ def token_mean_results(seen: Observations) -> dict[str, float]:
     """Return means over tokens of what layers hand on, by name."""
     return {
         name: (total / number.clamp(min=1)).item()
-        for name, (total, number) in seen.token_means.items()
+        for name, (total, number) in seen.token_sums.items()
     }
 
 

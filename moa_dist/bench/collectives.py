@@ -14,7 +14,7 @@ from torch import Tensor
 from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import together
-from moa_dist.config.model import MoEFFNConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
 from moa_dist.distributed.mesh import Mesh
 
 _SMALL = 16 * 2**10

@@ -11,7 +11,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from moa_dist.config.model import MoEFFNConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
 from moa_dist.train.deepspeed_hooks import disable_shm_comm_jit, ignore_renamed_collectives
 
 CAPACITY = 1.25

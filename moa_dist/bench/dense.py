@@ -5,13 +5,9 @@ Equal work excludes routers, so that their cost becomes visible.
 
 from __future__ import annotations
 
-from moa_dist.config.model import (
-    AttentionConfig,
-    DenseAttentionConfig,
-    DenseFFNConfig,
-    FFNConfig,
-    ModelConfig,
-)
+from moa_dist.config.attention import AttentionConfig, DenseAttentionConfig
+from moa_dist.config.feed_forward import DenseFFNConfig, FFNConfig
+from moa_dist.config.model import ModelConfig
 from moa_dist.config.sharing import SharingConfig
 from moa_dist.models.counts import count
 from moa_dist.models.kinds import make_attention, make_feed_forward

@@ -13,7 +13,7 @@ from moa_dist.bench.dense import equal_work
 from moa_dist.bench.measure import Row, Table, Work, compare
 from moa_dist.bench.setting import Setting
 from moa_dist.bench.spawned_ranks import together
-from moa_dist.config.model import FFNConfig, MoEFFNConfig
+from moa_dist.config.feed_forward import FFNConfig, MoEFFNConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.device import should_overlap
 from moa_dist.distributed.mesh import Mesh, make_mesh

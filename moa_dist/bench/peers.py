@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moa_dist.bench.deepspeed_moe import CAPACITY, deepspeed_moe
 from moa_dist.bench.measure import Table, compare
 from moa_dist.bench.setting import Setting
-from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig
+from moa_dist.config.feed_forward import DenseFFNConfig, MoEFFNConfig
 from moa_dist.distributed.start import init_distributed
 from moa_dist.models.kinds import make_feed_forward
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moa_dist.config import Config, find_layout_problems
-from moa_dist.config.model import PARTS
+from moa_dist.config.parts import PARTS
 from moa_dist.data.epochs import sources_read
 from moa_dist.data.folders import DataFolder
 from moa_dist.data.manifest import load_manifest

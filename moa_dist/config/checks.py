@@ -11,7 +11,6 @@ from moa_dist.config import sharing_checks
 from moa_dist.config.changes import unknown_permissions
 from moa_dist.config.layout_checks import fitting_micro_batches
 from moa_dist.config.mixture_checks import held_out_folders, training_sources, urls
-from moa_dist.config.model import PARTS, Part, PartConfig
 from moa_dist.config.objective_checks import causal_attention, translation, unequal_batches
 from moa_dist.config.optimization_checks import (
     decay,
@@ -21,6 +20,7 @@ from moa_dist.config.optimization_checks import (
     phases,
     warmup,
 )
+from moa_dist.config.parts import PARTS, Part, PartConfig
 from moa_dist.config.position_checks import rotations, window
 from moa_dist.config.recursion_checks import looking_ahead, recursion
 from moa_dist.config.routers import RouterConfig

@@ -17,12 +17,8 @@ from pydantic import (
     SerializeAsAny,
 )
 
-from moa_dist.config.model import (
-    AttentionConfig,
-    DenseAttentionConfig,
-    FFNConfig,
-    MoEFFNConfig,
-)
+from moa_dist.config.attention import AttentionConfig, DenseAttentionConfig
+from moa_dist.config.feed_forward import FFNConfig, MoEFFNConfig
 from moa_dist.config.routers import ExpertsPerToken, RouterConfig, shrunk
 from moa_dist.errors import Problem
 

@@ -14,7 +14,8 @@ from pydantic import (
 )
 
 from moa_dist.config.data import DataConfig
-from moa_dist.config.model import ModelConfig, Recompute
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.recompute import Recompute
 from moa_dist.config.section import MAY_CHANGE, FolderPath, Section
 
 

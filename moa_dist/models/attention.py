@@ -15,7 +15,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from moa_dist.config.model import AttentionConfig, DenseAttentionConfig, Part
+from moa_dist.config.attention import AttentionConfig, DenseAttentionConfig
+from moa_dist.config.parts import Part
 from moa_dist.models.cache import KeyValues, extended
 from moa_dist.models.linear import Linear
 from moa_dist.models.mask import AttentionMask

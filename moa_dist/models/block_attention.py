@@ -2,7 +2,8 @@
 
 It is for windows where flash attention does not run, for caches of documents, and for soft caps. A
 block reads only the keys that it may see, and its logits are computed again in the backward pass:
-what is kept are queries, keys, values and the result, as by flash attention.
+what is kept are queries, keys, values and the result, as by flash attention. Kinds of attention
+without a softmax, or with more in it, say what a block computes (`recomputed_by_blocks`).
 
 Shapes: B sequences, T queries, S keys and values, H heads of queries in h groups, each of which
 shares a head of keys, d head width; t queries in a block, r = H / h * t rows.
@@ -11,11 +12,12 @@ shares a head of keys, d head width; t queries in a block, r = H / h * t rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moa_dist.models.mask import AttentionMask
 
@@ -95,6 +97,30 @@ def _blocks(mask: AttentionMask, num_queries: int, num_keys: int) -> Iterator[tu
         if window is not None:
             first = max(mask.num_past + start - window + 1, 0)
         yield slice(start, stop), slice(first, last)
+
+
+def recomputed_by_blocks(
+    attend: Callable[..., Tensor],
+    rows: tuple[Tensor, ...],
+    k: Tensor,
+    v: Tensor,
+    mask: AttentionMask,
+) -> Tensor:
+    """Attend with a block of queries at a time, whose attention the backward pass computes again.
+
+    `rows` [..., T, width] have a row for each query, and k and v [..., S, width] for each key.
+    `attend` returns [..., t, d] for those of a block, k and v up to its end, the index of its first
+    query among the keys, and what its queries see, as `AttentionMask.visible` returns it. What it
+    keeps must be among its arguments. Returns [..., T, d].
+    """
+    parts = zip(*(x.split(_BLOCK, dim=-2) for x in rows), strict=True)
+    slices = _blocks(mask._replace(window=None), rows[0].shape[-2], k.shape[-2])
+    heads = []
+    for block, (queries, keys) in zip(parts, slices, strict=True):
+        visible = mask.visible(queries, keys, k.device)
+        operands = *block, k[..., keys, :], v[..., keys, :], mask.num_past + queries.start, visible
+        heads.append(checkpoint(attend, *operands, use_reentrant=False))
+    return torch.cat(heads, dim=-2)
 
 
 def _length(part: slice) -> int:

@@ -40,7 +40,8 @@ class Work:
     """Multiply-accumulates by part. Attention counts all pairs of tokens, which is how the
     papers count; norms, activations and gates are left out."""
     layer_macs: dict[str, Counter[str]]
-    """Those of attention, of the FFN and of the rest of all layers, each by what does them."""
+    """Multiply-accumulates of attention, of the FFN and of the rest, over all layers; each by what
+    does them, such as `experts`."""
 
     @property
     def head_macs(self) -> int:

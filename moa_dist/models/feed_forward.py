@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa_dist.config.model import DenseFFNConfig, MoEFFNConfig, Part
+from moa_dist.config.feed_forward import DenseFFNConfig, FFNConfig, MoEFFNConfig
+from moa_dist.config.parts import Part
 from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.models.linear import Bias, Linear
@@ -27,8 +28,9 @@ from moa_dist.moe.routed_module import (
     RoutedProjection,
     recurrent_states,
 )
-from moa_dist.moe.router import Router, RouterLogits, Routing
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import make_router
+from moa_dist.moe.router_logits import RouterLogits
 from moa_dist.moe.statistics import RoutingStatistics
 from moa_dist.moe.token_state import NO_STATE, TokenState
 from moa_dist.profiling import annotated
@@ -45,6 +47,17 @@ class FeedForwardOutput(NamedTuple):
     """What the routers decided, by the same names; empty if no trace was asked for."""
     states: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """States of recurrent routers for the next layer, by the same names."""
+
+
+class FFNContext(NamedTuple):
+    """What a feed-forward part is applied with, other than tokens."""
+
+    token_mask: Tensor | None
+    """[B, S] bool, true for real tokens; None when there is no padding."""
+    gathered: Gathered
+    """Weights of all experts where they were gathered."""
+    state: TokenState = NO_STATE
+    """What routers know of tokens."""
 
 
 class FeedForward(nn.Module, ABC):
@@ -72,14 +85,9 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def transform(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered,
-        state: TokenState,
+        self, x: Tensor, router_input: Tensor, context: FFNContext
     ) -> tuple[Tensor, dict[str, Routing]]:
-        """Compute y as `forward` does; also returns what the routers decided, by their names."""
+        """Compute y of `forward` [B, S, D]; also return the routers' decisions, by their names."""
 
     @annotated("ffn")
     def forward(
@@ -97,7 +105,7 @@ class FeedForward(nn.Module, ABC):
         the same. `token_mask` [B, S] bool is true for real tokens; None when there is no padding,
         at which y has no part of routed experts. `state` is for routers.
         """
-        y, routing = self.transform(x, router_input, token_mask, gathered, state)
+        y, routing = self.transform(x, router_input, FFNContext(token_mask, gathered, state))
         statistics = {name: decided.statistics for name, decided in routing.items()}
         states = recurrent_states(routing)
         return FeedForwardOutput(y, statistics, routing if trace else {}, states)
@@ -115,17 +123,20 @@ class DenseFeedForward(FeedForward):
         self.down = Linear(config.d_ff, d_model, down, bias=bias)
         self.activation = ACTIVATIONS[config.activation].value
 
+    @classmethod
+    def like(cls, config: FFNConfig, d_ff: int, d_model: int, init_scale: float) -> Self:
+        """Build one of hidden width `d_ff` with the activation, gate and biases of `config`."""
+        dense = DenseFFNConfig(
+            d_ff=d_ff, activation=config.activation, gated=config.gated, bias=config.bias
+        )
+        return cls(dense, d_model, init_scale)
+
     def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Implement `FeedForward.macs`."""
         return {"projections": sum(p.macs(length) for p in (self.up, self.gate, self.down) if p)}
 
     def transform(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered,
-        state: TokenState,
+        self, x: Tensor, router_input: Tensor, context: FFNContext
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Implement `FeedForward.transform`; only `x` is used."""
         hidden = self.activation(self.up(x))
@@ -166,19 +177,14 @@ class SharedExpert(nn.Module):
     def __init__(self, config: MoEFFNConfig, d_model: int, init_scale: float) -> None:
         super().__init__()
         assert config.shared_expert is not None
-        dense = DenseFFNConfig(
-            d_ff=config.shared_expert.d_expert,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.bias,
-        )
-        self.ffn = DenseFeedForward(dense, d_model, init_scale)
+        d_ff = config.shared_expert.d_expert
+        self.ffn = DenseFeedForward.like(config, d_ff, d_model, init_scale)
         init = Normal(init_scale / math.sqrt(d_model))
         gated = config.shared_expert.sigmoid_gate
         self.gate = RouterLogits(d_model, 1, init) if gated else None
 
     def macs(self, length: int, *, training: bool) -> dict[str, int]:
-        """Implement `FeedForward.macs`."""
+        """Count multiply-accumulates as `FeedForward.macs` does."""
         gate = 0 if self.gate is None else length * self.gate.weight.numel()
         return {**self.ffn.macs(length, training=training), "routers": gate}
 
@@ -247,18 +253,13 @@ class MoEFeedForward(RoutedModule, FeedForward):
         ]
 
     def transform(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered,
-        state: TokenState,
+        self, x: Tensor, router_input: Tensor, context: FFNContext
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Implement `FeedForward.transform`."""
-        routing = self.router(router_input, token_mask, state=state.of(""))
+        routing = self.router(router_input, context.token_mask, state=context.state.of(""))
         plan = self.dispatcher.plan(routing, self.router.num_experts)
         experts = self.expert_weights(
-            *self.expert_layers(), gathered=gathered, activation=self.config.activation
+            *self.expert_layers(), gathered=context.gathered, activation=self.config.activation
         )
         rows = x.flatten(0, 1)
         sent = plan.dispatch(F.pad(rows, (0, 1), value=1.0) if self.config.bias else rows, "token")

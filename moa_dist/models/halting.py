@@ -1,9 +1,10 @@
 """Halting: tokens leave layers that repeat at different depths (Sparse Universal Transformer).
 
 Tan et al. 2023 (arXiv 2310.07096, section 3.3; code shawntan/SUT). Before every application but the
-first, a gate halts a token with some probability. Others see of a token its states' mean, weighted
-by the probability to have halted at each, or not to have halted yet for the last one. That mean is
-what flows from layer to layer; the state that is computed on is handed on next to it.
+first, a gate halts a token with some probability. What other tokens see of it is the mean of its
+states, each weighted by the probability that the token halted there, the last one by the
+probability that it still runs. That mean flows from layer to layer; the state that is computed on
+is handed on next to it.
 
 Shapes: B sequences of S tokens, D model width, R applications.
 """
@@ -11,6 +12,7 @@ Shapes: B sequences of S tokens, D model width, R applications.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,20 +51,17 @@ class HaltingState(NamedTuple):
         return self.running
 
 
-class StickBreakingHalting(nn.Module):
-    """The gate of a layer: the probability that a token halts, by its state."""
+class Halting(nn.Module, ABC):
+    """Decides before each application of a layer which tokens run, built from its section."""
 
-    def __init__(self, config: StickBreakingHaltingConfig, d_model: int) -> None:
-        super().__init__()
-        self.config = config
-        init = Normal(1 / math.sqrt(d_model))
-        self.gate = MLPLogits(d_model, config.d_hidden or d_model, 2, "gelu", init)
-        self.gate.out.init = Constant(0.0)  # halting is as likely as not at first
+    gate: nn.Module
+    """Has the parameters, which all applications of a layer share."""
 
+    @abstractmethod
     def macs(self, num_tokens: int) -> int:
         """Count multiply-accumulates of one decision for each token."""
-        return num_tokens * sum(w.numel() for w in self.gate.parameters() if w.dim() == 2)
 
+    @abstractmethod
     def forward(
         self,
         x: Tensor,
@@ -73,8 +72,38 @@ class StickBreakingHalting(nn.Module):
         """Decide before an application which tokens run; `past` is None before the first.
 
         x [B, S, D] is what others see of tokens; `token_mask` [B, S] bool is true for real ones.
-        With a `choice`, only probabilities are computed.
+        With a `choice`, see `HaltingState.choice`, only probabilities are computed.
         """
+
+    @abstractmethod
+    def losses(
+        self, state: HaltingState, token_mask: Tensor | None, num_applications: int
+    ) -> dict[str, Tensor]:
+        """Compute losses by name, coefficients applied, by the state after the last application."""
+
+
+class StickBreakingHalting(Halting):
+    """The gate of a layer: the probability that a token halts, by its state."""
+
+    def __init__(self, config: StickBreakingHaltingConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        init = Normal(1 / math.sqrt(d_model))
+        self.gate = MLPLogits(d_model, config.d_hidden or d_model, 2, "gelu", init)
+        self.gate.out.init = Constant(0.0)  # halting is as likely as not at first
+
+    def macs(self, num_tokens: int) -> int:
+        """Implement `Halting.macs`."""
+        return num_tokens * sum(w.numel() for w in self.gate.parameters() if w.dim() == 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None,
+        past: HaltingState | None,
+        choice: Tensor | None = None,
+    ) -> HaltingState:
+        """Implement `Halting.forward`."""
         if past is None:
             return self._first(x, token_mask)
         go_on, halt = self.gate(past.inner).softmax(-1).unbind(-1)
@@ -102,7 +131,7 @@ class StickBreakingHalting(nn.Module):
     def losses(
         self, state: HaltingState, token_mask: Tensor | None, num_applications: int
     ) -> dict[str, Tensor]:
-        """Compute the loss on depth, by the state after the last application.
+        """Implement `Halting.losses`: the loss on depth.
 
         The mean runs over real tokens of each sequence, then over sequences.
         """
@@ -134,17 +163,17 @@ def expected_depth(state: HaltingState, num_applications: int) -> Tensor:
     return state.expected - 1 - (R - 2) * last + (R - 1) * state.weight
 
 
-def token_means(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
-    """Sum up how many applications tokens took, without a gradient; see `LanguageModelOutput`."""
+def token_sums(state: HaltingState, token_mask: Tensor | None) -> dict[str, Tensor]:
+    """Sum up how many applications tokens took, as `LanguageModelOutput.token_sums` has it."""
     return {"halting/applications": sum_and_number(state.applications, token_mask)}
 
 
-HALTING: dict[type[HaltingConfig], Callable[[Any, int], StickBreakingHalting]] = {
+HALTING: dict[type[HaltingConfig], Callable[[Any, int], Halting]] = {
     StickBreakingHaltingConfig: StickBreakingHalting,
 }
 """Module by section."""
 
 
-def make_halting(config: HaltingConfig, d_model: int) -> StickBreakingHalting:
+def make_halting(config: HaltingConfig, d_model: int) -> Halting:
     """Build the module that `config` describes."""
     return HALTING[type(config)](config, d_model)

@@ -1,9 +1,9 @@
 """The kinds of attention and feed-forward part: what a layer can be made of.
 
-A new kind is three things: a section in `config/model.py` (its sizes, its routers, how it
-shrinks), a module that is an `Attention` or a `FeedForward`, and a line here. Sharding, counting,
-planning, verification, analysis, export and generation ask the section and the module, so nothing
-else changes.
+A new kind is three things: a section in `config/attention.py` or `config/feed_forward.py` (its
+sizes, its routers, how it shrinks), a module that is an `Attention` or a `FeedForward`, and a line
+here. Sharding, counting, planning, verification, analysis, export and generation ask the section
+and the module, so nothing else changes.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moa_dist.config.attention import (
+    AttentionConfig,
+    DenseAttentionConfig,
+    MoAConfig,
+    SwitchHeadConfig,
+)
 from moa_dist.config.family import (
     ComposedAttentionConfig,
     MoHConfig,
     MonetConfig,
     ResidualMoEConfig,
 )
-from moa_dist.config.model import (
-    AttentionConfig,
-    DenseAttentionConfig,
-    DenseFFNConfig,
-    FFNConfig,
-    MoAConfig,
-    MoEFFNConfig,
-    SwitchHeadConfig,
-)
+from moa_dist.config.feed_forward import DenseFFNConfig, FFNConfig, MoEFFNConfig
 from moa_dist.models.attention import Attention, DenseAttention
 from moa_dist.models.composed_attention import ComposedAttention
 from moa_dist.models.feed_forward import DenseFeedForward, FeedForward, MoEFeedForward

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moa_dist.config.model import ModelConfig, Recompute
+from moa_dist.config.model import ModelConfig
 from moa_dist.config.positions import RopeConfig
-from moa_dist.config.routers import RouterConfig
+from moa_dist.config.recompute import Recompute
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
+from moa_dist.models.aux_losses import SumOverRanks, aux_losses, on_one_process
 from moa_dist.models.block import EncoderMemory, make_norm
 from moa_dist.models.cache import Cache
 from moa_dist.models.calls import LayerCall, RouterCall, RouterKey
@@ -34,7 +35,7 @@ from moa_dist.models.state import LayerState
 from moa_dist.models.trace import BlockTrace
 from moa_dist.moe.initialize import Normal, initialize
 from moa_dist.moe.router import Router
-from moa_dist.moe.statistics import RoutingStatistics, stacked
+from moa_dist.moe.statistics import RoutingStatistics
 
 
 class LanguageModelOutput(NamedTuple):
@@ -51,32 +52,8 @@ class LanguageModelOutput(NamedTuple):
     """The cache extended by the tokens of this forward; None if it was given none."""
     traces: dict[LayerCall, BlockTrace] | None = None
     """What every application of a layer decided; None unless traces were requested."""
-    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """[2] by name, such as `halting/applications`: a sum over real tokens, and their number."""
-
-
-class _Alike(NamedTuple):
-    """What the routers have in common whose losses are computed together."""
-
-    part: str
-    """The part of a layer that they belong to, `attention` or `ffn`; or `depth`."""
-    config: RouterConfig
-    """Their configuration, which says what their losses are."""
-    num_repeats: int
-    """Applications of each."""
-    shape: torch.Size
-    """[N, G, E] of their statistics."""
-    weighed: bool
-    """Whether these count tokens by weights."""
-
-
-SumOverRanks = Callable[[list[RoutingStatistics]], list[RoutingStatistics]]
-"""Sums statistics over all ranks; parallelism sets it on a model from outside."""
-
-
-def on_one_process(statistics: list[RoutingStatistics]) -> list[RoutingStatistics]:
-    """Return the statistics unchanged, as there are no other ranks."""
-    return statistics
 
 
 class LanguageModel(nn.Module):
@@ -152,29 +129,15 @@ class LanguageModel(nn.Module):
             ValueError: a cache is used and experts have a capacity (see `dropless`), or are chosen
                 by later tokens, or a cache, a source or documents do not fit the objective or the
                 tokens.
+            DataError: a router needs `tasks`, which are not given.
         """
+        self._check_source(source, cache)
         num_past, key_mask = 0, token_mask
-        if source is not None and self.encoder is None:
-            raise ValueError("only a model that translates has a source")
-        if source is not None and cache is not None and cache.length:
-            raise ValueError("the cache holds a source already")
         if cache is not None:
-            if reason := self.config.looks_ahead:
-                raise ValueError(f"{reason}: it cannot use a cache")
-            if self.config.objective == "masked":
-                raise ValueError("a masked language model sees both sides: it cannot use a cache")
-            routers = self.config.routers().values()
-            if any(router.capacity for router in routers):
-                raise ValueError(
-                    "with a capacity, what an expert drops depends on the whole sequence, which "
-                    "a cache does not hold; use dropless(model)"
-                )
-            if self.training and any(router.sees_group_in_training for router in routers):
-                raise ValueError("training chooses experts by later tokens too: use model.eval()")
+            self._check_cache()
             num_past, key_mask = cache.length, cache.mask_with(tokens, token_mask)
-        if documents is not None and self.config.recursion is not None:
-            raise ValueError("tokens that choose their number of recursions cannot have documents")
-        _check_documents(documents, tokens, num_past, self.encoder)
+        if documents is not None:
+            self._check_documents(documents, tokens, num_past)
         position = positions(tokens, key_mask, num_past, documents)
         table = self._uses_of_table()
         x, memory, encoded = self._embed(tokens, position, table), None, None
@@ -197,24 +160,56 @@ class LanguageModel(nn.Module):
         output = self.stack(x, masks, layers, memory, trace, LayerState(tasks=tasks))
         statistics, traces = output.statistics, output.traces
         losses = self.stack.losses(output, token_mask)
-        means = output.token_means
+        sums = output.token_sums
         if encoded is not None:
             assert self.encoder is not None
             statistics = encoded.statistics | statistics
             of_encoder = self.encoder.losses(encoded, source_mask)
             losses = {name: loss + of_encoder[name] for name, loss in losses.items()}
-            means = means | {f"encoder/{name}": mean for name, mean in encoded.token_means.items()}
+            sums = sums | {f"encoder/{name}": both for name, both in encoded.token_sums.items()}
             traces = None if traces is None else (encoded.traces or {}) | traces
-        x = self.final_norm(output.x)
-        with table.summing():
-            logits = self.embedding(x) if self.head is None else self.head(x)
-        if self.config.logit_soft_cap is not None:
-            logits = soft_capped(logits, self.config.logit_soft_cap)
+        logits = self._logits(output.x, table)
         if output.cache is None:
-            aux_losses = self._aux_losses(statistics) | losses
-            return LanguageModelOutput(logits, aux_losses, statistics, None, traces, means)
+            # Ranks may validate unequal numbers of batches, and use no loss then.
+            sum_over_ranks = self.sum_over_ranks if self.training else on_one_process
+            losses = aux_losses(statistics, self.routers(), sum_over_ranks) | losses
+            return LanguageModelOutput(logits, losses, statistics, None, traces, sums)
         longer = Cache(output.cache, num_past + tokens.shape[1], key_mask, source_mask)
-        return LanguageModelOutput(logits, {}, statistics, longer, traces, means)
+        return LanguageModelOutput(logits, {}, statistics, longer, traces, sums)
+
+    def _check_source(self, source: Tensor | None, cache: Cache | None) -> None:
+        if source is not None and self.encoder is None:
+            raise ValueError("only a model that translates has a source")
+        if source is not None and cache is not None and cache.length:
+            raise ValueError("the cache holds a source already")
+
+    def _check_cache(self) -> None:
+        if reason := self.config.looks_ahead:
+            raise ValueError(f"{reason}: it cannot use a cache")
+        if self.config.objective == "masked":
+            raise ValueError("a masked language model sees both sides: it cannot use a cache")
+        routers = self.config.routers().values()
+        if any(router.capacity for router in routers):
+            raise ValueError(
+                "with a capacity, what an expert drops depends on the whole sequence, which a "
+                "cache does not hold; use dropless(model)"
+            )
+        if self.training and any(router.sees_group_in_training for router in routers):
+            raise ValueError("training chooses experts by later tokens too: use model.eval()")
+
+    def _check_documents(self, documents: Documents, tokens: Tensor, num_past: int) -> None:
+        if self.config.recursion is not None:
+            raise ValueError("tokens that choose their number of recursions cannot have documents")
+        if self.encoder is not None:
+            raise ValueError(
+                "a model that translates reads each text by itself: it has no documents"
+            )
+        expected = len(tokens), num_past + tokens.shape[1]
+        if documents.ids.shape != expected:
+            raise ValueError(
+                f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has "
+                f"read {expected}, cache included"
+            )
 
     def _uses_of_table(self) -> Repeats:
         """Return what sums the gradients of the embedding over lookups and, if tied, the head."""
@@ -231,6 +226,14 @@ class LanguageModel(nn.Module):
         if self.config.position == "sinusoidal":
             x = x + sinusoidal_positions(position, x.shape[2], x.dtype)
         return self.dropout(x)
+
+    def _logits(self, x: Tensor, table: Repeats) -> Tensor:
+        """[B, S, D] -> [B, S, V]."""
+        x = self.final_norm(x)
+        with table.summing():
+            logits: Tensor = self.embedding(x) if self.head is None else self.head(x)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else soft_capped(logits, cap)
 
     def _layer_masks(self, mask: AttentionMask, position: Tensor, dtype: torch.dtype) -> LayerMasks:
         """Compute once what all layers see, and by what they rotate at `position` [B or 1, S]."""
@@ -263,47 +266,6 @@ class LanguageModel(nn.Module):
         output = self.encoder(x, self._layer_masks(mask, position, x.dtype), trace=trace)
         return output._replace(x=self.encoder_norm(output.x))
 
-    def _aux_losses(self, statistics: dict[RouterCall, RoutingStatistics]) -> dict[str, Tensor]:
-        """Sum losses over distinct layers, each over all of its repeats (MoEUT section 2.2).
-
-        Routers that differ in their layer only are stacked, as one loss over all of them costs
-        little more than one of a single router.
-        """
-        alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]] = {}
-        routers, repeats = self.routers(), Counter(call.key for call in statistics)
-        for call, value in statistics.items():
-            part = call.router.partition(".")[0]
-            config = routers[call.key].config
-            weighed = value.weight is not None
-            kind = _Alike(part, config, repeats[call.key], value.load.shape, weighed)
-            alike.setdefault(kind, {}).setdefault(call.key, []).append(value._replace(means=None))
-        sums: dict[str, Tensor] = {}
-        for kind, value in self._in_scope(alike).items():
-            first = routers[next(iter(alike[kind]))]
-            for name, loss in first.losses(value).items():
-                key, of_all = f"{kind.part}/{name}", loss * len(value.load)
-                sums[key] = sums[key] + of_all if key in sums else of_all
-        return sums
-
-    def _in_scope(
-        self, alike: dict[_Alike, dict[RouterKey, list[RoutingStatistics]]]
-    ) -> dict[_Alike, RoutingStatistics]:
-        """Add up repeats, stack routers, and pool the groups that `BalanceConfig.scope` names."""
-        result = {}
-        for kind, repeats in alike.items():
-            every = stacked(value for values in repeats.values() for value in values)
-            of_routers = every.summed_repeats(len(repeats))
-            if kind.config.balance.pool_layers:
-                of_routers = of_routers.summed_repeats(1)
-            is_pooled = kind.config.balance.scope != "sequences"
-            result[kind] = of_routers.as_one_group() if is_pooled else of_routers
-        pooled = [kind for kind in result if kind.config.balance.scope == "global_batch"]
-        # Ranks may validate unequal numbers of batches, and use no loss then.
-        if pooled and self.training:
-            of_all_ranks = self.sum_over_ranks([result[kind] for kind in pooled])
-            result |= zip(pooled, of_all_ranks, strict=True)
-        return result
-
     def macs(self, length: int, *, training: bool) -> dict[str, int]:
         """Count multiply-accumulates of one forward over a sequence of `length`, by part.
 
@@ -319,21 +281,6 @@ def _final_norm(config: ModelConfig) -> nn.Module:
     if config.norm_placement == "post":
         return nn.Identity()
     return make_norm(config, config.final_norm_eps or config.norm_eps)
-
-
-def _check_documents(
-    documents: Documents | None, tokens: Tensor, num_past: int, encoder: nn.Module | None
-) -> None:
-    if documents is None:
-        return
-    if encoder is not None:
-        raise ValueError("a model that translates reads each text by itself: it has no documents")
-    expected = len(tokens), num_past + tokens.shape[1]
-    if documents.ids.shape != expected:
-        raise ValueError(
-            f"documents of {tuple(documents.ids.shape)} tokens were given, but the model has read "
-            f"{expected}, cache included"
-        )
 
 
 def build_model(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig
+from moa_dist.config.attention import MoAConfig
 from moa_dist.models.attention import Attention, Context, Mixed, Product, head_norm, traced
 from moa_dist.models.linear import Bias, Linear
 from moa_dist.models.mask import AttentionMask
@@ -43,14 +43,14 @@ class Attend(NamedTuple):
     product: Product
     """Sums values."""
     log_shares: LogShares
-    """The same as attention, for traces."""
+    """Computes the shares of keys that `product` sums values by, as logarithms, for traces."""
 
 
 ATTEND: dict[str, Attend] = {
     "softmax": Attend(softmax_attention, log_softmax_shares),
     "stick_breaking": Attend(stick_breaking_attention, log_stick_shares),
 }
-"""By the name that a configuration uses."""
+"""Ways by `MoAConfig.attend`."""
 
 
 class MoAAttention(RoutedModule, Attention):

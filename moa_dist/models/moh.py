@@ -27,8 +27,9 @@ from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Normal
 from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.router import Router
 from moa_dist.moe.router_kinds import make_router
+from moa_dist.moe.router_logits import RouterLogits
 
 
 class MoHAttention(RoutedModule, Attention):

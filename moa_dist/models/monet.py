@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_dist.config.family import MonetConfig
-from moa_dist.models.feed_forward import FeedForward
+from moa_dist.models.feed_forward import FeedForward, FFNContext
 from moa_dist.moe.dispatch import DispatchPlan
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import LastRowZero, Normal
 from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
 from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import make_router
-from moa_dist.moe.token_state import TokenState
 
 
 class Monet(RoutedModule, FeedForward):
@@ -87,20 +86,19 @@ class Monet(RoutedModule, FeedForward):
         ]
 
     def transform(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered,
-        state: TokenState,
+        self, x: Tensor, router_input: Tensor, context: FFNContext
     ) -> tuple[Tensor, dict[str, Routing]]:
         """Implement `FeedForward.transform`."""
-        first = self.first_router(router_input, token_mask, state=state.of("first"))
-        second = self.second_router(router_input, token_mask, state=state.of("second"))
-        g1, g2 = _of_heads(first, x), _of_heads(second, x)
+        routing = {
+            name: router(router_input, context.token_mask, state=context.state.of(name))
+            for name, router in self.routers().items()
+        }
+        g1, g2 = (_of_heads(decided, x) for decided in routing.values())
         plan1, plan2 = (
-            self.dispatcher.plan(r, self.config.router.num_experts) for r in (first, second)
+            self.dispatcher.plan(decided, self.config.router.num_experts)
+            for decided in routing.values()
         )
+        gathered = context.gathered
         rows = x.flatten(0, 1)
         rows = F.pad(rows, (0, 1), value=1.0) if self.config.bias else rows
         a1 = self._up("first_up", plan1, rows, gathered)
@@ -116,7 +114,7 @@ class Monet(RoutedModule, FeedForward):
             y = torch.cat(parts, -1)
         else:
             y = self._down("second_down", plan2, g2.mT @ (g1 @ a1), g2, gathered)
-        return y.view_as(x), {"first": first, "second": second}
+        return y.view_as(x), routing
 
     def _up(self, name: str, plan: DispatchPlan, rows: Tensor, gathered: Gathered) -> Tensor:
         """[T, D] -> hidden units of each half that a token takes, [T, N, width]; else zero."""

@@ -42,11 +42,11 @@ class Batch(NamedTuple):
 
     @property
     def num_sequences(self) -> int:
-        """B."""
+        """Number of sequences (B)."""
         return len(self.tokens)
 
     def inputs(self) -> tuple[Any, ...]:
-        """What the model is called with: tokens, their mask, and what else it needs."""
+        """Return what the model is called with: tokens, their mask, and what else it needs."""
         tokens, token_mask = self.tokens, self.token_mask
         if self.targets is None:
             tokens, token_mask = tokens[:, :-1], None if token_mask is None else token_mask[:, :-1]
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
         return tokens, token_mask, None, *others
 
     def in_documents(self, end: int) -> Batch:
-        """The same, but each token is to see its own document only; on the host.
+        """Return a batch in which each token sees its own document only; for batches on the host.
 
         Documents end with the token `end` in what the model reads.
         """
@@ -64,11 +64,11 @@ class Batch(NamedTuple):
         return self._replace(documents=Documents.of(tokens, end, token_mask))
 
     def with_tasks(self, tasks: Tensor, num_tasks: int) -> Batch:
-        """The same with tasks [B], taken modulo `num_tasks`; unchanged for models without any."""
+        """Add the tasks [B] of sequences, modulo `num_tasks`; nothing for models without any."""
         return self._replace(tasks=tasks % num_tasks) if num_tasks else self
 
     def labels(self) -> Tensor:
-        """[B, S] int64: what is to be predicted at each input token, or NO_TARGET."""
+        """Return what is to be predicted at each input token, or NO_TARGET: [B, S] int64."""
         if self.targets is not None:
             return self.targets
         following = self.tokens[:, 1:]
@@ -77,17 +77,17 @@ class Batch(NamedTuple):
         return following.masked_fill(~self.token_mask[:, 1:], NO_TARGET)
 
     def num_targets(self) -> int:
-        """Tokens to predict."""
+        """Count the tokens to predict."""
         return int((self.labels() != NO_TARGET).sum())
 
     def num_read(self) -> int:
-        """Tokens that the model reads, those of a source and padding left out."""
+        """Count the tokens that the model reads, without padding and those of a source."""
         tokens, token_mask, *_ = self.inputs()
         assert tokens is not None
         return tokens.numel() if token_mask is None else int(token_mask.sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`; the host does not wait for the copy."""
+        """Copy the batch to `device`; the host does not wait for it."""
 
         def copy(field: Tensor) -> Tensor:
             # Only from pinned memory is a copy to a GPU asynchronous.
@@ -98,7 +98,7 @@ class Batch(NamedTuple):
         return self._each(copy, documents)
 
     def rows(self, index: Tensor | slice) -> Batch:
-        """Some of the sequences."""
+        """Select the sequences at `index`, a slice or [n]."""
         documents = None if self.documents is None else self.documents.rows(index)
         return self._each(lambda field: field[index], documents)
 
@@ -120,11 +120,11 @@ class Objective(NamedTuple):
     """What the routers did, likewise."""
     z: Tensor | None = None
     """Scalar, the z-loss summed over targets, coefficient applied; None without one."""
-    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """What layers report of tokens, see `LanguageModelOutput`."""
 
     def loss(self, targets_per_micro_batch: float, weight: float = 1.0) -> Tensor:
-        """Scalar whose mean over all micro-batches of a step, on all ranks, is the step's loss.
+        """Return a scalar whose mean over a step's micro-batches on all ranks is the step's loss.
 
         `targets_per_micro_batch` is the mean number of targets over them; dividing by it
         rather than by this micro-batch's own number makes every token count alike, also
@@ -143,11 +143,11 @@ def objective(
     output: LanguageModelOutput = model(*batch.inputs())
     with annotate("loss"):
         logits, targets = output.logits.flatten(0, 1), batch.labels().flatten()
-        # Without the logits, the largest of all tensors, which the backward pass does not need.
+        # The result leaves out the logits: nobody needs the largest of all tensors any longer.
         if not z_loss:
             loss = cross_entropy(logits, targets, label_smoothing)
             return Objective(
-                loss, output.aux_losses, output.statistics, token_means=output.token_means
+                loss, output.aux_losses, output.statistics, token_sums=output.token_sums
             )
         loss, z = cross_entropy_and_z(logits, targets, label_smoothing)
-        return Objective(loss, output.aux_losses, output.statistics, z_loss * z, output.token_means)
+        return Objective(loss, output.aux_losses, output.statistics, z_loss * z, output.token_sums)

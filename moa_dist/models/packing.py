@@ -1,4 +1,4 @@
-"""Some tokens of each sequence, packed side by side: what layers see that skip the others.
+"""Packs some tokens of each sequence side by side, for layers that skip the others.
 
 Shapes: B sequences of S tokens, n places in each, D model width.
 """
@@ -58,7 +58,8 @@ class Places(NamedTuple):
     ) -> AttentionMask:
         """Return what packed tokens x [B, n, D] see of each other, given the `mask` of all tokens.
 
-        `past` is what the cache has of their application.
+        `past` is the cache's entry of the layer's application: keys, values, and which places hold
+        tokens; None without a cache.
         """
         rotation = mask.rotation and Rotation(*map(self._turned, mask.rotation))
         packed = AttentionMask(mask.causal, self.real, self.real, 0, rotation)
@@ -73,7 +74,7 @@ class Places(NamedTuple):
         return torch.ones_like(self.token, dtype=torch.bool) if self.real is None else self.real
 
     def spread(self, trace: BlockTrace) -> BlockTrace:
-        """Return what was decided for whole sequences, of which other tokens chose nothing."""
+        """Spread a trace of packed tokens over whole sequences; other tokens chose nothing."""
         routing = {name: self._spread_routing(value) for name, value in trace.routing.items()}
         heads = {name: self._spread_heads(value) for name, value in trace.heads.items()}
         running = torch.zeros(

@@ -10,7 +10,8 @@ from moa_dist.models.block import Block
 from moa_dist.models.embedding import TokenEmbedding
 from moa_dist.models.linear import Linear
 from moa_dist.moe.experts import GroupedLinear
-from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.router import Router
+from moa_dist.moe.router_logits import RouterLogits
 
 
 class Role(Enum):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels.gradient_sum import Repeats
-from moa_dist.models.halting import HaltingState, StickBreakingHalting
+from moa_dist.models.halting import Halting, HaltingState
 from moa_dist.moe.borrowing import used_modules
 from moa_dist.moe.router import Router, Routing
 
@@ -42,7 +42,7 @@ def recomputed(module: nn.Module, repeats: Repeats, call: Callable[..., Any], *a
 
     It may use the routers of `module`; gradients of weights go to the sums of `repeats`.
     """
-    choosing = [m for m in used_modules(module) if isinstance(m, Router | StickBreakingHalting)]
+    choosing = [m for m in used_modules(module) if isinstance(m, Router | Halting)]
     choices: list[Any] = []
     passes = 0
 

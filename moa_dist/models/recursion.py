@@ -21,7 +21,8 @@ from moa_dist.config.model import ModelConfig
 from moa_dist.config.recursion import ExpertChoiceConfig, RecursionConfig, TokenChoiceConfig
 from moa_dist.models.packing import Places
 from moa_dist.moe.initialize import Normal
-from moa_dist.moe.router import Router, RouterLogits, Routing
+from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 
 Run = Callable[[int, Tensor, Places | None], Tensor]
 """Applies a recursion, counted from 0, to packed tokens [B, n, D]; without places, to all."""
@@ -40,14 +41,15 @@ class RecursionOutput(NamedTuple):
     x: Tensor
     """[B, S, D]."""
     depth: Routing | None
-    """The router's choice of depths, whose expert e stands for e + 1 recursions; None without."""
+    """The router's choice of depths, whose expert e stands for e + 1 recursions; None without a
+    router."""
     losses: dict[str, Tensor]
     """Scalars by name, coefficients applied, besides those of a router's statistics."""
 
-    def token_means(self) -> dict[str, Tensor]:
-        """Sum up how often tokens recur; see `LanguageModelOutput`.
+    def token_sums(self) -> dict[str, Tensor]:
+        """Sum up how often tokens recur, as `LanguageModelOutput.token_sums` has it.
 
-        Empty for expert choice, whose shares are set.
+        Nothing for expert choice, which takes a set share of the tokens.
         """
         if self.depth is None:
             return {}
@@ -68,7 +70,7 @@ class Recursion(nn.Module, ABC):
         self._lengths = config.lengths
 
     def lengths(self, length: int) -> list[int]:
-        """Tokens of a sequence of `length` in each recursion, in the mean."""
+        """Return how many of a sequence's `length` tokens each recursion computes, on average."""
         return self._lengths(self.num_recursions, length)
 
     @abstractmethod
@@ -98,7 +100,7 @@ class ExpertChoice(Recursion):
         self.samplers = logits() if config.separate_sampler else None
 
     def macs(self, length: int) -> int:
-        """Implement `Recursion.macs`: every recursion looks at the tokens of the one before it."""
+        """Implement `Recursion.macs`: each recursion chooses among the tokens of the one before."""
         per_token = sum(weight.numel() for weight in self.parameters()) // self.num_recursions
         return per_token * sum((length, *self.lengths(length)[:-1]))
 

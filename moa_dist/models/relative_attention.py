@@ -10,14 +10,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moa_dist.kernels.gradient_sum import alias
+from moa_dist.models.block_attention import recomputed_by_blocks
 from moa_dist.models.mask import AttentionMask
+from moa_dist.models.soft_cap import capped_scores
 from moa_dist.moe.initialize import Initializer, Normal
-
-_BLOCK = 128
-"""Queries whose attention is in memory at a time."""
 
 
 class RelativePositions(nn.Module):
@@ -54,50 +52,33 @@ def relative_attention(
     *,
     by_distance: Tensor,
 ) -> Tensor:
-    """Compute what `softmax_attention` does, with the products of `RelativePositions` in scores.
+    """Compute what `softmax_attention` does, with `by_distance` added to q k^T.
 
-    A block of queries is in memory at a time, as the backward pass computes attention again.
+    `by_distance` [B, H, T, 2 C + 1] are the products that `RelativePositions` returns for q. The
+    attention of one block of queries is in memory at a time; the backward pass computes it again.
     """
-    heads, start = [], 0
-    parts = zip(q.split(_BLOCK, dim=2), by_distance.split(_BLOCK, dim=2), strict=True)
-    for block, of_block in parts:
-        stop = start + block.shape[2]
-        # What lies behind the last query is seen by none.
-        num_keys = mask.num_past + stop if mask.causal else k.shape[2]
-        seen, weighed = k[:, :, :num_keys], v[:, :, :num_keys]
-        visible = mask.visible(slice(start, stop), slice(0, num_keys), q.device)
-        operands = block, seen, weighed, of_block, mask.num_past + start, visible, soft_cap
-        heads.append(checkpoint(_attend, *operands, use_reentrant=False))
-        start = stop
-    return torch.cat(heads, dim=2)
+
+    def attend(
+        q: Tensor, by_distance: Tensor, k: Tensor, v: Tensor, first: int, visible: Tensor
+    ) -> Tensor:
+        """q [B, H, t, d], k and v [B, h, s, d] -> [B, H, t, d]."""
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = (q @ k.mT).to(dtype) + distance_bias(by_distance, first, k.shape[2])
+        scores = capped_scores(scores / math.sqrt(q.shape[-1]), soft_cap)
+        return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v
+
+    return recomputed_by_blocks(attend, (q, by_distance), k, v, mask)
 
 
 def distance_bias(by_distance: Tensor, first: int, num_keys: int) -> Tensor:
-    """Select what is added to each score: [..., T, 2 C + 1] -> [..., T, S].
+    """Select what is added to each score: [..., T, 2 C + 1] -> [..., T, S = num_keys].
 
-    Query t is token `first + t`. A key behind its query has a column after the middle.
+    Query t is token `first + t`. The middle column is that of the query's own token; keys that
+    follow it have those after.
     """
     largest, device = by_distance.shape[-1] // 2, by_distance.device
     query = first + torch.arange(by_distance.shape[-2], device=device)
     distance = torch.arange(num_keys, device=device) - query[:, None]
     columns = distance.clamp(-largest, largest) + largest
     return by_distance.gather(-1, columns.expand(*by_distance.shape[:-2], -1, -1))
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    by_distance: Tensor,
-    first: int,
-    visible: Tensor,
-    soft_cap: float | None,
-) -> Tensor:
-    share = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(dtype) + distance_bias(by_distance, first, k.shape[2])
-    scores = scores / math.sqrt(q.shape[-1])
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    return scores.masked_fill(~visible, -math.inf).softmax(-1).to(v.dtype) @ v

@@ -18,7 +18,6 @@ from moa_dist.models.block import Block
 from moa_dist.models.linear import Linear
 from moa_dist.moe.borrowing import borrow
 from moa_dist.moe.initialize import Constant, Normal
-from moa_dist.moe.recurrent_router import RecurrentRouter
 from moa_dist.moe.router import Router
 
 
@@ -73,21 +72,21 @@ def make_layers(config: ModelConfig, *, cross: bool) -> Layers:
         *core,
         *(Block(last, cross=cross) for _ in range(config.coda)),
     ]
-    _share_cells(blocks)
+    _share_among_routers(blocks)
     start, end = config.prelude, config.prelude + len(core)
     of_core = (start + block for block in order)
     return Layers(blocks, (*range(start), *of_core, *range(end, len(blocks))))
 
 
-def _share_cells(blocks: list[Block]) -> None:
-    """Let recurrent routers of one name, which differ in their layer, use one cell."""
-    cells: dict[str, nn.Module] = {}
+def _share_among_routers(blocks: list[Block]) -> None:
+    """Let routers of one name, which differ in their layer, use the same `Router.of_all_layers`."""
+    first: dict[tuple[str, str], nn.Module] = {}
     for block in blocks:
         for name, router in block.routers().items():
-            if isinstance(router, RecurrentRouter):
-                cell = cells.setdefault(name, router.cell)
-                if cell is not router.cell:
-                    borrow(router, "cell", cell)
+            for child in router.of_all_layers:
+                lent = first.setdefault((name, child), getattr(router, child))
+                if lent is not getattr(router, child):
+                    borrow(router, child, lent)
 
 
 def core_layers(config: ModelConfig) -> list[int]:
@@ -129,7 +128,7 @@ def _adapt(lender: Block, sharing: SharingConfig) -> None:
 
 
 def _share(block: Block, lender: Block, sharing: SharingConfig) -> None:
-    """Let `block` borrow what it has not of its own from `lender`, which has its adapters."""
+    """Let `block` borrow from `lender`, which has its adapters already, all that they share."""
     pairs = zip(_shared_children(block, sharing), _shared_children(lender, sharing), strict=True)
     for (holder, name), (lending_holder, _) in pairs:
         ours, lent = getattr(holder, name), getattr(lending_holder, name)

@@ -1,4 +1,4 @@
-"""A bound on the logits of a model's head: c tanh(x / c), as in Gemma 2."""
+"""A bound on logits, of attention or of a model's head: c tanh(x / c), as in Gemma 2."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 
+def capped_scores(scores: Tensor, cap: float | None) -> Tensor:
+    """Return scores of attention, of any shape, bounded by `cap`; None leaves them as they are."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
 def soft_capped(logits: Tensor, cap: float) -> Tensor:
-    """Bound `logits` of any shape in place: they are the largest of all tensors.
+    """Bound a head's `logits` of any shape in place: they are the largest of all tensors.
 
     The backward pass needs no more than the result, which the cross-entropy keeps anyway.
     """

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moa_dist.config.model import ModelConfig, Recompute, recomputed_parts
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.recompute import Recompute, recomputed_parts
 from moa_dist.kernels.gradient_sum import GradientSums, Repeats
 from moa_dist.kernels.routed_experts import recomputed_experts
 from moa_dist.models.block import Block, BlockOutput, EncoderMemory, GatheredExperts
 from moa_dist.models.cache import KeyValues
 from moa_dist.models.calls import LayerCall, PlannedLayer, RouterCall, RouterKey
-from moa_dist.models.halting import token_means
+from moa_dist.models.halting import token_sums
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.packing import Places
 from moa_dist.models.recompute import Recomputation, recomputed
@@ -50,10 +51,10 @@ class StackOutput(NamedTuple):
     """By application of a layer; None unless traces were requested."""
     state: LayerState = EMPTY_STATE
     """What the last layer handed on next to x."""
-    token_means: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
+    token_sums: dict[str, Tensor] = {}  # noqa: RUF012  # never changed
     """What layers handed on, in numbers; see `LanguageModelOutput`."""
     recursion: RecursionOutput | None = None
-    """What tokens chose that choose how often they recur; None where they do not."""
+    """What tokens chose that choose how often they recur; None where none do."""
 
 
 class LayerStack(nn.Module):
@@ -70,10 +71,10 @@ class LayerStack(nn.Module):
         self.plan = tuple(self._planned(order))
         """All applications, in order."""
         self.core = range(config.prelude, config.num_layers - config.coda)
-        """Those of layers that may repeat."""
+        """Applications of layers between prelude and coda, which may repeat."""
         self.d_head = config.attention.d_head
         self.recursion = make_recursion(config)
-        """Chooses how often each token passes through them; None where all do equally often."""
+        """Chooses how often each token passes through these; None where all do equally often."""
         self._shared = tuple((module, n) for module, n in self.applications().items() if n > 1)
         self.recompute = recomputed_parts(recompute)
         if "experts" in self.recompute:
@@ -124,7 +125,7 @@ class LayerStack(nn.Module):
         return RouterCall(self.first_layer + self.core.start, 0, "depth")
 
     def lengths(self, length: int) -> list[int]:
-        """Tokens of a sequence of `length` that each application computes, in the mean."""
+        """Return how many of a sequence's `length` tokens each application computes, on average."""
         lengths = [length] * len(self.plan)
         if self.recursion is not None:
             for part, num in zip(self.recursions(), self.recursion.lengths(length), strict=True):
@@ -182,16 +183,16 @@ class LayerStack(nn.Module):
             x = run.apply(range(self.core.stop, len(self.plan)), chosen.x)
         longer, traces = tuple(run.extended), run.traces
         if run.state.halting is not None:
-            run.means |= token_means(run.state.halting, masks.full.query_mask)
+            run.token_sums |= token_sums(run.state.halting, masks.full.query_mask)
         if chosen is not None:
-            run.means |= chosen.token_means()
+            run.token_sums |= chosen.token_sums()
         return StackOutput(
             x,
             run.statistics,
             None if cache is None else longer,
             traces if trace else None,
             run.state,
-            run.means,
+            run.token_sums,
             chosen,
         )
 
@@ -258,13 +259,13 @@ def _state_norms(
     state: LayerState, layer: PlannedLayer, token_mask: Tensor | None
 ) -> dict[str, Tensor]:
     """Sum up the norms of what the layer's recurrent routers hand on."""
-    means = {}
+    sums = {}
     for name, past in (state.routers or {}).items():
         if name in layer.routers:
             layer_number, repeat, router = layer.routers[name]
             key = f"state_norm/layer{layer_number}.repeat{repeat}.{router}"
-            means[key] = sum_and_number(past.detach().norm(dim=-1), token_mask)
-    return means
+            sums[key] = sum_and_number(past.detach().norm(dim=-1), token_mask)
+    return sums
 
 
 class _Forward:
@@ -283,7 +284,7 @@ class _Forward:
         self.memory, self.trace = memory, trace
         self.statistics: dict[RouterCall, RoutingStatistics] = {}
         self.traces: dict[LayerCall, BlockTrace] = {}
-        self.means: dict[str, Tensor] = {}
+        self.token_sums: dict[str, Tensor] = {}
         self.extended: list[KeyValues] = []
         self.state = state
         # Gathers of expert weights start for all layers at once and are awaited at first use, so
@@ -324,7 +325,7 @@ class _Forward:
             if output.cache is not None:
                 held = () if places is None else (mask.key_mask,)
                 self.extended.append((*output.cache, *held))
-            self.means |= _state_norms(self.state, layer, mask.query_mask)
+            self.token_sums |= _state_norms(self.state, layer, mask.query_mask)
             for router, value in output.statistics.items():
                 self.statistics[layer.routers[router]] = value
             if output.trace is not None:

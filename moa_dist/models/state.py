@@ -1,7 +1,7 @@
 """What layers hand on about each token next to its vector: a value, empty in most models.
 
-It is local to a token, so layouts have no part in it, and lives for one forward: a cache does not
-hold it, as tokens that were read are seen through their keys and values alone.
+A token's state depends on that token's own vectors, so it is the same in any layout. It lives for
+one forward: a cache does not hold it, as later tokens see earlier ones by keys and values only.
 
 Shapes: B sequences of S tokens, D model width, R width of a recurrent state.
 """

@@ -13,23 +13,22 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from moa_dist.models.block_attention import recomputed_by_blocks
 from moa_dist.models.mask import AttentionMask
-
-_BLOCK = 128
-"""Queries whose shares are in memory at a time."""
+from moa_dist.models.soft_cap import capped_scores
 
 
 def log_stick_shares(scores: Tensor, visible: Tensor) -> Tensor:
-    """Logarithms of `s_j * prod over j < m <= i of (1 - s_m)`, where s = sigmoid(scores).
+    """Return the logarithms of `s_j * prod over j < m <= i of (1 - s_m)`, s = sigmoid(scores).
 
     `scores` [..., T, S] and `visible`, a bool mask that broadcasts to it: a key that is not visible
     takes nothing, and leaves everything to those before it. Shares of a query sum to less than 1.
     """
     taken = F.logsigmoid(scores).masked_fill(~visible, -math.inf)
     left = F.logsigmoid(-scores).masked_fill(~visible, 0.0)
-    # What the keys behind each one leave, summed from the nearest: differences would cancel.
+    # What the keys between each one and the query leave, summed from the nearest: as differences
+    # of one running sum, small values would cancel.
     behind = F.pad(left.flip(-1)[..., :-1].cumsum(-1), (1, 0)).flip(-1)
     return taken + behind
 
@@ -44,24 +43,13 @@ def stick_breaking_attention(
     computes them again.
     """
     assert mask.causal
-    heads, start = [], 0
-    for block in q.unflatten(1, (k.shape[1], -1)).split(_BLOCK, dim=3):
-        stop = start + block.shape[3]
-        queries, seen = slice(start, stop), slice(0, mask.num_past + stop)
-        keys, values = (x[:, :, None, seen] for x in (k, v))
-        visible = mask.visible(queries, seen, q.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: int, visible: Tensor) -> Tensor:
+        """q [B, h, H / h, t, d], k and v [B, h, 1, s, d] -> [B, h, H / h, t, d]."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
         visible = visible[:, :, None] if visible.dim() == 4 else visible
-        heads.append(
-            checkpoint(_attend, block, keys, values, visible, soft_cap, use_reentrant=False)
-        )
-        start = stop
-    return torch.cat(heads, dim=3).flatten(1, 2)
+        scores = capped_scores((q @ k.mT).to(dtype) / math.sqrt(q.shape[-1]), soft_cap)
+        return log_stick_shares(scores, visible).exp().to(v.dtype) @ v
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, soft_cap: float | None) -> Tensor:
-    """q [B, h, H / h, T, d], k and v [B, h, 1, S, d] -> [B, h, H / h, T, d]."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(q.shape[-1])
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    return log_stick_shares(scores, visible).exp().to(v.dtype) @ v
+    q, k, v = q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
+    return recomputed_by_blocks(attend, (q,), k, v, mask).flatten(1, 2)

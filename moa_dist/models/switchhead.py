@@ -12,7 +12,7 @@ import math
 
 from torch import Tensor
 
-from moa_dist.config.model import SwitchHeadConfig
+from moa_dist.config.attention import SwitchHeadConfig
 from moa_dist.models.attention import Attention, Context, Mixed, head_norm
 from moa_dist.models.linear import Linear
 from moa_dist.models.softmax import softmax_macs

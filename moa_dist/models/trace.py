@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moa_dist.models.soft_cap import capped_scores
 from moa_dist.moe.router import Routing
 
 
@@ -67,7 +68,7 @@ LogShares = Callable[[Tensor, Tensor], Tensor]
 
 
 def log_softmax_shares(scores: Tensor, visible: Tensor) -> Tensor:
-    """Logarithms of a softmax over the visible keys."""
+    """Return the logarithms of a softmax over the visible keys; see `LogShares`."""
     return scores.masked_fill(~visible, -math.inf).log_softmax(-1)
 
 
@@ -106,9 +107,7 @@ def _summary(
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores_HTS = q.to(dtype) @ k.to(dtype).transpose(-1, -2)
     scores_HTS = (scores_HTS if bias is None else scores_HTS + bias) / math.sqrt(q.shape[-1])
-    if soft_cap is not None:
-        scores_HTS = soft_cap * torch.tanh(scores_HTS / soft_cap)
-    log_HTS = log_shares(scores_HTS, visible)
+    log_HTS = log_shares(capped_scores(scores_HTS, soft_cap), visible)
     share_HTS = log_HTS.exp()
     key = torch.arange(k.shape[-2], device=q.device)
     query = torch.arange(q.shape[-2], device=q.device) + num_past

@@ -38,8 +38,8 @@ class DispatchPlan(Protocol):
     """Sends the rows of one routing to their experts, and sums the results into output rows.
 
     An immutable value: one plan serves several round trips, such as MoA's queries and outputs. A
-    layer may compute while rows travel: to the experts between `dispatch` and `run_and_combine`,
-    and back until it waits for the result.
+    layer may compute while rows are in flight: to their experts between `dispatch` and
+    `run_and_combine`, and back until it waits for the result.
     """
 
     def dispatch(self, x: Tensor, read: Level) -> Pending:

@@ -128,10 +128,10 @@ def _run_backward(
     token_mask: Tensor | None,
     *options: Any,
 ) -> Tensor:
-    from moa_dist.moe import router_kernels
+    from moa_dist.moe.router_gradient_kernel import choose_backward
 
     of_weights, *of_statistics = grads
-    return router_kernels.choose_backward(
+    return choose_backward(
         of_weights,
         StatisticsGradients(*of_statistics),
         logits,

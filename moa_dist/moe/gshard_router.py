@@ -46,7 +46,7 @@ class GShardRouter(Router):
         if not self.config.first_choice:
             return losses
         assert statistics.own is not None
-        probability = statistics.probability / statistics.divisor[..., None, None]
+        probability = statistics.mean_probability
         share = statistics.own / statistics.num_tokens.clamp(min=1)[..., None].to(probability)
         of_experts = share.unflatten(-1, (self.num_groups, -1)) * probability
         loss = self.config.num_experts * of_experts.sum(-1).mean()

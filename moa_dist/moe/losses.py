@@ -1,10 +1,10 @@
 """Balance losses of routers: a function each, and a line in `BALANCE_LOSSES`.
 
-Each maps statistics to a mean over groups of sequences and router groups. A group without
+Each maps statistics to a scalar, a mean over groups of sequences and router groups. A group without
 real tokens contributes zero, and the mean always runs over all groups, so averaging over equal
 micro-batches and ranks gives the value of the whole batch. `BalanceConfig.scope` defines a group;
-`LanguageModel` applies it. Routers may be stacked in front of all dimensions: the mean runs over
-them too.
+`moa_dist.models.aux_losses` applies it. Routers may be stacked in front of all dimensions: the
+mean runs over them too.
 """
 
 from __future__ import annotations
@@ -18,28 +18,23 @@ from moa_dist.config.routers import BalanceConfig
 from moa_dist.moe.statistics import RoutingStatistics
 
 
-def _mean_probability(statistics: RoutingStatistics) -> Tensor:
-    """Return mean probabilities [N, G, E], zero where a group has no tokens."""
-    return statistics.probability / statistics.divisor[..., None, None]
-
-
 def switch_loss(statistics: RoutingStatistics) -> Tensor:
     """`E * sum_e f_e P_e` (Fedus et al. 2021, equation 4): 1 when even, E when collapsed."""
     num_experts = statistics.load.shape[-1]
     assignments = statistics.load.sum(-1, keepdim=True).clamp(min=1)
-    probability = _mean_probability(statistics)
+    probability = statistics.mean_probability
     share = statistics.load.to(probability.dtype) / assignments
     return num_experts * (share * probability).sum(-1).mean()
 
 
 def z_loss(statistics: RoutingStatistics) -> Tensor:
-    """Mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
+    """Return the mean squared logsumexp of the logits (Zoph et al. 2022, equation 5)."""
     return (statistics.z / statistics.divisor[..., None]).mean()
 
 
 def entropy_loss(statistics: RoutingStatistics) -> Tensor:
-    """Negative entropy of the mean probability (Csordas et al. 2024, equation 7), nats."""
-    probability = _mean_probability(statistics)
+    """Return minus the entropy of the mean probability, nats (Csordas et al. 2024, equation 7)."""
+    probability = statistics.mean_probability
     # Clamped, since the slope of p log p at 0 is infinite: an expert that a sequence never
     # considers, or a sequence that is all padding, would make every gradient NaN.
     log = probability.clamp(min=torch.finfo(probability.dtype).tiny).log()

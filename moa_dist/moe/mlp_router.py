@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from moa_dist.config.family import MLPRouterConfig
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.moe.initialize import Constant, Initializer, Normal
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -49,22 +50,10 @@ class MLPRouter(Router):
 
     config: MLPRouterConfig
 
-    def __init__(
-        self,
-        config: MLPRouterConfig,
-        d_model: int,
-        *,
-        num_groups: int = 1,
-        init: Initializer | None = None,
-    ) -> None:
-        super().__init__(config, d_model, num_groups=num_groups, init=init)
-        self.logits = MLPLogits(
-            d_model,
-            config.d_hidden,
-            self.num_experts,
-            config.activation,
-            init or Normal(1 / math.sqrt(d_model)),
-        )
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Implement `Router._make_logits`."""
+        config = self.config
+        return MLPLogits(d_model, config.d_hidden, self.num_experts, config.activation, init)
 
     def _route(
         self,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from moa_dist.config.family import RecurrentRouterConfig
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.moe.initialize import Constant, Initializer, Normal
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
+from moa_dist.moe.token_state import RouterState
 
 
 class RecurrentCell(nn.Module):
@@ -57,6 +58,7 @@ class RecurrentRouter(Router):
     """The top K of logits of a state that the router of the layer before began."""
 
     config: RecurrentRouterConfig
+    of_all_layers = ("cell",)
 
     def __init__(
         self,
@@ -77,13 +79,9 @@ class RecurrentRouter(Router):
         own = sum(layer.weight.numel() for layer in layers)
         return super().macs(num_tokens) + num_tokens * own
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
+    def _decide(
+        self, x_BSD: Tensor, token_mask: Tensor | None, choice: Choice | None, state: RouterState
     ) -> Routing:
-        """Implement `Router.forward`; the routing has the state for the next layer."""
+        """Implement `Router._decide`; the routing has the state for the next layer."""
         now = self.cell(self.project(x_BSD), state.past)
-        return super().forward(now, token_mask, choice, state)._replace(state=now)
+        return super()._decide(now, token_mask, choice, state)._replace(state=now)

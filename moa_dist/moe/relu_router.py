@@ -15,8 +15,7 @@ from moa_dist.config.family import ReLURouterConfig
 from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.router import Choice, Router, Routing
 from moa_dist.moe.sparsity import SparsityCoefficient
-from moa_dist.moe.statistics import RoutingStatistics, routing_statistics
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+from moa_dist.moe.statistics import RoutingStatistics, routing_statistics, sum_by_group
 
 _TAKEN = ("took_none", "took_fewer", "took_top_k", "took_up_to_twice", "took_more")
 """Shares of tokens by the number of experts they take, compared with `top_k`."""
@@ -26,6 +25,7 @@ class ReLURouter(Router):
     """Weights are `relu(logits)`, neither normalized nor limited in number."""
 
     config: ReLURouterConfig
+    weighs_tokens = False  # sparsity is a mean over tokens that count alike
 
     def __init__(
         self,
@@ -38,16 +38,6 @@ class ReLURouter(Router):
         super().__init__(config, d_model, num_groups=num_groups, init=init)
         self.sparsity = SparsityCoefficient(config.sparsity, config.sparsity_multiplier)
         self.mean_names = (*_TAKEN, "empty_places", "sparsity_coefficient")
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
-    ) -> Routing:
-        """Implement `Router.forward`; sparsity is a mean over tokens that count alike."""
-        return super().forward(x_BSD, token_mask, choice, state._replace(weight=None))
 
     def _route(
         self,
@@ -65,14 +55,13 @@ class ReLURouter(Router):
         if choice is None:
             places = self.config.experts_per_token(self.training).most
             chosen_ids = scores.detach().topk(places, dim=-1).indices
+            assigned = keep_mask = positive.gather(-1, chosen_ids)
         else:
-            chosen_ids = choice.topk_ids - self._group_offset(logits.device)
-        chosen = scores.gather(-1, chosen_ids)
-        assigned = positive.gather(-1, chosen_ids)
-        if choice is not None:
             assert choice.assigned is not None
-            assigned = choice.assigned
-        keep_mask = assigned if choice is None else choice.keep_mask
+            assert choice.keep_mask is not None
+            chosen_ids = choice.topk_ids - self._group_offset(logits.device)
+            assigned, keep_mask = choice.assigned, choice.keep_mask
+        chosen = scores.gather(-1, chosen_ids)
         if choice is None and self.config.capacity is not None:
             keep_mask = self._within_capacity(
                 chosen_ids, chosen, token_mask, num_sequence_groups, assigned
@@ -80,18 +69,17 @@ class ReLURouter(Router):
         statistics = routing_statistics(
             logits, chosen_ids, keep_mask, token_mask, num_sequence_groups, assigned
         )
-        statistics = statistics.with_means(self._means(assigned), token_mask)
+        statistics = statistics.reporting(self._reported(assigned), token_mask)
         weights = scores if token_mask is None else scores * token_mask[:, None, None]
-        of_groups = weights.unflatten(0, (num_sequence_groups, -1)).sum(1)
         return Routing(
             topk_ids=chosen_ids + self._group_offset(logits.device),
             topk_weights=self._scaled(chosen),
             keep_mask=keep_mask,
-            statistics=statistics._replace(probability=of_groups),
+            statistics=statistics._replace(probability=sum_by_group(weights, num_sequence_groups)),
             assigned=assigned,
         )
 
-    def _means(self, assigned: Tensor) -> Tensor:
+    def _reported(self, assigned: Tensor) -> Tensor:
         """Return what `mean_names` says of each token: [T, G, K] bool -> [T, P]."""
         taken, top_k, places = assigned.sum(-1), self.config.top_k, assigned.shape[-1]
         classes = (

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from moa_dist.config.model import Part
+from moa_dist.config.parts import Part
 from moa_dist.kernels.gradient_sum import used_for
 from moa_dist.kernels.row_map import ExpertWeights
 from moa_dist.moe.borrowing import borrowed

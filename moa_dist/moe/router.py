@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moa_dist.config.routers import GroupLimitConfig, RouterConfig
-from moa_dist.kernels.gradient_sum import GradientSum, sum_of
-from moa_dist.kernels.hardware import Hardware
-from moa_dist.kernels.shared_input import Term, backward_of_map, linear, terms_of
 from moa_dist.moe.bias import SelectionBias
 from moa_dist.moe.capacity import keep_within_capacity
 from moa_dist.moe.fused_choice import LEAST_SUM, Options, can_fuse, choose
 from moa_dist.moe.initialize import Initializer, Normal
 from moa_dist.moe.losses import balance_losses
 from moa_dist.moe.moments import RunningMoments
+from moa_dist.moe.router_logits import RouterLogits
 from moa_dist.moe.sparsity import SparsityCoefficient
 from moa_dist.moe.statistics import RoutingStatistics, routing_statistics
 from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
@@ -56,8 +53,8 @@ class Routing(NamedTuple):
         return Choice(self.topk_ids, self.keep_mask, self.assigned, self.by_head)
 
     def reporting(self, values: Tensor, token_mask: Tensor | None) -> Routing:
-        """Add means over tokens to its statistics, see `RoutingStatistics.with_means`."""
-        return self._replace(statistics=self.statistics.with_means(values, token_mask))
+        """Report `values` [T, P] of tokens, see `RoutingStatistics.reporting`."""
+        return self._replace(statistics=self.statistics.reporting(values, token_mask))
 
 
 class Choice(NamedTuple):
@@ -95,75 +92,13 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 """Chosen scores [T, G, K] to weights [T, G, K], by `RouterConfig.gate`."""
 
 
-class RouterLogits(nn.Module):
-    """Linear logits without bias, in fp32 or wider whatever the model computes in.
-
-    bfloat16 logits tie often, and a tie broken differently changes the experts.
-    """
-
-    def __init__(self, d_model: int, num_outputs: int, init: Initializer) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_outputs, d_model))
-        self.init = init
-
-    def initializers(self) -> dict[str, Initializer]:
-        """Initial distribution of each parameter."""
-        return {"weight": self.init}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., outputs]."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with _without_autocast(x.device.type):
-            if has_wide_product(x) and x.dtype == self.weight.dtype:
-                operands = x, self.weight, *sum_of(self.weight), terms_of(x)
-                logits: Tensor = _WideProduct.apply(*operands)
-                return logits
-            return linear(x.to(dtype), self.weight)
-
-
-def has_wide_product(x: Tensor) -> bool:
-    """Whether narrow rows like `x` are multiplied into fp32 logits without being widened."""
-    is_narrow = x.dtype in (torch.bfloat16, torch.float16)
-    return is_narrow and Hardware.of(x.device).device_type == "cuda"
-
-
-class _WideProduct(torch.autograd.Function):
-    """`x @ weight.T` in fp32 for narrow x and weight, on tensor cores.
-
-    Products of narrow numbers are exact in fp32, so only the order of the sum differs from a
-    product of widened operands. Backward rounds the gradient of the logits to the narrow type, as
-    that of every other matrix product is.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        handle: Tensor | None = None,
-        total: GradientSum | None = None,
-        terms: list[Term] | None = None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.total, ctx.terms = total, terms
-        logits = torch.mm(x.flatten(0, -2), weight.T, out_dtype=torch.float32)
-        return logits.unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].to(x.dtype)
-        return *backward_of_map(grad, x, weight, ctx.total, ctx.terms), None, None, None
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
-    if not torch.amp.is_autocast_available(device_type):  # the meta device has none
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
 class Router(nn.Module):
     """Scores all experts of each group, chooses K, weights them, drops what exceeds capacity."""
+
+    weighs_tokens: ClassVar[bool] = True
+    """Whether statistics count tokens by `RouterState.weight`; else all count alike."""
+    of_all_layers: ClassVar[tuple[str, ...]] = ()
+    """Names of children that the routers of all layers of a stack have in common."""
 
     def __init__(
         self,
@@ -176,20 +111,25 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.num_groups = num_groups
-        self.logits: nn.Module = RouterLogits(
-            d_model, num_groups * config.num_experts, init or Normal(1 / math.sqrt(d_model))
-        )
+        self.logits = self._make_logits(d_model, init or Normal(1 / math.sqrt(d_model)))
         rate = config.balance.bias_rate
         self.bias = SelectionBias(num_groups, config.num_experts, rate) if rate else None
+        """Added to the scores that choose; None without `balance.bias_rate`."""
         self.sparsity: SparsityCoefficient | None = None
+        """Coefficient that follows the number of experts taken, if this kind has one."""
         self.running: RunningMoments | None = None
+        """Statistics of logits that stand in for those of a batch, if this kind has them."""
         self.mean_names: tuple[str, ...] = ()
-        """Names of `RoutingStatistics.means`."""
+        """What is reported of `RoutingStatistics.reported`, as means over tokens."""
 
     @property
     def num_experts(self) -> int:
         """Number of flat experts: groups times experts per group."""
         return self.num_groups * self.config.num_experts
+
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Build the map of rows [..., D] to logits [..., outputs]; kinds may have another."""
+        return RouterLogits(d_model, self.num_experts, init)
 
     def macs(self, num_tokens: int) -> int:
         """Count multiply-accumulates of one application."""
@@ -207,6 +147,12 @@ class Router(nn.Module):
 
         `token_mask` [B, S] bool is true for real tokens; padding is not routed or counted.
         """
+        return self._decide(x_BSD, token_mask, choice, state)
+
+    def _decide(
+        self, x_BSD: Tensor, token_mask: Tensor | None, choice: Choice | None, state: RouterState
+    ) -> Routing:
+        """Do the work of `forward`. Kinds whose logits depend on more than `x_BSD` override it."""
         return self._by_logits(self.logits(x_BSD), token_mask, choice, state)
 
     def _by_logits(
@@ -227,13 +173,13 @@ class Router(nn.Module):
         logits = logits_BSO.flatten(0, 1)
         token_mask = None if token_mask is None else token_mask.reshape(B * S)
         routing = self._route(logits, token_mask, N, choice)
-        if state.weight is None:
+        if state.weight is None or not self.weighs_tokens:
             return routing
         by_group, weight = logits.unflatten(-1, (self.num_groups, -1)), state.weight.flatten()
         return routing._replace(statistics=routing.statistics.weighed(by_group, weight))
 
     def losses(self, statistics: RoutingStatistics) -> dict[str, Tensor]:
-        """Compute the auxiliary losses of `statistics`, each multiplied by its coefficient.
+        """Compute scalar losses of `statistics` by name, each multiplied by its coefficient.
 
         Statistics of other routers with an equal configuration may be stacked in front.
         """
@@ -275,7 +221,7 @@ class Router(nn.Module):
         num_sequence_groups: int,
         choice: Choice | None,
     ) -> Routing:
-        """Choose by logits [T, G * E] as `forward` does step by step, in few kernels."""
+        """Do the work of `_route` in few kernels; logits [T, G * E]."""
         config, G = self.config, self.num_groups
         given = None if choice is None else choice.topk_ids
         if config.group_limit is not None and given is None:

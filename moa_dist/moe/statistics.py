@@ -41,15 +41,22 @@ class RoutingStatistics(NamedTuple):
     """[N], sum of the weights of tokens by which the three sums above count them; carries a
     gradient. None where every token counts once."""
     own: Tensor | None = None
-    """[N, M], sums for what a kind of router does of its own; None for most."""
-    means: Tensor | None = None
+    """[N, M], sums that this kind of router alone needs, for its losses or its state; None for
+    most."""
+    reported: Tensor | None = None
     """[N, P], sums over tokens of what is particular to a kind, in the order of
-    `Router.mean_names`: reported as means, used nowhere. None for most."""
+    `Router.mean_names`: used for reports alone, which divide by the number of tokens. None for
+    most."""
 
     @property
     def divisor(self) -> Tensor:
         """[N], what turns the sums that carry gradients into means over tokens; 1 without any."""
         return self.num_tokens.clamp(min=1) if self.weight is None else _or_one(self.weight)
+
+    @property
+    def mean_probability(self) -> Tensor:
+        """[N, G, E], `probability` as a mean over tokens; 0 where a group of sequences has none."""
+        return self.probability / self.divisor[..., None, None]
 
     def each(self, function: Callable[[Tensor], Tensor]) -> RoutingStatistics:
         """Apply a function to all parts."""
@@ -65,49 +72,55 @@ class RoutingStatistics(NamedTuple):
 
     def as_one_group(self) -> RoutingStatistics:
         """Sum over all groups of sequences as if they were one group: N becomes 1."""
-        dims = (
-            -1,
-            -3,
-            -3,
-            -3,
-            -2,
-            -2,
-            -1,
-            -2,
-            -2,
-        )  # those of N; routers may be stacked before them
+        dims = (-1, -3, -3, -3, -2, -2, -1, -2, -2)  # those of N; routers may be stacked before
         present = iter([dim for dim, part in zip(dims, self, strict=True) if part is not None])
         return self.each(lambda part: part.sum(next(present), keepdim=True))
 
-    def with_means(self, values: Tensor, token_mask: Tensor | None) -> RoutingStatistics:
-        """Report means of `values` [T, P] over tokens, after those that are reported already.
+    def reporting(self, values: Tensor, token_mask: Tensor | None) -> RoutingStatistics:
+        """Report `values` [T, P] of tokens, after what is reported already.
 
         `token_mask`, of T elements, is true for real tokens; None if all are.
         """
         values = values.detach()
         if token_mask is not None:
             values = values * token_mask.reshape(-1, 1)
-        sums = values.unflatten(0, (len(self.num_tokens), -1)).sum(1)
-        return self._replace(means=sums if self.means is None else torch.cat([self.means, sums], 1))
+        sums = sum_by_group(values, len(self.num_tokens))
+        if self.reported is not None:
+            sums = torch.cat([self.reported, sums], 1)
+        return self._replace(reported=sums)
 
     def weighed(self, logits: Tensor, weight: Tensor) -> RoutingStatistics:
         """Count tokens, whose logits are [T, G, E], by `weight` [T] in sums that carry gradients.
 
         Tokens that are not routed must have the weight 0.
         """
-        log_sum = logits.logsumexp(-1)
-        probability = (logits - log_sum[:, :, None]).exp()
-        entropy = log_sum - (probability * logits).sum(-1)
+        num_groups = len(self.num_tokens)
+        sums = _differentiable_sums(logits, weight, num_groups)
+        return self._replace(**sums, weight=sum_by_group(weight, num_groups))
 
-        def per_group(x: Tensor) -> Tensor:
-            return x.unflatten(0, (len(self.num_tokens), -1)).sum(1)
 
-        return self._replace(
-            probability=per_group(probability * weight[:, None, None]),
-            z=per_group(log_sum.square() * weight[:, None]),
-            entropy=per_group(entropy * weight[:, None]),
-            weight=per_group(weight),
-        )
+def sum_by_group(x: Tensor, num_sequence_groups: int) -> Tensor:
+    """Sum x [T, ...] over the tokens of each group of sequences: [N, ...]."""
+    return x.unflatten(0, (num_sequence_groups, -1)).sum(1)
+
+
+def _differentiable_sums(
+    logits: Tensor, weight: Tensor | None, num_sequence_groups: int
+) -> dict[str, Tensor]:
+    """Compute the sums that carry gradients from `logits` [T, G, E], by their names.
+
+    Tokens count by `weight` [T], or once if it is None; a mask [T] bool leaves out the others.
+    """
+    # All come from one logsumexp. Written as `-p log p`, the entropy would have an infinite slope
+    # where a probability underflows, which makes gradients NaN; in logits it has none.
+    log_sum = logits.logsumexp(-1)
+    probability = (logits - log_sum[:, :, None]).exp()
+    z, entropy = log_sum.square(), log_sum - (probability * logits).sum(-1)
+    if weight is not None:
+        probability = probability * weight[:, None, None]
+        z, entropy = z * weight[:, None], entropy * weight[:, None]
+    parts = {"probability": probability, "z": z, "entropy": entropy}
+    return {name: sum_by_group(part, num_sequence_groups) for name, part in parts.items()}
 
 
 def _or_one(weight: Tensor) -> Tensor:
@@ -130,23 +143,12 @@ def routing_statistics(
     """
     T, G, E = logits.shape
     N = num_sequence_groups
-    # All three come from one logsumexp. Written as `-p log p`, the entropy would have an infinite
-    # slope where a probability underflows, which makes gradients NaN; in logits it has none.
-    log_sum = logits.logsumexp(-1)
-    probability = (logits - log_sum[:, :, None]).exp()
-    z = log_sum.square()
-    entropy = log_sum - (probability * logits).sum(-1)
     counted = torch.ones(T, dtype=torch.int64, device=logits.device)
     if token_mask is not None:
         counted = token_mask.long()
-        probability = probability * token_mask[:, None, None]
-        z, entropy = z * token_mask[:, None], entropy * token_mask[:, None]
     chosen = counted[:, None, None].expand_as(chosen_ids)
     chosen = chosen if assigned is None else chosen * assigned
     dropped = torch.zeros_like(chosen) if keep_mask is None else chosen * ~keep_mask
-
-    def per_group(x_T: Tensor) -> Tensor:
-        return x_T.unflatten(0, (N, -1)).sum(1)
 
     def per_expert(x_TGK: Tensor) -> Tensor:
         """[T, G, K] -> [N, G, E]: sum by chosen expert."""
@@ -158,12 +160,10 @@ def routing_statistics(
         return sums.scatter_add_(-1, by_group(chosen_ids), by_group(x_TGK))
 
     return RoutingStatistics(
-        num_tokens=per_group(counted),
+        num_tokens=sum_by_group(counted, N),
         load=per_expert(chosen),
         dropped=per_expert(dropped),
-        probability=per_group(probability),
-        z=per_group(z),
-        entropy=per_group(entropy),
+        **_differentiable_sums(logits, token_mask, N),
     )
 
 
@@ -175,7 +175,7 @@ def total(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
 def stacked(statistics: Iterable[RoutingStatistics]) -> RoutingStatistics:
     """Stack statistics of equal shapes, all or none weighed, along a new first dimension."""
     parts = zip(*statistics, strict=True)
-    return RoutingStatistics(*(None if p[0] is None else torch.stack(p) for p in parts))  # type: ignore[arg-type]  # only the last two may be None
+    return RoutingStatistics(*(None if p[0] is None else torch.stack(p) for p in parts))  # type: ignore[arg-type]  # only the last three may be None
 
 
 class RoutingReport(NamedTuple):
@@ -189,8 +189,8 @@ class RoutingReport(NamedTuple):
     """[2]: sum of entropies, and the number of (token, router group) pairs it runs over."""
     own: Tensor = torch.zeros(0)
     """[M], see `RoutingStatistics`."""
-    means: Tensor = torch.zeros(0)
-    """[P] fp64, likewise: sums over tokens."""
+    reported: Tensor = torch.zeros(0)
+    """[P] fp64, likewise."""
 
     def plus(self, other: RoutingReport) -> RoutingReport:
         """Add the sums of both."""
@@ -210,7 +210,7 @@ def report(statistics: RoutingStatistics) -> RoutingReport:
         dropped=statistics.dropped.sum(-3),
         entropy=torch.stack([entropy.double(), pairs.double()], dim=-1),
         own=own_sums(statistics),
-        means=_summed(statistics.means, statistics),
+        reported=_summed(statistics.reported, statistics),
     )
 
 

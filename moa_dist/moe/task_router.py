@@ -9,17 +9,16 @@ sequences.
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.config.family import TaskRouterConfig
 from moa_dist.errors import DataError
-from moa_dist.moe.initialize import Initializer, Normal
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
+from moa_dist.moe.initialize import Initializer
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
 from moa_dist.moe.statistics import RoutingStatistics
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+from moa_dist.moe.token_state import RouterState
 
 
 class TaskRouter(Router):
@@ -27,26 +26,14 @@ class TaskRouter(Router):
 
     config: TaskRouterConfig
 
-    def __init__(
-        self,
-        config: TaskRouterConfig,
-        d_model: int,
-        *,
-        num_groups: int = 1,
-        init: Initializer | None = None,
-    ) -> None:
-        super().__init__(config, d_model, num_groups=num_groups, init=init)
-        outputs = config.tasks * num_groups * config.num_experts
-        self.logits = RouterLogits(d_model, outputs, init or Normal(1 / math.sqrt(d_model)))
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Implement `Router._make_logits`: the maps of all tasks as one."""
+        return RouterLogits(d_model, self.config.tasks * self.num_experts, init)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
+    def _decide(
+        self, x_BSD: Tensor, token_mask: Tensor | None, choice: Choice | None, state: RouterState
     ) -> Routing:
-        """Implement `Router.forward`. Raises DataError if the state does not hold tasks."""
+        """Implement `Router._decide`. Raises DataError if the state does not hold tasks."""
         tasks = state.tasks
         if tasks is None:
             raise DataError(

@@ -1,9 +1,9 @@
 """Monet's router: each head keeps the experts whose logits stand out, at least one.
 
-Park et al. 2024 (arXiv 2412.04139, section 3; code dmis-lab/Monet). A logit is kept from the
-quantile of a normal distribution on that K of E experts reach, after normalization over all experts
-and all tokens of its group of sequences: of whole sequences in training, future tokens included.
-In evaluation running statistics stand in for these, so a token's experts depend on it alone.
+Park et al. 2024 (arXiv 2412.04139, section 3; code dmis-lab/Monet). A logit is kept if, normalized,
+it reaches the value that K of E draws from a normal distribution exceed. Training normalizes by the
+mean and variance over all experts and all tokens of the group of sequences, future tokens included.
+Evaluation uses running statistics instead, so a token's experts depend on it alone.
 
 Shapes: T tokens, G router groups, H heads, E experts per group, N groups of sequences.
 """
@@ -14,14 +14,14 @@ import math
 from statistics import NormalDist
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.config.family import ThresholdRouterConfig
-from moa_dist.moe.initialize import Initializer, Normal
+from moa_dist.moe.initialize import Initializer
 from moa_dist.moe.moments import RunningMoments, mean_and_variance
-from moa_dist.moe.router import Choice, Router, RouterLogits, Routing
-from moa_dist.moe.statistics import routing_statistics
-from moa_dist.moe.token_state import NO_ROUTER_STATE, RouterState
+from moa_dist.moe.router import Choice, Router, Routing
+from moa_dist.moe.router_logits import RouterLogits
+from moa_dist.moe.statistics import routing_statistics, sum_by_group
 
 _EPS = 1e-5
 """Added to the variance, as in batch normalization."""
@@ -34,6 +34,7 @@ class ThresholdRouter(Router):
     """
 
     config: ThresholdRouterConfig
+    weighs_tokens = False  # as in the running statistics
 
     def __init__(
         self,
@@ -44,21 +45,12 @@ class ThresholdRouter(Router):
         init: Initializer | None = None,
     ) -> None:
         super().__init__(config, d_model, num_groups=num_groups, init=init)
-        H, E = config.num_heads, config.num_experts
-        init = init or Normal(1 / math.sqrt(d_model))
-        self.logits = RouterLogits(d_model, num_groups * H * E, init)
-        self.running = RunningMoments(num_groups, H, E)
-        self.threshold = NormalDist().inv_cdf(1 - config.top_k / E)
+        self.running = RunningMoments(num_groups, config.num_heads, config.num_experts)
+        self.threshold = NormalDist().inv_cdf(1 - config.top_k / config.num_experts)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        token_mask: Tensor | None = None,
-        choice: Choice | None = None,
-        state: RouterState = NO_ROUTER_STATE,
-    ) -> Routing:
-        """Implement `Router.forward`; tokens count alike, as in the statistics that it keeps."""
-        return super().forward(x_BSD, token_mask, choice, state._replace(weight=None))
+    def _make_logits(self, d_model: int, init: Initializer) -> nn.Module:
+        """Implement `Router._make_logits`: those of all heads."""
+        return RouterLogits(d_model, self.config.num_heads * self.num_experts, init)
 
     def _route(
         self,
@@ -83,7 +75,7 @@ class ThresholdRouter(Router):
         chosen = by_head.any(2)
         if token_mask is not None:
             chosen = chosen & token_mask[:, None, None]
-        load = chosen.long().unflatten(0, (N, -1)).sum(1)
+        load = sum_by_group(chosen.long(), N)
         statistics = of_heads._replace(
             load=load,
             dropped=torch.zeros_like(load),
@@ -122,4 +114,4 @@ def _moments(logits: Tensor, token_mask: Tensor | None, num_sequence_groups: int
     if token_mask is not None:
         logits = logits * token_mask[:, None, None]
     sums = torch.cat([logits.sum(-1), logits.square().sum(-1)], dim=1)
-    return sums.unflatten(0, (num_sequence_groups, -1)).sum(1)
+    return sum_by_group(sums, num_sequence_groups)

@@ -46,7 +46,7 @@ def routing_summary(report: RoutingReport, mean_names: Sequence[str] = ()) -> di
     load = report.load.double()
     entropy, pairs = report.entropy.tolist()
     num_tokens = max(pairs, 1) / len(load)
-    means = (report.means / num_tokens).tolist() if mean_names else ()
+    means = (report.reported / num_tokens).tolist() if mean_names else ()
     return {
         "drop_share": drop_share(report),
         "experts_per_token": report.load.sum().item() / max(pairs, 1),

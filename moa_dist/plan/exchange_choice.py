@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from moa_dist.config.model import PARTS, recomputed_parts
+from moa_dist.config.parts import PARTS
+from moa_dist.config.recompute import recomputed_parts
 from moa_dist.config.run import (
     Config,
     ExpertExchangeConfig,

@@ -12,8 +12,9 @@ from functools import cached_property
 from itertools import product
 
 from moa_dist.config.checks import check_fields
-from moa_dist.config.model import PARTS, Recompute
 from moa_dist.config.optimization_checks import can_offload
+from moa_dist.config.parts import PARTS
+from moa_dist.config.recompute import Recompute
 from moa_dist.config.run import Config, ExpertExchangeConfig
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume
 from moa_dist.kernels.hardware import Hardware

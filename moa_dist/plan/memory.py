@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from moa_dist.config.model import PARTS
+from moa_dist.config.parts import PARTS
 from moa_dist.config.run import Config, tokens_per_sample
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.models.language_model import LanguageModel

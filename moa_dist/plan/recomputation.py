@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
-from moa_dist.config.model import PARTS, Recompute
+from moa_dist.config.parts import PARTS
+from moa_dist.config.recompute import Recompute
 from moa_dist.config.run import Config
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moa_dist.config.model import PARTS, Part
+from moa_dist.config.parts import PARTS, Part
 from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import DEFAULT_ZERO_SIZES
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume

@@ -174,7 +174,7 @@ def _copied(value: Any) -> Any:
 
 
 def order_reductions_on_the_device(optimizer: Any) -> None:
-    """Let micro-batches end at ZeRO 1 and 2 without a wait of the host for the device.
+    """Let micro-batches end at ZeRO 1 and 2 without a host-device synchronization.
 
     After the last reduction of a backward pass, DeepSpeed synchronizes the device, as the stream
     that computes reads the reduced gradients next, and buffers are freed. It is enough that each

@@ -300,8 +300,8 @@ def _values(result: Objective, weight: float, num_targets: float) -> dict[str, T
     if result.z is not None:
         aux_losses["logits/z_loss"] = result.z / num_targets
     values = {"cross_entropy": result.cross_entropy, **aux_losses}
-    for name, mean in result.token_means.items():
-        values |= zip((_SUM + name, _NUMBER + name), mean, strict=True)
+    for name, sum_and_number in result.token_sums.items():
+        values |= zip((_SUM + name, _NUMBER + name), sum_and_number, strict=True)
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -3,7 +3,7 @@
 They are measured around the step of torch's optimizer, where gradients, weights and updates lie in
 the same tensors at every ZeRO stage. Every rank adds up squares of what it alone owns, on the
 device; the sum over ranks is part of the collective that makes a report, so measuring adds neither
-a collective nor a wait of the host. P is the number of parts.
+a collective nor a host-device synchronization. P is the number of parts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _has_room(flats: list[Tensor]) -> bool:
 def part_norms(squares: Tensor | None, grad_norm: float) -> dict[str, PartNorms]:
     """Return the norms of each part of the model from sums over ranks; empty if there are none.
 
-    Clipping multiplies all gradients by one factor. It is taken back by making the parts add up to
+    Clipping multiplies all gradients by one factor, which is undone here: the parts add up to
     `grad_norm`, the global norm before clipping.
     """
     if squares is None:

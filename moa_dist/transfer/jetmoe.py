@@ -14,7 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig
+from moa_dist.config.attention import MoAConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
+from moa_dist.config.model import ModelConfig
 from moa_dist.config.routers import RouterConfig
 from moa_dist.config.sharing import SharingConfig
 

@@ -39,7 +39,8 @@ from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.moa import MoAAttention
 from moa_dist.models.moh import MoHAttention
 from moa_dist.models.switchhead import SwitchHeadAttention
-from moa_dist.moe.router import Router, RouterLogits
+from moa_dist.moe.router import Router
+from moa_dist.moe.router_logits import RouterLogits
 
 _SAMPLE = 4096
 """Number of random tokens over which weights are averaged."""

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from moa_dist.config.attention import DenseAttentionConfig, MoAConfig, SwitchHeadConfig
 from moa_dist.config.family import MoHConfig
-from moa_dist.config.model import (
-    PARTS,
-    DenseAttentionConfig,
-    DenseFFNConfig,
-    MoAConfig,
-    ModelConfig,
-    MoEFFNConfig,
-    PartConfig,
-    SwitchHeadConfig,
-)
+from moa_dist.config.feed_forward import DenseFFNConfig, MoEFFNConfig
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.parts import PARTS, PartConfig
 from moa_dist.errors import Problem
 
 _HEADS_FIELD: dict[type[PartConfig], str | None] = {

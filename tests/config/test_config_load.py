@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config import load_config, to_yaml
-from moa_dist.config.model import AttentionConfig
+from moa_dist.config.attention import AttentionConfig
 from moa_dist.config.schema import describe, walk
 from moa_dist.errors import ConfigError
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moa_dist.checkpoint.format import MASTER
-from moa_dist.config.model import Recompute
+from moa_dist.config.recompute import Recompute
 from moa_dist.config.run import Config
 from moa_dist.config.zero_sizes import ZeroSizes
 from moa_dist.distributed.mesh import Mesh, make_mesh

@@ -56,7 +56,7 @@ def test_depths_differ_between_ranks_and_are_reported(pools, exchange):
     model = build_model(case.config().model).double()
     sharpened(model)
     batch = case.batch()
-    taken, tokens = objective(model, batch).token_means["halting/applications"].tolist()
+    taken, tokens = objective(model, batch).token_sums["halting/applications"].tolist()
     assert tokens == batch.num_read()
     assert taken == sum(ran) + sum(other_ran)
     assert reported == pytest.approx(taken / tokens)

@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from moa_dist.config.model import DenseAttentionConfig, ModelConfig
+from moa_dist.config.attention import DenseAttentionConfig
+from moa_dist.config.model import ModelConfig
 from moa_dist.models.attention import DenseAttention
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.mask import AttentionMask

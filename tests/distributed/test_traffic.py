@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moa_dist.config.model import recomputed_parts
+from moa_dist.config.recompute import recomputed_parts
 from moa_dist.config.routers import GroupLimitConfig
 from moa_dist.distributed.mesh import make_mesh
 from moa_dist.distributed.traffic import TrafficKey, TrafficVolume

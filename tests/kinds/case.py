@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 
 from moa_dist.config import Config
-from moa_dist.config.model import AttentionConfig, FFNConfig
+from moa_dist.config.attention import AttentionConfig
+from moa_dist.config.feed_forward import FFNConfig
 from moa_dist.config.routers import RouterConfig
 from moa_dist.models.kinds import ATTENTION, FEED_FORWARD
 from moa_dist.moe.router_kinds import ROUTERS

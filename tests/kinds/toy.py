@@ -12,20 +12,21 @@ import torch
 from pydantic import PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 
-from moa_dist.config.model import AttentionConfig, FFNConfig
+from moa_dist.config.attention import AttentionConfig
+from moa_dist.config.feed_forward import FFNConfig
 from moa_dist.config.routers import RouterConfig, shrunk
 from moa_dist.errors import Problem
 from moa_dist.models.attention import Attention, Context, Mixed
-from moa_dist.models.feed_forward import FeedForward
+from moa_dist.models.feed_forward import FeedForward, FFNContext
 from moa_dist.models.kinds import ATTENTION, FEED_FORWARD
 from moa_dist.models.linear import Linear
 from moa_dist.models.softmax import softmax_macs
 from moa_dist.moe.experts import GroupedLinear
 from moa_dist.moe.initialize import Initializer, Normal
-from moa_dist.moe.routed_module import Gathered, RoutedModule, RoutedProjection
-from moa_dist.moe.router import Router, RouterLogits, Routing
+from moa_dist.moe.routed_module import RoutedModule, RoutedProjection
+from moa_dist.moe.router import Router, Routing
 from moa_dist.moe.router_kinds import ROUTERS, make_router
-from moa_dist.moe.token_state import TokenState
+from moa_dist.moe.router_logits import RouterLogits
 
 
 class TanhRouterConfig(RouterConfig):
@@ -52,10 +53,10 @@ class TanhLogits(nn.Module):
 class TanhRouter(Router):
     """The top K of logits that have a hidden layer."""
 
-    def __init__(self, config: TanhRouterConfig, d_model: int, *, num_groups=1, init=None) -> None:
-        super().__init__(config, d_model, num_groups=num_groups, init=init)
-        init = init or Normal(1 / math.sqrt(d_model))
-        self.logits = TanhLogits(d_model, config.d_hidden, self.num_experts, init)
+    config: TanhRouterConfig
+
+    def _make_logits(self, d_model: int, init: Initializer) -> TanhLogits:
+        return TanhLogits(d_model, self.config.d_hidden, self.num_experts, init)
 
     def macs(self, num_tokens: int) -> int:
         return num_tokens * sum(weight.numel() for weight in self.logits.parameters())
@@ -169,16 +170,11 @@ class LinearExperts(RoutedModule, FeedForward):
         return [RoutedProjection("router", ("experts",), "token", D, "token", D, weighted=True)]
 
     def transform(
-        self,
-        x: Tensor,
-        router_input: Tensor,
-        token_mask: Tensor | None,
-        gathered: Gathered,
-        state: TokenState,
+        self, x: Tensor, router_input: Tensor, context: FFNContext
     ) -> tuple[Tensor, dict[str, Routing]]:
-        routing = self.router(router_input, token_mask, state=state.of(""))
+        routing = self.router(router_input, context.token_mask, state=context.state.of(""))
         plan = self.dispatcher.plan(routing, self.router.num_experts)
-        experts = self.expert_weights("experts", gathered=gathered)
+        experts = self.expert_weights("experts", gathered=context.gathered)
         sent = plan.dispatch(x.flatten(0, 1), "token")
         dense = self.down(self.up(x).relu())
         y = plan.run_and_combine(experts, sent, "token", "token", weighted=True).wait()

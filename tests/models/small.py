@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import ModelConfig, Recompute
+from moa_dist.config.model import ModelConfig
+from moa_dist.config.recompute import Recompute
 from moa_dist.models.language_model import LanguageModel, build_model
 
 VOCABULARY, LENGTH = 19, 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa_dist.config.model import MoAConfig, SwitchHeadConfig
+from moa_dist.config.attention import MoAConfig, SwitchHeadConfig
 from moa_dist.config.positions import RopeConfig
 from moa_dist.models import rope_kernel
 from moa_dist.models.mask import AttentionMask

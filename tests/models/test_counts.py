@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moa_dist.config import Config, load_config
-from moa_dist.config.model import MoEFFNConfig, SwitchHeadConfig
+from moa_dist.config.attention import SwitchHeadConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
 from moa_dist.models.counts import count
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.moe.experts import expert_layers

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from moa_dist.config.model import MoAConfig, ModelConfig, MoEFFNConfig, SwitchHeadConfig
+from moa_dist.config.attention import MoAConfig, SwitchHeadConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
+from moa_dist.config.model import ModelConfig
 from moa_dist.config.routers import BalanceConfig, RouterConfig
 from moa_dist.models.language_model import LanguageModel
 from moa_dist.models.mask import AttentionMask

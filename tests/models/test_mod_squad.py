@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moa_dist.config.attention import MoAConfig
 from moa_dist.config.family import TaskRouterConfig
-from moa_dist.config.model import MoAConfig
 from moa_dist.config.routers import BalanceConfig
 from moa_dist.errors import DataError
 from moa_dist.models.mask import AttentionMask

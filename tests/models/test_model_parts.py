@@ -17,7 +17,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2Ro
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3RotaryEmbedding
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from moa_dist.config.model import DenseAttentionConfig, ModelConfig, MoEFFNConfig
+from moa_dist.config.attention import DenseAttentionConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
+from moa_dist.config.model import ModelConfig
 from moa_dist.config.positions import RopeConfig
 from moa_dist.models.attention import DenseAttention
 from moa_dist.models.feed_forward import MoEFeedForward

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moa_dist.config.model import ModelConfig
+from moa_dist.models.aux_losses import aux_losses
 from moa_dist.models.language_model import build_model
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from tests.models.small import ATTENTION, small_model, tokens_of
@@ -98,7 +99,7 @@ def test_it_computes_what_its_authors_do(recompute):
     mask = AttentionMask(True, None, golden["attention_mask"].bool())
     output = model.stack(x, LayerMasks(mask, mask), trace=not recompute)
     y = model.final_norm(output.x)
-    (aux,) = model._aux_losses(output.statistics).values()
+    (aux,) = aux_losses(output.statistics, model.routers()).values()
     close(aux, 0.01 * golden["aux_loss"])
     real = golden["attention_mask"].bool()
     close(y[real], golden["y"][real])
@@ -107,7 +108,7 @@ def test_it_computes_what_its_authors_do(recompute):
             routing = trace.routing["ffn"]
             close(routing.state, golden[f"state.{i}"])
             close(routing.topk_weights.flatten(), golden[f"gate.{i}"].flatten())
-        total, number = output.token_means["state_norm/layer2.repeat0.ffn"]
+        total, number = output.token_sums["state_norm/layer2.repeat0.ffn"]
         close(total / number, golden["state.2"].norm(dim=-1).mean())
     ((y * golden["grad_y"]).sum() + aux).backward()
     close(x.grad, golden["grad.x"])

@@ -233,7 +233,7 @@ def test_only_tokens_that_recur_are_computed(section):
     else:
         ids = output.traces[calls[0]].routing["depth"].topk_ids
         assert torch.equal(depth, ids.view(2, 12) + 1)
-        assert output.token_means["depth/recursions"].tolist() == [depth.sum(), 24]
+        assert output.token_sums["depth/recursions"].tolist() == [depth.sum(), 24]
         assert rows == [12, *(max(1, int((depth > r).sum(1).max())) for r in (1, 2))]
 
 

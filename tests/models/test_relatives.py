@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moa_dist.config.attention import MoAConfig
 from moa_dist.config.family import (
     ComposedAttentionConfig,
     GShardRouterConfig,
@@ -19,7 +20,7 @@ from moa_dist.config.family import (
     ReLURouterConfig,
     ResidualMoEConfig,
 )
-from moa_dist.config.model import MoAConfig, MoEFFNConfig
+from moa_dist.config.feed_forward import MoEFFNConfig
 from moa_dist.config.positions import RopeConfig
 from moa_dist.config.routers import BalanceConfig, CapacityConfig, RouterConfig
 from moa_dist.models.attention import Heads

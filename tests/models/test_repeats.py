@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moa_dist.config.model import Recompute
+from moa_dist.config.recompute import Recompute
 from moa_dist.models.language_model import LanguageModel, build_model
 from moa_dist.models.objective import Batch, objective
 from moa_dist.moe.borrowing import named_used_modules

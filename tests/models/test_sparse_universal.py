@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa_dist.config.model import ModelConfig
 from moa_dist.models.counts import count
-from moa_dist.models.halting import expected_depth
+from moa_dist.models.halting import Halting, HaltingState, expected_depth
 from moa_dist.models.mask import AttentionMask, LayerMasks
 from moa_dist.models.stack import LayerStack
+from moa_dist.moe.initialize import initialize
 from moa_dist.moe.statistics import total
 from tests.models.small import ATTENTION, LENGTH, PLACEMENTS, small_config, small_model, tokens_of
 
@@ -142,6 +143,40 @@ def test_it_computes_what_its_authors_do(name, threshold, causal, recompute):
     close(x.grad, golden["grad_mi_corrected.x"])
 
 
+class Alternating(Halting):
+    """Halts other tokens in every call, unless it is given a choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.calls = nn.Identity(), 0
+
+    def macs(self, num_tokens: int) -> int:
+        return 0
+
+    def forward(self, x, token_mask, past, choice=None) -> HaltingState:
+        self.calls += 1
+        one = x.new_ones(x.shape[:2])
+        running = one.cumsum(1) % 3 != self.calls % 3 if choice is None else choice
+        inner = x if past is None else past.inner
+        return HaltingState(inner, torch.zeros_like(x), one, one, running, running.long())
+
+    def losses(self, state, token_mask, num_applications) -> dict[str, Tensor]:
+        return {}
+
+
+def test_any_way_to_halt_keeps_its_choices_when_recomputed():
+    gradients = []
+    for recompute in (False, True):
+        stack = LayerStack(model(0.999, 2), recompute=recompute)
+        initialize(stack, seed=0)
+        stack.double().layers[0].halting = Alternating()
+        x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(0)).double()
+        mask = AttentionMask(True)
+        stack(x.requires_grad_(), LayerMasks(mask, mask)).x.square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 def halting_model(attention: str | dict[str, Any], objective: str = "causal", **more: object):
     """Tokens of a prelude and a coda take these; between them they halt where they like."""
     halting = {"kind": "stick_breaking", "threshold": 0.9, "loss": 0.1}
@@ -175,7 +210,7 @@ def test_with_a_cache_and_padding_tokens_halt_where_they_did(attention, placemen
     padded = model(tokens, real)
     alone = model(tokens[1:, :5])
     torch.testing.assert_close(padded.logits[1, :5], alone.logits[0], rtol=1e-9, atol=1e-9)
-    taken, number = padded.token_means["halting/applications"].tolist()
+    taken, number = padded.token_sums["halting/applications"].tolist()
     assert number == LENGTH + 5
     assert taken == depths(model, tokens, real).sum()
     losses = [output.aux_losses["halting/depth"] for output in (model(tokens[:1]), alone)]
@@ -191,7 +226,7 @@ def test_tokens_of_both_texts_halt_in_translation(attention):
     model = halting_model(attention, "translation", prelude=0, coda=0)
     target, source = tokens_of(), tokens_of(2, 6, seed=1)
     whole = model(target, source=source)
-    assert {"halting/applications", "encoder/halting/applications"} == whole.token_means.keys()
+    assert {"halting/applications", "encoder/halting/applications"} == whole.token_sums.keys()
     first = model(target[:, :5], cache=model.empty_cache(), source=source)
     second = model(target[:, 5:], cache=first.cache)
     parts = torch.cat([first.logits, second.logits], dim=1)

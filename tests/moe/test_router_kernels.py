@@ -9,6 +9,8 @@ from moa_dist.moe.expert_sort import sort_by_expert
 from moa_dist.moe.fused_choice import Chosen, Options, StatisticsGradients
 from moa_dist.moe.initialize import initialize
 from moa_dist.moe.router import Router, Routing
+from moa_dist.moe.router_gradient_kernel import choose_backward
+from moa_dist.moe.router_logits import _WideProduct
 
 CASES = {
     "SwitchHead": {"num_experts": 5, "top_k": 2, "score": "sigmoid", "groups": 3},
@@ -72,7 +74,7 @@ def test_choice_statistics_and_gradients(case, padded):
     for used in ((True, True), (True, False), (False, True)):
         grads = of_weights if used[0] else None
         sums = of_statistics if used[1] else StatisticsGradients(None, None, None)
-        ours = router_kernels.choose_backward(grads, sums, *saved)
+        ours = choose_backward(grads, sums, *saved)
         values = [plain.topk_weights] if used[0] else []
         slopes = [of_weights] if used[0] else []
         if used[1]:
@@ -136,7 +138,7 @@ def test_wide_logits_of_narrow_rows(monkeypatch):
         return real(a, b) if out_dtype is None else real(a.to(out_dtype), b.to(out_dtype))
 
     monkeypatch.setattr(torch, "mm", wide)
-    logits = router._WideProduct.apply(x, weight)
+    logits = _WideProduct.apply(x, weight)
     exact = x.double() @ weight.double().T
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact, rtol=1e-6, atol=1e-5)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moa_dist.config.model import MoAConfig, Recompute, recomputed_parts
+from moa_dist.config.attention import MoAConfig
+from moa_dist.config.recompute import Recompute, recomputed_parts
 from moa_dist.config.routers import RouterConfig
 from moa_dist.config.run import ExpertExchangeConfig
 from moa_dist.distributed.mesh import make_mesh

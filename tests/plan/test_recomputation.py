@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 
 from moa_dist.config import load_config
-from moa_dist.config.model import PARTS, Recompute, recomputed_parts
+from moa_dist.config.parts import PARTS
+from moa_dist.config.recompute import Recompute, recomputed_parts
 from moa_dist.config.run import Config
 from moa_dist.plan.cluster import GPUS, Cluster
 from moa_dist.plan.layouts import Planned, Planner, with_layout
