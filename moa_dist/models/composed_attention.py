@@ -2,7 +2,7 @@
 
 The vector of all heads' attention from a query to a key is multiplied by a matrix that depends on
 both tokens, before the softmax and again after it. The matrix is the identity plus, for each of
-the two tokens, a part of rank 2 and a diagonal (section 3).
+the two tokens, a part of rank 2 and a diagonal.
 
 Shapes: B sequences, T queries, S keys, N heads, d head width, R = 2 rank.
 """
