@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import signal
 import sys
 import time
@@ -61,8 +62,11 @@ def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def killed_until_done(arguments: list[str], rng: random.Random) -> int:
-    """Run the command, kill it, run it again, until it ends by itself; return the kills."""
+def killed_until_done(arguments: list[str], output: Path | None, rng: random.Random) -> int:
+    """Run the command, kill it, run it again, until it ends by itself; return the kills.
+
+    Killed after it has put `output` in place, it is done too: run again, it would refuse that.
+    """
     for kills in range(60):
         process = FORKS.Process(target=slowly, args=(arguments,))
         process.start()
@@ -73,6 +77,9 @@ def killed_until_done(arguments: list[str], rng: random.Random) -> int:
         if process.exitcode != -signal.SIGKILL:
             assert process.exitcode == 0
             return kills
+        if output is not None and output.exists():
+            shutil.rmtree(hidden_folder(output), ignore_errors=True)
+            return kills + 1
     raise AssertionError("never got there")
 
 
@@ -85,7 +92,8 @@ def test_killed_at_random_moments(
     options = ["--tokenizer", str(tokenizer)] if given else ["--vocab-size", "300"]
     arguments = ["--input", str(corpus), "--sequence-length", "16", "--samples-per-shard", "50"]
     arguments += ["--valid-share", "0.1", *options, "--output"]
-    kills = killed_until_done([*arguments, str(tmp_path / "out")], random.Random(seed))
+    out = tmp_path / "out"
+    kills = killed_until_done([*arguments, str(out)], out, random.Random(seed))
     assert kills > 0
     prepare(
         [str(corpus)],
@@ -103,12 +111,14 @@ def test_killed_at_random_moments(
 def test_parts_and_their_join_killed_at_random_moments(
     corpus: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    rng, output = random.Random(7), str(tmp_path / "out")
+    rng, output = random.Random(7), tmp_path / "out"
+    parts = tmp_path / "out.parts"
     for number in (1, 2, 3):
-        arguments = ["--input", str(corpus), "--tokenizer", str(tokenizer), "--output", output]
+        arguments = ["--input", str(corpus), "--tokenizer", str(tokenizer)]
         arguments += ["--sequence-length", "16", "--samples-per-shard", "50"]
-        killed_until_done([*arguments, "--part", f"{number}/3"], rng)
-    killed_until_done(["--join", f"{output}.parts", "--output", output], rng)
+        arguments += ["--output", str(output), "--part", f"{number}/3"]
+        killed_until_done(arguments, None, rng)
+    killed_until_done(["--join", str(parts), "--output", str(output)], output, rng)
     prepare([str(corpus)], tmp_path / "whole", **OPTIONS, tokenizer=tokenizer)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
