@@ -16,18 +16,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moa_dist.config.family import ComposedAttentionConfig
 from moa_dist.kernels.gradient_sum import alias
 from moa_dist.models.attention import Context, DenseAttention, Mixed
+from moa_dist.models.block_attention import recomputed_by_blocks
 from moa_dist.models.linear import Linear
 from moa_dist.models.mask import AttentionMask
 from moa_dist.moe.initialize import Initializer, Normal
 
 _RANK = 2
-_BLOCK = 128
-"""Queries whose attention is in memory at a time."""
+_PACKED = 2 * _RANK + 1
+"""Numbers of a composition per token and head."""
 _NORM_EPS = 1e-6
 _SMALL = 0.01
 """Initial size of what is added to the identity."""
@@ -95,32 +95,25 @@ def composed_attention(
     *,
     of_queries: Tensor,
 ) -> Tensor:
-    """Attend with composed heads, a block of queries at a time; returns [B, N, T, d].
+    """Attend with composed heads; returns [B, N, T, d].
 
-    q [B, N, T, d]; k [B, N, S, d + 2 (2 R + 1)], each key followed by its compositions before and
-    after the softmax; v [B, N, S, d]; `of_queries` [2, B, N, T, 2 R + 1]. Attention is computed
-    again in the backward pass. Logits have no `soft_cap`.
+    q [B, N, T, d] and `of_queries` [B, N, T, 2 (2 R + 1)], their compositions before and after the
+    softmax; k [B, N, S, d + 2 (2 R + 1)], each key followed by its own; v [B, N, S, d]. Attention
+    is in memory for a block of queries only. Logits have no `soft_cap`.
     """
     assert soft_cap is None
-    heads, start = [], 0
-    blocks = zip(q.split(_BLOCK, dim=2), of_queries.split(_BLOCK, dim=3), strict=True)
-    for block, composition in blocks:
-        stop = start + block.shape[2]
-        visible = mask.visible(slice(start, stop), slice(0, k.shape[2]), q.device)
-        heads.append(checkpoint(_attend, block, k, v, composition, visible, use_reentrant=False))
-        start = stop
-    return torch.cat(heads, dim=2)
+    return recomputed_by_blocks(_attend, (q, of_queries), k, v, mask)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, of_queries: Tensor, visible: Tensor) -> Tensor:
+def _attend(q: Tensor, of_queries: Tensor, k: Tensor, v: Tensor, _: int, visible: Tensor) -> Tensor:
     d = q.shape[-1]
-    k, before, after = k.split([d, 2 * _RANK + 1, 2 * _RANK + 1], dim=-1)
+    k, *of_keys = k.split([d, _PACKED, _PACKED], dim=-1)
+    before, after = zip(of_queries.split(_PACKED, dim=-1), of_keys, strict=True)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(dtype) / math.sqrt(d)
-    scores = _composed(scores, of_queries[0], before)
+    scores = _composed((q @ k.mT).to(dtype) / math.sqrt(d), *before)
     # Masked after composing, which mixes heads but not keys, and would turn -inf into NaN.
     scores = scores.masked_fill(~visible, -math.inf)
-    return _composed(scores.softmax(-1), of_queries[1], after).to(v.dtype) @ v
+    return _composed(scores.softmax(-1), *after).to(v.dtype) @ v
 
 
 def _composed(attention: Tensor, of_queries: Tensor, of_keys: Tensor) -> Tensor:
@@ -165,7 +158,7 @@ class ComposedAttention(DenseAttention):
         of_queries = self.compose(query)
         of_keys = of_queries if key is query else self.compose(key)
         k = torch.cat([k, *of_keys[1::2]], dim=-1)
-        product = partial(composed_attention, of_queries=of_queries[0::2])
+        product = partial(composed_attention, of_queries=torch.cat([*of_queries[0::2]], dim=-1))
         heads = self.attend(q, k, v, context, product)
         y = self.o(heads.merged())
         return Mixed(y, heads._replace(k=heads.k[..., : self.config.d_head]), {})
