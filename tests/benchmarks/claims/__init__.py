@@ -9,7 +9,6 @@
 Every model tries its learning rates on a small part of the budget with seed 0, half of which is
 the warm-up of the whole; then it trains with the best rate for the whole budget, with one or more
 seeds (`contenders.py` lists models by question). That takes hours, and resumes after an
-interruption.
-`--steps` makes the budget smaller, `--table` only prints results. `tests/benchmarks/README.md` has
-them.
+interruption. `--steps` makes the budget smaller, `--table` only prints results, which
+`tests/benchmarks/README.md` has.
 """

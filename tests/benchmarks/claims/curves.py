@@ -21,7 +21,7 @@ from moa_dist.cli.arguments import between
 from moa_dist.report.read import read_run
 from tests.benchmarks.claims import training
 from tests.benchmarks.claims.contenders import CONTENDERS
-from tests.benchmarks.claims.training import Training, best_rate
+from tests.benchmarks.claims.training import finished
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,10 @@ class Curve:
     @staticmethod
     def of(model: str, steps: int | None) -> Curve:
         """Read the runs at the best rate. Raises SystemExit if none has finished."""
-        rate = best_rate(model)
-        seeds = range(CONTENDERS[model].seeds if rate is not None else 0)
-        runs = [Training(model, rate or 0, seed, steps) for seed in seeds]
-        finished = [run for run in runs if run.loss() is not None]
-        if not finished:
+        runs = finished(model, steps)
+        if not runs:
             raise SystemExit(f"{model}: no finished run in {training.RUNS}")
-        series = [read_run(training.RUNS / run.name).series for run in finished]
+        series = [read_run(training.RUNS / run.name).series for run in runs]
         losses = [one["validation/loss"] for one in series]
         config = CONTENDERS[model].config()
         return Curve(

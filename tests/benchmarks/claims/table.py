@@ -7,7 +7,7 @@ import statistics
 
 from moa_dist.models.counts import count
 from tests.benchmarks.claims.contenders import CONTENDERS
-from tests.benchmarks.claims.training import Training, best_rate, tuned
+from tests.benchmarks.claims.training import best_rate, finished, tuned
 
 COLUMNS = ("model", "parameters, M", "MMAC per token", "lr", "seeds", "perplexity", "spread", "s")
 """`lr` is the best rate, with the perplexities of all in short runs; `s` are seconds per step.
@@ -25,8 +25,7 @@ def print_table(models: list[str], steps: int | None) -> None:
 
 
 def row(model: str, steps: int | None) -> list[str]:
-    contender = CONTENDERS[model]
-    config = contender.config()
+    config = CONTENDERS[model].config()
     counts = count(config.model, config.data.sequence_length)
     work = (counts.training, counts.evaluation)
     macs = [f"{each.total_macs / counts.sequence_length / 1e6:.2f}" for each in work]
@@ -35,8 +34,8 @@ def row(model: str, steps: int | None) -> list[str]:
     if rate is None:
         return [*cells, "", "0", "", "", ""]
     tried = ", ".join(f"{math.exp(run.loss() or 0):.1f} at {run.rate:g}" for run in tuned(model))
-    runs = [Training(model, rate, seed, steps) for seed in range(contender.seeds)]
-    values = [math.exp(loss) for run in runs if (loss := run.loss()) is not None]
+    runs = finished(model, steps)
+    values = [math.exp(run.loss() or 0) for run in runs]
     return [
         *cells,
         f"{rate:g} ({tried})",

@@ -87,6 +87,15 @@ def best_rate(model: str) -> float | None:
     return min(found, key=found.__getitem__) if len(found) == len(losses) else None
 
 
+def finished(model: str, steps: int | None) -> list[Training]:
+    """Return the runs at the best rate that have finished, by seed; empty before it is known."""
+    rate = best_rate(model)
+    if rate is None:
+        return []
+    runs = [Training(model, rate, seed, steps) for seed in range(CONTENDERS[model].seeds)]
+    return [run for run in runs if run.loss() is not None]
+
+
 def train_all(models: list[str], steps: int | None) -> None:
     """Tune all models, then train them seed by seed; `steps` None means each one's own budget."""
     for model in models:
