@@ -10,6 +10,7 @@ run, so without validation and checkpoints.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,15 +99,17 @@ def main() -> None:
         "--steps", type=between(int, 1), metavar="N", help="steps of the runs (all)"
     )
     args = parser.parse_args()
-    curves = [Curve.of(model, args.steps) for model in args.models]
+    models: list[str] = args.models
+    curves = [Curve.of(model, args.steps) for model in models]
     draw(curves, args.out)
     goal = float(curves[0].losses.mean(0)[-1])
     for curve in curves:
         hours = curve.hours_to(goal)
+        if math.isnan(hours):
+            print(f"{curve.model}: never at loss {goal:.3f}")
+            continue
         share = hours / curves[0].hours[-1]
-        print(
-            f"{curve.model}: {hours:.2f} h to loss {goal:.3f}, {share:.2f} of {curves[0].model}'s"
-        )
+        print(f"{curve.model}: {hours:.2f} h to loss {goal:.3f}, {share:.2f} of {models[0]}'s")
 
 
 if __name__ == "__main__":
