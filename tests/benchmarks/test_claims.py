@@ -9,10 +9,11 @@ import pytest
 from moa_dist.models.counts import count
 from moa_dist.report.read import read_run
 from tests.benchmarks.claims import training
-from tests.benchmarks.claims.contenders import CHANGES, CONTENDERS, FAMILY, MASKED
+from tests.benchmarks.claims.contenders import CHANGES, CONTENDERS, FAMILY, MASKED, TRANSLATION
 from tests.benchmarks.claims.curves import Curve, draw
 from tests.benchmarks.claims.table import print_table
 from tests.benchmarks.claims.training import Training, train_all
+from tests.benchmarks.claims.translation import compare
 from tests.small_shards import write_folder
 
 LENGTH = 16
@@ -47,6 +48,37 @@ def test_masked_models_differ_in_experts_and_gates_alone(model):
         for config in configs
     ]
     assert alike[0] == alike[1]
+
+
+@pytest.mark.parametrize("texts", ["captions", "manuals"])
+def test_translators_have_the_parameters_or_the_work_of_the_dense_model(texts):
+    configs = {name: CONTENDERS[name].config() for name in TRANSLATION if name.startswith(texts)}
+    for part in ("data", "optimizer", "schedule", "train", "evaluation"):
+        parts = [getattr(config, part) for config in configs.values()]
+        assert all(one == parts[0] for one in parts), part
+    counts = {name: count(config.model, 24) for name, config in configs.items()}
+    dense = counts[f"{texts}-dense"]
+    assert abs(counts[f"{texts}-moa"].total / dense.total - 1) <= 0.01
+    for name in ("moa-8e", "moa-16e"):
+        macs = counts[f"{texts}-{name}"].training.total_macs
+        assert abs(macs / dense.training.total_macs - 1) <= 0.01
+
+
+def test_translations_are_compared_with_those_of_the_first_model():
+    references = [f"Der Mann {word} auf dem Berg ." for word in ("steht", "geht", "sitzt") * 10]
+    worse = [line.replace("Berg", "Tisch") for line in references]
+    similar = [references[0], *worse[1:-1], worse[-1].replace("sitzt", "liegt")]
+    found = {"first": worse, "better": references, "similar": similar}
+    scores, signatures = compare(found, references)
+    assert scores["first"].p is None
+    assert scores["similar"].p > 0.1
+    assert scores["better"].bleu == pytest.approx(100)
+    assert scores["better"].chrf > scores["first"].chrf
+    assert scores["better"].p < 0.01
+    assert "BLEU" in signatures
+    assert "chrF" in signatures
+    alone, _ = compare({"first": worse}, references)
+    assert alone["first"].bleu == scores["first"].bleu
 
 
 @pytest.mark.full

@@ -4,6 +4,10 @@
         --vocab-size 2048 --sequence-length 256
     moa-dist prepare --input OTHER_BOOKS --output data/comparison/valid --documents blank-line \
         --tokenizer data/comparison/train/tokenizer.json --sequence-length 256
+    moa-dist prepare --pairs train.en train.de --output data/multi30k/train \
+        --vocab-size 8000 --sequence-length 128
+    moa-dist prepare --pairs val.en val.de --output data/multi30k/valid \
+        --tokenizer data/multi30k/train --sequence-length 128
     python -m tests.benchmarks.claims [QUESTION | MODEL ...] [--steps N] [--table]
 
 Every model tries its learning rates on a small part of the budget with seed 0, half of which is

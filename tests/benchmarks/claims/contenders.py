@@ -83,6 +83,41 @@ MASKED = {
 """MoA with more and more experts of which a token takes four, with the gate of the paper's text
 and with that of its code."""
 
+_TEXTS = {
+    "captions": (),
+    "manuals": ("data.train=data/manuals/train", "data.valid=data/manuals/valid"),
+}
+_HEADS = {
+    "dense": None,
+    "moa": (8, 28),  # experts and their width: as many parameters as the dense model
+    "moa-wide": (4, 64),  # the paper's base: all heads are taken and twice as wide as dense ones
+    "moa-8e": (8, 48),  # as many MACs as the dense model
+    "moa-16e": (16, 48),
+}
+
+
+def translator(texts: str, heads: tuple[int, int] | None) -> Contender:
+    router = "model.attention.router"
+    overrides = _TEXTS[texts]
+    if heads is not None:
+        num_experts, d_head = heads
+        overrides += (
+            f"model.attention.d_head={d_head}",
+            f"{router}.num_experts={num_experts}",
+            f"{router}.gate=renormalized_detached",
+        )
+    file = f"translation/small_{'dense' if heads is None else 'moa'}"
+    return Contender(file, overrides, rates=(1e-3, 2e-3, 4e-3), tuning_steps=1000, seeds=3)
+
+
+TRANSLATION = {
+    f"{texts}-{name}": translator(texts, heads)
+    for texts in _TEXTS
+    for name, heads in _HEADS.items()
+}
+"""Translation of image captions and of software manuals, with dense attention and with MoA, of
+which a token takes four heads."""
+
 FAMILY = {
     path.stem: Contender(f"family/{path.stem}", rates=RATES[1:])
     for path in sorted((CONFIGS / "family").glob("*.yaml"))
@@ -95,6 +130,7 @@ QUESTIONS = {
     "comparison": tuple(COMPARISON),
     "changes": ("moeut", *CHANGES),
     "masked": tuple(MASKED),
+    **{texts: tuple(name for name in TRANSLATION if name.startswith(texts)) for texts in _TEXTS},
     "family": ("dense", *FAMILY),
 }
-CONTENDERS = COMPARISON | CHANGES | MASKED | FAMILY
+CONTENDERS = COMPARISON | CHANGES | MASKED | TRANSLATION | FAMILY
