@@ -9,8 +9,16 @@ import pytest
 from moa_dist.models.counts import count
 from moa_dist.report.read import read_run
 from tests.benchmarks.claims import training
-from tests.benchmarks.claims.contenders import CHANGES, CONTENDERS, FAMILY, MASKED, TRANSLATION
+from tests.benchmarks.claims.contenders import (
+    CHANGES,
+    CONTENDERS,
+    FAMILY,
+    MASKED,
+    TRANSLATION,
+    of_width,
+)
 from tests.benchmarks.claims.curves import Curve, draw
+from tests.benchmarks.claims.scaling import fit
 from tests.benchmarks.claims.table import print_table
 from tests.benchmarks.claims.training import Training, train_all
 from tests.benchmarks.claims.translation import compare
@@ -26,6 +34,24 @@ def test_relatives_are_as_large_as_the_dense_model_and_train_like_it(model):
     assert abs(sizes[1] / sizes[0] - 1) <= 0.02
     for part in ("data", "optimizer", "schedule", "train", "evaluation"):
         assert getattr(relative, part) == getattr(dense, part), part
+
+
+@pytest.mark.parametrize("width", [48, 192])
+def test_moeut_of_another_width_is_as_large_as_the_dense_model(width):
+    moeut, dense = (
+        count(CONTENDERS[f"{model}-{width}"].config().model, 256) for model in ("moeut", "dense")
+    )
+    assert abs(moeut.total / dense.total - 1) <= 0.03
+    assert moeut.training.total_macs < dense.training.total_macs
+
+
+def test_widths_of_the_ladder_are_in_proportion():
+    """Of the comparison's own width it makes the comparison's own models."""
+    for model in ("moeut", "dense"):
+        assert of_width(model, 96).config() == CONTENDERS[model].config()
+    exponent, error = fit([1e6, 2e6, 4e6], [3.0, 3.0 * 2**-0.1, 3.0 * 4**-0.1])
+    assert exponent == pytest.approx(0.1)
+    assert error == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("model", CHANGES)

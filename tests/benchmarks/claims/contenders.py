@@ -44,6 +44,25 @@ COMPARISON = {
 }
 """MoEUT against others of equal size."""
 
+
+def of_width(model: str, width: int) -> Contender:
+    """Return MoEUT or the dense model of another width, in which all widths are in proportion."""
+    ffn = f"d_expert={2 * width // 3}" if model == "moeut" else f"d_ff={16 * width // 3}"
+    overrides = (
+        f"model.d_model={width}",
+        f"model.attention.d_head={width // 3}",
+        f"model.ffn.{ffn}",
+    )
+    return Contender(f"comparison/{model}", overrides, RATES[1:], seeds=3)
+
+
+WIDTHS = {
+    f"{model}-{width}": of_width(model, width)
+    for model in ("moeut", "dense")
+    for width in (48, 192)
+}
+"""MoEUT and the dense model, half and twice as wide as in the comparison."""
+
 CHANGES = {
     "moeut-muon": changed("optimizer.kind=muon"),
     "moeut-wsd": changed("schedule.kind=wsd", "schedule.decay_steps=256"),
@@ -128,9 +147,10 @@ FAMILY = {
 
 QUESTIONS = {
     "comparison": tuple(COMPARISON),
+    "widths": ("moeut", "dense", *WIDTHS),
     "changes": ("moeut", *CHANGES),
     "masked": tuple(MASKED),
     **{texts: tuple(name for name in TRANSLATION if name.startswith(texts)) for texts in _TEXTS},
     "family": ("dense", *FAMILY),
 }
-CONTENDERS = COMPARISON | CHANGES | MASKED | TRANSLATION | FAMILY
+CONTENDERS = COMPARISON | WIDTHS | CHANGES | MASKED | TRANSLATION | FAMILY
