@@ -28,18 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     every = (SECTIONS | SHARED_SECTIONS).items()
     sections = "; ".join(f"{name}: {line}" for name, (_, line) in every)
     parser.add_argument(
-        "sections",
+        "overrides",
         nargs="*",
         metavar="SECTION | key=value",
         help=f"sections to measure, all by default ({sections}), and settings to change",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--config",
-        nargs="+",
-        metavar=("FILE", "WORD"),
-        help="YAML configuration; sections and settings may follow",
-    )
+    what.add_argument("--config", metavar="FILE", help="YAML configuration")
     what.add_argument(
         "--run",
         type=Path,
@@ -72,15 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print, table by table; returns the exit status."""
-    file, *more = args.config or [None]
-    words = [*args.sections, *more]  # sections may follow as well as precede the file
-    names = [word for word in words if "=" not in word]
+    names = [word for word in args.overrides if "=" not in word]
+    changes = [word for word in args.overrides if "=" in word]
     in_job = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device(args.device) if args.device else default_device()
     ranks = args.ranks or (torch.cuda.device_count() if device.type == "cuda" else 2)
     _check(names, args, device, ranks, in_job)
-    changes = [word for word in words if "=" in word]
-    config = load_config(file, changes) if file else config_of_run(args.run, changes)
+    config = load_config(args.config, changes) if args.config else config_of_run(args.run, changes)
     if args.threads:
         torch.set_num_threads(args.threads)
     set_product_precision(config.train.precision)

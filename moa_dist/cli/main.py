@@ -108,15 +108,14 @@ def _run(argv: list[str]) -> int:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse arguments, accepting `key=value` after options as well as before them.
+    """Parse arguments, accepting overrides after options as well as before them.
 
     argparse offers `parse_intermixed_args` for this, but not to parsers with subcommands.
     """
     args, rest = parser.parse_known_args(argv)
-    late = [text for text in rest if "=" in text and not text.startswith("-")]
-    if not hasattr(args, "overrides") or len(late) < len(rest):
+    if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
         return parser.parse_args(argv)  # reports what is wrong, if anything is
-    args.overrides += late
+    args.overrides += rest
     return args
 
 
