@@ -32,8 +32,11 @@ def test_relatives_are_as_large_as_the_dense_model_and_train_like_it(model):
     dense, relative = (CONTENDERS[name].config() for name in ("dense", model))
     sizes = [count(config.model, 256).total for config in (dense, relative)]
     assert abs(sizes[1] / sizes[0] - 1) <= 0.02
-    for part in ("data", "optimizer", "schedule", "train", "evaluation"):
+    for part in ("optimizer", "schedule", "train", "evaluation"):
         assert getattr(relative, part) == getattr(dense, part), part
+    texts = [{source.path for source in config.data.sources} for config in (dense, relative)]
+    assert texts[0] == texts[1]
+    assert relative.data.sequence_length == dense.data.sequence_length
 
 
 @pytest.mark.parametrize("width", [48, 192])

@@ -137,11 +137,21 @@ TRANSLATION = {
 """Translation of image captions and of software manuals, with dense attention and with MoA, of
 which a token takes four heads."""
 
+_TWO_TASKS = ", ".join(
+    f"{{name: {name}, path: data/comparison/train, weight: 1, task: {task}}}"
+    for task, name in enumerate(("first", "second"))
+)
+_OVERRIDES = {
+    # Its tasks are one text, so they tell it nothing.
+    "mod_squad": (
+        f"data.train=[{_TWO_TASKS}]",
+        "data.valid=[{path: data/comparison/valid, task: 0}]",
+    )
+}
 FAMILY = {
-    path.stem: Contender(f"family/{path.stem}", rates=RATES[1:])
+    path.stem: Contender(f"family/{path.stem}", _OVERRIDES.get(path.stem, ()), RATES[1:])
     for path in sorted((CONFIGS / "family").glob("*.yaml"))
-    # BAM starts from random weights, like the others; Mod-Squad needs data of several tasks.
-    if path.stem not in ("bam_seed", "mod_squad")
+    if path.stem != "bam_seed"  # BAM starts from random weights, like the others
 }
 """Relatives of MoA and MoEUT, as large as the dense model of the comparison."""
 
