@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from moa_dist.config.attention import AttentionConfig, DenseAttentionConfig
-from moa_dist.config.feed_forward import FFNConfig, MoEFFNConfig
+from moa_dist.config.feed_forward import ActivationName, FFNConfig, MoEFFNConfig
 from moa_dist.config.routers import ExpertsPerToken, RouterConfig, shrunk
 from moa_dist.errors import Problem
 
@@ -174,7 +174,6 @@ class MonetConfig(FFNConfig):
     """Experts that are pairs of two halves, each half chosen by a router of its own (Monet).
 
     `num_experts` of the router are halves of each sort, and so the root of the number of experts.
-    Hidden units have a squared ReLU.
     """
 
     kind: Literal["monet"] = "monet"
@@ -186,7 +185,7 @@ class MonetConfig(FFNConfig):
     """Hidden width of an expert."""
     router: SerializeAsAny[ThresholdRouterConfig]
     """Used twice, once for each sort of halves."""
-    activation: Literal["relu_squared"] = "relu_squared"  # type: ignore[assignment]  # no other
+    activation: ActivationName = "relu_squared"
     """Nonlinearity."""
 
     def problems(self, path: str) -> Iterable[Problem]:

@@ -17,12 +17,15 @@ from moa_dist.config.section import Kind, Section
 _SHRUNK_WIDTH, _SHRUNK_D_FF = 8, 32
 
 
+ActivationName = Literal["relu", "gelu", "silu", "relu_squared"]
+
+
 class FFNConfig(PartConfig):
     """The family of feed-forward kinds."""
 
     kinds: ClassVar[dict[str, type[Kind]]] = {}
-    activation: Literal["relu", "gelu", "silu"] = "relu"
-    """Nonlinearity."""
+    activation: ActivationName = "relu"
+    """Nonlinearity; `relu_squared` is the square of a ReLU (So et al. 2021, Primer)."""
     gated: bool = False
     """Multiply the activation by a second linear projection (GLU)."""
     bias: bool = False

@@ -25,5 +25,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0)),
     "gelu": Activation(F.gelu, lambda grad, x: _aten.gelu_backward(grad, x)),
     "silu": Activation(F.silu, lambda grad, x: _aten.silu_backward(grad, x)),
+    "relu_squared": Activation(lambda x: F.relu(x).square(), lambda grad, x: grad * F.relu(2 * x)),
 }
 """Keyed by the name that a configuration uses."""

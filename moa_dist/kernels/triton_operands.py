@@ -95,6 +95,8 @@ def activate(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
+    elif ACTIVATION == "relu_squared":
+        y = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     else:
         tl.static_assert(ACTIVATION is None)
         y = x
@@ -112,6 +114,8 @@ def slope(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     elif ACTIVATION == "silu":
         sigmoid = tl.sigmoid(x)
         y = sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif ACTIVATION == "relu_squared":
+        y = 2.0 * tl.maximum(x, 0.0)
     else:
         tl.static_assert(ACTIVATION is None)
         y = tl.full(x.shape, 1.0, tl.float32)

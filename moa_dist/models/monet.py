@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moa_dist.config.family import MonetConfig
+from moa_dist.kernels.activations import ACTIVATIONS
 from moa_dist.models.feed_forward import FeedForward, FFNContext
 from moa_dist.moe.dispatch import DispatchPlan
 from moa_dist.moe.experts import GroupedLinear
@@ -26,7 +27,7 @@ from moa_dist.moe.router_kinds import make_router
 
 
 class Monet(RoutedModule, FeedForward):
-    """`y = sum over heads h and pairs of g1_hi g2_hj E_ij(x)`, with act(z) = relu(z) squared.
+    """`y = sum over heads h and pairs of g1_hi g2_hj E_ij(x)`; the paper's act is relu squared.
 
     Horizontal: `E_ij(x) = V_j act(U_i x)`. Vertical: with `a1_i = act(U1_i x)` and `a2_j =
     act(U2_j x)`, the upper half of E_ij is `V1_i [a1_i, a2_j]`, the lower one `V2_j [a1_i, a2_j]`.
@@ -47,6 +48,7 @@ class Monet(RoutedModule, FeedForward):
         up, down = (LastRowZero(x) if bias else x for x in (init, out))
         self.first_router = make_router(config.router, d_model, init=init)
         self.second_router = make_router(config.router, d_model, init=init)
+        self.activation = ACTIVATIONS[config.activation].value
         self.is_vertical = config.decomposition == "vertical"
         if self.is_vertical:
             self.first_up = GroupedLinear(N, d_model + bias, m // 2, up)
@@ -121,7 +123,7 @@ class Monet(RoutedModule, FeedForward):
         experts = self.expert_weights(name, gathered=gathered)
         sent = plan.dispatch(rows, "token")
         hidden = plan.run_and_combine(experts, sent, "token", "slot", weighted=False).wait()
-        return hidden.unflatten(0, (len(rows), -1)).relu().square()
+        return self.activation(hidden.unflatten(0, (len(rows), -1)))
 
     def _down(
         self, name: str, plan: DispatchPlan, hidden: Tensor, gates: Tensor, gathered: Gathered

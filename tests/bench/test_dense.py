@@ -12,7 +12,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
-    "name", ["moeut/44m", "small/moa_moe", "switchhead/small", "small/dense", "family/ds_moe"]
+    "name",
+    [
+        "moeut/44m",
+        "small/moa_moe",
+        "switchhead/small",
+        "small/dense",
+        "family/ds_moe",
+        "family/monet",
+    ],
 )
 def test_equal_work_leaves_out_routers_alone(name):
     config = load_config(CONFIGS / f"{name}.yaml", [])

@@ -81,6 +81,7 @@ CASES = {
     "JetMoE outputs": Case("slot", "token", 64, 160),
     "narrow gated": Case("token", "token", 96, 96, 40, 2, "silu"),
     "wide gated": Case("token", "token", 48, 48, 150, 2, "gelu"),
+    "squared": Case("token", "token", 40, 40, 24, 1, "relu_squared"),
     "wide FFN": Case("token", "token", 40, 300, 200, 1, "gelu"),
     "K 1": Case("token", "token", 32, 32, 16, 1, top_k=1),
     "K 16": Case("token", "token", 32, 32, 16, 1, num_experts=20, top_k=16),
@@ -160,11 +161,11 @@ def test_values_and_gradients_are_those_of_fp64(case, dtype):
     y, saved = triton_fused.forward(*narrow)
     found = triton_fused.backward(upstream.to(dtype), *narrow, saved)
     ours = [y, found.x, *([found.weight] if case.weighted else []), found.down, *found.ups]
+    # A square doubles the relative error of what is rounded to bf16 before it.
+    tolerance = TOLERANCES[dtype] * (2 if case.activation == "relu_squared" else 1)
     for mine, right in zip(ours, exact, strict=True):
         scale = right.abs().max().item()
-        torch.testing.assert_close(
-            mine.double(), right, rtol=0, atol=TOLERANCES[dtype] * max(scale, 1e-6)
-        )
+        torch.testing.assert_close(mine.double(), right, rtol=0, atol=tolerance * max(scale, 1e-6))
 
 
 @pytest.mark.usefixtures("interpreted_bf16")
