@@ -72,6 +72,8 @@ def main() -> None:
     sources, references = (list(read_lines(file)) for file in (args.source, args.reference))
     models: list[str] = args.models
     runs = {model: finished(model, args.steps) for model in models}
+    if not runs[models[0]]:
+        raise SystemExit(f"{models[0]}: no finished run in {training.RUNS}")
     scores: dict[str, list[Score]] = {model: [] for model in models}
     for seed in range(len(runs[models[0]])):
         of_seed = {model: run for model in models for run in runs[model] if run.seed == seed}
