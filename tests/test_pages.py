@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from moa_dist.bench.sections import SECTIONS, SHARED_SECTIONS
 from moa_dist.cli.main import COMMANDS
 from moa_dist.config import find_layout_problems, load_config
 
@@ -158,12 +159,13 @@ def check_command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     importlib.import_module(COMMANDS[name][0]).add_arguments(parser)  # as `main` does
     args, unknown = parser.parse_known_args(rest)
-    assert all("=" in word and not word.startswith("-") for word in unknown), unknown
+    assert not any(word.startswith("-") for word in unknown), unknown
     given = vars(args)
+    words = [*given.get("overrides", []), *unknown]
     file = given.get("config") or given.get("path")
-    file, *_ = file if isinstance(file, list) else [file]
     if str(file).endswith(".yaml"):
-        config = load_config(ROOT / str(file), [*given.get("overrides", []), *unknown])
+        sections = {*SECTIONS, *SHARED_SECTIONS} if name == "bench" else set()
+        config = load_config(ROOT / str(file), [word for word in words if word not in sections])
         if given.get("world_size"):
             assert find_layout_problems(config, args.world_size) == []
 
