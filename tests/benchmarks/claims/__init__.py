@@ -10,9 +10,9 @@
         --tokenizer data/multi30k/train --sequence-length 128
     python -m tests.benchmarks.claims [QUESTION | MODEL ...] [--steps N] [--table]
 
-Every model tries its learning rates on a small part of the budget with seed 0, half of which is
-the warm-up of the whole; then it trains with the best rate for the whole budget, with one or more
-seeds (`contenders.py` lists models by question). That takes hours, and resumes after an
-interruption. `--steps` makes the budget smaller, `--table` only prints results, which
+Every model tries its learning rates with seed 0, on a small part of the budget, half of which is
+the warm-up of the whole, or on all of it; then it trains with the best rate for the whole budget,
+with one or more seeds (`contenders.py` lists models by question). That takes hours, and resumes
+after an interruption. `--steps` makes the budget smaller, `--table` only prints results, which
 `tests/benchmarks/README.md` has.
 """

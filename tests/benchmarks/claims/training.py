@@ -28,7 +28,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        kinds = {None: "full", self.contender.tuning_steps: "tune"}
+        kinds = {self.contender.tuning_steps: "tune", None: "full"}
         kind = kinds.get(self.steps, f"{self.steps}-steps")
         return f"{self.model}-{kind}-lr{self.rate:g}-seed{self.seed}"
 
