@@ -8,6 +8,7 @@
         --vocab-size 8000 --sequence-length 128
     moa-dist prepare --pairs val.en val.de --output data/multi30k/valid \
         --tokenizer data/multi30k/train --sequence-length 128
+    (and other pairs alike into data/manuals)
     python -m tests.benchmarks.claims [QUESTION | MODEL ...] [--steps N] [--table]
 
 Every model tries its learning rates with seed 0, on a small part of the budget, half of which is
